@@ -1,0 +1,132 @@
+"""What every test stands on: no network, one thread per worker, test data that may be absent, a browser for pages."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch: each xdist worker keeps to one thread, and nothing asks a hub for anything.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[_name] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import ipaddress
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+REPO = Path(__file__).resolve().parents[1]
+
+# The machine decides how long an example takes, not the property; the same examples every time, here and in CI.
+settings.register_profile("leveret", deadline=None, derandomize=True, max_examples=60, print_blob=True)
+settings.load_profile("leveret")
+
+
+def _shared(variable: str, default: str) -> Path:
+    folder = Path(os.environ.get(variable, REPO.parent / "shared" / default))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here; set {variable} to the folder that holds the {default}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Answers with the official scripts' scores; LEVERET_GOLDENS names another place."""
+    return _shared("LEVERET_GOLDENS", "goldens")
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """Small checkpoints written by the three systems, with their outputs; LEVERET_PARITY names another place."""
+    return _shared("LEVERET_PARITY", "parity")
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """A folder of real photographs; LEVERET_PHOTOS names another place."""
+    return _shared("LEVERET_PHOTOS", "photos")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _is_here(host: Any) -> bool:
+    if host in (None, "", b"", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that reaches for the network, also when the code under test swallows the error."""
+    reached: list[str] = []
+
+    def refuse(where: Any) -> None:
+        reached.append(str(where))
+        raise OSError(f"tests may not use the network: {where}")
+
+    def guarded(original: Callable[..., Any], position: int) -> Callable[..., Any]:
+        def call(self: socket.socket, *args: Any, **kwargs: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_here(args[position][0]):
+                refuse(args[position])
+            return original(self, *args, **kwargs)
+
+        return call
+
+    def lookup(host: Any, *args: Any, **kwargs: Any) -> Any:
+        return real_lookup(host, *args, **kwargs) if _is_here(host) else refuse(host)
+
+    real_lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", guarded(socket.socket.connect, 0))
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex, 0))
+    monkeypatch.setattr(socket.socket, "sendto", guarded(socket.socket.sendto, -1))
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    yield
+    if reached and not getattr(request.node, "expects_network_refusal", False):
+        pytest.fail(f"this test reached for the network: {', '.join(reached)}")
+
+
+Screenshot = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Screenshot:
+    """`chromium(page, name, width=1100, height=1400, dark=False) -> Path` of a PNG, by headless Chromium.
+
+    Skips where there is no browser; under CI=true a missing browser fails, so that the check cannot vanish.
+    """
+    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if found is None:
+        message = "no Chromium on PATH: pages are not looked at (Debian: apt-get install chromium)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    folder = tmp_path_factory.mktemp("screenshots")
+
+    def screenshot(page: Path, name: str, width: int = 1100, height: int = 1400, dark: bool = False) -> Path:
+        picture = folder / f"{name}.png"
+        command = [
+            found, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+            "--no-first-run", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}", f"--screenshot={picture}",
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []), page.resolve().as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert picture.exists(), f"Chromium made no picture: {done.stderr[-2000:]}"
+        return picture
+
+    return screenshot
