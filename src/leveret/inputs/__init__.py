@@ -1,0 +1,20 @@
+"""Station 3, prepare: pictures to pixels, conversations to ids with label masks, rows to batches."""
+
+from leveret.inputs.batches import Item, collate, padding_share, plan
+from leveret.inputs.chat import CHATS, ChatFormat, Encoded, encode, find_chat, literal
+from leveret.inputs.resize import fit, prepare
+
+__all__ = [
+    "CHATS",
+    "ChatFormat",
+    "Encoded",
+    "Item",
+    "collate",
+    "encode",
+    "find_chat",
+    "fit",
+    "literal",
+    "padding_share",
+    "plan",
+    "prepare",
+]

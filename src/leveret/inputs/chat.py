@@ -1,0 +1,498 @@
+"""Turns of a conversation become token ids, with a label mask that says what the model learns to say.
+
+    turns -> template (Jinja) -> pieces -> chunks between images -> ids + character offsets -> labels
+
+A chat format is a Jinja template in the form transformers uses, so it can travel with a saved model as
+`chat_template.jinja`. What the model learns stands between `{% generation %}` and `{% endgeneration %}`. Three rules hold
+for every format:
+
+- **Labels come from character offsets**: a token is supervised when it holds at least one character of a generation
+  block. Nothing is tokenised twice and compared, so no row is lost to a "tokenization mismatch". All bytes of one
+  character share its offset, hence its label.
+- **Chunks**: text is cut at the image marks and every chunk is tokenised by itself, as LLaVA and Bunny do; the start
+  token, where the tokenizer has the habit of one, stands once at the very beginning.
+- **What people typed is text.** Only the template makes structure. A special token's text inside a turn (`<|end|>`,
+  `</s>`, ...) is spelled out with ordinary tokens. `<image>` is a mark in user turns only, and only in a conversation that
+  has images; elsewhere it is spelled out too. `literal` protects a text in which it must not be a mark.
+
+Where the originals are wrong, ids are kept and labels corrected: Bunny drops a whole row when an answer holds
+"ASSISTANT: "; here the answer and its end are supervised. Two marks in a turn stay two (the originals fold them to one;
+`Sample.fault` refuses the row unless it has two images).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Turn
+from leveret.runs import DataError, RecipeError, closest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How a conversation is written down.
+
+    template  Jinja over `messages` (dicts with `role` and `content`) and `add_generation_prompt`. A turn's content must
+              be printed as it is (`{{ message['content'] }}`): what a filter returns counts as structure, in which
+              special tokens are special.
+    stop      texts at which an answer ends. Each must be one token of the tokenizer, unless it is blank.
+    """
+
+    name: str
+    template: str
+    stop: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A conversation as the model reads it; the lists have one entry per position.
+
+    input_ids   token ids; at image positions the tokenizer's id of `<image>`, else its padding id, else 0.
+    labels      the id where the position is supervised, IGNORE elsewhere. Not shifted.
+    image_mask  True where an image token stands.
+    text        the rendered conversation, one `<image>` per image.
+    cut         positions that `max_tokens` took off the right end.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    image_mask: list[bool]
+    text: str
+    cut: int = 0
+
+
+_TINY = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        <|user|>
+        {%- if loop.previtem is defined and loop.previtem['role'] == 'system' -%}
+            {{ loop.previtem['content'] }}{{ '\\n' }}
+        {%- endif -%}
+        {{ message['content'] }}
+    {%- elif message['role'] == 'assistant' -%}
+        <|assistant|>
+        {%- generation -%}
+        {{ ' ' }}{{ message['content'] }}<|end|>
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    <|assistant|>
+{%- endif -%}
+"""
+
+_PLAIN = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {{ '<image>' * message['content'].count('<image>') }}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- generation -%}
+        {{ message['content'] }}{{ '\\n' }}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+# An empty turn is written without blank and end token, because the original takes "" for "nothing said yet".
+_BUNNY = """\
+{%- if messages[0]['role'] != 'system' -%}
+    A chat between a curious user and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the user's questions.{{ ' ' }}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {{ message['content'] }}{{ ' ' }}
+    {%- elif message['role'] == 'user' -%}
+        USER:
+        {%- if message['content'] -%}
+            {{ ' ' }}{{ message['content'] }}{{ ' ' }}
+        {%- endif -%}
+    {%- else -%}
+        ASSISTANT:
+        {%- generation -%}
+        {%- if message['content'] -%}
+            {{ ' ' }}{{ message['content'] }}END
+        {%- endif -%}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    ASSISTANT:
+{%- endif -%}
+"""
+
+
+def _bunny(name: str, end: str) -> ChatFormat:
+    """Bunny's formats: one template, in which only the end token differs (bunny/conversation.py)."""
+    return ChatFormat(name, _BUNNY.replace("END", end), (end,))
+
+
+CHATS: dict[str, ChatFormat] = {
+    row.name: row
+    for row in (
+        ChatFormat("tiny", _TINY, ("<|end|>",)),
+        ChatFormat("plain", _PLAIN, ("\n",)),
+        _bunny("bunny", "<|endoftext|>"),
+        _bunny("phi3", "<|endoftext|>"),
+        _bunny("minicpm", "</s>"),
+        _bunny("llama", "<|end_of_text|>"),
+    )
+}
+"""Every chat format by name."""
+
+_ESCAPED = IMAGE_MARK[0] + "\ue000" + IMAGE_MARK[1:]  # a private-use character inside: no mark, taken out when written
+
+
+def find_chat(chat: str | ChatFormat) -> ChatFormat:
+    """The row of CHATS, or the format itself. RecipeError naming the closest names when there is none."""
+    if isinstance(chat, ChatFormat):
+        return chat
+    if chat not in CHATS:
+        near = closest(chat, CHATS)
+        hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+        raise RecipeError(f"chat: {chat!r} is not a chat format. Allowed: {', '.join(CHATS)}{hint}")
+    return CHATS[chat]
+
+
+def literal(text: str) -> str:
+    """`text` so that `<image>` in it is no mark but the seven characters a person typed.
+
+    For servers and chats, which add their own marks to what people write. `encode` takes the protection out again.
+    """
+    return text.replace(IMAGE_MARK, _ESCAPED)
+
+
+def encode(
+    turns: Sequence[Turn],
+    chat: str | ChatFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: ImageSpec,
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    generate: bool = False,
+    max_tokens: int | None = None,
+) -> Encoded:
+    """One conversation as ids, labels and image positions.
+
+    turns        as in a Sample. A user turn's image marks go to its front, each followed by a newline (LLaVA's habit).
+    image_sizes  (height, width) of every image, in reading order; each fills `spec.count(height, width)` positions.
+    generate     write the beginning of the assistant's turn at the end; nothing is supervised then.
+    max_tokens   longest row; what is over is cut from the right and counted in `Encoded.cut`.
+
+    Raises:
+        DataError: there are not as many marks as images, nothing to answer, or `max_tokens` would cut an image.
+        RecipeError: unknown format, a template that fails, or a tokenizer that lacks the format's end token.
+    """
+    form, reader = find_chat(chat), _reader(tokenizer)
+    reader.check(form)
+    if not turns:
+        raise DataError("a conversation needs at least one turn")
+    if generate and turns[-1].role != "user":
+        raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if image_sizes else 0
+    if marks != len(image_sizes):
+        raise DataError(
+            f"{marks} {IMAGE_MARK} in the user turns, but {len(image_sizes)} image(s): there must be one mark per image"
+        )
+    chunks = _chunks(form, turns, bool(image_sizes), generate)
+    if len(chunks) != len(image_sizes) + 1:
+        raise RecipeError(
+            f"the template of chat format {form.name!r} wrote {len(chunks) - 1} {IMAGE_MARK} "
+            f"where the conversation has {len(image_sizes)}"
+        )
+    ids: list[int] = list(reader.start)
+    labels = [IGNORE] * len(ids)
+    seen = [False] * len(ids)
+    ends_of_images = []
+    for number, chunk in enumerate(chunks):
+        if number:
+            count = spec.count(*image_sizes[number - 1])
+            ids += [reader.image_id] * count
+            labels += [IGNORE] * count
+            seen += [True] * count
+            ends_of_images.append(len(ids))
+        new_ids, new_labels = reader.read(chunk, supervise=not generate)
+        ids += new_ids
+        labels += new_labels
+        seen += [False] * len(new_ids)
+    encoded = Encoded(ids, labels, seen, IMAGE_MARK.join(chunk.text for chunk in chunks))
+    if max_tokens is not None and len(ids) > max_tokens:
+        if ends_of_images and ends_of_images[-1] > max_tokens:
+            raise DataError(
+                f"max_tokens={max_tokens} would cut an image: the last image ends at position {ends_of_images[-1]}. "
+                f"Allow at least that many tokens, or shorten the text before the image"
+            )
+        encoded.cut = len(ids) - max_tokens
+        del ids[max_tokens:], labels[max_tokens:], seen[max_tokens:]
+    return encoded
+
+
+# --- from turns to chunks -------------------------------------------------------------------------------------------
+
+
+class _Said(str):
+    """What somebody said, as opposed to what the template adds. Survives Jinja, which calls str() on all it prints."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return self
+
+
+class _Edge(str):
+    """An empty text that marks where a generation block begins or ends."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return self
+
+
+_BEGIN, _END = _Edge(), _Edge()
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Text between two images.
+
+    pieces      (text, whether somebody said it), in order; `text` is their concatenation.
+    supervised  character spans of `text` inside generation blocks.
+    """
+
+    pieces: list[tuple[str, bool]]
+    text: str
+    supervised: list[tuple[int, int]]
+
+
+def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate: bool) -> list[_Chunk]:
+    """The rendered conversation, cut at its image marks."""
+    messages = [{"role": turn.role, "content": _content(turn, has_images)} for turn in turns]
+    chunks: list[_Chunk] = []
+    pieces: list[tuple[str, bool]] = []
+    spans: list[tuple[int, int]] = []
+    length, block = 0, -1  # characters so far in this chunk; where the open generation block began, -1 when none is
+    blocks = 0
+
+    def close() -> None:
+        if 0 <= block < length:
+            spans.append((block, length))
+
+    for piece in _render(form, messages, generate):
+        if piece is _BEGIN:
+            block, blocks = length, blocks + 1
+            continue
+        if piece is _END:
+            close()
+            block = -1
+            continue
+        said = type(piece) is _Said
+        for number, part in enumerate(piece.split(IMAGE_MARK) if IMAGE_MARK in piece else (piece,)):
+            if number:
+                close()
+                chunks.append(_Chunk(pieces, "".join([text for text, _ in pieces]), spans))
+                pieces, spans, length, block = [], [], 0, 0 if block >= 0 else -1
+            if part:
+                part = part.replace(_ESCAPED, IMAGE_MARK) if "\ue000" in part else part
+                pieces.append((part, said))
+                length += len(part)
+    chunks.append(_Chunk(pieces, "".join([text for text, _ in pieces]), spans))
+    if not blocks and not generate and any(turn.role == "assistant" for turn in turns):
+        raise RecipeError(
+            f"the template of chat format {form.name!r} has no generation block: nothing would be learned"
+        )
+    return chunks
+
+
+def _content(turn: Turn, has_images: bool) -> _Said:
+    """A turn's text with its marks in front; without images, or said by another than the user, with none."""
+    text = turn.text
+    if IMAGE_MARK not in text:
+        return _Said(text)
+    if not has_images or turn.role != "user":
+        return _Said(literal(text))
+    front = (IMAGE_MARK + "\n") * text.count(IMAGE_MARK)
+    return _Said((front + text.replace(IMAGE_MARK, "").strip()).strip())
+
+
+def _render(form: ChatFormat, messages: list[dict[str, Any]], generate: bool) -> Iterator[str]:
+    from jinja2 import TemplateError
+
+    template = _compiled(form.template)
+    try:
+        context = template.new_context({"messages": messages, "add_generation_prompt": generate})
+        yield from template.root_render_func(context)
+    except TemplateError as error:
+        raise RecipeError(f"the template of chat format {form.name!r} fails: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def _compiled(template: str) -> Any:
+    """The template, compiled with the settings transformers uses, unable to reach or change anything of Python."""
+    from jinja2 import TemplateError, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`: puts an edge before and after its body."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+        begin, end = _BEGIN, _END
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            edges = [nodes.Output([self.attr(name)], lineno=line) for name in ("begin", "end")]
+            return [edges[0], *body, edges[1]]
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise RecipeError(f"a chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+
+
+# --- from chunks to ids ---------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """A tokenizer made ready: private copies, so that nobody's padding, truncation or trimmed offsets show here."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from tokenizers import Tokenizer
+
+        shared = getattr(tokenizer, "backend_tokenizer", None)
+        if shared is None:
+            raise RecipeError(
+                f"{type(tokenizer).__name__} cannot say which characters a token came from; "
+                "a tokenizer with a tokenizer.json is needed"
+            )
+        self.size = len(tokenizer)
+        self._state: dict[str, Any] = json.loads(shared.to_str())
+        # A byte-level post-processor would trim blanks off the offsets, and the others add special tokens.
+        self._state.update(post_processor=None, truncation=None, padding=None)
+        self.backend: Tokenizer = Tokenizer.from_str(json.dumps(self._state))
+        self._literal: Tokenizer | None = None
+        # Runs of blanks are added tokens in some vocabularies (Phi-2): those are how text is written, not structure.
+        added = {token["content"]: token["id"] for token in self._state["added_tokens"] if token["content"].strip()}
+        self.special: dict[str, int] = added
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        self._special = re.compile("|".join(longest_first) if added else r"(?!)")
+        habit = tokenizer("").input_ids
+        start = tokenizer.bos_token_id
+        self.start: tuple[int, ...] = (start,) if start is not None and list(habit[:1]) == [start] else ()
+        image = self.backend.token_to_id(IMAGE_MARK)
+        self.image_id: int = image if image is not None else tokenizer.pad_token_id or 0
+        self._checked: set[tuple[str, ...]] = set()
+
+    def check(self, form: ChatFormat) -> None:
+        """RecipeError when an end of answer is not one token: the model could then neither learn nor be told to stop."""
+        if form.stop in self._checked:
+            return
+        for stop in form.stop:
+            if stop.strip() and not self._has((stop,)):
+                fitting = [row.name for row in CHATS.values() if self._has(row.stop)]
+                hint = f"Formats whose end token it has: {', '.join(fitting)}" if fitting else "Add the token to it"
+                raise RecipeError(
+                    f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"
+                )
+        self._checked.add(form.stop)
+
+    def _has(self, texts: tuple[str, ...]) -> bool:
+        return all(self.backend.token_to_id(text) is not None for text in texts)
+
+    def read(self, chunk: _Chunk, supervise: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of one chunk."""
+        if not chunk.text:
+            return [], []
+        if any(said and self._special.search(text) for text, said in chunk.pieces):
+            ids, offsets = self._spelled(chunk.pieces)
+        else:
+            encoding = self.backend.encode(chunk.text, add_special_tokens=False)
+            ids, offsets = encoding.ids, encoding.offsets
+        if not supervise or not chunk.supervised:
+            return ids, [IGNORE] * len(ids)
+        learned = bytearray(len(chunk.text) + 1)
+        for begin, end in chunk.supervised:
+            learned[begin:end] = b"\x01" * (end - begin)
+        labels = [
+            token if learned[begin] or (end > begin and learned[end - 1]) else IGNORE
+            for token, (begin, end) in zip(ids, offsets, strict=True)
+        ]
+        return ids, labels
+
+    def _spelled(self, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a chunk in which somebody typed a special token: only the template's own are special.
+
+        The text between the template's special tokens is tokenised by a copy of the tokenizer that knows none. (A
+        tokenizer that puts a blank before the first word of a text then puts one before each such stretch.)
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        stretch: list[str] = []
+        place = 0  # where `stretch` begins
+
+        def spell() -> None:
+            nonlocal place
+            text = "".join(stretch)
+            encoding = self.literal.encode(text, add_special_tokens=False)
+            if clash := set(encoding.ids) & set(self.special.values()):
+                words = [word for word, token in self.special.items() if token in clash]
+                raise DataError(f"a turn holds {words}, which this tokenizer cannot spell as plain text")
+            ids.extend(encoding.ids)
+            offsets.extend((begin + place, end + place) for begin, end in encoding.offsets)
+            place += len(text)
+            stretch.clear()
+
+        for text, said in pieces:
+            if said:
+                stretch.append(text)
+                continue
+            cursor = 0
+            for match in self._special.finditer(text):
+                stretch.append(text[cursor : match.start()])
+                spell()
+                ids.append(self.special[match.group()])
+                offsets.append((place, place + len(match.group())))
+                place += len(match.group())
+                cursor = match.end()
+            stretch.append(text[cursor:])
+        spell()
+        return ids, offsets
+
+    @property
+    def literal(self) -> Tokenizer:
+        """The same tokenizer without special tokens."""
+        if self._literal is None:
+            from tokenizers import Tokenizer
+
+            kept = [token for token in self._state["added_tokens"] if not token["content"].strip()]
+            self._literal = Tokenizer.from_str(json.dumps({**self._state, "added_tokens": kept}))
+        return self._literal
+
+
+_READERS: WeakKeyDictionary[Any, _Reader] = WeakKeyDictionary()
+
+
+def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
+    """The reader of a tokenizer, made once (and again when tokens were added to it since)."""
+    reader = _READERS.get(tokenizer)
+    if reader is None or reader.size != len(tokenizer):
+        reader = _READERS[tokenizer] = _Reader(tokenizer)
+    return reader
