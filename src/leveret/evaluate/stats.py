@@ -1,0 +1,111 @@
+"""What a score is worth: intervals, the best constant answer, and the pairing of questions with other pictures."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from leveret.evaluate.forms import Item
+from leveret.evaluate.scorers import HEADLINES, Scorer, Verdict
+from leveret.records import ImageRef
+
+if TYPE_CHECKING:
+    from leveret.evaluate.scorers import Array
+
+RESAMPLES = 2000
+CONSTANT_SAMPLE = 400
+"""Train questions on which candidate constant answers are tried where answers are nearly all different (boxes)."""
+
+
+def headline(name: str, items: Sequence[Item], verdicts: Sequence[Verdict]) -> float:
+    """The figure that a task is known by, 0..1."""
+    row = HEADLINES[name]
+    return float(row.figure(row.columns(items, verdicts).sum(0)))
+
+
+def interval(
+    name: str, items: Sequence[Item], verdicts: Sequence[Verdict], *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the headline, resampling pictures, not questions.
+
+    Questions on one picture fail together, so they are drawn together: the spread between pictures is what another
+    test set would show. Percentiles 2.5 and 97.5 of `resamples` draws.
+    """
+    import numpy as np
+
+    row = HEADLINES[name]
+    columns = row.columns(items, verdicts)
+    places: dict[str, int] = {}
+    cluster = np.array([places.setdefault(item.meta["image_id"], len(places)) for item in items])
+    sums = np.zeros((len(places), columns.shape[1]))
+    np.add.at(sums, cluster, columns)
+    rng = np.random.Generator(np.random.Philox(seed))
+    shares = np.full(len(places), 1 / len(places))
+    figures = []
+    chunk = max(1, 8_000_000 // len(places))  # 64 MB of counts at a time
+    for start in range(0, resamples, chunk):
+        times = rng.multinomial(len(places), shares, size=min(chunk, resamples - start))
+        figures.append(row.figure(times.astype(np.float64) @ sums))
+    low, high = np.percentile(np.concatenate(figures), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def best_constants(train: Sequence[Item], scorer: Scorer, *, seed: int = 0) -> dict[str, str]:
+    """template -> the one answer that scores best on the train questions of this wording; "" -> best over all.
+
+    Candidates are the train golds. Where they repeat, the commonest is taken; where nearly all differ (boxes), each
+    of a seeded sample of them is tried on another seeded sample, for the commonest box need not be the best one.
+    """
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in train:
+        groups[item.template].append(item)
+    constants = {name: _best(group, scorer, seed) for name, group in sorted(groups.items())}
+    if train:
+        constants[""] = _best(list(train), scorer, seed)
+    return constants
+
+
+def _best(items: list[Item], scorer: Scorer, seed: int) -> str:
+    counts = Counter(scorer.gold(item) for item in items)
+    if not isinstance(items[0].gold, list) or isinstance(items[0].gold[0], str):
+        # Ties go to the first in alphabetical order, so that the order of the file does not matter.
+        return min(counts, key=lambda answer: (-counts[answer], answer))
+    return _best_box(items, sorted(counts), seed)
+
+
+def _best_box(items: list[Item], candidates: list[str], seed: int) -> str:
+    import ast
+
+    import numpy as np
+
+    rng = Random(seed)
+    rng.shuffle(candidates)
+    tried = candidates[:CONSTANT_SAMPLE]
+    boxes = np.array([ast.literal_eval(text) for text in tried], dtype=np.float64)[:, None]
+    sample = sorted(items, key=lambda item: item.question_id)
+    rng.shuffle(sample)
+    gold = np.array([item.gold for item in sample[:CONSTANT_SAMPLE]], dtype=np.float64)[None]
+    sides = np.minimum(boxes[..., 2:], gold[..., 2:]) - np.maximum(boxes[..., :2], gold[..., :2])
+    inside = np.clip(sides, 0, None).prod(-1)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1) + (gold[..., 2:] - gold[..., :2]).prod(-1)
+    overlap = inside / np.maximum(area - inside, 1e-9)
+    # Most boxes hit wins; between equals the greater mean overlap, then the text.
+    keys = zip((overlap >= 0.5).mean(1), overlap.mean(1), tried, strict=True)
+    return max(keys)[2]
+
+
+def deranged(items: Sequence[Item], *, seed: int = 0) -> list[ImageRef | None] | None:
+    """For each item, the picture of another image id of the same task; None when there is only one picture.
+
+    One seeded cycle through all pictures: every picture goes to exactly one other, and all questions of a picture
+    get the same wrong one. Questions without a picture keep none.
+    """
+    pictures = {item.meta["image_id"]: item.image for item in items if item.image is not None}
+    if len(pictures) < 2:
+        return None
+    cycle = sorted(pictures)
+    Random(seed).shuffle(cycle)
+    following = {name: pictures[cycle[(at + 1) % len(cycle)]] for at, name in enumerate(cycle)}
+    return [following[item.meta["image_id"]] if item.image is not None else None for item in items]
