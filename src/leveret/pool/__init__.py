@@ -1,0 +1,8 @@
+"""Read: where samples come from, in which order, and what is wrong with them."""
+
+from leveret.pool.base import SampleFault, Source
+from leveret.pool.check import Checked, check
+from leveret.pool.order import order
+from leveret.pool.sources import SOURCES, open_source
+
+__all__ = ["SOURCES", "Checked", "SampleFault", "Source", "check", "open_source", "order"]

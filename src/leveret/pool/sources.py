@@ -1,0 +1,56 @@
+"""Which kind of source a path is. A new kind is a class with `len` and `sample`, and a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from leveret.pool import jsonfile
+from leveret.pool.base import Source
+from leveret.pool.folder import ENDINGS, TABLES, FolderSource
+from leveret.pool.llava import LlavaSource
+from leveret.runs import DataError
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One kind of source: how its path is told, how it is opened, and how it is described to a user."""
+
+    id: str
+    fits: Callable[[Path], bool]
+    open: Callable[[Path, str | Path | None], Source]
+    shape: str
+
+
+SOURCES: tuple[SourceRow, ...] = (
+    SourceRow(
+        "llava",
+        lambda path: path.is_file() and path.suffix.lower() in (".json", *jsonfile.LINES),
+        LlavaSource,
+        "a LLaVA list (.json, or .jsonl with one record a line), with the folder of its images",
+    ),
+    SourceRow(
+        "folder",
+        lambda path: path.is_dir(),
+        FolderSource,
+        f"a folder of photos ({', '.join(ENDINGS)}) with a .txt beside each or one of {', '.join(TABLES)}",
+    ),
+)
+"""Tried in order."""
+
+
+def open_source(path: str | Path, images: str | Path | None = None) -> Source:
+    """Open the data at `path`. `images`: the one folder that image paths start from (default: where the file lies).
+
+    `DataError` if the path does not exist or is of no known kind, or if the file as a whole cannot be read. Single
+    malformed records are not an error here: `Source.sample` raises for each of them, and `check` collects them.
+    """
+    path = Path(path)
+    allowed = "; or ".join(row.shape for row in SOURCES)
+    if not path.exists():
+        raise DataError(f"the data {path} does not exist. Allowed: {allowed}.")
+    for row in SOURCES:
+        if row.fits(path):
+            return row.open(path, images)
+    raise DataError(f"the data {path} is of no known kind (ending {path.suffix or 'none'!r}). Allowed: {allowed}.")
