@@ -1,0 +1,204 @@
+"""A model as a folder, and back, bit for bit.
+
+    config.json          what rebuilds the model without the tables and folders it once came from
+    model.safetensors    every weight and every stored statistic, each once, in its own type
+    tokenizer files      as transformers writes them
+    chat_template.jinja  the chat format, as a Jinja template
+
+Nothing is pickled. A folder is written beside its place and renamed into it, so a half-written one is never found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from leveret.model import language as languages
+from leveret.model import towers
+from leveret.model.build import join
+from leveret.model.language import LanguageFacts
+from leveret.model.recipe import ModelRecipe
+from leveret.model.towers import TowerFacts
+from leveret.model.vlm import VLM
+from leveret.records import ImageSpec
+from leveret.runs import DataError
+
+FORMAT = 1
+"""Version of the folder's layout; raised when an older leveret could not read a newer folder."""
+
+
+def save(vlm: VLM, folder: str | Path) -> Path:
+    """Writes the model as a folder, replacing one that stands there; returns its path.
+
+    Weights keep their type. A reader of `folder` finds the old model or the new one; between two renames, for an
+    instant, none. Adapters must be merged before: ValueError when peft still wraps the language model.
+    """
+    from safetensors.torch import save_file
+
+    from leveret.inputs.chat import CHATS
+
+    folder = Path(folder)
+    if hasattr(vlm.language, "peft_config"):
+        raise ValueError("the language model still carries adapters: merge them (merge_and_unload) before saving")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.new"
+    fresh.mkdir()
+    try:
+        if vlm.tokenizer is not None:
+            vlm.tokenizer.save_pretrained(fresh)
+        (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
+        save_file({name: t.detach().contiguous() for name, t in stored(vlm)}, fresh / "model.safetensors", {"format": "pt"})
+        (fresh / "config.json").write_text(json.dumps(config_of(vlm), indent=2, sort_keys=True) + "\n", "utf-8")
+        for file in [*fresh.iterdir(), fresh]:
+            _flush(file)
+        _replace(folder, fresh)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
+    """The model in a folder that `save` wrote (or in a run folder that holds one), in evaluation mode.
+
+    DataError when there is none, when it is of another format, or when its weights are not exactly the model's; the
+    text then lists what is missing and what is unexpected.
+    """
+    from safetensors.torch import load_file
+    from transformers.initialization import no_init_weights
+
+    folder = find(folder)
+    config, recipe = _read(folder)
+    try:
+        weights = load_file(folder / "model.safetensors", device=str(device))
+    except Exception as fault:  # safetensors' own error class is not public
+        raise DataError(f"{folder / 'model.safetensors'}: cannot be read ({fault})") from fault
+    with torch.device(device), no_init_weights():
+        tower = towers.build_tower(TowerFacts.from_dict(config["vision"]))
+        language = languages.build_language(LanguageFacts(**config["language"]))
+        vlm = join(recipe, tower, language, tokenizer=_tokenizer(folder))
+    _fill(vlm, weights, folder)
+    vlm.spec = ImageSpec.from_dict(config["spec"])
+    return vlm.to(device).eval()
+
+
+def find(path: str | Path) -> Path:
+    """The model folder that `path` means: itself, or `model` inside a run folder. DataError when there is none."""
+    path = Path(path).expanduser()
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
+            return candidate
+    state = "has neither config.json with model.safetensors nor a folder `model` with them" if path.is_dir() else (
+        "is no folder" if path.exists() else "does not exist"
+    )  # fmt: skip
+    raise DataError(
+        f"{path} is not a model: it {state}. Give a model folder or the folder of a finished run "
+        "(a run that was stopped gets its model when it is started again)"
+    )
+
+
+def config_of(vlm: VLM) -> dict[str, Any]:
+    """What config.json holds: the recipe, and the exact facts of every part as it stands in memory."""
+    from leveret import __version__
+
+    (tower,) = vlm.towers.values()
+    assert isinstance(tower, towers.Tower)
+    head = vlm.language.get_output_embeddings()
+    facts = LanguageFacts(
+        config=vlm.language.config.to_dict(),
+        vocab=int(vlm.language.get_input_embeddings().weight.shape[0]),
+        head_bias=getattr(head, "bias", None) is not None,
+        attention=vlm.language.config._attn_implementation,
+        source=vlm.recipe.language.name,
+    )
+    return {
+        "format": FORMAT,
+        "leveret": __version__,
+        "recipe": vlm.recipe.model_dump(mode="json"),
+        "spec": vlm.spec.to_dict(),
+        "vision": tower.facts.to_dict(),
+        "language": facts.to_dict(),
+    }
+
+
+def stored(vlm: VLM) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors that a checkpoint holds: parameters and persistent buffers, a tied one once, under the first
+    of its names."""
+    kept = vlm.state_dict()
+    seen: set[int] = set()
+    for name, tensor in [*vlm.named_parameters(remove_duplicate=False), *vlm.named_buffers(remove_duplicate=False)]:
+        if name in kept and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def _fill(vlm: VLM, weights: dict[str, Tensor], folder: Path) -> None:
+    """Puts the stored tensors in place of the model's own, type and all, and ties again what is tied."""
+    own = dict(stored(vlm))
+    faults = [
+        f"{kind}: {', '.join(sorted(names)[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
+        for kind, names in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys()))
+        if names
+    ]
+    faults += [
+        f"wrong shape: {name} is {tuple(weights[name].shape)}, the model's is {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if faults:
+        raise DataError(f"{folder}: the weights are not those of the model in config.json\n  " + "\n  ".join(faults))
+    for name, tensor in own.items():
+        tensor.data = weights[name]  # in place of the data, so that every name of a tied tensor sees it
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as fault:
+        raise DataError(f"{folder / 'config.json'}: not JSON ({fault})") from fault
+    if config.get("format") != FORMAT:
+        raise DataError(
+            f"{folder}: format {config.get('format')!r}, written by leveret {config.get('leveret', '(unknown)')}; this "
+            f"leveret reads format {FORMAT}. A model of another tool is no leveret folder"
+        )
+    try:
+        return config, ModelRecipe.model_validate(config["recipe"])
+    except (KeyError, ValidationError) as fault:
+        raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return languages.load_tokenizer(str(folder), where=str(folder))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    """Renames `fresh` to `folder`. A folder cannot be renamed over a full one, so the old one steps aside first."""
+    old = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.old"
+    if folder.exists():
+        folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,73 @@
+"""Where weights come from: a folder on this machine, this package, or the Hugging Face hub through transformers.
+
+Remote code is never run, and pickled weights are only read with torch's `weights_only`, which transformers does.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from leveret.runs import DataError, EnvironmentFault
+
+
+def package_file(path: str, wanted_by: str) -> Path:
+    """A file or folder of this package. EnvironmentFault when the installation lacks it."""
+    place = Path(str(resources.files("leveret"))) / path
+    if not place.exists():
+        raise EnvironmentFault(
+            f"{wanted_by}: its weights should be at {place}, but this installation lacks them; reinstall leveret, or "
+            "train them again with `leveret world backbones`"
+        )
+    return place
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. DataError when it is not JSON."""
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as fault:
+        raise DataError(f"{folder / 'config.json'}: cannot be read as JSON ({fault})") from None
+
+
+def from_pretrained(class_name: str, source: str, where: str, **options: Any) -> Any:
+    """`transformers.<class_name>.from_pretrained(source)` in float32, refusing a checkpoint that lacks weights.
+
+    Raises EnvironmentFault when the weights can be had neither from a folder nor from the hub (it names what to
+    download and how), DataError when the checkpoint does not fill the model.
+    """
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    loader = getattr(transformers, class_name)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would report (parts we leave out on purpose) is checked below
+    try:
+        model, report = loader.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except (OSError, ImportError) as fault:
+        raise missing(source, where, fault) from fault
+    finally:
+        logging.set_verbosity(before)
+    if lacking := sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ()))):
+        raise DataError(
+            f"{where}: the checkpoint {source} lacks {len(lacking)} weights of the model it configures: "
+            f"{', '.join(lacking[:8])}{', ..' if len(lacking) > 8 else ''}"
+        )
+    return model
+
+
+def missing(source: str, where: str, fault: Exception) -> EnvironmentFault:
+    """What to say when a backbone is not on this machine and the hub did not give it."""
+    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    name = source.rstrip("/").split("/")[-1]
+    return EnvironmentFault(
+        f"{where}: the weights of {source!r} could not be read ({reason}). With a connection: "
+        f"`hf download {source} --local-dir {name}`, then set {where}={name}; a gated model also needs `hf auth login`"
+    )
+
+

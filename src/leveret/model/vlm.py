@@ -1,0 +1,205 @@
+"""The model: towers, a connector and a language model, joined by one scatter.
+
+    pixels[name] [N, 3, S, S]                          input_ids [B, T]
+        |  towers (one or several; fused on channels)       |  the language model's own table
+        v                                                   v
+    features [N, n, W]                                 embeddings [B, T, D]
+        |  connector                                        |
+        v                                                   v
+    visual [N, m, D]  ---- written over image_mask, in reading order ---->  [B, T, D]
+                                                            |  the language model's blocks
+                                                            v
+                                                       hidden [B, T, D]
+                                                            |  only rows whose NEXT token is supervised
+                                                            v
+                                                       logits [K, V]  ->  summed cross entropy
+
+    B rows, T positions, N images, n tokens a tower gives, m tokens a connector gives, W and D widths, K supervised
+    positions, V vocabulary. A batch without images never touches the towers. Nothing here trains, loads or moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leveret.model.recipe import ModelRecipe
+from leveret.records import IGNORE, Batch, ImageSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Logits = Literal["supervised", "all", "last"]
+
+
+@dataclass(slots=True)
+class VLMOutput:
+    """What one forward pass gives.
+
+    loss_sum    float32 scalar: the cross entropy summed (not averaged) over the supervised positions, so that
+                micro-batches and ranks can be weighted by their tokens. Zero for logits="last".
+    supervised  how many positions `loss_sum` is a sum over.
+    logits      "supervised": [supervised, V]; "all": [B, T, V]; "last": [B, V].
+    """
+
+    loss_sum: Tensor
+    supervised: int
+    logits: Tensor
+
+
+class VLM(nn.Module):
+    """A vision-language model. See the module's docstring for its flow.
+
+    towers     name of a view -> module with `forward(pixels) -> [N, tokens, width]`, in the order of `spec.towers`.
+    connector  [N, n, W] -> [N, m, D], where m is `spec.tokens`.
+    language   a transformers causal language model (or one that peft has wrapped).
+    """
+
+    def __init__(
+        self,
+        towers: Mapping[str, nn.Module],
+        connector: nn.Module,
+        language: Any,
+        *,
+        spec: ImageSpec,
+        recipe: ModelRecipe,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        assert list(towers) == [view.name for view in spec.towers], "towers and views must have the same names"
+        self.towers = nn.ModuleDict(towers)
+        self.connector = connector
+        self.language: Any = language
+        self.spec = spec
+        self.recipe = recipe
+        self.tokenizer: Any = tokenizer
+
+    @property
+    def chat(self) -> str:
+        """Id of the chat format the model speaks."""
+        return self.recipe.chat
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the language model's weights (the masters; what is computed in is the caller's autocast)."""
+        return self.language.get_input_embeddings().weight.dtype
+
+    def cast(self, dtype: torch.dtype) -> VLM:
+        """Turn every weight into `dtype`, in place. Unlike `.to(dtype)` it leaves buffers alone: rounding the rotary
+        frequencies would move every position, and a saved and loaded model would differ from the one in memory."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
+    def see(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        """Tower outputs [N, n, W], several towers joined on channels; what a feature cache stores.
+
+        Raises ValueError when a tower's pixels are missing.
+        """
+        if missing := [name for name in self.towers if name not in pixels]:
+            raise ValueError(f"no pixels for {missing}: this model's towers are {list(self.towers)}, got {list(pixels)}")
+        return torch.cat([tower(pixels[name]) for name, tower in self.towers.items()], dim=-1)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings [B, T, D]: the table's rows, with the images' tokens written over `image_mask`.
+
+        Ids at image positions may be anything valid, because their rows are replaced. Raises ValueError naming both
+        counts when there are not as many image positions as image tokens.
+        """
+        embeddings = self.language.get_input_embeddings()(batch.input_ids)
+        features = batch.features if batch.features is not None else self.see(batch.pixels) if batch.pixels else None
+        images = 0 if features is None else len(features)
+        visual = None if features is None or not images else self.connector(features.to(self.dtype))
+        tokens = 0 if visual is None else visual.shape[0] * visual.shape[1]
+        if (marked := int(batch.image_mask.sum())) != tokens:
+            raise ValueError(
+                f"images and marks disagree: image_mask marks {marked} positions, but {images} image(s) give {tokens} "
+                f"tokens ({self.spec.tokens} each); samples {', '.join(batch.ids) or '(without ids)'}"
+            )
+        if visual is None:
+            return embeddings
+        return embeddings.masked_scatter(batch.image_mask.unsqueeze(-1), visual.to(embeddings.dtype))
+
+    def forward(self, batch: Batch, *, logits: Logits = "supervised") -> VLMOutput:
+        """Summed loss and logits of a batch.
+
+        The output layer runs only on the rows asked for: "supervised" (training), "last" (the next token of every
+        row) or "all". Labels are shifted here, never across a segment; padding is masked on either side.
+        """
+        embeddings = self.embed(batch)  # [B, T, D]
+        targets = next_labels(batch)  # [B, T]; IGNORE where the next token is not supervised
+        rows = {"supervised": targets != IGNORE, "last": last_real(batch.attention_mask), "all": None}[logits]
+        with only_rows(self.language.get_output_embeddings(), rows):
+            scores = self.language(inputs_embeds=embeddings, use_cache=False, **attention_inputs(batch)).logits
+        if rows is not None:
+            scores = scores.squeeze(0)  # [K, V]
+        if logits == "last":
+            return VLMOutput(scores.new_zeros((), dtype=torch.float32), 0, scores)
+        chosen = targets[targets != IGNORE]  # [K]
+        predicted = scores if rows is not None else scores[targets != IGNORE]
+        loss = F.cross_entropy(predicted.float(), chosen, reduction="sum")
+        return VLMOutput(loss, len(chosen), scores)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, **options: Any) -> Tensor:
+        """New token ids [B, <= max_new_tokens] by transformers' own generate; for compatibility and as a yardstick.
+
+        Rows must be padded on the left. `options` go to transformers unchanged.
+        """
+        return self.language.generate(
+            inputs_embeds=self.embed(batch), attention_mask=batch.attention_mask.long(), **options
+        )
+
+
+def next_labels(batch: Batch) -> Tensor:
+    """What position t must predict: the label of t + 1 when that is in the same segment, else IGNORE. [B, T]."""
+    targets = torch.full_like(batch.labels, IGNORE)
+    same = batch.segments[:, 1:] == batch.segments[:, :-1]
+    targets[:, :-1] = batch.labels[:, 1:].masked_fill(~same, IGNORE)
+    return targets
+
+
+def last_real(attention_mask: Tensor) -> Tensor:
+    """One True per row, at its last position that is not padding. bool [B, T]."""
+    place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = place.masked_fill(~attention_mask.bool(), -1).amax(dim=1, keepdim=True)
+    return place == last.clamp(min=0)
+
+
+def attention_inputs(batch: Batch) -> dict[str, Tensor | None]:
+    """How the language model is told who may attend to whom.
+
+    One sample a row: the usual mask and positions. Several samples packed in a row: transformers derives the block
+    mask from positions that restart, but only if it gets no attention mask and no cache; otherwise samples leak into
+    each other without a warning. Padding then gets position 0 and is a segment of its own.
+    """
+    positions = batch.position_ids.masked_fill(~batch.attention_mask.bool(), 0)
+    packed = bool((batch.segments > 0).any())
+    return {"position_ids": positions, "attention_mask": None if packed else batch.attention_mask}
+
+
+@contextmanager
+def only_rows(head: nn.Module, rows: Tensor | None) -> Iterator[None]:
+    """Let the output layer see only the hidden rows where `rows` [B, T] is True: it then gets [1, K, D].
+
+    A hook, not a call of our own: what a family does after its output layer (Gemma's soft cap, Granite's scale)
+    is then done by the family's code.
+    """
+    if rows is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][rows].unsqueeze(0), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
