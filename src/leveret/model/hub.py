@@ -43,8 +43,10 @@ def from_pretrained(class_name: str, source: str, where: str, **options: Any) ->
     from transformers.utils import logging
 
     loader = getattr(transformers, class_name)
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what it would report (parts we leave out on purpose) is checked below
+    if Path(source).is_dir():
+        logging.disable_progress_bar()  # reading a local file is quick; a download keeps its bar
     try:
         model, report = loader.from_pretrained(
             source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
@@ -53,6 +55,8 @@ def from_pretrained(class_name: str, source: str, where: str, **options: Any) ->
         raise missing(source, where, fault) from fault
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
     if lacking := sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ()))):
         raise DataError(
             f"{where}: the checkpoint {source} lacks {len(lacking)} weights of the model it configures: "

@@ -154,18 +154,40 @@ class Tower(nn.Module):
         """The transformer blocks that run, first to last."""
         return list(self.model.get_submodule(self._family.blocks))[: self.facts.depth]
 
+    @property
+    def published_depth(self) -> int:
+        """Blocks that the published tower has, run or not."""
+        return int(self.facts.config["layers" if self.facts.family == "tiny" else "num_hidden_layers"])
+
     def unused(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the checkpoint carries though the output does not depend on them."""
         if self.facts.family == "tiny":
             return
         first_idle = len(self.blocks)
         for name, parameter in self.model.named_parameters():
-            rest = name.removeprefix(self._family.blocks + ".")
-            idle_block = rest != name and int(rest.split(".")[0]) >= first_idle
-            if idle_block or name.split(".")[0] in {self._family.norm, self._family.head, "mask_token"} or (
-                name.endswith("mask_token")  # DINOv2's, used in its pretraining only
-            ):
+            block = self._block_of(name)
+            after = name.split(".")[0] in {self._family.norm, self._family.head}
+            # DINOv2's mask token serves its pretraining only
+            if after or (block is not None and block >= first_idle) or name.endswith("mask_token"):
                 yield f"model.{name}", parameter
+
+    def before(self, layer: int) -> Iterator[str]:
+        """Names of the parameters that come before block `layer` (from 0): earlier blocks, and the embeddings unless
+        `layer` is 0. RecipeError when that block does not run."""
+        if not 0 <= layer < len(self.blocks):
+            raise RecipeError(
+                f"learn.vision.from_layer: {layer} given, but layers 0 to {len(self.blocks) - 1} of "
+                f"{self.facts.source} run; nothing would learn"
+            )
+        for name, _ in self.model.named_parameters():
+            block = self._block_of(name)
+            after = self.facts.family == "tiny" and name.startswith(self._family.norm)
+            if layer and not after and (block is None or block < layer):
+                yield f"model.{name}"
+
+    def _block_of(self, name: str) -> int | None:
+        rest = name.removeprefix(self._family.blocks + ".")
+        return None if rest == name else int(rest.split(".")[0])
 
     def train(self, mode: bool = True) -> Tower:
         """Batch norms keep their stored statistics even in training: a tower's output for an image must not depend on
