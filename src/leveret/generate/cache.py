@@ -1,0 +1,132 @@
+"""Where keys and values live while answers are made: one block of rows, where a column is a position.
+
+    kv [layers, 2, rows, heads, columns, head width]        row r, column p: the token at position p of the answer in r
+
+No row is padded on the left: a row starts at column 0, so a query at position p may look at columns 0..p and nowhere
+else. What lies to the right of a row's last token is stale or zero, hence finite, and gets weight zero; the next
+token overwrites it. Rows of any length stand side by side, join and leave, and nothing is ever shifted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+class SlotCache(Cache):
+    """Keys and values of every row, handed to transformers' models as their `past_key_values`.
+
+    layers  how many layers the language model has.
+    dtype   what keys and values are stored as; None takes what the model computes. Under bfloat16 autocast the
+            products read them as bfloat16 anyway, so storing them so changes nothing but the time.
+
+    `aim` says, before every forward pass, which rows it is for and which columns it writes.
+    """
+
+    def __init__(self, layers: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__(layers=[])
+        self.depth = layers
+        self.dtype = dtype
+        self.kv: Tensor | None = None
+        self.rows = self.columns = 0
+        self._first = self._last = self._reach = 0
+        self._at: int | Tensor = 0
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for at least `rows` x `columns`, keeping what is there; grows by doubling, never shrinks."""
+        if rows > self.rows:
+            self.rows = max(rows, 2 * self.rows)
+        if columns > self.columns:
+            self.columns = -(-columns // 32) * 32
+        if self.kv is not None and (self.kv.shape[2] < self.rows or self.kv.shape[4] < self.columns):
+            self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv)
+
+    def aim(self, first: int, starts: list[int], length: int, at: Tensor) -> None:
+        """The next pass is for rows `first`.. and writes `length` columns of each, from its start on.
+
+        at  int64 [rows of the pass, length]: the same columns as a tensor, on the model's device.
+        """
+        self._reach = max(starts) + length
+        self._first, self._last = first, first + len(starts)
+        self.reserve(self._last, self._reach)
+        # Equal starts (a batch of prefixes) are written as a slice, which is much cheaper than by index.
+        self._at = starts[0] if len(set(starts)) == 1 else at
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values [B, H, q, d]; give all that the rows hold, [B, H, reach, d]."""
+        if self.kv is None:
+            self.dtype = self.dtype or key_states.dtype
+            self._allocate(key_states.shape[1], key_states.shape[3], key_states)
+        assert self.kv is not None
+        held = []
+        for which, states in enumerate((key_states, value_states)):
+            rows = self.kv[layer_idx, which, self._first : self._last]  # a view, [B, H, columns, d]
+            if isinstance(self._at, int):
+                rows[:, :, self._at : self._at + states.shape[2]] = states
+            else:
+                # Two index tensors around a slice: torch puts the indexed axes first, [B, q, H, d].
+                across = torch.arange(len(rows), device=rows.device)[:, None]
+                rows[across, :, self._at] = states.transpose(1, 2).to(rows.dtype)
+            held.append(rows[:, :, : self._reach])
+        return held[0], held[1]
+
+    def copy_out(self, row: int, length: int) -> Tensor:
+        """The first `length` columns of a row, in memory of their own: [layers, 2, H, length, d]."""
+        assert self.kv is not None
+        return self.kv[:, :, row, :, :length].clone()
+
+    def copy_in(self, row: int, block: Tensor) -> None:
+        """Start a row with what `copy_out` gave."""
+        assert self.kv is not None
+        self.kv[:, :, row, :, : block.shape[3]] = block
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` columns of whole rows over other rows."""
+        assert self.kv is not None
+        self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that the pass finds filled; models ask only when they get no positions, and they always do."""
+        return self._reach
+
+    def _allocate(self, heads: int, width: int, like: Tensor) -> None:
+        old = self.kv
+        # Zeros, not empty memory: a NaN in a column with weight zero would still spoil the sum.
+        self.kv = torch.zeros(
+            self.depth, 2, self.rows, heads, self.columns, width, dtype=self.dtype, device=like.device
+        )
+        if old is not None:
+            self.kv[:, :, : old.shape[2], :, : old.shape[4]] = old
+
+
+class Shelf:
+    """Tensors by key, the least recently used thrown away when they fill more than `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """The tensor, now the most recently used; None if it is not (or no longer) here."""
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self._held.get(key)
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep a tensor. It must own its memory, or throwing it away would free nothing."""
+        if key in self._held:
+            self.bytes -= self._held.pop(key).nbytes
+        self._held[key] = tensor
+        self.bytes += tensor.nbytes
+        while self.bytes > self.limit:
+            self.bytes -= self._held.popitem(last=False)[1].nbytes

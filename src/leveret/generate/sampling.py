@@ -1,0 +1,57 @@
+"""How the next token is chosen from its logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leveret.runs import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """temperature  0 takes the likeliest token; 1 follows the model; more is bolder.
+    top_p        only the likeliest tokens whose probabilities together first reach this share are drawn from.
+    seed         the same seed gives the same draws, whatever else is in the batch; None draws a fresh one.
+
+    Raises DataError for values outside temperature >= 0 and 0 < top_p <= 1.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise DataError(f"temperature: got {self.temperature}; allowed is 0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            raise DataError(f"top_p: got {self.top_p}; allowed is more than 0 and at most 1")
+
+    def picker(self) -> Picker | None:
+        """What draws the tokens of one answer; None where the likeliest is taken."""
+        return Picker(self) if self.temperature > 0 else None
+
+
+class Picker:
+    """Draws the tokens of one answer, with a random stream of its own."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        # On the CPU wherever the model is: the same seed must mean the same answer.
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """One token id from logits [V]."""
+        probabilities = torch.softmax(logits.detach().cpu().double() / self.sampling.temperature, dim=-1)
+        ordered, ids = probabilities.sort(descending=True, stable=True)
+        if self.sampling.top_p < 1:
+            before = ordered.cumsum(0) - ordered  # the likeliest has nothing before it, so it always stays
+            ordered = ordered.masked_fill(before >= self.sampling.top_p, 0)
+        return int(ids[torch.multinomial(ordered, 1, generator=self.generator)])

@@ -1,0 +1,267 @@
+"""Slots that answers join and leave, one token a step for all of them.
+
+    join    prompts -> rows of the cache. The part up to the last image is computed once per image (batched over images) and
+            copied to every question about it; the rest of the prompts is one batch. Gives each its first token.
+    step    one pass over the rows in use gives each answer its next token.
+    leave   an answer that ends frees its row; a row from the end takes its place, so that rows in use are always 0..n-1
+            and no pass computes or copies anything for a row that is free.
+
+Nothing here knows of files, chat formats or records: serving and examining both stand on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leveret.generate.cache import Shelf, SlotCache
+from leveret.generate.sampling import Picker
+from leveret.generate.text import Stops, decode
+from leveret.model.vlm import VLM, only_rows
+from leveret.records import IGNORE, Batch
+from leveret.runs import EnvironmentFault
+
+PASS_TOKENS = 8192
+"""Padded positions of one prompt pass, at most (one row may have more): bounds memory, and keeps caches warm."""
+
+TAIL = 16
+"""Tokens looked back at for a stop string."""
+
+Finish = Literal["stop", "length", "choice", "left"]
+
+
+@dataclass(slots=True, eq=False)
+class Reply:
+    """One answer in the making.
+
+    ids, marks  the prompt's token ids, and True where an image token stands.
+    images      a key per image of the prompt, in reading order.
+    limit       tokens it may have.
+    picker      draws its tokens; None takes the likeliest.
+    choices     first token of every allowed answer: then nothing is generated, only `chances` is computed.
+    tokens      what has been generated, without the stop token.
+    chances     probability of each of `choices`, renormalised.
+    finish      why it ended; None while it is being made.
+    """
+
+    ids: list[int]
+    marks: list[bool]
+    images: tuple[str, ...]
+    limit: int
+    picker: Picker | None = None
+    choices: tuple[int, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    @property
+    def prefix(self) -> int:
+        """Length of the part that other prompts with the same images may share: up to the last image token."""
+        return len(self.ids) - self.marks[::-1].index(True) if self.images else 0
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """What the keys and values of the prefix depend on."""
+        return self.images, tuple(self.ids[: self.prefix])
+
+    @property
+    def position(self) -> int:
+        """Where the newest token stands."""
+        return len(self.ids) + len(self.tokens) - 1
+
+
+class Slots:
+    """Rows of one cache and the answers in them.
+
+    size      rows at most.
+    features  keys of images -> what `VLM.see` gives for them, [N, tokens, width].
+    stops     what ends an answer.
+    bf16      compute in bfloat16 autocast.
+    shelf     bytes of image prefixes (keys and values) to keep for later questions.
+    """
+
+    def __init__(
+        self, vlm: VLM, size: int, features: Callable[[Sequence[str]], Tensor], stops: Stops, *, bf16: bool, shelf: int
+    ) -> None:
+        self.vlm, self.size, self.features, self.stops, self.bf16 = vlm, size, features, stops, bf16
+        self.active: list[Reply] = []
+        self.prefixes = Shelf(shelf)
+        self.masks = Masks(vlm.language.config.get_text_config())
+        self.cache = SlotCache(self.masks.layers, torch.bfloat16 if bf16 else None)
+
+    @property
+    def free(self) -> int:
+        return self.size - len(self.active)
+
+    def join(self, replies: Sequence[Reply]) -> list[Reply]:
+        """Take in answers, at most `free`, and give each its first token. Returns those that end with it."""
+        assert len(replies) <= self.free, "more answers than free slots"
+        known = self._prefixes(replies)
+        self.cache.reserve(len(self.active) + len(replies), max(len(reply.ids) + reply.limit for reply in replies))
+        ended = []
+        for chunk in chunked(replies, lambda reply: len(reply.ids) - reply.prefix):
+            first = len(self.active)
+            for row, reply in enumerate(chunk, first):
+                if reply.images:
+                    self.cache.copy_in(row, known[reply.key])
+            starts = [reply.prefix for reply in chunk]
+            batch = self._batch([(reply.ids[reply.prefix :], None) for reply in chunk])
+            logits = self._forward(first, starts, batch)
+            self.active += chunk
+            ended += self._take(chunk, logits)
+        return ended
+
+    def step(self) -> list[Reply]:
+        """One more token for every answer. Returns those that ended, which have left their rows."""
+        if not self.active:
+            return []
+        batch = self._batch([([reply.tokens[-1]], None) for reply in self.active])
+        return self._take(self.active, self._forward(0, [reply.position for reply in self.active], batch))
+
+    def leave(self, reply: Reply) -> None:
+        """Stop an answer that has not ended; nothing happens if it has."""
+        if reply in self.active:
+            reply.finish = "left"
+            self._compact()
+
+    def _prefixes(self, replies: Sequence[Reply]) -> dict[Any, Tensor]:
+        """Keys and values of every distinct image prefix among `replies`, computed (in rows still free) where new."""
+        wanted = {reply.key: reply for reply in replies if reply.images}
+        known = {key: block for key in wanted if (block := self.prefixes.get(key)) is not None}
+        missing = [reply for key, reply in wanted.items() if key not in known]
+        first = len(self.active)
+        for chunk in chunked(missing, lambda reply: reply.prefix):
+            features = self.features([image for reply in chunk for image in reply.images])
+            batch = self._batch([(r.ids[: r.prefix], r.marks[: r.prefix]) for r in chunk], features)
+            self._forward(first, [0] * len(chunk), batch, logits=False)
+            for row, reply in enumerate(chunk, first):
+                known[reply.key] = block = self.cache.copy_out(row, reply.prefix)
+                self.prefixes.put(reply.key, block)
+        return known
+
+    def _batch(self, rows: Sequence[tuple[list[int], list[bool] | None]], features: Tensor | None = None) -> Batch:
+        """Rows of (ids, image mask), padded on the right; positions count from 0 here."""
+        length = max(len(ids) for ids, _ in rows)
+        pad = [self.vlm.tokenizer.pad_token_id or 0] * length
+        device = self.vlm.device
+        ids = torch.tensor([row + pad[len(row) :] for row, _ in rows], device=device)
+        lengths = torch.tensor([len(row) for row, _ in rows], device=device)
+        place = torch.arange(length, device=device).expand(len(rows), length)
+        attention = place < lengths[:, None]
+        marks = torch.zeros_like(attention)
+        if features is not None:
+            marks = torch.tensor([[*(mark or []), *[False] * (length - len(mark or []))] for _, mark in rows], device=device)
+        empty = torch.empty(0, dtype=torch.long, device=device)
+        return Batch(
+            input_ids=ids, labels=torch.full_like(ids, IGNORE), attention_mask=attention, position_ids=place,
+            segments=attention.long() - 1, image_mask=marks, pixels={}, tile_image=empty, features=features,
+        )  # fmt: skip
+
+    def _forward(self, first: int, starts: list[int], batch: Batch, *, logits: bool = True) -> Tensor:
+        """Run rows `first`.. of the cache on; row i's tokens stand at starts[i].. Gives [rows, V] at each row's end."""
+        length = batch.input_ids.shape[1]
+        at = batch.position_ids + torch.tensor(starts, device=batch.position_ids.device)[:, None]
+        self.cache.aim(first, starts, length, at)
+        last = batch.attention_mask & (batch.position_ids == batch.attention_mask.sum(1, keepdim=True) - 1)
+        # Padding repeats the last real position: a model with a table of positions has no row beyond its end.
+        positions = torch.minimum(at, (at * last).amax(1, keepdim=True))
+        device = self.vlm.device.type
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            embeddings = self.vlm.embed(batch)
+            mask = self.masks.of(at, max(starts) + length, embeddings.dtype)
+            with only_rows(self.vlm.language.get_output_embeddings(), last if logits else torch.zeros_like(last)):
+                out = self.vlm.language(
+                    inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
+                    past_key_values=self.cache, use_cache=True,
+                )  # fmt: skip
+            return out.logits[0].float()
+
+    def _take(self, replies: Sequence[Reply], logits: Tensor) -> list[Reply]:
+        """Give every answer its next token (or its chances) and let the ended ones leave."""
+        for reply, token, row in zip(replies, logits.argmax(-1).tolist(), logits, strict=True):
+            if reply.choices:
+                reply.chances = torch.softmax(row[list(reply.choices)].double(), dim=0).tolist()
+                reply.finish = "choice"
+                continue
+            token = reply.picker(row) if reply.picker else token
+            if token in self.stops.ids:
+                reply.finish = "stop"
+                continue
+            reply.tokens.append(token)
+            if self.stops.strings and self.stops.cut(decode(self.vlm.tokenizer, reply.tokens[-TAIL:])) is not None:
+                reply.finish = "stop"
+            elif len(reply.tokens) >= reply.limit:
+                reply.finish = "length"
+        return self._compact()
+
+    def _compact(self) -> list[Reply]:
+        """Drop the answers that ended; the last rows in use move into the holes."""
+        ended = [reply for reply in self.active if reply.finish]
+        if not ended:
+            return []
+        staying = len(self.active) - len(ended)
+        holes = [row for row in range(staying) if self.active[row].finish]
+        movers = [row for row in range(staying, len(self.active)) if not self.active[row].finish]
+        if holes:
+            self.cache.move(movers, holes, max(self.active[row].position for row in movers))
+        for hole, mover in zip(holes, movers, strict=True):
+            self.active[hole] = self.active[mover]
+        del self.active[staying:]
+        return ended
+
+
+class Masks:
+    """Who may look at whom, in the form the language model's attention code takes.
+
+    Raises EnvironmentFault for models whose layers keep something other than keys and values, and for attention code
+    that takes no mask of its own.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.layers = int(config.num_hidden_layers)
+        self.attention = str(getattr(config, "_attn_implementation", "eager"))
+        if self.attention not in ("eager", "sdpa"):
+            raise EnvironmentFault(
+                f"attention {self.attention!r} cannot be used to answer: it takes no mask; allowed are eager and sdpa; "
+                "set language.attention in the model's recipe"
+            )
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if odd := kinds - {"full_attention", "sliding_attention"}:
+            raise EnvironmentFault(f"the language model has layers of kind {sorted(odd)}; only attention with keys and "
+                                   "values can be answered with")  # fmt: skip
+        window = getattr(config, "sliding_window", None)
+        # Mixed kinds get one mask each; else one mask serves all, windowed where the model says so by either habit.
+        self.mixed = len(kinds) > 1
+        self.window = int(window) if window and ("sliding_attention" in kinds or not hasattr(config, "layer_types")) else 0
+
+    def of(self, at: Tensor, reach: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """For queries at columns `at` [B, q] over columns 0..reach-1: [B, 1, q, reach], or one such per kind of layer."""
+        behind = at[:, None, :, None] - torch.arange(reach, device=at.device)
+        full = behind >= 0
+        sliding = full & (behind < self.window) if self.window else full
+        if self.mixed:
+            return {"full_attention": self._form(full, dtype), "sliding_attention": self._form(sliding, dtype)}
+        return self._form(sliding, dtype)
+
+    def _form(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.attention == "sdpa":
+            return allowed
+        forbidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+        return torch.where(allowed, torch.zeros_like(forbidden), forbidden)
+
+
+def chunked(replies: Sequence[Reply], length: Callable[[Reply], int]) -> list[list[Reply]]:
+    """Cut a list where a padded pass would have more than PASS_TOKENS positions."""
+    chunks: list[list[Reply]] = []
+    longest = 0
+    for reply in replies:
+        longest = max(longest, length(reply))
+        if not chunks or longest * (len(chunks[-1]) + 1) > PASS_TOKENS:
+            chunks.append([])
+            longest = length(reply)
+        chunks[-1].append(reply)
+    return chunks
