@@ -3,8 +3,8 @@
     turns -> template (Jinja) -> pieces -> chunks between images -> ids + character offsets -> labels
 
 A chat format is a Jinja template in the form transformers uses, so it can travel with a saved model as
-`chat_template.jinja`. What the model learns stands between `{% generation %}` and `{% endgeneration %}`. Three rules hold
-for every format:
+`chat_template.jinja`. What the model learns stands between `{% generation %}` and `{% endgeneration %}`. Three rules
+hold for every format:
 
 - **Labels come from character offsets**: a token is supervised when it holds at least one character of a generation
   block. Nothing is tokenised twice and compared, so no row is lost to a "tokenization mismatch". All bytes of one
@@ -12,8 +12,8 @@ for every format:
 - **Chunks**: text is cut at the image marks and every chunk is tokenised by itself, as LLaVA and Bunny do; the start
   token, where the tokenizer has the habit of one, stands once at the very beginning.
 - **What people typed is text.** Only the template makes structure. A special token's text inside a turn (`<|end|>`,
-  `</s>`, ...) is spelled out with ordinary tokens. `<image>` is a mark in user turns only, and only in a conversation that
-  has images; elsewhere it is spelled out too. `literal` protects a text in which it must not be a mark.
+  `</s>`, ...) is spelled out with ordinary tokens. `<image>` is a mark in user turns only, and only in a conversation
+  that has images; elsewhere it is spelled out too. `literal` protects a text in which it must not be a mark.
 
 Where the originals are wrong, ids are kept and labels corrected: Bunny drops a whole row when an answer holds
 "ASSISTANT: "; here the answer and its end are supervised. Two marks in a turn stay two (the originals fold them to one;
@@ -325,13 +325,11 @@ def _content(turn: Turn, has_images: bool) -> _Said:
 
 
 def _render(form: ChatFormat, messages: list[dict[str, Any]], generate: bool) -> Iterator[str]:
-    from jinja2 import TemplateError
-
     template = _compiled(form.template)
     try:
         context = template.new_context({"messages": messages, "add_generation_prompt": generate})
         yield from template.root_render_func(context)
-    except TemplateError as error:
+    except Exception as error:  # whatever a template does wrong (a type, a range too big) is the template's fault
         raise RecipeError(f"the template of chat format {form.name!r} fails: {error}") from error
 
 
@@ -402,7 +400,7 @@ class _Reader:
         self._checked: set[tuple[str, ...]] = set()
 
     def check(self, form: ChatFormat) -> None:
-        """RecipeError when an end of answer is not one token: the model could then neither learn nor be told to stop."""
+        """RecipeError when the end of an answer is not one token: the model could not learn to stop."""
         if form.stop in self._checked:
             return
         for stop in form.stop:
@@ -478,12 +476,13 @@ class _Reader:
 
     @property
     def literal(self) -> Tokenizer:
-        """The same tokenizer without special tokens."""
+        """The same tokenizer, for which no text but a run of blanks is an added token."""
         if self._literal is None:
             from tokenizers import Tokenizer
 
-            kept = [token for token in self._state["added_tokens"] if not token["content"].strip()]
-            self._literal = Tokenizer.from_str(json.dumps({**self._state, "added_tokens": kept}))
+            added = [{**token, "special": bool(token["content"].strip())} for token in self._state["added_tokens"]]
+            self._literal = Tokenizer.from_str(json.dumps({**self._state, "added_tokens": added}))
+            self._literal.encode_special_tokens = True  # meaning: as the characters they are written with
         return self._literal
 
 
