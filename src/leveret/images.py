@@ -381,12 +381,21 @@ class _Strict:
     """While any thread decodes, Pillow's warnings are errors and its tolerance of cut files is off.
 
     `warnings.catch_warnings` is no help here: two threads that overlap in it can leave each other's rules behind.
+
+    Two warnings are about what lies beside the pixels and are silenced: a broken EXIF block (its reader is Pillow's
+    TIFF plugin; TIFF files themselves are refused), and the second picture some phones hang behind a whole JPEG.
     """
+
+    RULES: tuple[dict[str, Any], ...] = (
+        {"action": "error", "module": r"PIL\."},
+        {"action": "ignore", "module": r"PIL\.TiffImagePlugin"},
+        {"action": "ignore", "module": r"PIL\.JpegImagePlugin", "message": r".*malformed MPO"},
+    )
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._rule: Any = None
+        self._rules: list[Any] = []
         self._tolerant = False
 
     def __enter__(self) -> None:
@@ -395,8 +404,10 @@ class _Strict:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                warnings.filterwarnings("error", module=r"PIL\.")
-                self._rule = warnings.filters[0]
+                self._rules = []
+                for rule in self.RULES:
+                    warnings.filterwarnings(**rule)
+                    self._rules.append(warnings.filters[0])
                 self._tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
 
     def __exit__(self, *_: object) -> None:
@@ -406,8 +417,9 @@ class _Strict:
             self._inside -= 1
             if self._inside == 0:
                 ImageFile.LOAD_TRUNCATED_IMAGES = self._tolerant
-                if self._rule in warnings.filters:
-                    warnings.filters.remove(self._rule)  # type: ignore[attr-defined]
+                for rule in self._rules:
+                    if rule in warnings.filters:
+                        warnings.filters.remove(rule)  # type: ignore[attr-defined]
 
 
 _strict = _Strict()
