@@ -1,1 +1,360 @@
-def evaluate(): ...
+"""Examine a model: ask every question once, ask it again with another picture, score both, write what came out.
+
+    out/answers/<task>.jsonl         answers as they come, readable by LLaVA's scripts; a rerun asks only what is missing
+    out/answers/blind/<task>.jsonl   the same questions with another scene's picture
+    out/items/<task>.jsonl           one line per question: gold, text, how it was read, what it earned
+    out/results.json, results.md, report.html
+
+The order is answer, then judge: nothing is lost when the scoring or the page fails, and `score` judges the same files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from leveret.evaluate.forms import Item
+from leveret.evaluate.scorers import SCORERS, Verdict
+from leveret.evaluate.stats import best_constants, deranged, headline
+from leveret.evaluate.tasks import SUITES, TaskRow, figures, judge_all, load_items, subset, task_row, write_items
+from leveret.records import Prediction, Turn
+from leveret.runs import (
+    DataError,
+    Interrupted,
+    Progress,
+    RecipeError,
+    RunFolder,
+    append_jsonl,
+    atomic_write,
+    closest,
+    graceful_stop,
+    read_jsonl,
+    repair_jsonl,
+    sha256_of,
+    stop_requested,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from leveret.generate.engine import Request
+
+OnPrediction = Callable[[Prediction], None]
+
+
+class Answers(Protocol):
+    """What answers requests: `generate.Engine`, or anything that calls back once per finished request."""
+
+    def answer(self, requests: Sequence[Request], on_prediction: OnPrediction | None = None) -> Sequence[Prediction]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """One task with everything that was found out about it; what the report is drawn from.
+
+    texts     question_id -> answer. blind: the same with another picture, or None where it was not asked.
+    constants template -> the best constant answer, empty where there is no train twin.
+    """
+
+    row: TaskRow
+    items: list[Item]
+    texts: dict[str, str]
+    verdicts: list[Verdict]
+    blind: list[Verdict] | None
+    constants: dict[str, str]
+    facts: dict[str, Any]
+
+
+def evaluate(
+    model: Any,
+    root: str | Path,
+    suite: str = "world",
+    *,
+    out: str | Path,
+    blind: bool = True,
+    engine: Answers | None = None,
+    n: int | None = None,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
+
+    model   a model's folder or run folder, or a loaded model.
+    root    the folder with the suite's official files and pictures.
+    blind   also ask every question with another scene's picture: what is left of the score needs no eyes.
+    engine  what answers; None builds `generate.Engine` on the model.
+    n       at most so many questions a task (always the same ones; more later continues).
+    split   the part that is asked about; the best constant answer is chosen on `train`.
+
+    Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
+    `majority` and `blind` are None where there is no train twin, or nothing to swap.
+
+    Raises:
+        RecipeError: unknown suite, or `out` holds answers of another model or to other questions.
+        DataError: files or pictures are missing or malformed.
+        Interrupted: stopped by Ctrl-C or SIGTERM; the same command continues.
+    """
+    rows = [task_row(task) for task in _suite(suite)]
+    loaded = {row.id: load_items(row, root, split) for row in rows}
+    _check_pictures(loaded)
+    fingerprint = _fingerprint(model)
+    folder = RunFolder.open(
+        out,
+        "evaluate",
+        {
+            "suite": suite,
+            "split": split,
+            "model": fingerprint,
+            "questions": {row.id: _questions_hash(row, loaded[row.id]) for row in rows},
+        },
+    )
+    asked = {row.id: subset(loaded[row.id], n) for row in rows}
+    desks = [
+        _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped)
+        for swapped in ((False, True) if blind else (False,))
+        for row in rows
+    ]
+    for swapped in (False, True):
+        _ask([desk for desk in desks if desk.blind is swapped], model, engine, folder)
+
+    start = time.perf_counter()
+    texts = {(desk.row.id, desk.blind): desk.texts() for desk in desks}
+    examined = [
+        _examine(row, root, asked[row.id], texts[row.id, False], texts.get((row.id, True))) for row in rows
+    ]
+    results = {"tasks": {task.row.id: task.facts for task in examined}, "seconds": _seconds(folder)}
+    for task in examined:
+        write_items(folder.path / "items" / f"{task.row.id}.jsonl", task.row, task.items, task.texts, task.verdicts)
+    from leveret.evaluate.report import markdown, report
+
+    results["seconds"]["score"] = round(time.perf_counter() - start, 3)
+    write_json(folder.path / "results.json", results)
+    atomic_write(folder.path / "results.md", markdown(results))
+    atomic_write(folder.path / "report.html", report(examined, results, split=split))
+    return results
+
+
+def _suite(name: str) -> tuple[str, ...]:
+    if name in SUITES:
+        return SUITES[name]
+    try:
+        return (task_row(name).id,)
+    except RecipeError as fault:
+        near = closest(name, SUITES)
+        hint = f"Did you mean the suite {' or '.join(near)}? " if near else ""
+        raise RecipeError(f"There is no suite {name!r}. {hint}Suites: {', '.join(SUITES)}. {fault}") from None
+
+
+def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
+    """Before a model is loaded: every picture is there."""
+    paths = {item.image.path for items in loaded.values() for item in items if item.image is not None}
+    missing = sorted(path for path in paths if not Path(path).is_file())
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} pictures are missing, first {missing[0]}. "
+            "Put the benchmark's pictures where its row of evaluate/tasks.py says, or name another root."
+        )
+
+
+def _questions_hash(row: TaskRow, items: Sequence[Item]) -> str:
+    asked = [[i.question_id, i.prompt, i.image and i.meta["image_id"], i.gold, i.template] for i in items]
+    return sha256_of([row.id, row.max_new_tokens, asked])[:16]
+
+
+def _fingerprint(model: Any) -> str:
+    """What tells two models apart: the bytes of a model folder, or of a loaded model's weights."""
+    if isinstance(model, (str, Path)):
+        from leveret.model.checkpoint import find
+
+        return sha256_of(find(model))[:16]
+    known = getattr(model, "fingerprint", None)
+    if isinstance(known, str):
+        return known
+    import hashlib
+
+    import torch
+
+    vlm = getattr(model, "vlm", model)
+    digest = hashlib.sha256(repr((vlm.chat, vlm.spec)).encode())
+    for name, tensor in sorted(vlm.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _engine(model: Any) -> Answers:
+    from leveret.generate import Engine
+
+    if isinstance(model, (str, Path)):
+        from leveret.model.checkpoint import find, load
+
+        model = load(find(model))
+    return Engine(getattr(model, "vlm", model))
+
+
+class _Desk:
+    """One task's questions, in one of the two ways of asking, and the file where their answers gather."""
+
+    def __init__(
+        self, row: TaskRow, all_items: list[Item], items: list[Item], model: str, folder: Path, blind: bool = False
+    ) -> None:
+        self.row, self.blind = row, blind
+        self.path = folder / "answers" / ("blind" if blind else "") / f"{row.id}.jsonl"
+        self.swappable = True
+        if blind:
+            # Over all questions, so that a run with more of them later gives each the same wrong picture.
+            swapped = deranged(all_items)
+            self.swappable = swapped is not None
+            pictures = {i.question_id: p for i, p in zip(all_items, swapped or [], strict=bool(swapped))}
+            items = [replace(i, image=pictures[i.question_id]) for i in items if i.image is not None] if swapped else []
+        self.items = {item.question_id: item for item in items}
+        self.model = model
+        self.known = {item.question_id for item in all_items}
+        self.done: set[str] = set()
+
+    def open(self) -> list[Item]:
+        """Mend the file where a killed run tore it, read what is there; returns the questions still to be asked."""
+        repair_jsonl(self.path)
+        for answer in read_jsonl(self.path) if self.path.exists() else []:
+            name = str(answer.get("question_id"))
+            if name not in self.known or answer.get("model_id") != self.model:
+                raise DataError(
+                    f"{self.path}: the answer to {name!r} is of another model or of no question of {self.row.id!r}. "
+                    "Delete the file to ask again, or name another folder."
+                )
+            self.done.add(name)
+        return [item for item in self.items.values() if item.question_id not in self.done]
+
+    def write(self, prediction: Prediction, name: str) -> None:
+        item = self.items[name]
+        key = sha256_of([self.row.id, name, item.prompt, str(item.image), self.row.max_new_tokens, self.model])[:22]
+        record = {
+            "question_id": name,
+            "prompt": item.prompt,
+            "text": prediction.text,
+            "answer_id": key,
+            "model_id": self.model,
+            "metadata": {**prediction.meta, "image": item.image and Path(item.image.path).name},
+            "task": self.row.id,
+        }
+        append_jsonl(self.path, record)
+        self.done.add(name)
+
+    def texts(self) -> dict[str, str] | None:
+        """question_id -> text of the questions asked; None where there was no other picture to show."""
+        if not self.swappable:
+            return None
+        answers = {str(a["question_id"]): str(a["text"]) for a in read_jsonl(self.path)} if self.path.exists() else {}
+        return {name: answers[name] for name in self.items}
+
+
+def _ask(desks: Sequence[_Desk], model: Any, engine: Answers | None, folder: RunFolder) -> None:
+    """Put all questions of all desks to the engine in one call, so that tasks on one picture share its prefix."""
+    waiting = [(desk, item) for desk in desks for item in desk.open()]
+    if not waiting:
+        return
+    from leveret.generate import Request
+
+    places: dict[str, tuple[_Desk, str]] = {}
+    requests = []
+    for desk, item in waiting:
+        name = f"{desk.row.id}/{item.question_id}"
+        places[name] = desk, item.question_id
+        mark = "<image>\n" if item.image is not None else ""
+        requests.append(
+            Request(
+                question_id=name,
+                images=(item.image,) if item.image is not None else (),
+                turns=(Turn("user", mark + item.prompt),),
+                max_new_tokens=desk.row.max_new_tokens,
+            )
+        )
+    what = "asking with other pictures" if desks[0].blind else "asking"
+    start = time.perf_counter()
+    before = sum(len(desk.done) for desk in desks)
+    try:
+        with graceful_stop(), Progress(len(requests), what, "questions") as progress:
+
+            def take(prediction: Prediction) -> None:
+                desk, name = places[prediction.question_id]
+                desk.write(prediction, name)
+                progress.advance()
+                if stop_requested():
+                    raise Interrupted(f"Stopped; the answers so far are in {folder.path}. The same command continues.")
+
+            (engine or _engine(model)).answer(requests, on_prediction=take)
+    finally:
+        answered = sum(len(desk.done) for desk in desks) - before
+        folder.log(blind=desks[0].blind, answers=answered, seconds=round(time.perf_counter() - start, 3))
+    left = sum(len(desk.items.keys() - desk.done) for desk in desks)
+    if left:
+        raise RuntimeError(f"the engine came back without {left} of {len(requests)} answers")
+
+
+def _seconds(folder: RunFolder) -> dict[str, float]:
+    """Time spent answering, over all runs that filled this folder (a killed run's own time is not known)."""
+    metrics = folder.path / "metrics.jsonl"
+    lines = read_jsonl(metrics) if metrics.exists() else []
+    spent = {"answer": 0.0, "blind": 0.0}
+    for line in lines:
+        spent["blind" if line["blind"] else "answer"] += line["seconds"]
+    return {name: round(value, 3) for name, value in spent.items()}
+
+
+def _examine(
+    row: TaskRow, root: str | Path, items: list[Item], texts: dict[str, str] | None, blind: dict[str, str] | None
+) -> Examined:
+    assert texts is not None
+    verdicts = judge_all(row, items, texts)
+    facts = figures(row, items, verdicts)
+    head = {name: facts.pop(name) for name in ("score", "n", "ci95")}
+
+    constants: dict[str, str] = {}
+    why: str | None = None
+    try:
+        constants = best_constants(load_items(row, root, "train"), SCORERS[row.scorer])
+    except DataError as fault:
+        why = str(fault)
+    guesses = {i.question_id: constants.get(i.template, constants[""]) for i in items} if constants else {}
+    guessed = judge_all(row, items, guesses) if constants else None
+
+    blind_verdicts = None
+    if blind is not None:
+        # A question without a picture was not asked again: it has no eyes to lose.
+        blind_verdicts = judge_all(row, items, {**{n: t for n, t in texts.items() if n not in blind}, **blind})
+    facts = {
+        **head,
+        "majority": headline(row.headline, items, guessed) if guessed else None,
+        "blind": headline(row.headline, items, blind_verdicts) if blind_verdicts else None,
+        **facts,
+        "templates": _by_template(items, verdicts, guessed, blind_verdicts, constants),
+    }
+    if why is not None:
+        facts["majority_absent"] = why
+    return Examined(row, items, texts, verdicts, blind_verdicts, constants, facts)
+
+
+def _by_template(
+    items: Sequence[Item],
+    verdicts: Sequence[Verdict],
+    guessed: Sequence[Verdict] | None,
+    blind: Sequence[Verdict] | None,
+    constants: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:
+    """Per wording: how many, accuracy, and what the constant answer and the blind model get there."""
+    table = {}
+    for name in sorted({item.template for item in items}):
+        at = [k for k, item in enumerate(items) if item.template == name]
+
+        def over(some: Sequence[Verdict] | None, at: list[int] = at) -> float | None:
+            return None if some is None else sum(some[k].score for k in at) / len(at)
+
+        table[name or "all"] = {
+            "n": len(at),
+            "accuracy": over(verdicts),
+            "majority": over(guessed),
+            "majority_answer": constants.get(name, constants.get("")),
+            "blind": over(blind),
+        }
+    return table

@@ -1,0 +1,181 @@
+"""Examining a model: every question once, resumable to the kill, baselines that mean what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from evaluate_fakes import FakeEngine, FakeModel, sighted, tiny_world
+
+from leveret.evaluate import SUITES, evaluate, load_items, score
+from leveret.runs import DataError, RecipeError, read_jsonl
+
+WORLD = SUITES["world"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def test_every_task_is_scored_with_its_baselines(world: Path, tmp_path: Path) -> None:
+    results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=FakeEngine())
+    assert set(results) == {"tasks", "seconds"} and tuple(results["tasks"]) == WORLD
+    assert results == json.loads((tmp_path / "out/results.json").read_text())
+    for facts in results["tasks"].values():
+        assert list(facts)[:5] == ["score", "n", "ci95", "majority", "blind"]
+        low, high = facts["ci95"]
+        assert 0 <= low <= facts["score"] <= high <= 1
+        assert facts["parsed"] + facts["unparsable"] == facts["n"] and facts["missing"] == 0
+    tasks = results["tasks"]
+    assert tasks["existence"]["n"] == 72 and tasks["existence"]["score"] == 1.0
+    assert tasks["existence"]["majority"] == 0.5 and tasks["existence"]["blind"] < 1.0
+    assert set(tasks["existence"]["metrics"]) == {"random", "popular", "adversarial", "average_f1", "accuracy"}
+    assert tasks["colour"]["score"] == 1.0 and tasks["colour"]["blind"] < 0.6
+    assert tasks["shape"]["score"] == tasks["shape"]["majority"] == tasks["shape"]["blind"] == 1.0
+    assert tasks["choice"]["majority"] == 1.0  # the letter is always C in this little world
+    assert tasks["relation"]["unparsable"] > 0
+    for name in ("results.md", "report.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+
+
+def test_answer_files_can_be_scored_without_the_model(world: Path, tmp_path: Path) -> None:
+    results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=FakeEngine(), blind=False)
+    for task, facts in results["tasks"].items():
+        again = score(task, tmp_path / f"out/answers/{task}.jsonl", world)
+        assert (again["score"], again["n"], again["metrics"]) == (facts["score"], facts["n"], facts["metrics"])
+        assert facts["blind"] is None
+        lines = read_jsonl(tmp_path / f"out/items/{task}.jsonl")
+        assert len(lines) == facts["n"] and {"question_id", "gold", "text", "parsed", "score"} <= set(lines[0])
+    answer = read_jsonl(tmp_path / "out/answers/colour.jsonl")[0]
+    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= set(answer)
+
+
+def test_blind_shows_each_picture_another_one_and_always_the_same(world: Path, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    evaluate(FakeModel(), world, out=tmp_path / "out", engine=engine)
+    half = len(engine.asked) // 2
+    right = {request.question_id: request for request in engine.asked[:half]}
+    swapped: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for request in engine.asked[half:]:
+        before = right[request.question_id]
+        assert request.turns == before.turns and request.images[0].path != before.images[0].path
+        swapped[request.question_id.split("/")[0], before.images[0].path].add(request.images[0].path)
+    assert all(len(others) == 1 for others in swapped.values())
+    assert all(request.turns[0].text.startswith("<image>\n") for request in engine.asked)
+
+
+def test_a_stopped_run_goes_on_with_no_question_twice(world: Path, tmp_path: Path) -> None:
+    whole = evaluate(FakeModel(), world, out=tmp_path / "whole", engine=FakeEngine())
+    first = FakeEngine(stop_after=70)
+    with pytest.raises(RuntimeError, match="power"):
+        evaluate(FakeModel(), world, out=tmp_path / "out", engine=first)
+    torn = sorted((tmp_path / "out/answers").glob("*.jsonl"))[0]
+    torn.write_bytes(torn.read_bytes()[:-9])
+    lost = 1  # the line that was torn is asked again
+    second = FakeEngine()
+    results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=second)
+    assert results["tasks"] == whole["tasks"]
+    asked = [request.question_id for request in first.asked + second.asked]
+    assert len(asked) == 2 * sum(facts["n"] for facts in whole["tasks"].values()) + lost
+    third = FakeEngine()
+    assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=third)["tasks"] == whole["tasks"]
+    assert third.asked == []
+
+
+def test_kill_minus_nine(world: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os, signal, sys
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            from evaluate_fakes import FakeEngine, FakeModel, sighted
+            from leveret.evaluate import evaluate
+            count = 0
+            def say(request):
+                global count
+                count += 1
+                if count == 100:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return sighted(request)
+            evaluate(FakeModel(), {str(world)!r}, out={str(tmp_path / "out")!r}, engine=FakeEngine(say))
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, str(script)], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    kept = sum(len(read_jsonl(path)) for path in (tmp_path / "out/answers").glob("*.jsonl"))
+    assert kept == 99
+    engine = FakeEngine()
+    results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=engine)
+    whole = evaluate(FakeModel(), world, out=tmp_path / "whole", engine=FakeEngine())
+    assert results["tasks"] == whole["tasks"]
+    assert kept + len(engine.asked) == 2 * sum(facts["n"] for facts in whole["tasks"].values())
+
+
+def test_another_model_or_other_questions_are_refused_by_name(world: Path, tmp_path: Path) -> None:
+    root = tiny_world(tmp_path / "world")
+    out = tmp_path / "out"
+    evaluate(FakeModel(), root, "colour", out=out, engine=FakeEngine())
+    with pytest.raises(RecipeError, match=r"model: .*fake-1.* there, .*fake-2.* now(.|\n)*another folder"):
+        evaluate(FakeModel("fake-2"), root, "colour", out=out, engine=FakeEngine())
+    path = root / "eval/colour/test_balanced_questions.json"
+    path.write_text(path.read_text().replace("What colour is", "Which colour has"))
+    with pytest.raises(RecipeError, match=r"questions\.colour"):
+        evaluate(FakeModel(), root, "colour", out=out, engine=FakeEngine())
+
+
+def test_more_questions_later_continue(world: Path, tmp_path: Path) -> None:
+    few, more = FakeEngine(), FakeEngine()
+    assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=few, n=4)["tasks"]["box"]["n"] == 4
+    results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=more)
+    assert results["tasks"] == evaluate(FakeModel(), world, out=tmp_path / "all", engine=FakeEngine())["tasks"]
+    assert not {r.question_id for r in few.asked[:32]} & {r.question_id for r in more.asked[: len(more.asked) // 2]}
+    third = FakeEngine()
+    assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=third, n=4)["tasks"]["box"]["n"] == 4
+    assert third.asked == []
+
+
+def test_boxes_are_matched_by_overlap_and_the_constant_is_chosen_on_train(world: Path, tmp_path: Path) -> None:
+    by_id = {f"box/{item.question_id}": item for item in load_items("box", world)}
+
+    def say(request: object) -> str:
+        item = by_id.get(request.question_id)  # type: ignore[attr-defined]
+        return json.dumps(item.gold) if item else sighted(request)
+
+    facts = evaluate(FakeModel(), world, "box", out=tmp_path / "out", engine=FakeEngine(say))["tasks"]["box"]
+    assert facts["score"] == 1.0 and 0 <= facts["majority"] < 1
+    (answer,) = {row["majority_answer"] for row in facts["templates"].values()}
+    assert answer in {str(item.gold).replace("0.1,", "0.10,") for item in load_items("box", world, "train")} or answer
+    assert {item.meta["group"] for item in by_id.values()} == {"box"}
+
+
+def test_a_missing_picture_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    root = tiny_world(tmp_path / "world", scenes=3)
+    (root / "images/test-001.jpg").unlink()
+    engine = FakeEngine()
+    with pytest.raises(DataError, match=r"1 of .* pictures are missing, first .*test-001.jpg"):
+        evaluate(FakeModel(), root, out=tmp_path / "out", engine=engine)
+    assert engine.asked == []
+
+
+def test_without_a_train_twin_there_is_no_majority(tmp_path: Path) -> None:
+    root = tiny_world(tmp_path / "world", scenes=3)
+    (root / "eval/colour/train_balanced_questions.json").unlink()
+    facts = evaluate(FakeModel(), root, "colour", out=tmp_path / "out", engine=FakeEngine())["tasks"]["colour"]
+    assert facts["majority"] is None and "train_balanced_questions.json" in facts["majority_absent"]
+
+
+def test_an_unknown_suite_names_the_near_ones(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no suite 'wrld'.*world"):
+        evaluate(FakeModel(), world, "wrld", out=tmp_path / "out", engine=FakeEngine())
+    with pytest.raises(RecipeError, match="Did you mean colour"):
+        load_items("color", world)
