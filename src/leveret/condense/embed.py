@@ -1,0 +1,336 @@
+"""A pool becomes a folder of embeddings: shard by shard, each whole or absent, so that a killed run goes on.
+
+Small encoders run as one process per core (a network of a few hundred thousand weights gains nothing from more
+threads), large ones in this process with decoding on threads. Batches are cut by position in the pool, so vectors do
+not depend on how many workers there were.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from leveret.condense.worker import Done, Job, look, pack_job, receive, send, unpack_done, work
+from leveret.pool import SampleFault, Source, open_source
+from leveret.runs import (
+    DataError,
+    EnvironmentFault,
+    Interrupted,
+    Progress,
+    RunFolder,
+    atomic_write,
+    cores,
+    graceful_stop,
+    stop_requested,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from leveret.model.encoders import Encoder
+
+PROCESSES_FROM = 4000
+"""Pools smaller than this are embedded in this process: starting workers costs seconds."""
+
+JUDGED_FROM = 200
+"""Samples seen before the share of bad ones is judged; the whole pool is judged at its end whatever its size."""
+
+
+def embed(
+    source: Source | str | Path,
+    out: str | Path,
+    encoder: str = "world/scorer",
+    *,
+    images: str | Path | None = None,
+    batch: int = 256,
+    shard: int = 20000,
+    workers: int | None = None,
+    limit_share: float = 0.2,
+    device: str = "cpu",
+) -> Path:
+    """Embed every readable sample of a pool into `out` (clip-retrieval's layout), or go on where a run was killed.
+
+    A sample of several images is embedded by its first; one without an image is refused. Refused samples go to
+    `quarantine.jsonl` ({index, id, image, reason}).
+
+    encoder      an id of `leveret.model.encoders`. batch: images in one pass. shard: samples in one file.
+    workers      processes (small encoders) or decoding threads (large ones); the cores by default. The vectors are
+                 the same for any number of processes.
+    limit_share  DataError when more than this share of the samples is refused.
+
+    Returns `out`. Raises RecipeError when the folder holds embeddings of another pool, encoder or shard size.
+    """
+    from leveret.model.encoders import load_encoder
+
+    source = source if isinstance(source, Source) else open_source(source, images)
+    loaded = load_encoder(encoder, device)
+    facts = {
+        "source": source.fingerprint(),
+        "encoder": encoder,
+        "weights": loaded.fingerprint,
+        "batch": batch,
+        "shard": shard,
+    }
+    run = RunFolder.open(out, "embed", facts)
+    if run.is_done("embed"):
+        return run.path
+    n = len(source)
+    starts = [start for start in range(0, n, shard) if not run.is_done(f"shard_{start // shard:06d}")]
+    left = sum(min(shard, n - start) for start in starts)
+    workers = workers or cores()
+    bad: Counter[str] = Counter()
+    seen = 0
+    for start in range(0, n, shard):
+        if start not in starts:
+            bad.update(run.facts(f"shard_{start // shard:06d}")["refused"])
+            seen += min(shard, n - start)
+    with graceful_stop(), ExitStack() as stack:
+        progress = stack.enter_context(Progress(left, "embedding", "images"))
+        fleet = stack.enter_context(_fleet(encoder, loaded, workers, left, device))
+        for start in starts:
+            end = min(start + shard, n)
+            refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, progress)
+            bad.update(refused)
+            seen += end - start
+            _judge(bad, seen, n, limit_share, run.path)
+    _gather(run, n, shard)
+    if n and not shard_rows(run, n, shard):
+        raise DataError(f"{source.name}: none of its {n:,} samples can be embedded; see {run.path / 'quarantine.jsonl'}")
+    facts["length"] = n
+    write_json(run.path / "manifest.json", {**facts, "width": loaded.width, "refused": dict(sorted(bad.items()))})
+    run.done("embed", rows=shard_rows(run, n, shard), refused=dict(sorted(bad.items())))
+    return run.path
+
+
+def shard_rows(run: RunFolder, n: int, shard: int) -> int:
+    """Rows in all finished shards."""
+    return sum(run.facts(f"shard_{start // shard:06d}")["rows"] for start in range(0, n, shard))
+
+
+def _judge(bad: Counter[str], seen: int, n: int, limit: float, path: Path) -> None:
+    count = sum(bad.values())
+    if count > limit * n or (seen >= JUDGED_FROM and count > limit * seen) or (seen == n and count > limit * max(n, 1)):
+        words = ", ".join(f"{reason} ({times:,})" for reason, times in bad.most_common(5))
+        raise DataError(
+            f"{count:,} of the first {seen:,} samples are refused, more than the limit of {limit:.0%}: {words}. "
+            f"They are listed in {path / 'quarantine'}. Mend the pool, or allow more with limit_share."
+        )
+
+
+def _gather(run: RunFolder, n: int, shard: int) -> None:
+    """The shards' quarantine files as one."""
+    parts = []
+    for start in range(0, n, shard):
+        file = run.path / "quarantine" / f"quarantine_{start // shard}.jsonl"
+        if file.is_file():
+            parts.append(file.read_text("utf-8"))
+    atomic_write(run.path / "quarantine.jsonl", "".join(parts))
+
+
+# --- one shard -----------------------------------------------------------------------------------------------------
+
+
+def _embed_shard(
+    run: RunFolder,
+    source: Source,
+    encoder: Encoder,
+    fleet: Fleet,
+    start: int,
+    end: int,
+    batch: int,
+    shard: int,
+    progress: Progress,
+) -> Counter[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    facts: dict[int, tuple[str, str, str]] = {}
+    refused: list[dict[str, Any]] = []
+
+    def jobs() -> Iterator[Job]:
+        for first in range(start, end, batch):
+            rows = []
+            for index in range(first, min(first + batch, end)):
+                try:
+                    sample = source.sample(index)
+                except SampleFault as fault:
+                    refused.append(_refusal(index, fault.id, fault.image, fault.reason, fault.detail))
+                    continue
+                if not sample.images:
+                    refused.append(_refusal(index, sample.id, "", "no image"))
+                    continue
+                ref = sample.images[0]
+                name = ref.path if ref.kind == "data" else source.root.name(ref)
+                facts[index] = (sample.id, name, sample.caption)
+                rows.append((index, ref, facts[index][2]))
+            yield Job(first, rows)
+
+    parts: list[Done] = []
+    for done in fleet.run(jobs()):
+        parts.append(done)
+        for index, reason, detail in done.faults:
+            refused.append(_refusal(index, *facts[index][:2], f"image {reason}", detail))
+        progress.advance(min(batch, end - done.start))
+        if stop_requested():
+            raise Interrupted(f"stopped as asked; the same command goes on after sample {start:,} ({run.path})")
+    good = np.array([index for done in parts for index in done.good], np.int64)
+    vectors = np.concatenate([done.vectors for done in parts] or [np.zeros((0, encoder.width), np.float16)])
+    table = pa.table(
+        {
+            "index": good,
+            "id": pa.array([facts[i][0] for i in good.tolist()], pa.string()),
+            "image": pa.array([facts[i][1] for i in good.tolist()], pa.string()),
+            "caption": pa.array([facts[i][2] for i in good.tolist()], pa.string()),
+            "score": np.concatenate([done.score for done in parts] or [np.zeros(0, np.float32)]),
+        }
+    )
+    number = start // shard
+    refused.sort(key=lambda line: line["index"])
+    quarantine = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in refused)
+    buffer = io.BytesIO()
+    np.save(buffer, vectors, allow_pickle=False)
+    atomic_write(run.path / "img_emb" / f"img_emb_{number}.npy", buffer.getvalue())
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    atomic_write(run.path / "metadata" / f"metadata_{number}.parquet", buffer.getvalue())
+    atomic_write(run.path / "quarantine" / f"quarantine_{number}.jsonl", quarantine)
+    counts = Counter(line["reason"] for line in refused)
+    run.done(f"shard_{number:06d}", rows=len(good), refused=dict(sorted(counts.items())))
+    return counts
+
+
+def _refusal(index: int, id: str, image: str, reason: str, detail: str = "") -> dict[str, Any]:
+    line = {"index": index, "id": id, "image": image, "reason": reason}
+    return {**line, "detail": detail} if detail else line
+
+
+# --- who does the work ---------------------------------------------------------------------------------------------
+
+
+class Fleet:
+    """Takes jobs, gives what came of them in the same order, a few ahead."""
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
+        raise NotImplementedError
+
+
+class Here(Fleet):
+    """In this process: images are decoded on threads, one batch ahead of the encoder."""
+
+    def __init__(self, encoder: Encoder, threads: ThreadPoolExecutor, single: bool) -> None:
+        self.encoder, self.threads, self.single = encoder, threads, single
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
+        waiting: deque[tuple[Job, list[Future[Any]]]] = deque()
+        for job in jobs:
+            waiting.append((job, [self.threads.submit(look, row) for row in job.rows]))
+            if len(waiting) > 1:
+                yield self._finish(*waiting.popleft())
+        while waiting:
+            yield self._finish(*waiting.popleft())
+
+    def _finish(self, job: Job, decoded: list[Future[Any]]) -> Done:
+        with _one_thread(self.single):
+            return work(self.encoder, job, [future.result() for future in decoded])
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """Torch on one thread, as in a worker process: sums split over threads may differ in their last bits."""
+    if not wanted or "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Processes(Fleet):
+    """Worker processes, each with two jobs at hand so that it never waits for the next."""
+
+    def __init__(self, encoder: str, count: int) -> None:
+        here = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "leveret.condense.worker", encoder]
+        # A session of its own: Ctrl-C reaches this process, which finishes what is in flight, and not the workers.
+        self.children = [
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+            )
+            for _ in range(count)
+        ]
+        self.senders = [ThreadPoolExecutor(1) for _ in self.children]
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
+        waiting: deque[Future[bytes | None]] = deque()
+        for number, job in enumerate(jobs):
+            child = number % len(self.children)
+            # Fixed turns: batches cost about the same, and a sender thread per worker keeps its pipe's order.
+            waiting.append(self.senders[child].submit(self._ask, self.children[child], pack_job(job)))
+            if len(waiting) > 2 * len(self.children):
+                yield self._got(waiting.popleft())
+        while waiting:
+            yield self._got(waiting.popleft())
+
+    @staticmethod
+    def _ask(child: subprocess.Popen[bytes], data: bytes) -> bytes | None:
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            send(child.stdin, data)
+        except OSError:
+            return None
+        return receive(child.stdout)
+
+    @staticmethod
+    def _got(future: Future[bytes | None]) -> Done:
+        data = future.result()
+        if data is None:
+            raise EnvironmentFault(
+                "an embedding worker ended before its work (out of memory, or killed; its own words are above). "
+                "Run the same command again, with fewer workers if memory is short."
+            )
+        return unpack_done(data)
+
+    def close(self) -> None:
+        for child in self.children:
+            assert child.stdin is not None and child.stdout is not None
+            child.kill()
+            child.wait()
+            child.stdout.close()
+            try:
+                child.stdin.close()
+            except OSError:
+                pass
+        for sender in self.senders:
+            sender.shutdown()
+
+
+@contextmanager
+def _fleet(id: str, encoder: Encoder, workers: int, left: int, device: str) -> Iterator[Fleet]:
+    from leveret.model.encoders import is_light
+
+    if is_light(id) and device == "cpu" and workers > 1 and left >= PROCESSES_FROM:
+        processes = Processes(id, workers)
+        try:
+            yield processes
+        finally:
+            processes.close()
+        return
+    with ThreadPoolExecutor(workers) as threads:
+        yield Here(encoder, threads, single=is_light(id))

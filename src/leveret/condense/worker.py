@@ -1,0 +1,138 @@
+"""One embedding worker: takes batches of image references, gives vectors. Runs in threads' place, as a process.
+
+    python -m leveret.condense.worker ENCODER          (started by embed.py; nobody else calls it)
+
+Frames on stdin and stdout are a length (8 bytes, little end first) and that many bytes: JSON, then for answers raw
+numbers. No pickle, no shared state, and no copy of the caller's `__main__`, so it works from scripts and notebooks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leveret.images import ImageFault, load
+from leveret.records import ImageRef
+
+if TYPE_CHECKING:
+    from leveret.model.encoders import Encoder
+
+
+@dataclass
+class Job:
+    """Some rows of the pool: (position in the batch, image, caption) each."""
+
+    start: int
+    rows: list[tuple[int, ImageRef, str]]
+
+
+@dataclass
+class Done:
+    """What came of a job.
+
+    good      positions whose image was readable, in order. vectors: [len(good), width] float16.
+    score     [len(good)] float32 image-text cosines, NaN without a text side.
+    faults    (position, reason, detail) of the others.
+    """
+
+    start: int
+    good: list[int]
+    vectors: NDArray[np.float16]
+    score: NDArray[np.float32]
+    faults: list[tuple[int, str, str]]
+
+
+def work(encoder: Encoder, job: Job, decoded: Sequence[Any] | None = None) -> Done:
+    """Embed one job. `decoded`: what `look` gave for each of its rows, where threads have done that part."""
+    good, images, captions, faults = [], [], [], []
+    for row, found in zip(job.rows, decoded or map(look, job.rows), strict=True):
+        if isinstance(found, ImageFault):
+            faults.append((row[0], found.reason, found.detail))
+        else:
+            good.append(row[0])
+            images.append(found)
+            captions.append(row[2])
+    vectors = encoder.images(images)
+    texts = encoder.texts(captions) if encoder.has_texts and captions else None
+    if texts is None:
+        score = np.full(len(good), np.nan, np.float32)
+    else:
+        # In float64 and before float16 rounding: the score is better than the stored vectors could give.
+        score = (vectors.astype(np.float64) * texts).sum(1).astype(np.float32)
+    return Done(job.start, good, vectors.astype(np.float16), score, faults)
+
+
+def look(row: tuple[int, ImageRef, str]) -> Any:
+    """The decoded image of a row, or the ImageFault that refuses it."""
+    try:
+        return load(row[1])
+    except ImageFault as fault:
+        return fault
+
+
+# --- frames --------------------------------------------------------------------------------------------------------
+
+
+def send(stream: IO[bytes], data: bytes) -> None:
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> bytes | None:
+    """The next frame; None at the end of the stream."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    size = int.from_bytes(head, "little")
+    data = stream.read(size)
+    return data if len(data) == size else None
+
+
+def pack_job(job: Job) -> bytes:
+    rows = [(at, ref.path, ref.kind, ref.offset, ref.length, ref.member, text) for at, ref, text in job.rows]
+    return json.dumps([job.start, rows]).encode()
+
+
+def unpack_job(data: bytes) -> Job:
+    start, rows = json.loads(data)
+    return Job(start, [(at, ImageRef(path, *rest), text) for at, path, *rest, text in rows])
+
+
+def pack_done(done: Done) -> bytes:
+    head = json.dumps([done.start, done.good, done.faults, done.vectors.shape[1]]).encode()
+    return len(head).to_bytes(8, "little") + head + done.vectors.tobytes() + done.score.tobytes()
+
+
+def unpack_done(data: bytes) -> Done:
+    size = int.from_bytes(data[:8], "little")
+    start, good, faults, width = json.loads(data[8 : 8 + size])
+    count = len(good) * width
+    vectors = np.frombuffer(data, np.float16, count, 8 + size).reshape(len(good), width)
+    score = np.frombuffer(data, np.float32, len(good), 8 + size + 2 * count)
+    return Done(start, good, vectors, score, [tuple(fault) for fault in faults])
+
+
+def main() -> None:
+    # Answers go out on a copy of stdout; whatever a library prints goes to stderr and breaks no frame.
+    import os
+
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import torch
+
+    from leveret.model.encoders import load_encoder
+
+    torch.set_num_threads(1)
+    encoder = load_encoder(sys.argv[1])
+    while (data := receive(sys.stdin.buffer)) is not None:
+        send(out, pack_done(work(encoder, unpack_job(data))))
+
+
+if __name__ == "__main__":
+    main()
