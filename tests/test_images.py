@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+
 from leveret import images
 from leveret.images import ImageFault, Root, declared_size, decode, load, read_bytes
 from leveret.records import ImageRef
 from leveret.runs import DataError
-from PIL import Image
 
 RED = (200, 30, 40)
 

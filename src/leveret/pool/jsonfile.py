@@ -26,6 +26,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _CUT = 12
 """An error this close to the end of the window may be a token that the window cut (`-Infinity`, `\\u00e9`)."""
 
+_TAIL = 3
+"""Characters a number may have dropped as incomplete (`e+` without digits), and one to spare."""
+
 
 def index(path: Path) -> np.ndarray:
     """First byte and end of every record: int64 [n, 2].
@@ -187,8 +190,8 @@ class _Window:
                 raise self.fault(error.msg) from None
             except (RecursionError, ValueError) as error:
                 raise self.fault(f"a value that cannot be read ({type(error).__name__})") from None
-            if end == len(self.text) and self._more():
-                continue  # the number 12 may be the start of 123
+            if end >= len(self.text) - _TAIL and self._more():
+                continue  # the number 12 may be the start of 123 or of 12.5e+3
             break
         self.skip(end - self.pos)
         self.kind = type(value).__name__
@@ -211,7 +214,7 @@ class _Window:
     def fault(self, what: str, record: int | None = None) -> DataError:
         """A DataError that names line and column of the reading position."""
         line, column = _place(self.path, self.at)
-        if self.pos >= len(self.text) and self.ended:
+        if self.ended and (self.pos >= len(self.text) or what.startswith("Unterminated string")):
             what = f"the file ends too early ({what}); was a download or a copy cut short?"
         after = f" (after record {record - 1})" if record else ""
         return DataError(f"{self.path} is not JSON: line {line}, column {column}{after}: {what}")
