@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WINDOW = 64
-"""Batches whose rows are drawn together and then sorted by length. Wider means less padding but less random company:
-beyond this, padding on long-tailed lengths hardly shrinks any more (a test measures it)."""
+"""Batches whose rows are drawn together and then sorted by length. Wider means less padding, but company that is less
+random: on log-normal lengths and batches of 32, random batches are 75 % padding, windows of 8 batches 39 %, of 64 10 %
+and of the whole epoch 2 %."""
 
 
 @dataclass(frozen=True, slots=True)
