@@ -1,5 +1,7 @@
 """Read: where samples come from, in which order, and what is wrong with them."""
 
+from __future__ import annotations
+
 from leveret.pool.base import SampleFault, Source
 from leveret.pool.check import Checked, check
 from leveret.pool.order import order
