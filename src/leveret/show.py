@@ -134,7 +134,8 @@ def _follow(trace: Trace, sample: Sample, model: str | Path | None) -> None:
         return
 
     from leveret.inputs import encode, find_chat
-    from leveret.model.checkpoint import find, load as load_model
+    from leveret.model.checkpoint import find
+    from leveret.model.checkpoint import load as load_model
 
     folder = find(model)
     vlm = load_model(folder)
@@ -211,8 +212,13 @@ def _answer(sample: Sample, vlm: VLM) -> dict[str, Any]:
     before, reference = sample.turns[:last], sample.turns[last].text
     marks = sum(turn.text.count(IMAGE_MARK) for turn in before if turn.role == "user")
     request = Request(question_id=sample.id, images=sample.images[:marks], turns=before)
-    said = Engine(vlm).answer([request])[0].text
-    return {"model": said, "reference": reference, "equal": said.strip() == reference.strip()}
+    said = Engine(vlm).answer([request])[0]
+    return {
+        "model": said.text,
+        "reference": reference,
+        "equal": said.text.strip() == reference.strip(),
+        "finish": said.meta.get("finish", ""),
+    }
 
 
 def _save(trace: Trace, out: Path) -> list[Path]:
@@ -232,19 +238,24 @@ def _save(trace: Trace, out: Path) -> list[Path]:
 
 def preview(picture: Image, columns: int = 48, rows: int = 24) -> Text:
     """The picture in half blocks: two pixels a character cell, at most `columns` x `rows` cells."""
+    import numpy as np
     from rich.text import Text
 
     scale = min(columns / picture.width, 2 * rows / picture.height, 1)
     width, height = max(1, round(picture.width * scale)), max(2, 2 * round(picture.height * scale / 2))
-    cells = picture.resize((width, height)).load()
-    assert cells is not None
+    cells = np.asarray(picture.resize((width, height))).tolist()  # [height][width][3]
     text = Text()
     for top in range(0, height, 2):
-        for left in range(width):
-            above, below = ("#{:02x}{:02x}{:02x}".format(*cells[left, row]) for row in (top, top + 1))
-            text.append("\u2580", style=f"{above} on {below}")
+        for above, below in zip(cells[top], cells[top + 1], strict=True):
+            text.append(
+                "\u2580", style=f"rgb({above[0]},{above[1]},{above[2]}) on rgb({below[0]},{below[1]},{below[2]})"
+            )
         text.append("\n")
     return text
+
+
+def _hex(colour: Sequence[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def plain(text: str) -> str:
@@ -297,7 +308,7 @@ def _print(trace: Trace, console: Console) -> None:
         head("Answer")
         say(("model      ", QUIET), answer["model"])
         say(("reference  ", QUIET), answer["reference"])
-        say((("equal", LEARNED) if answer["equal"] else ("different", "bold red")))
+        say(("equal", LEARNED) if answer["equal"] else ("different", "bold red"))
     if "files" in facts:
         head("Saved")
         for file in facts["files"]:
