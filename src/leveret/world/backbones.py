@@ -1,0 +1,137 @@
+"""`leveret world backbones OUT`: trains the tiny backbones from nothing and writes what the package ships.
+
+    OUT/vision.safetensors, text.safetensors   the vision tower and its text tower
+    OUT/scorer.safetensors                     the dual encoder that judges web pairs
+    OUT/language/                              the causal language model and its tokenizer
+    OUT/CARD.md, card.json                     recipe, seed, every supervision used, scores, hashes
+    OUT/state/                                 what a stopped run continues from; not shipped
+
+Two processes, one thread each: the language model, and the towers one after the other. About an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from leveret.runs import RunFolder, atomic_write, environment, graceful_stop, read_json, sha256_of, write_json
+
+STEPS = {"vision": 2400, "scorer": 4000, "language": 9000}
+SUPERVISION = {
+    "vision": "SigLIP loss on clean captions that leave attributes out at random (weight 0.5), and a dense grounded "
+    "loss: for each cell of the 8 x 8 grid whether it holds the centre of a thing or a letter; there the colour, "
+    "shape or letter and the four box coordinates. Fresh clean scenes, half of them through JPEG.",
+    "scorer": "SigLIP loss alone, on a noisy draw of the web (the rates of wrong, dull and duplicated captions are "
+    "those of world/captions.py). Never the pool it judges, never a label of what is noise.",
+    "language": "Next tokens of conversations about told scenes. 80 % compound rows: a scene is 16 positions, one a "
+    "thing or a letter, each the sum of the model's own word embeddings of its colour, shape or letter and of learned "
+    "coordinate embeddings; 13 % scenes told in words; 7 % text-only. It has seen the wordings of the questions, and "
+    "no picture. Loss weights: first answer token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
+}
+WITHHELD = "Held-out colour-shape pairs and a tenth of all words are in no row and no picture of any of this."
+
+
+def _job(name: str, out: str, seed: int, steps: int) -> None:
+    """One backbone, in a process of its own; its figures go to OUT/state/NAME/figures.json."""
+    import torch
+
+    from leveret.world import language, tokens, vision
+
+    torch.set_num_threads(1)
+    folder = Path(out, "state", name)
+    train = {"vision": vision.train_vision, "scorer": vision.train_scorer, "language": language.train_language}[name]
+    lines = folder / "metrics.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    began, file = time.time(), lines.open("a", encoding="utf-8")
+
+    def log(step: int, steps: int, **figures: float) -> None:
+        if step % 50 == 0 or step == steps or "existence" in figures:
+            rate = (time.time() - began) / max(step, 1)
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+            file.write(f"{step}/{steps} {shown}\n")
+            file.flush()
+            print(f"{name}: step {step:,} of {steps:,}, {shown}, at most {rate * (steps - step) / 60:.0f} min left")
+
+    with graceful_stop():
+        figures = train(Path(out), folder, tokens.build(), seed=seed, steps=steps, log=log)
+    file.close()
+    write_json(folder / "figures.json", figures)
+
+
+def _jobs(names: tuple[str, ...], out: str, seed: int, steps: dict[str, int]) -> None:
+    for name in names:
+        if not Path(out, "state", name, "figures.json").exists():
+            _job(name, out, seed, steps[name])
+
+
+def build(out: str | Path, *, seed: int = 0, steps: dict[str, int] | None = None) -> Path:
+    """Trains all backbones into `out`, or continues; returns the folder.
+
+    steps  instead of STEPS, for trying things out.
+    """
+    steps = {**STEPS, **(steps or {})}
+    folder = RunFolder.open(out, "backbones", {"seed": seed, "steps": steps})
+    context = get_context("spawn")
+    groups = (("language",), ("vision", "scorer"))
+    workers = [context.Process(target=_jobs, args=(names, str(out), seed, steps), daemon=True) for names in groups]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    failed = [names for names, worker in zip(groups, workers, strict=True) if worker.exitcode]
+    if failed:
+        from leveret.runs import Interrupted
+
+        raise Interrupted(f"training of {', '.join(failed[0])} stopped; the same command continues from {out}/state")
+    write_card(folder.path, seed, steps)
+    return folder.path
+
+
+def shipped(folder: Path) -> list[Path]:
+    """The files of a backbones folder that belong into the package."""
+    files = [folder / f"{name}.safetensors" for name in ("vision", "text", "scorer")]
+    return files + sorted(path for path in (folder / "language").iterdir() if path.is_file())
+
+
+def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
+    """CARD.md and card.json: what the weights are, what taught them, how good they are, and their hashes."""
+    figures = {name: read_json(folder / "state" / name / "figures.json") for name in STEPS}
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in shipped(folder)
+    }
+    card: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "supervision": SUPERVISION,
+        "withheld": WITHHELD,
+        "figures": figures,
+        "files": files,
+        "environment": {key: environment().get(key) for key in ("python", "platform", "packages")},
+    }
+    write_json(folder / "card.json", card)
+    lines = [
+        "# The drawn world's tiny backbones",
+        "",
+        f"Trained from nothing by `leveret world backbones OUT` (seed {seed}); bfloat16 safetensors, "
+        f"{sum(item['bytes'] for item in files.values()) / 1e6:.2f} MB in all. They exist so that the whole loop "
+        "(choose data, align, tune, examine, chat) runs on a laptop in minutes; they know no world but the drawn one.",
+        "",
+        "## What taught them",
+        "",
+        *(f"- **{name}** ({steps[name]:,} steps): {text}" for name, text in SUPERVISION.items()),
+        f"- {WITHHELD}",
+        "",
+        "## How good they are, on fresh scenes",
+        "",
+    ]
+    for name, found in figures.items():
+        groups = found if all(isinstance(value, dict) for value in found.values()) else {"": found}
+        for group, values in groups.items():
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+            lines.append(f"- **{name}**{' (' + group + ')' if group else ''}: {shown}")
+    lines += ["", "## Files", "", "| file | bytes | sha256 |", "|---|---|---|"]
+    lines += [f"| {name} | {item['bytes']:,} | `{item['sha256']}` |" for name, item in files.items()]
+    atomic_write(folder / "CARD.md", "\n".join(lines) + "\n")

@@ -1,0 +1,239 @@
+"""Pre-training of the tiny language model: it learns to answer questions about scenes that are told to it.
+
+A row is a told scene and a conversation about it. Most scenes are told as compound rows (see `perceive`): sixteen
+positions, mostly empty, one position a thing or a letter, each the sum of the embeddings of what it is. That is the
+skill a connector needs (a visual token is one position that holds several attributes), and binding emerges with it
+where it does not from words alone. The rest are told in words, or are text-only. No picture is seen here.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leveret.world.perceive import percepts
+from leveret.world.pretrain import Log, pretrain
+from leveret.world.questions import EXAMINED, KINDS, conversation, text_only, told
+from leveret.world.scenes import COLOURS, GRID, LETTERS, SHAPES, Scene, sample_scene, stream
+from leveret.world.tokens import ASSISTANT, END, USER
+
+SLOTS = 16
+BATCH = 16
+EXAMINE_EVERY = 500
+WEIGHTS = {
+    "existence": 1.5,
+    "colour": 1.7,
+    "shape": 1.7,
+    "count": 1.7,
+    "relation": 4.0,
+    "choice": 1.7,
+    "box": 1.7,
+    "word": 1.5,
+    "side": 1.5,
+}
+COMPOUND, IN_WORDS = 0.8, 0.13
+FIRST, REST, STOP, OTHER = 3.0, 1.0, 0.2, 0.1
+"""Loss weights: an answer's first token, its other tokens, the end of a turn, everything else."""
+
+
+class ToldScene(nn.Module):
+    """Compound embeddings. Colour, shape and letter are the language model's own word embeddings; the coordinates
+    have tables of their own, one a side, that start smooth in the coordinate (near numbers start near)."""
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        t = torch.arange(GRID + 1)[:, None] / GRID
+        waves = torch.cat([t * 2 - 1, *(f(math.pi * k * t) for k in (1, 2, 4, 8) for f in (torch.sin, torch.cos))], 1)
+        smooth = torch.stack([waves @ torch.randn(waves.shape[1], width) / math.sqrt(waves.shape[1] / 2) for _ in range(4)])
+        self.sides = nn.Parameter(smooth * scale)
+        self.empty = nn.Parameter(torch.randn(width) * scale)
+
+    def forward(self, words: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
+        """words [B, S, 2] vocabulary ids or -1, table [V, C], numbers [B, S, 4] or -1, to [B, S, C]."""
+        out = (table[words.clamp_min(0)] * (words >= 0).unsqueeze(-1)).sum(2)
+        for side in range(4):
+            n = numbers[:, :, side]
+            out = out + self.sides[side][n.clamp_min(0)] * (n >= 0).unsqueeze(-1)
+        return torch.where((numbers[:, :, :1] >= 0), out / 2, self.empty.to(out.dtype))
+
+
+class Writer:
+    """Turns scenes and questions into rows of ids, loss weights and compound slots; keeps what it has tokenized."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.cache: dict[str, list[int]] = {}
+        self.user, self.assistant, self.end = (tokenizer.convert_tokens_to_ids(t) for t in (USER, ASSISTANT, END))
+        self.pad = tokenizer.pad_token_id
+        self.newline = self.ids("\n")
+
+        def one(text: str) -> int:
+            (token,) = self.ids(text)
+            return token
+
+        self.colours, self.shapes = [one(" " + c) for c in COLOURS], [one(" " + s) for s in SHAPES]
+        self.letters = [one(letter) for letter in LETTERS]
+
+    def ids(self, text: str) -> list[int]:
+        found = self.cache.get(text)
+        if found is None:
+            found = self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return found
+
+    def row(self, scene: Scene | None, opening: str | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
+        ids: list[int] = []
+        weights: list[float] = []
+        words, numbers = np.full((SLOTS, 2), -1), np.full((SLOTS, 4), -1)
+        for position, (question, answer) in enumerate(turns):
+            head = [self.user]
+            if position == 0 and scene is not None and opening is None:
+                head += [self.pad] * SLOTS + self.newline
+            elif position == 0 and opening is not None:
+                head += self.tokenizer(opening, add_special_tokens=False).input_ids + self.newline
+            head += self.ids(question) + [self.assistant]
+            said = self.ids(" " + answer) if len(answer) < 40 else self.tokenizer(" " + answer).input_ids
+            ids += head + said + [self.end]
+            weights += [OTHER] * len(head) + [FIRST] + [REST] * (len(said) - 1) + [STOP]
+        if scene is not None and opening is None:
+            found = percepts(scene)[:SLOTS]
+            rng = random.Random(scene.background)
+            for slot, p in zip(sorted(rng.sample(range(SLOTS), len(found))), found, strict=True):
+                words[slot] = (
+                    (self.letters[p.letter], -1) if p.letter >= 0 else (self.colours[p.colour], self.shapes[p.shape])
+                )
+                numbers[slot] = p.numbers
+            for slot in range(SLOTS):
+                weights[1 + slot] = 0.0
+        return {
+            "ids": ids,
+            "weights": weights,
+            "words": words,
+            "numbers": numbers,
+            "compound": scene is not None and opening is None,
+        }
+
+    def training_row(self, rng: random.Random, progress: float) -> dict[str, Any]:
+        kind = rng.random()
+        if kind > COMPOUND + IN_WORDS:
+            questions = [text_only(rng) for _ in range(9)]
+            return self.row(None, None, [(q.text, q.answer) for q in questions])
+        most = 1 if progress < 0.03 else 2 if progress < 0.08 else 4
+        scene = sample_scene(rng, counts=(1, most), word=0.45)
+        questions = conversation(scene, rng, 10, WEIGHTS, describe=0.15)
+        turns = [(q.text, q.answer) for q in questions]
+        return self.row(scene, None if kind < COMPOUND else f"Scene: {told(scene)}.", turns)
+
+    def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        length = max(len(row["ids"]) for row in rows)
+        ids = np.full((len(rows), length), self.pad)
+        weights = np.zeros((len(rows), length), np.float32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row["ids"])] = row["ids"]
+            weights[i, : len(row["ids"])] = row["weights"]
+        return {
+            "ids": torch.from_numpy(ids),
+            "weights": torch.from_numpy(weights),
+            "words": torch.from_numpy(np.stack([row["words"] for row in rows])),
+            "numbers": torch.from_numpy(np.stack([row["numbers"] for row in rows])),
+            "compound": torch.tensor([row["compound"] for row in rows]),
+        }
+
+
+def build_language(vocabulary: int, eos: int, pad: int) -> Any:
+    """The tiny Llama: width 128, 4 layers, 4 heads, MLP 320, tied embeddings, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        attention_bias=False,
+    )
+    config._attn_implementation = "eager"
+    return LlamaForCausalLM(config)
+
+
+def _logits(model: Any, scenes: ToldScene, batch: dict[str, Tensor]) -> Tensor:
+    table = model.get_input_embeddings().weight
+    embeds = table[batch["ids"]]
+    slots = scenes(batch["words"], table, batch["numbers"]).to(embeds.dtype)
+    rows = batch["compound"][:, None, None]
+    embeds = torch.cat(
+        [embeds[:, :1], torch.where(rows, slots, embeds[:, 1 : 1 + SLOTS]), embeds[:, 1 + SLOTS :]], 1
+    )
+    return model(inputs_embeds=embeds, use_cache=False).logits
+
+
+def examine(model: Any, scenes: ToldScene, writer: Writer, n: int, seed: int, *, in_words: bool = False) -> dict[str, float]:
+    """Share of answers whose every token is the most likely one, by kind, on fresh told scenes."""
+    right: dict[str, list[bool]] = {}
+    model.eval()
+    for kind in (*EXAMINED, "side", "tell"):
+        rows = []
+        index = 0
+        while len(rows) < n:
+            rng = stream(seed, f"examine-{kind}", index)
+            index += 1
+            scene = sample_scene(rng, word=1.0 if kind == "word" else 0.4)
+            question = KINDS[kind](scene, rng)
+            if question:
+                opening = f"Scene: {told(scene)}." if in_words else None
+                rows.append(writer.row(scene, opening, [(question.text, question.answer)]))
+        batch = writer.batch(rows)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            guess = _logits(model, scenes, batch)[:, :-1].argmax(-1)
+        scored = batch["weights"][:, 1:] >= REST
+        ok = ((guess == batch["ids"][:, 1:]) | ~scored).all(1)
+        right[kind] = ok.tolist()
+    model.train()
+    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+
+
+def train_language(
+    out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log, stop_after: int | None = None
+) -> dict[str, Any]:
+    """Trains the language model; writes the Hugging Face folder `out/language`, tokenizer included.
+
+    `folder` keeps the state. Returns the shares of right answers on fresh scenes, told as compounds and in words.
+    """
+    torch.manual_seed(seed)
+    vocabulary = 8 * math.ceil(len(tokenizer) / 8)
+    model = build_language(vocabulary, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    scenes = ToldScene(model.config.hidden_size, 0.05)
+    writer = Writer(tokenizer)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = stream(seed, "language", step)
+        item = writer.batch([writer.training_row(rng, step / steps) for _ in range(BATCH)])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = _logits(model, scenes, item)
+        weights = item["weights"][:, 1:].flatten()
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), item["ids"][:, 1:].flatten(), reduction="none")
+        figures = {}
+        if (step + 1) % EXAMINE_EVERY == 0:
+            figures = examine(model, scenes, writer, 100, seed + 1)
+        return (losses * weights).sum() / weights.sum(), figures
+
+    parts = {"model": model, "scenes": scenes}
+    pretrain(parts, loss_of, steps=steps, rate=1.5e-3, clip=1.0, folder=folder, log=log, stop_after=stop_after)
+    scores = examine(model, scenes, writer, 500, seed + 2)
+    in_words = examine(model, scenes, writer, 300, seed + 2, in_words=True)
+    model.to(torch.bfloat16).save_pretrained(out / "language")
+    tokenizer.save_pretrained(out / "language")
+    return {"told as compounds": scores, "told in words": in_words}

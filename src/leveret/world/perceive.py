@@ -1,0 +1,49 @@
+"""A scene as a list of percepts: what stands in which cell of an 8 x 8 grid, with its coordinates.
+
+Two uses, both declared on the card of the tiny backbones: the targets of the vision tower's dense grounded loss, and
+the "compound rows" of the language model's pre-training, where a percept is one position (the sum of the embeddings
+of its colour, shape or letter and its four coordinates) instead of nine words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from leveret.world.scenes import COLOURS, LETTER_HEIGHT, LETTER_PITCH, LETTERS, SHAPES, Scene, Thing
+
+CELLS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Percept:
+    """One thing or one letter. `cell` = row * CELLS + column; ids are -1 where they do not apply."""
+
+    cell: int
+    colour: int
+    shape: int
+    letter: int
+    numbers: tuple[int, int, int, int]
+
+
+def percepts(scene: Scene) -> list[Percept]:
+    """Percepts in reading order. Letters that fall into one cell (on squashed pictures) move to the next column."""
+    taken: set[int] = set()
+    found: list[Percept] = []
+
+    def add(box: tuple[int, int, int, int], colour: int, shape: int, letter: int) -> None:
+        x0, y0, x1, y1 = box
+        row = min(int((y0 + y1) / 2 * CELLS / scene.height), CELLS - 1)
+        column = min(int((x0 + x1) / 2 * CELLS / scene.width), CELLS - 1)
+        while row * CELLS + column in taken and column < CELLS - 1:
+            column += 1
+        taken.add(row * CELLS + column)
+        found.append(Percept(row * CELLS + column, colour, shape, letter, scene.numbers(box)))
+
+    for item in scene.in_reading_order():
+        if isinstance(item, Thing):
+            add(item.box, COLOURS.index(item.colour), SHAPES.index(item.shape), -1)
+        else:
+            for i, letter in enumerate(item.text):
+                x = item.x0 + i * LETTER_PITCH
+                add((x, item.y0, x + LETTER_PITCH, item.y0 + LETTER_HEIGHT), -1, -1, LETTERS.index(letter))
+    return sorted(found, key=lambda percept: percept.cell)

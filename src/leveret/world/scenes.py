@@ -1,0 +1,207 @@
+"""Scenes from a seed: what is in a picture, before anyone draws or describes it.
+
+A scene is a pure function of (seed, split, index). Things have a shape, a colour and a free position (no grid);
+some scenes repeat a shape or a colour so that counts above one occur; some hold a short word; some pictures are
+not square. Eight colour-shape pairs are kept out of every split but `novel-pairs`, and a tenth of all words out of
+every training split, so that what a model has learned can be told from what it has memorised.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from zlib import crc32
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross", "heart")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+LETTERS = "ACEHKLOTUXZN"
+WORD_LENGTH = 3
+GRID = 32
+"""Coordinates are told in 1/GRID of the picture's side, rounded to two decimals: 33 different numbers."""
+
+SIDE = 64
+SIDES = ((64, 64), (80, 64), (64, 80))
+SIDE_WEIGHTS = (0.88, 0.06, 0.06)
+THING_MIN, THING_MAX = 13, 19
+LETTER_PITCH, LETTER_HEIGHT = 8, 11
+GAP = 2
+"""Least distance between two things, in pixels."""
+
+# Frequencies fall a little along the tables, so that "popular" (POPE's second way of sampling absent objects) means something.
+SHAPE_WEIGHTS = tuple(1.25 - 0.5 * i / 7 for i in range(8))
+COLOUR_WEIGHTS = tuple(1.25 - 0.5 * i / 7 for i in range(8))
+COUNT_WEIGHTS = (1.0, 1.7, 2.0, 2.3)
+
+HELD_OUT = frozenset((COLOURS[i], SHAPES[(3 * i + 2) % 8]) for i in range(8))
+"""Pairs never drawn outside the split `novel-pairs`: every colour once, every shape once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One drawn object; the box is in pixels, right and bottom edges exclusive."""
+
+    shape: str
+    colour: str
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.x0, self.y0, self.x1, self.y1
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A drawn word; each letter fills LETTER_PITCH x LETTER_HEIGHT pixels from (x0, y0)."""
+
+    text: str
+    dark: bool
+    x0: int
+    y0: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.x0, self.y0, self.x0 + LETTER_PITCH * len(self.text), self.y0 + LETTER_HEIGHT
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Everything that decides a picture's pixels but the renderer itself."""
+
+    width: int
+    height: int
+    things: tuple[Thing, ...]
+    word: Word | None
+    background: int
+    """Seed of the background's colours, gradient, texture and noise."""
+    meta: dict[str, object] = field(default_factory=dict, compare=False)
+
+    def numbers(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """A pixel box in 1/GRID of the sides, rounded to the nearest: (x0, y0, x1, y1), each 0..GRID."""
+        x0, y0, x1, y1 = box
+        w, h = self.width, self.height
+        return round(x0 * GRID / w), round(y0 * GRID / h), round(x1 * GRID / w), round(y1 * GRID / h)
+
+    def in_reading_order(self) -> list[Thing | Word]:
+        """Things and the word as an 8 x 8 grid over the picture would meet their centres, row by row."""
+
+        def cell(item: Thing | Word) -> tuple[int, int]:
+            x0, y0, x1, y1 = item.box
+            return int((y0 + y1) * 4 / self.height), int((x0 + x1) * 4 / self.width)
+
+        items: list[Thing | Word] = [*self.things]
+        if self.word:
+            items.append(self.word)
+        return sorted(items, key=cell)
+
+
+def stream(seed: int, split: str, index: int | str) -> random.Random:
+    """The random numbers of one scene: a pure function of its address."""
+    return random.Random(f"leveret/{seed}/{split}/{index}")
+
+
+def pick(rng: random.Random, values, weights=None):
+    """One of `values`; own arithmetic on `random()` alone, which Python keeps stable over versions."""
+    r = rng.random()
+    if weights is None:
+        return values[int(r * len(values))]
+    r *= sum(weights)
+    for value, weight in zip(values, weights, strict=True):
+        r -= weight
+        if r < 0:
+            return value
+    return values[-1]
+
+
+def between(rng: random.Random, low: int, high: int) -> int:
+    """A whole number from low to high, both included."""
+    return low + int(rng.random() * (high - low + 1))
+
+
+def shuffled(rng: random.Random, values) -> list:
+    """The values in random order (Fisher-Yates on `random()` alone)."""
+    values = list(values)
+    for i in range(len(values) - 1, 0, -1):
+        j = int(rng.random() * (i + 1))
+        values[i], values[j] = values[j], values[i]
+    return values
+
+
+def is_novel_word(text: str) -> bool:
+    """True for the tenth of all words that no training split draws."""
+    return crc32(text.encode()) % 10 == 0
+
+
+def sample_scene(
+    rng: random.Random,
+    *,
+    counts: tuple[int, int] = (1, 4),
+    word: float = 0.4,
+    novel_pairs: bool = False,
+    novel_words: bool | None = False,
+    square: bool = False,
+) -> Scene:
+    """One scene.
+
+    counts       least and most things.
+    word         probability of a word.
+    novel_pairs  True: the first thing is a held-out pair. False: no thing is.
+    novel_words  False: only words of training; True: only held-out ones; None: any.
+    """
+    width, height = (SIDE, SIDE) if square else pick(rng, SIDES, SIDE_WEIGHTS)
+    low, high = counts
+    wanted = low + pick(rng, range(high - low + 1), (COUNT_WEIGHTS * 2)[low - 1 : high]) if high > low else low
+    theme = pick(rng, ("free", "shape", "colour"), (0.55, 0.25, 0.2))
+    theme_shape, theme_colour = pick(rng, SHAPES, SHAPE_WEIGHTS), pick(rng, COLOURS, COLOUR_WEIGHTS)
+
+    taken: list[tuple[int, int, int, int]] = []
+
+    def place(w: int, h: int) -> tuple[int, int] | None:
+        for _ in range(40):
+            x, y = between(rng, 0, width - w), between(rng, 0, height - h)
+            if all(
+                x >= x1 + GAP or x + w + GAP <= x0 or y >= y1 + GAP or y + h + GAP <= y0 for x0, y0, x1, y1 in taken
+            ):
+                taken.append((x, y, x + w, y + h))
+                return x, y
+        return None
+
+    text = None
+    if rng.random() < word:
+        letters = LETTERS
+        while True:
+            candidate = "".join(pick(rng, letters) for _ in range(WORD_LENGTH))
+            if novel_words is None or is_novel_word(candidate) == novel_words:
+                break
+        spot = place(LETTER_PITCH * WORD_LENGTH, LETTER_HEIGHT)
+        if spot:
+            text = Word(candidate, rng.random() < 0.5, *spot)
+
+    things: list[Thing] = []
+    for position in range(wanted):
+        while True:
+            keep = rng.random() < 0.8
+            shape = theme_shape if theme == "shape" and keep else pick(rng, SHAPES, SHAPE_WEIGHTS)
+            colour = theme_colour if theme == "colour" and keep else pick(rng, COLOURS, COLOUR_WEIGHTS)
+            if ((colour, shape) in HELD_OUT) == (novel_pairs and position == 0):
+                break
+        size = between(rng, THING_MIN, THING_MAX)
+        spot = place(size, size)
+        if spot:
+            x, y = spot
+            things.append(Thing(shape, colour, x, y, x + size, y + size))
+    if not things:  # a word may leave no room in 40 tries: a scene has at least one thing
+        return sample_scene(
+            rng, counts=counts, word=0.0, novel_pairs=novel_pairs, novel_words=novel_words, square=square
+        )
+    return Scene(width, height, tuple(things), text, int(rng.random() * 2**31))

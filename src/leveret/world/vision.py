@@ -1,0 +1,222 @@
+"""Pre-training of the tiny vision tower and its text tower, and of the scorer.
+
+The tower learns from a SigLIP loss and, beside it, a dense grounded one (as SigLIP 2 and LocCa have): at the cell of
+a thing's centre its colour, shape and coordinates, at a letter's its letter. One linear layer reads all of it, so
+what it reads is also the probe of what the 64 tokens hold.
+The scorer is apart: a small dual encoder trained with the SigLIP loss alone on a noisy draw of the web, with no look
+at clean labels; it is what judges a web pool, which is always another draw.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from leveret.model.tiny import TinyDualEncoder, TinyTextTower, TinyVisionTower, save_module
+from leveret.world.captions import web_pair
+from leveret.world.draw import jpeg, render
+from leveret.world.perceive import CELLS, percepts
+from leveret.world.pretrain import Log, pretrain
+from leveret.world.questions import a
+from leveret.world.scenes import COLOURS, GRID, LETTERS, SHAPES, Scene, Thing, sample_scene, shuffled, stream
+
+SIZE = 64
+
+
+def picture_array(scene: Scene, rng: Any) -> np.ndarray:
+    """The picture as a tower sees it under `squash`: [3, 64, 64] float32 in -1..1; half of them went through JPEG."""
+    import io
+
+    pixels = render(scene)
+    if rng.random() < 0.5:
+        pixels = np.asarray(Image.open(io.BytesIO(jpeg(pixels, 60 + int(rng.random() * 36)))))
+    if pixels.shape[:2] != (SIZE, SIZE):
+        pixels = np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0
+
+
+def loose_caption(scene: Scene, rng: Any) -> str:
+    """A caption that leaves attributes out at random, so that the loss cannot fall on colour alone."""
+    parts = []
+    for item in scene.in_reading_order():
+        r = rng.random()
+        if isinstance(item, Thing):
+            parts.append(a(item.shape if r < 0.4 else item.name))
+        else:
+            parts.append(f"the word {item.text}")
+    return ", ".join(shuffled(rng, parts))
+
+
+class DenseHead(nn.Module):
+    """One linear layer over the tokens: is there a thing, a letter; colour, shape, letter; four coordinates."""
+
+    SPLITS = (2, len(COLOURS), len(SHAPES), len(LETTERS), 4 * (GRID + 1))
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(width, sum(self.SPLITS))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return self.read(tokens).split(self.SPLITS, dim=-1)
+
+
+def dense_targets(scenes: list[Scene]) -> np.ndarray:
+    """[N, 64, 7]: colour, shape, letter, x0, y0, x1, y1 at the cell of each percept, -1 elsewhere."""
+    out = np.full((len(scenes), CELLS * CELLS, 7), -1)
+    for i, scene in enumerate(scenes):
+        for p in percepts(scene):
+            out[i, p.cell] = (p.colour, p.shape, p.letter, *p.numbers)
+    return out
+
+
+def dense_loss(read: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The grounded loss and its accuracies (objectness over cells, the rest over occupied cells)."""
+    there, colour, shape, letter, numbers = read
+    thing, lettered = targets[..., 0] >= 0, targets[..., 2] >= 0
+    wanted = torch.stack([thing, lettered], -1).float()
+    loss = 8 * F.binary_cross_entropy_with_logits(there.float(), wanted)
+    loss = loss + F.cross_entropy(colour[thing].float(), targets[..., 0][thing])
+    loss = loss + F.cross_entropy(shape[thing].float(), targets[..., 1][thing])
+    scores = {
+        "cells": ((there > 0) == (wanted > 0)).all(-1).all(-1).float().mean().item(),
+        "colour": (colour[thing].argmax(-1) == targets[..., 0][thing]).float().mean().item(),
+        "shape": (shape[thing].argmax(-1) == targets[..., 1][thing]).float().mean().item(),
+    }
+    if lettered.any():
+        loss = loss + F.cross_entropy(letter[lettered].float(), targets[..., 2][lettered])
+        scores["letter"] = (letter[lettered].argmax(-1) == targets[..., 2][lettered]).float().mean().item()
+    occupied = thing | lettered
+    guess = numbers[occupied].float().unflatten(-1, (4, GRID + 1))
+    truth = targets[..., 3:][occupied]
+    loss = loss + 0.5 * F.cross_entropy(guess.flatten(0, 1), truth.flatten()) * 4
+    scores["box"] = ((guess.argmax(-1) - truth).abs() <= 1).all(-1).float().mean().item()
+    return loss, scores
+
+
+class Contrast(nn.Module):
+    """The SigLIP loss (Zhai et al., arXiv 2303.15343): each pair of a batch is its own yes-or-no question."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-5.0))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        logits = image @ text.T * self.scale.exp() + self.bias
+        signs = 2 * torch.eye(len(image)) - 1
+        return -F.logsigmoid(signs * logits).sum(1).mean()
+
+
+def train_vision(
+    out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log
+) -> dict[str, float]:
+    """Trains the vision tower and its text tower; writes `vision.safetensors` and `text.safetensors` into `out`."""
+    torch.manual_seed(seed)
+    tower = TinyVisionTower({"size": SIZE, "width": 128, "layers": 2, "heads": 4})
+    vocabulary = 8 * math.ceil(len(tokenizer) / 8)
+    text = TinyTextTower({"width": 64, "heads": 4, "length": 48, "vocabulary": vocabulary, "out": 128})
+    head, pool = DenseHead(128), nn.Linear(128, 128)
+    contrast = Contrast()
+
+    def draw(split: str, index: int, n: int) -> tuple[Tensor, Tensor, list[str]]:
+        rng = stream(seed, split, index)
+        scenes = [sample_scene(rng, word=0.5) for _ in range(n)]
+        pixels = np.stack([picture_array(scene, rng) for scene in scenes])
+        return (
+            torch.from_numpy(pixels),
+            torch.from_numpy(dense_targets(scenes)),
+            [loose_caption(scene, rng) for scene in scenes],
+        )
+
+    def encode(captions: list[str]) -> tuple[Tensor, Tensor]:
+        rows = [tokenizer(c, add_special_tokens=False).input_ids[:48] for c in captions]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        keep = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        return ids, keep
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        pixels, targets, captions = draw("vision", step, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = tower(pixels)
+            read = head(tokens)
+            image = pool(tokens.amax(1))
+            words = text(*encode(captions))
+        dense, scores = dense_loss(read, targets)
+        return 0.5 * contrast(F.normalize(image.float(), dim=1), F.normalize(words.float(), dim=1)) + dense, scores
+
+    parts = {"tower": tower, "text": text, "head": head, "pool": pool, "contrast": contrast}
+    pretrain(parts, loss_of, steps=steps, rate=1.5e-3, clip=2.0, folder=folder, log=log)
+    tower.eval()
+    out.mkdir(parents=True, exist_ok=True)
+    save_module(tower, out / "vision.safetensors")
+    save_module(text, out / "text.safetensors")
+    with torch.no_grad():
+        pixels, targets, captions = draw("vision-examination", 0, 1024)
+        tokens = tower(pixels)
+        _, scores = dense_loss(head(tokens), targets)
+        image = F.normalize(pool(tokens[:512].amax(1)), dim=1)
+        words = F.normalize(text(*encode(captions[:512])), dim=1)
+        scores["retrieval@1 of 512"] = ((image @ words.T).argmax(1) == torch.arange(512)).float().mean().item()
+    return scores
+
+
+def train_scorer(
+    out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log
+) -> dict[str, float]:
+    """Trains the scorer on a noisy web draw of its own; writes `scorer.safetensors`. The figures compare fitting
+    with bad captions on yet another draw: they examine it, they never teach it."""
+    torch.manual_seed(seed)
+    config = {
+        "size": SIZE,
+        "widths": [16, 32, 64, 64],
+        "dim": 64,
+        "text": {
+            "width": 48,
+            "heads": 4,
+            "length": 48,
+            "vocabulary": 8 * math.ceil(len(tokenizer) / 8),
+            "out": 64,
+        },
+        "tokenizer": json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()), separators=(",", ":")),
+    }
+    model, contrast = TinyDualEncoder(config), Contrast()
+
+    def draw(split: str, index: int, n: int) -> tuple[Tensor, list[str], list[str]]:
+        pairs = [web_pair(seed, split, i) for i in range(index * n, (index + 1) * n)]
+        rng = stream(seed, split + "/pixels", index)
+        pixels = np.stack([picture_array(pair.scene, rng) for pair in pairs])
+        return torch.from_numpy(pixels), [pair.caption for pair in pairs], [pair.words for pair in pairs]
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        pixels, captions, _ = draw("scorer-web", step, 128)
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.embed_images(pixels)
+            words = model.embed_texts(captions)
+        return contrast(image, words), {}
+
+    parts = {"model": model, "contrast": contrast}
+    pretrain(parts, loss_of, steps=steps, rate=2e-3, clip=2.0, folder=folder, log=log)
+    model.eval()
+    out.mkdir(parents=True, exist_ok=True)
+    save_module(model, out / "scorer.safetensors")
+    with torch.no_grad():
+        pixels, captions, fates = draw("scorer-examination", 0, 3000)
+        scores = (model.embed_images(pixels) * model.embed_texts(captions)).sum(1).numpy()
+    fits = np.array([fate == "fits" for fate in fates])
+    order = scores.argsort().argsort()
+    auc = (order[fits].sum() - fits.sum() * (fits.sum() - 1) / 2) / (fits.sum() * (~fits).sum())
+    top = np.argsort(-scores)[:60]
+    return {
+        "auc of fitting against bad": float(auc),
+        "fitting among the top 2 %": float(fits[top].mean()),
+        **{f"score of {fate}": float(scores[[f == fate for f in fates]].mean()) for fate in ("fits", "wrong", "dull")},
+    }

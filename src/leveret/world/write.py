@@ -1,0 +1,399 @@
+"""Draws a world into a folder, in the field's own file forms, so that the ordinary readers and scorers are used.
+
+    ROOT/web.json            LLaVA JSON: image-text pairs with the web's diseases; pictures in ROOT/web/
+    ROOT/web_truth.jsonl     what is wrong with which pair; for examining a choice of data, read by no station
+    ROOT/tune.json           LLaVA JSON: conversations about clean scenes, and text-only ones; pictures in ROOT/images/tune/
+    ROOT/eval/               questions in the benchmarks' official forms, splits test, train and novel-pairs
+    ROOT/world.json          the parameters; written last, so a folder that has it is whole
+
+Every picture and line is a pure function of (seed, split, index). A stopped draw continues: finished chunks are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from leveret.records import IMAGE_MARK
+from leveret.runs import Progress, RecipeError, atomic_write, read_json, write_json
+from leveret.world.captions import RATES, WORDS, web_pair
+from leveret.world.draw import jpeg, render
+from leveret.world.questions import EXAMINED, KINDS, POPE_WAYS, TUNE_WEIGHTS, Question, conversation, text_only
+from leveret.world.scenes import Scene, sample_scene, shuffled, stream
+
+VERSION = 1
+CHUNK = 2000
+DESCRIBE = "Describe the image."
+SPLITS = ("test", "train", "novel-pairs")
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSize:
+    """How much is drawn. The defaults are the quickstart's.
+
+    web         image-text pairs, diseases included.
+    tune        pictures with a conversation of `turns` questions each.
+    text_share  text-only conversations, as a share of `tune`.
+    test        questions a kind in the test split (and in its train twin); `novel` in the split of held-out pairs.
+    """
+
+    web: int = 100_000
+    tune: int = 8_000
+    turns: int = 10
+    text_share: float = 0.04
+    test: int = 1_000
+    novel: int = 400
+
+
+def _web_file(index: int) -> str:
+    return f"web/{index // 1000:03d}/{index:06d}.jpg"
+
+
+def _image_file(split: str, index: int) -> str:
+    return f"{split}/{index:06d}.jpg"
+
+
+def _pair_record(identity: str, image: str, caption: str) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "image": image,
+        "conversations": [
+            {"from": "human", "value": f"{IMAGE_MARK}\n{DESCRIBE}"},
+            {"from": "gpt", "value": caption},
+        ],
+    }
+
+
+def _web_chunk(root: str, seed: int, start: int, stop: int) -> None:
+    """Draws pairs start..stop and leaves their records in a part file, written last."""
+    records, truth = [], []
+    for index in range(start, stop):
+        pair = web_pair(seed, "web", index)
+        path = Path(root, _web_file(index))
+        if index % 1000 == 0 or index == start:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pair.image())
+        records.append(_pair_record(f"web-{index:06d}", _web_file(index), pair.caption))
+        truth.append({"id": f"web-{index:06d}", "words": pair.words, "copy": pair.copy, "source": pair.source})
+    _part(root, "web", start, {"records": records, "truth": truth})
+
+
+def tune_scene(seed: int, index: int) -> Scene:
+    """The scene of tuning picture `index`."""
+    return sample_scene(stream(seed, "tune", index), word=0.5)
+
+
+def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_share: float) -> None:
+    records = []
+    Path(root, "images/tune").mkdir(parents=True, exist_ok=True)
+    for index in range(start, stop):
+        scene = tune_scene(seed, index)
+        Path(root, "images", _image_file("tune", index)).write_bytes(jpeg(render(scene)))
+        rng = stream(seed, "tune/questions", index)
+        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1)
+        records.append(
+            _conversation_record(f"tune-{index:06d}", questions, "images/" + _image_file("tune", index))
+        )
+        if rng.random() < text_share:
+            records.append(_conversation_record(f"text-{index:06d}", [text_only(rng) for _ in range(turns)], None))
+    _part(root, "tune", start, {"records": records})
+
+
+def _conversation_record(identity: str, questions: list[Question], image: str | None) -> dict[str, Any]:
+    turns: list[dict[str, str]] = []
+    for position, question in enumerate(questions):
+        mark = f"{IMAGE_MARK}\n" if image and position == 0 else ""
+        turns += [{"from": "human", "value": mark + question.text}, {"from": "gpt", "value": question.answer}]
+    return {"id": identity, **({"image": image} if image else {}), "conversations": turns}
+
+
+def _part(root: str, kind: str, start: int, content: dict[str, Any]) -> None:
+    atomic_write(Path(root, "parts", f"{kind}-{start:07d}.json"), json.dumps(content))
+
+
+# --- examination: one writer an official form; each takes the split and its items -------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question of the examination and the picture it is about (`images/` + image)."""
+
+    number: int
+    image: str
+    scene: Scene
+    question: Question
+
+
+def _questions(seed: int, split: str, kind: str, n: int) -> tuple[list[Asked], int]:
+    """`n` questions of one kind, at most one (existence: a yes and a no) a scene, and how many scenes that took."""
+    found: list[Asked] = []
+    index = 0
+    while len(found) < n:
+        rng = stream(seed, f"{split}/{kind}", index)
+        scene, image = exam_scene(seed, split, index)
+        if kind == "existence":
+            way = POPE_WAYS[index % len(POPE_WAYS)]
+            for label in (True, False):
+                question = KINDS[kind](scene, rng, way=way, label=label)  # type: ignore[call-arg]
+                if question:
+                    found.append(Asked(len(found), image, scene, question))
+        else:
+            question = KINDS[kind](scene, rng)
+            if question:
+                found.append(Asked(len(found), image, scene, question))
+        index += 1
+    return found[:n], index
+
+
+def exam_scene(seed: int, split: str, index: int) -> tuple[Scene, str]:
+    """A scene of an examination split and its picture's file. The train twin asks about the tuning pictures."""
+    if split == "train":
+        return tune_scene(seed, index), _image_file("tune", index)
+    rng = stream(seed, split, index)
+    scene = sample_scene(rng, word=0.7, novel_pairs=split == "novel-pairs", novel_words=None)
+    return scene, _image_file(split, index)
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _pope(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    for way in POPE_WAYS:
+        rows = [item for item in asked if item.question.meta["way"] == way]
+        _write_lines(
+            folder / split / f"coco_pope_{way}.json",
+            (
+                {
+                    "question_id": number + 1,
+                    "image": item.image,
+                    "text": item.question.text,
+                    "label": item.question.answer.lower(),
+                    "template": item.question.template,
+                }
+                for number, item in enumerate(rows)
+            ),
+        )
+
+
+def _gqa(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    write_json(
+        folder / f"{split}_balanced_questions.json",
+        {
+            f"{split}-{item.number:06d}": {
+                "question": item.question.text,
+                "imageId": item.image.removesuffix(".jpg"),
+                "answer": item.question.answer,
+                "isBalanced": True,
+                "types": {"structural": "query", "semantic": "attr", "detailed": item.question.template},
+                "groups": {"global": item.question.kind, "local": item.question.meta["object"]},
+                "semantic": [],
+                "template": item.question.template,
+            }
+            for item in asked
+        },
+    )
+
+
+def _tallyqa(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    write_json(
+        folder / f"{split}.json",
+        [
+            {
+                "answer": int(item.question.answer),
+                "data_source": "leveret",
+                "image": "images/" + item.image,
+                "image_id": item.number,
+                "issimple": item.question.meta["simple"],
+                "question": item.question.text,
+                "question_id": item.number,
+                "template": item.question.template,
+            }
+            for item in asked
+        ],
+    )
+
+
+def _vsr(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    keys = ("caption", "label", "relation", "subj", "obj")
+    _write_lines(
+        folder / f"{split}.jsonl",
+        (
+            {"image": item.image, **{key: item.question.meta[key] for key in keys}, "template": item.question.template}
+            for item in asked
+        ),
+    )
+
+
+def _scienceqa(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    splits_file, problems_file = folder / "pid_splits.json", folder / "problems.json"
+    splits = read_json(splits_file) if splits_file.exists() else {}
+    problems = read_json(problems_file) if problems_file.exists() else {}
+    splits[split] = []
+    for item in asked:
+        pid = f"{split}-{item.number:06d}"
+        splits[split].append(pid)
+        problems[pid] = {
+            "question": item.question.meta["question"],
+            "choices": item.question.meta["choices"],
+            "answer": item.question.meta["index"],
+            "hint": "",
+            "image": "image.jpg",
+            "split": split,
+            "template": item.question.template,
+        }
+        target = folder / "images" / split / pid / "image.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((root / "images" / item.image).read_bytes())
+    write_json(problems_file, problems)
+    write_json(splits_file, splits)
+
+
+def _refcoco(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    refs_file, instances_file = folder / "refs(unc).json", folder / "instances.json"
+    refs = [ref for ref in (read_json(refs_file) if refs_file.exists() else []) if ref["split"] != split]
+    instances = read_json(instances_file) if instances_file.exists() else {"images": [], "annotations": []}
+    base = SPLITS.index(split) * 10_000_000
+    keep = {ref["image_id"] for ref in refs}
+    instances["images"] = [image for image in instances["images"] if image["id"] in keep]
+    instances["annotations"] = [item for item in instances["annotations"] if item["image_id"] in keep]
+    for item in asked:
+        number = base + item.number
+        x0, y0, x1, y1 = item.question.meta["box"]
+        sentence = {"sent": item.question.meta["sent"], "raw": item.question.meta["sent"], "sent_id": number}
+        refs.append(
+            {
+                "ref_id": number,
+                "ann_id": number,
+                "image_id": number,
+                "split": split,
+                "category_id": 1,
+                "sentences": [sentence],
+                "file_name": item.image,
+                "template": item.question.template,
+            }
+        )
+        size = {"height": item.scene.height, "width": item.scene.width}
+        instances["images"].append({"id": number, "file_name": item.image, **size})
+        instances["annotations"].append(
+            {"id": number, "image_id": number, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        )
+    write_json(refs_file, refs)
+    write_json(instances_file, instances)
+
+
+def _textvqa(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    rows = [
+        {
+            "image_id": item.image.removesuffix(".jpg"),
+            "question": item.question.text,
+            "question_id": item.number,
+            "answers": [item.question.answer] * 10,
+            "image_width": item.scene.width,
+            "image_height": item.scene.height,
+            "template": item.question.template,
+        }
+        for item in asked
+    ]
+    write_json(folder / f"TextVQA_0.5.1_{split}.json", {"dataset_type": split, "data": rows})
+
+
+FORMS: dict[str, Callable[[Path, str, list[Asked], Path], None]] = {
+    "existence": _pope,
+    "colour": _gqa,
+    "shape": _gqa,
+    "count": _tallyqa,
+    "relation": _vsr,
+    "choice": _scienceqa,
+    "box": _refcoco,
+    "word": _textvqa,
+}
+
+
+def _examination(root: str, seed: int, split: str, n: int) -> None:
+    """All kinds of one split: the pictures they need, then the files."""
+    asked = {kind: _questions(seed, split, kind, n) for kind in EXAMINED}
+    if split != "train":  # the train twin's pictures are the tuning pictures
+        Path(root, "images", split).mkdir(parents=True, exist_ok=True)
+        for index in range(max(scenes for _, scenes in asked.values())):
+            scene, image = exam_scene(seed, split, index)
+            Path(root, "images", image).write_bytes(jpeg(render(scene)))
+    for kind, (questions, _) in asked.items():
+        FORMS[kind](Path(root, "eval", kind), split, questions, Path(root))
+
+
+def draw(
+    out: str | Path, *, seed: int = 0, size: WorldSize | None = None, workers: int | None = None
+) -> Path:
+    """Draws the world of `seed` into `out`, or reuses what is there.
+
+    Returns the folder. Raises RecipeError when the folder holds a world of another seed or size.
+    """
+    root, size = Path(out), size or WorldSize()
+    parameters = {"version": VERSION, "seed": seed, **asdict(size), "copies": RATES, "captions": WORDS}
+    stamp, begun = root / "world.json", root / "parts" / "parameters.json"
+    for file in (stamp, begun):
+        if file.exists():
+            there = read_json(file)
+            differ = [key for key in parameters if there.get(key) != parameters[key]]
+            if differ:
+                told = ", ".join(f"{key} {there.get(key)!r} (wanted {parameters[key]!r})" for key in differ)
+                raise RecipeError(f"{root} holds another world: {told}. Give another folder, or delete this one.")
+    if stamp.exists():
+        return root
+    (root / "parts").mkdir(parents=True, exist_ok=True)
+    write_json(begun, parameters)
+
+    jobs: list[tuple[Path, Callable[..., None], tuple[Any, ...], int]] = []
+    for start in range(0, size.web, CHUNK):
+        stop = min(start + CHUNK, size.web)
+        part = root / "parts" / f"web-{start:07d}.json"
+        jobs.append((part, _web_chunk, (str(root), seed, start, stop), stop - start))
+    for start in range(0, size.tune, CHUNK):
+        stop = min(start + CHUNK, size.tune)
+        part = root / "parts" / f"tune-{start:07d}.json"
+        jobs.append(
+            (part, _tune_chunk, (str(root), seed, start, stop, size.turns, size.text_share), stop - start)
+        )
+    left = [job for job in jobs if not job[0].exists()]
+    workers = workers or min(os.cpu_count() or 1, 8)
+    with Progress(sum(job[3] for job in left), "draw the world", "pictures") as progress:
+        if workers == 1 or len(left) < 2:
+            for _, function, arguments, pictures in left:
+                function(*arguments)
+                progress.advance(pictures)
+        else:
+            # spawn: the same on every system, and safe when the caller already runs threads
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                waiting = [(pool.submit(function, *arguments), pictures) for _, function, arguments, pictures in left]
+                for future, pictures in waiting:
+                    future.result()
+                    progress.advance(pictures)
+
+    parts = {kind: sorted((root / "parts").glob(f"{kind}-*.json")) for kind in ("web", "tune")}
+    web = [read_json(path) for path in parts["web"]]
+    _write_list(root / "web.json", (record for part in web for record in part["records"]))
+    _write_lines(root / "web_truth.jsonl", (row for part in web for row in part["truth"]))
+    tune = [record for path in parts["tune"] for record in read_json(path)["records"]]
+    _write_list(root / "tune.json", shuffled(stream(seed, "tune", "order"), tune))
+    for split, n in (("train", min(size.test, size.tune // 4)), ("test", size.test), ("novel-pairs", size.novel)):
+        if n:
+            _examination(str(root), seed, split, n)
+    for path in (*parts["web"], *parts["tune"]):
+        path.unlink()
+    write_json(stamp, parameters)
+    begun.unlink()
+    (root / "parts").rmdir()
+    return root
+
+
+def _write_list(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """A JSON list with a record a line: as readable as JSON lines, and still what LLaVA's loaders take."""
+    atomic_write(path, "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+
