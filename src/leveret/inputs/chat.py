@@ -22,19 +22,16 @@ Where the originals are wrong, ids are kept and labels corrected: Bunny drops a 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
+from leveret.inputs.reader import Chunk, Reader, reader_of
 from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Turn
 from leveret.runs import DataError, RecipeError, closest
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -193,8 +190,8 @@ def encode(
         DataError: there are not as many marks as images, nothing to answer, or `max_tokens` would cut an image.
         RecipeError: unknown format, a template that fails, or a tokenizer that lacks the format's end token.
     """
-    form, reader = find_chat(chat), _reader(tokenizer)
-    reader.check(form)
+    form, reader = find_chat(chat), reader_of(tokenizer)
+    _check(form, reader)
     if not turns:
         raise DataError("a conversation needs at least one turn")
     if generate and turns[-1].role != "user":
@@ -237,6 +234,20 @@ def encode(
     return encoded
 
 
+def _check(form: ChatFormat, reader: Reader) -> None:
+    """RecipeError when the end of an answer is not one token: the model could not learn to stop."""
+    if form.stop in reader.checked:
+        return
+    for stop in form.stop:
+        if stop.strip() and not reader.has((stop,)):
+            fitting = [row.name for row in CHATS.values() if reader.has(row.stop)]
+            hint = f"Formats whose end token it has: {', '.join(fitting)}" if fitting else "Add the token to it"
+            raise RecipeError(
+                f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"
+            )
+    reader.checked.add(form.stop)
+
+
 # --- from turns to chunks -------------------------------------------------------------------------------------------
 
 
@@ -261,23 +272,10 @@ class _Edge(str):
 _BEGIN, _END = _Edge(), _Edge()
 
 
-@dataclass(slots=True)
-class _Chunk:
-    """Text between two images.
-
-    pieces      (text, whether somebody said it), in order; `text` is their concatenation.
-    supervised  character spans of `text` inside generation blocks.
-    """
-
-    pieces: list[tuple[str, bool]]
-    text: str
-    supervised: list[tuple[int, int]]
-
-
-def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate: bool) -> list[_Chunk]:
+def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate: bool) -> list[Chunk]:
     """The rendered conversation, cut at its image marks."""
     messages = [{"role": turn.role, "content": _content(turn, has_images)} for turn in turns]
-    chunks: list[_Chunk] = []
+    chunks: list[Chunk] = []
     pieces: list[tuple[str, bool]] = []
     spans: list[tuple[int, int]] = []
     length, block = 0, -1  # characters so far in this chunk; where the open generation block began, -1 when none is
@@ -299,13 +297,13 @@ def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate:
         for number, part in enumerate(piece.split(IMAGE_MARK) if IMAGE_MARK in piece else (piece,)):
             if number:
                 close()
-                chunks.append(_Chunk(pieces, "".join([text for text, _ in pieces]), spans))
+                chunks.append(Chunk(pieces, "".join([text for text, _ in pieces]), spans))
                 pieces, spans, length, block = [], [], 0, 0 if block >= 0 else -1
             if part:
                 part = part.replace(_ESCAPED, IMAGE_MARK) if "\ue000" in part else part
                 pieces.append((part, said))
                 length += len(part)
-    chunks.append(_Chunk(pieces, "".join([text for text, _ in pieces]), spans))
+    chunks.append(Chunk(pieces, "".join([text for text, _ in pieces]), spans))
     if not blocks and not generate and any(turn.role == "assistant" for turn in turns):
         raise RecipeError(
             f"the template of chat format {form.name!r} has no generation block: nothing would be learned"
@@ -364,134 +362,3 @@ def _compiled(template: str) -> Any:
         return environment.from_string(template)
     except TemplateSyntaxError as error:
         raise RecipeError(f"a chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
-
-
-# --- from chunks to ids ---------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """A tokenizer made ready: private copies, so that nobody's padding, truncation or trimmed offsets show here."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        from tokenizers import Tokenizer
-
-        shared = getattr(tokenizer, "backend_tokenizer", None)
-        if shared is None:
-            raise RecipeError(
-                f"{type(tokenizer).__name__} cannot say which characters a token came from; "
-                "a tokenizer with a tokenizer.json is needed"
-            )
-        self.size = len(tokenizer)
-        self._state: dict[str, Any] = json.loads(shared.to_str())
-        # A byte-level post-processor would trim blanks off the offsets, and the others add special tokens.
-        self._state.update(post_processor=None, truncation=None, padding=None)
-        self.backend: Tokenizer = Tokenizer.from_str(json.dumps(self._state))
-        self._literal: Tokenizer | None = None
-        # Runs of blanks are added tokens in some vocabularies (Phi-2): those are how text is written, not structure.
-        added = {token["content"]: token["id"] for token in self._state["added_tokens"] if token["content"].strip()}
-        self.special: dict[str, int] = added
-        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
-        self._special = re.compile("|".join(longest_first) if added else r"(?!)")
-        habit = tokenizer("").input_ids
-        start = tokenizer.bos_token_id
-        self.start: tuple[int, ...] = (start,) if start is not None and list(habit[:1]) == [start] else ()
-        image = self.backend.token_to_id(IMAGE_MARK)
-        self.image_id: int = image if image is not None else tokenizer.pad_token_id or 0
-        self._checked: set[tuple[str, ...]] = set()
-
-    def check(self, form: ChatFormat) -> None:
-        """RecipeError when the end of an answer is not one token: the model could not learn to stop."""
-        if form.stop in self._checked:
-            return
-        for stop in form.stop:
-            if stop.strip() and not self._has((stop,)):
-                fitting = [row.name for row in CHATS.values() if self._has(row.stop)]
-                hint = f"Formats whose end token it has: {', '.join(fitting)}" if fitting else "Add the token to it"
-                raise RecipeError(
-                    f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"
-                )
-        self._checked.add(form.stop)
-
-    def _has(self, texts: tuple[str, ...]) -> bool:
-        return all(self.backend.token_to_id(text) is not None for text in texts)
-
-    def read(self, chunk: _Chunk, supervise: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels of one chunk."""
-        if not chunk.text:
-            return [], []
-        if any(said and self._special.search(text) for text, said in chunk.pieces):
-            ids, offsets = self._spelled(chunk.pieces)
-        else:
-            encoding = self.backend.encode(chunk.text, add_special_tokens=False)
-            ids, offsets = encoding.ids, encoding.offsets
-        if not supervise or not chunk.supervised:
-            return ids, [IGNORE] * len(ids)
-        learned = bytearray(len(chunk.text) + 1)
-        for begin, end in chunk.supervised:
-            learned[begin:end] = b"\x01" * (end - begin)
-        labels = [
-            token if learned[begin] or (end > begin and learned[end - 1]) else IGNORE
-            for token, (begin, end) in zip(ids, offsets, strict=True)
-        ]
-        return ids, labels
-
-    def _spelled(self, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and offsets of a chunk in which somebody typed a special token: only the template's own are special.
-
-        The text between the template's special tokens is tokenised by a copy of the tokenizer that knows none. (A
-        tokenizer that puts a blank before the first word of a text then puts one before each such stretch.)
-        """
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        stretch: list[str] = []
-        place = 0  # where `stretch` begins
-
-        def spell() -> None:
-            nonlocal place
-            text = "".join(stretch)
-            encoding = self.literal.encode(text, add_special_tokens=False)
-            if clash := set(encoding.ids) & set(self.special.values()):
-                words = [word for word, token in self.special.items() if token in clash]
-                raise DataError(f"a turn holds {words}, which this tokenizer cannot spell as plain text")
-            ids.extend(encoding.ids)
-            offsets.extend((begin + place, end + place) for begin, end in encoding.offsets)
-            place += len(text)
-            stretch.clear()
-
-        for text, said in pieces:
-            if said:
-                stretch.append(text)
-                continue
-            cursor = 0
-            for match in self._special.finditer(text):
-                stretch.append(text[cursor : match.start()])
-                spell()
-                ids.append(self.special[match.group()])
-                offsets.append((place, place + len(match.group())))
-                place += len(match.group())
-                cursor = match.end()
-            stretch.append(text[cursor:])
-        spell()
-        return ids, offsets
-
-    @property
-    def literal(self) -> Tokenizer:
-        """The same tokenizer, for which no text but a run of blanks is an added token."""
-        if self._literal is None:
-            from tokenizers import Tokenizer
-
-            added = [{**token, "special": bool(token["content"].strip())} for token in self._state["added_tokens"]]
-            self._literal = Tokenizer.from_str(json.dumps({**self._state, "added_tokens": added}))
-            self._literal.encode_special_tokens = True  # meaning: as the characters they are written with
-        return self._literal
-
-
-_READERS: WeakKeyDictionary[Any, _Reader] = WeakKeyDictionary()
-
-
-def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
-    """The reader of a tokenizer, made once (and again when tokens were added to it since)."""
-    reader = _READERS.get(tokenizer)
-    if reader is None or reader.size != len(tokenizer):
-        reader = _READERS[tokenizer] = _Reader(tokenizer)
-    return reader

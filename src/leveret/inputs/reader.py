@@ -1,0 +1,145 @@
+"""Chunks of a conversation become token ids, and character spans become a label mask."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from leveret.records import IGNORE, IMAGE_MARK
+from leveret.runs import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Text between two images.
+
+    pieces      (text, whether somebody said it), in order; `text` is their concatenation.
+    supervised  character spans of `text` inside generation blocks.
+    """
+
+    pieces: list[tuple[str, bool]]
+    text: str
+    supervised: list[tuple[int, int]]
+
+
+class Reader:
+    """A tokenizer made ready: private copies, so that nobody's padding, truncation or trimmed offsets show here."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from tokenizers import Tokenizer
+
+        shared = getattr(tokenizer, "backend_tokenizer", None)
+        if shared is None:
+            raise RecipeError(
+                f"{type(tokenizer).__name__} cannot say which characters a token came from; "
+                "a tokenizer with a tokenizer.json is needed"
+            )
+        self.size = len(tokenizer)
+        self._state: dict[str, Any] = json.loads(shared.to_str())
+        # A byte-level post-processor would trim blanks off the offsets, and the others add special tokens.
+        self._state.update(post_processor=None, truncation=None, padding=None)
+        self.backend: Tokenizer = Tokenizer.from_str(json.dumps(self._state))
+        self._literal: Tokenizer | None = None
+        # Runs of blanks are added tokens in some vocabularies (Phi-2): those are how text is written, not structure.
+        added = {token["content"]: token["id"] for token in self._state["added_tokens"] if token["content"].strip()}
+        self.special: dict[str, int] = added
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        self._special = re.compile("|".join(longest_first) if added else r"(?!)")
+        habit = tokenizer("").input_ids
+        start = tokenizer.bos_token_id
+        self.start: tuple[int, ...] = (start,) if start is not None and list(habit[:1]) == [start] else ()
+        image = self.backend.token_to_id(IMAGE_MARK)
+        self.image_id: int = image if image is not None else tokenizer.pad_token_id or 0
+        self.checked: set[tuple[str, ...]] = set()  # end tokens known to be there
+
+    def has(self, texts: tuple[str, ...]) -> bool:
+        """Is each of `texts` one token?"""
+        return all(self.backend.token_to_id(text) is not None for text in texts)
+
+    def read(self, chunk: Chunk, supervise: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of one chunk."""
+        if not chunk.text:
+            return [], []
+        if any(said and self._special.search(text) for text, said in chunk.pieces):
+            ids, offsets = self._spelled(chunk.pieces)
+        else:
+            encoding = self.backend.encode(chunk.text, add_special_tokens=False)
+            ids, offsets = encoding.ids, encoding.offsets
+        if not supervise or not chunk.supervised:
+            return ids, [IGNORE] * len(ids)
+        learned = bytearray(len(chunk.text) + 1)
+        for begin, end in chunk.supervised:
+            learned[begin:end] = b"\x01" * (end - begin)
+        labels = [
+            token if learned[begin] or (end > begin and learned[end - 1]) else IGNORE
+            for token, (begin, end) in zip(ids, offsets, strict=True)
+        ]
+        return ids, labels
+
+    def _spelled(self, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a chunk in which somebody typed a special token: only the template's own are special.
+
+        The text between the template's special tokens is tokenised by a copy of the tokenizer that knows none. (A
+        tokenizer that puts a blank before the first word of a text then puts one before each such stretch.)
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        stretch: list[str] = []
+        place = 0  # where `stretch` begins
+
+        def spell() -> None:
+            nonlocal place
+            text = "".join(stretch)
+            encoding = self.literal.encode(text, add_special_tokens=False)
+            if clash := set(encoding.ids) & set(self.special.values()):
+                words = [word for word, token in self.special.items() if token in clash]
+                raise DataError(f"a turn holds {words}, which this tokenizer cannot spell as plain text")
+            ids.extend(encoding.ids)
+            offsets.extend((begin + place, end + place) for begin, end in encoding.offsets)
+            place += len(text)
+            stretch.clear()
+
+        for text, said in pieces:
+            if said:
+                stretch.append(text)
+                continue
+            cursor = 0
+            for match in self._special.finditer(text):
+                stretch.append(text[cursor : match.start()])
+                spell()
+                ids.append(self.special[match.group()])
+                offsets.append((place, place + len(match.group())))
+                place += len(match.group())
+                cursor = match.end()
+            stretch.append(text[cursor:])
+        spell()
+        return ids, offsets
+
+    @property
+    def literal(self) -> Tokenizer:
+        """The same tokenizer, for which no text but a run of blanks is an added token."""
+        if self._literal is None:
+            from tokenizers import Tokenizer
+
+            added = [{**token, "special": bool(token["content"].strip())} for token in self._state["added_tokens"]]
+            self._literal = Tokenizer.from_str(json.dumps({**self._state, "added_tokens": added}))
+            self._literal.encode_special_tokens = True  # meaning: as the characters they are written with
+        return self._literal
+
+
+_READERS: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()
+
+
+def reader_of(tokenizer: PreTrainedTokenizerBase) -> Reader:
+    """The reader of a tokenizer, made once (and again when tokens were added to it since)."""
+    reader = _READERS.get(tokenizer)
+    if reader is None or reader.size != len(tokenizer):
+        reader = _READERS[tokenizer] = Reader(tokenizer)
+    return reader
