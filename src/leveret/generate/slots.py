@@ -46,6 +46,8 @@ class Reply:
     tokens      what has been generated, without the stop token.
     chances     probability of each of `choices`, renormalised.
     finish      why it ended; None while it is being made.
+    prefix      length of the part that other prompts with the same images may share: up to the last image token.
+    key         what the keys and values of the prefix depend on.
     """
 
     ids: list[int]
@@ -57,16 +59,12 @@ class Reply:
     tokens: list[int] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     finish: Finish | None = None
+    prefix: int = field(init=False)
+    key: tuple[tuple[str, ...], tuple[int, ...]] = field(init=False)
 
-    @property
-    def prefix(self) -> int:
-        """Length of the part that other prompts with the same images may share: up to the last image token."""
-        return len(self.ids) - self.marks[::-1].index(True) if self.images else 0
-
-    @property
-    def key(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """What the keys and values of the prefix depend on."""
-        return self.images, tuple(self.ids[: self.prefix])
+    def __post_init__(self) -> None:
+        self.prefix = len(self.ids) - self.marks[::-1].index(True) if self.images else 0
+        self.key = (self.images, tuple(self.ids[: self.prefix]))
 
     @property
     def position(self) -> int:
@@ -97,6 +95,7 @@ class Slots:
     def free(self) -> int:
         return self.size - len(self.active)
 
+    @torch.inference_mode()
     def join(self, replies: Sequence[Reply]) -> list[Reply]:
         """Take in answers, at most `free`, and give each its first token. Returns those that end with it."""
         assert len(replies) <= self.free, "more answers than free slots"
@@ -115,6 +114,7 @@ class Slots:
             ended += self._take(chunk, logits)
         return ended
 
+    @torch.inference_mode()
     def step(self) -> list[Reply]:
         """One more token for every answer. Returns those that ended, which have left their rows."""
         if not self.active:
@@ -122,9 +122,10 @@ class Slots:
         batch = self._batch([([reply.tokens[-1]], None) for reply in self.active])
         return self._take(self.active, self._forward(0, [reply.position for reply in self.active], batch))
 
+    @torch.inference_mode()
     def leave(self, reply: Reply) -> None:
         """Stop an answer that has not ended; nothing happens if it has."""
-        if reply in self.active:
+        if reply.finish is None and reply in self.active:
             reply.finish = "left"
             self._compact()
 
@@ -170,7 +171,7 @@ class Slots:
         # Padding repeats the last real position: a model with a table of positions has no row beyond its end.
         positions = torch.minimum(at, (at * last).amax(1, keepdim=True))
         device = self.vlm.device.type
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             embeddings = self.vlm.embed(batch)
             mask = self.masks.of(at, max(starts) + length, embeddings.dtype)
             with only_rows(self.vlm.language.get_output_embeddings(), last if logits else torch.zeros_like(last)):

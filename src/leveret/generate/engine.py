@@ -1,0 +1,282 @@
+"""The one engine that answers, for examining and for serving.
+
+    Request -> prompt (inputs) -> Reply -> slots: image prefix once per image, prompts and steps in batches -> Prediction
+
+What it saves, against answering one by one: an image goes through the tower once, and so do the layers over its tokens,
+however many questions there are about it, in one call or several; prompts of like length are computed together; a
+finished answer's place is taken by the next. What it keeps: the tokens. In float32 they are those of one question at a
+time, whatever company a request has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leveret.generate.cache import Shelf
+from leveret.generate.sampling import Sampling
+from leveret.generate.slots import Reply, Slots
+from leveret.generate.text import Detokenizer, Stops, decode
+from leveret.images import ImageFault, declared_size, read_bytes
+from leveret.images import decode as decode_image
+from leveret.inputs.chat import encode, find_chat
+from leveret.inputs.resize import prepare
+from leveret.model.vlm import VLM
+from leveret.records import IGNORE, ImageRef, Prediction, Turn
+from leveret.runs import DataError
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+WINDOW = 8
+"""Requests are sorted by length among `WINDOW` times as many as there are slots: wide enough that batches are even,
+narrow enough that the questions about one image come soon after each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to answer.
+
+    images          as many as there are image marks in the user turns.
+    turns           ends with a user turn.
+    choices         the allowed answers; then none is generated, but the probability of each one's first token
+                    is computed (the first not shared by all), and the text is the likeliest choice.
+    max_new_tokens  of the answer; None takes the engine's.
+    """
+
+    question_id: str
+    images: tuple[ImageRef, ...]
+    turns: tuple[Turn, ...]
+    choices: tuple[str, ...] | None = None
+    max_new_tokens: int | None = None
+
+
+class Engine:
+    """Answers requests with one model.
+
+    slots           answers made at once.
+    max_new_tokens  of an answer whose request does not say.
+    precision       "auto" computes in bfloat16 where the hardware does so natively, else as the weights are.
+    cache_bytes     memory for image features, and again for image prefixes, kept for later questions.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        slots: int = 64,
+        max_new_tokens: int = 64,
+        precision: Precision = "auto",
+        cache_bytes: int = 512 * 2**20,
+    ) -> None:
+        if slots < 1 or max_new_tokens < 1:
+            raise DataError(f"slots and max_new_tokens must be at least 1; got {slots} and {max_new_tokens}")
+        self.vlm = vlm.eval()
+        self.max_new_tokens = max_new_tokens
+        self.bf16 = precision == "bf16" or (precision == "auto" and native_bf16(vlm.device))
+        generation = getattr(vlm.language, "generation_config", None)
+        self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
+        self.eyes = Eyes(vlm, self.bf16, cache_bytes)
+        self.slots = Slots(vlm, slots, self.eyes.features, self.stops, bf16=self.bf16, shelf=cache_bytes)
+        self._spelled: dict[str, list[int]] = {}
+
+    def answer(
+        self, requests: Sequence[Request], on_prediction: Callable[[Prediction], None] | None = None
+    ) -> list[Prediction]:
+        """The likeliest answers, in the order of `requests`; `on_prediction` gets each as soon as it is ready.
+
+        Prediction.meta: `tokens` (how many were generated), `finish`: "stop" (the model ended it), "length" (cut at
+        its limit) or "choice".
+
+        Raises DataError naming the question when a request cannot be answered (no image under its reference, marks that
+        do not match, a prompt longer than the model allows, choices that begin with the same token).
+        """
+        names: dict[ImageRef, tuple[str, tuple[int, int]]] = {}
+        replies = [self._reply(request, names) for request in requests]
+        number = {id(reply): place for place, reply in enumerate(replies)}
+        predictions: list[Prediction | None] = [None] * len(replies)
+        waiting = deque(self._order(replies))
+        try:
+            while waiting or self.slots.active:
+                # Joining is worth a pass of its own only for many at once.
+                if waiting and (2 * self.slots.free >= self.slots.size or not self.slots.active):
+                    ended = self.slots.join([waiting.popleft() for _ in range(min(self.slots.free, len(waiting)))])
+                else:
+                    ended = self.slots.step()
+                for reply in ended:
+                    if (place := number.get(id(reply))) is None:
+                        continue  # somebody's stream, which sees for itself that it ended
+                    predictions[place] = prediction = self._prediction(requests[place], reply)
+                    if on_prediction is not None:
+                        on_prediction(prediction)
+        finally:
+            for reply in replies:
+                self.slots.leave(reply)
+        return [prediction for prediction in predictions if prediction is not None]
+
+    def stream(
+        self, request: Request, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+    ) -> Iterator[str]:
+        """The answer in pieces as it is made; joined they are its text. Closing the iterator stops the answer.
+
+        temperature, top_p, seed: see `Sampling`. Raises what `answer` raises, before the first piece.
+        """
+        reply = self._reply(request, {})
+        reply.picker = Sampling(temperature, top_p, seed).picker()
+        return self._pieces(reply)
+
+    def _pieces(self, reply: Reply) -> Iterator[str]:
+        detokenizer, shown, kept = Detokenizer(self.vlm.tokenizer), 0, ""
+        said = False
+        try:
+            self.slots.join([reply])
+            while True:
+                for token in reply.tokens[shown:]:
+                    kept += detokenizer.push(token)
+                shown = len(reply.tokens)
+                if reply.finish:
+                    kept += detokenizer.finish()
+                cut = self.stops.cut(kept)
+                kept = kept if cut is None else cut
+                # Blanks at the very beginning are no part of the answer; those at the end are known only later.
+                kept = kept if said else kept.lstrip()
+                last = bool(reply.finish) or cut is not None
+                ready = kept.rstrip() if last else kept[: len(kept) - self.stops.held(kept)].rstrip()
+                if ready:
+                    said = True
+                    yield ready
+                    kept = kept[len(ready) :]
+                if last:
+                    return
+                self.slots.step()
+        finally:
+            self.slots.leave(reply)
+
+    def _reply(self, request: Request, names: dict[ImageRef, tuple[str, tuple[int, int]]]) -> Reply:
+        """The prompt of a request. `names`: images this call has looked at."""
+        try:
+            for ref in request.images:
+                if ref not in names:
+                    names[ref] = self.eyes.name(ref)
+            seen = [names[ref] for ref in request.images]
+            sizes = [size for _, size in seen]
+            encoded = encode(request.turns, self.vlm.chat, self.vlm.tokenizer, self.vlm.spec, sizes, generate=True)
+            shared, choices = self._choices(request.choices) if request.choices is not None else ([], ())
+            ids, marks = encoded.input_ids + shared, encoded.image_mask + [False] * len(shared)
+            limit = self._limit(len(ids), request.max_new_tokens)
+        except DataError as fault:
+            raise DataError(f"question {request.question_id!r}: {fault}") from fault
+        return Reply(ids, marks, tuple(key for key, _ in seen), limit, choices=choices)
+
+    def _limit(self, prompt: int, asked: int | None) -> int:
+        """Tokens an answer may have: what was asked for, as far as the model's positions reach."""
+        limit = self.max_new_tokens if asked is None else asked
+        if limit < 1:
+            raise DataError(f"max_new_tokens must be at least 1; got {limit}")
+        most = getattr(self.vlm.language.config.get_text_config(), "max_position_embeddings", None)
+        if most is None:
+            return limit
+        if prompt >= most:
+            raise DataError(
+                f"the prompt fills {prompt} positions and the model has {most}; shorten the text or show fewer images"
+            )
+        return min(limit, most - prompt)
+
+    def _choices(self, choices: tuple[str, ...]) -> tuple[list[int], tuple[int, ...]]:
+        """(tokens that all choices begin with, the token in which each first differs from the others).
+
+        What all share (often a blank of its own) is put behind the prompt, so that one pass still tells them apart.
+        """
+        for choice in choices:
+            if choice not in self._spelled:
+                turns = (Turn("user", "?"), Turn("assistant", choice))
+                encoded = encode(turns, self.vlm.chat, self.vlm.tokenizer, self.vlm.spec, ())
+                self._spelled[choice] = [label for label in encoded.labels if label != IGNORE]
+        spelled = [self._spelled[choice] for choice in choices]
+        shared = len(commonprefix(spelled)) if len(spelled) > 1 else 0
+        firsts = tuple(ids[shared] for ids in spelled if len(ids) > shared)
+        if not choices or not all(choice.strip() for choice in choices) or len(set(firsts)) < len(choices):
+            raise DataError(f"choices: {list(choices)} must be answers that differ in the first token they do not share")
+        return spelled[0][:shared], firsts
+
+    def _order(self, replies: Sequence[Reply]) -> list[Reply]:
+        """Questions about one image close together, and among those near each other the short before the long."""
+        met: dict[Any, int] = {}
+        together = sorted(replies, key=lambda reply: met.setdefault(reply.images, len(met)))
+        size = WINDOW * self.slots.size
+        ordered: list[Reply] = []
+        for first in range(0, len(together), size):
+            ordered += sorted(together[first : first + size], key=lambda reply: len(reply.ids) - reply.prefix)
+        return ordered
+
+    def _prediction(self, request: Request, reply: Reply) -> Prediction:
+        meta = {"tokens": len(reply.tokens), "finish": reply.finish}
+        if request.choices is not None:
+            chances = dict(zip(request.choices, reply.chances, strict=True))
+            return Prediction(request.question_id, max(chances, key=chances.__getitem__), chances, meta)
+        text = decode(self.vlm.tokenizer, reply.tokens)
+        cut = self.stops.cut(text)
+        return Prediction(request.question_id, (text if cut is None else cut).strip(), None, meta)
+
+
+class Eyes:
+    """Images by the hash of their bytes: each goes through the tower once, as long as its features are kept."""
+
+    def __init__(self, vlm: VLM, bf16: bool, limit: int) -> None:
+        self.vlm, self.bf16 = vlm, bf16
+        self.shelf = Shelf(limit)
+        self._refs: dict[str, ImageRef] = {}
+
+    def name(self, ref: ImageRef) -> tuple[str, tuple[int, int]]:
+        """(key, (height, width)) of an image; reads its bytes, unpacks nothing. ImageFault if it is refused."""
+        try:
+            data = read_bytes(ref)
+            width, height = declared_size(data)
+        except ImageFault as fault:
+            raise fault.at(str(ref)) from fault
+        key = hashlib.sha256(data).hexdigest()
+        self._refs[key] = ref
+        return key, (height, width)
+
+    def features(self, keys: Sequence[str]) -> Tensor:
+        """Tower outputs [N, tokens, width] of images that `name` has seen, in the order of `keys`."""
+        held = {key: block for key in keys if (block := self.shelf.get(key)) is not None}
+        missing = [key for key in dict.fromkeys(keys) if key not in held]
+        if missing:
+            for key, block in zip(missing, self._see(missing), strict=True):
+                held[key] = block.clone()  # memory of its own: a row of the batch would keep all of it
+                self.shelf.put(key, held[key])
+        return torch.stack([held[key] for key in keys])
+
+    def _see(self, keys: Sequence[str]) -> Tensor:
+        images = [self._load(self._refs[key]) for key in keys]
+        device = self.vlm.device
+        pixels = {}
+        for view in self.vlm.spec.towers:
+            pixels[view.name] = torch.stack([torch.from_numpy(prepare(image, view)) for image in images]).to(device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            return self.vlm.see(pixels)
+
+    def _load(self, ref: ImageRef) -> Any:
+        try:
+            return decode_image(read_bytes(ref))
+        except ImageFault as fault:
+            raise fault.at(str(ref)) from fault
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` computes bfloat16 products natively; where it does not, autocast only costs time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(bool(ask()) for ask in asks if ask is not None)
+
+

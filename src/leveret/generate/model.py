@@ -1,0 +1,105 @@
+"""A model to talk to: `leveret.load(path).ask("photo.jpg", "What is this?")`."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leveret.generate.engine import Engine, Precision, Request
+from leveret.model.checkpoint import load as load_vlm
+from leveret.model.vlm import VLM
+from leveret.records import IMAGE_MARK, ImageRef, Turn
+from leveret.runs import EnvironmentFault
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Picture = str | Path | bytes | Image | ImageRef | None
+
+
+class Model:
+    """A vision-language model and the engine that answers with it.
+
+    vlm     the network, its tokenizer and its chat format.
+    engine  for many questions at once.
+    """
+
+    def __init__(self, vlm: VLM, *, precision: Precision = "auto") -> None:
+        self.vlm = vlm
+        self.engine = Engine(vlm, precision=precision)
+
+    def ask(self, image: Picture, question: str, max_new_tokens: int = 64) -> str:
+        """The likeliest answer to one question, about an image or (None) about none.
+
+        image  a path, a PIL image, an image file's bytes, or an ImageRef.
+
+        Raises ImageFault or another DataError when the image or the question is refused.
+        """
+        refs, turns = opening(image, question)
+        return self.engine.answer([Request("", refs, turns, max_new_tokens=max_new_tokens)])[0].text
+
+    def chat(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Picture] = (),
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The answer to a conversation that ends with a user turn, in pieces as it is made.
+
+        images  one per image mark in the user turns, in reading order.
+        """
+        refs = tuple(ref for image in images if (ref := reference(image)) is not None)
+        request = Request("", refs, tuple(turns), max_new_tokens=max_new_tokens)
+        return self.engine.stream(request, temperature, top_p, seed)
+
+
+def load(path: str | Path, device: str = "auto", *, precision: Precision = "auto") -> Model:
+    """The model in a model folder or in the folder of a finished run.
+
+    device  "auto" is a CUDA device when there is one, else the CPU; or any that torch knows.
+
+    Raises DataError when there is no readable model, EnvironmentFault when the device is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise EnvironmentFault(f"device {device!r} cannot be used ({reason}); try auto or cpu") from fault
+    return Model(load_vlm(path, device), precision=precision)
+
+
+def opening(image: Picture, question: str) -> tuple[tuple[ImageRef, ...], tuple[Turn, ...]]:
+    """The images and the one turn that ask `question`; its own `<image>` marks, if it has any, are kept."""
+    from leveret.inputs.chat import literal
+
+    ref = reference(image)
+    if ref is None:
+        return (), (Turn("user", question),)
+    marked = question if question.count(IMAGE_MARK) == 1 else f"{IMAGE_MARK}\n{literal(question)}"
+    return (ref,), (Turn("user", marked),)
+
+
+def reference(image: Any) -> ImageRef | None:
+    """Where the bytes of a picture are; those in memory become a data URI (PIL images as PNG, which loses nothing)."""
+    from PIL.Image import Image
+
+    if image is None or isinstance(image, ImageRef):
+        return image
+    if isinstance(image, Image):
+        held = BytesIO()
+        (image if image.mode in ("RGB", "RGBA", "L", "LA", "P") else image.convert("RGB")).save(held, "PNG")
+        image = held.getvalue()
+    if isinstance(image, bytes | bytearray):
+        return ImageRef(f"data:image/png;base64,{base64.b64encode(image).decode('ascii')}", kind="data")
+    return ImageRef(str(Path(image).expanduser()))
