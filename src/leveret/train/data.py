@@ -1,0 +1,341 @@
+"""A stage's data, prepared once and read many times: texts as flat arrays, features of a frozen tower beside them.
+
+    STAGE/cache/
+      meta.json                         sample ids, image references, and the facts the cache was made from
+      ids.npy labels.npy visual.npy     [all positions] int32, int32, bool; sample i is offsets[i]:offsets[i+1]
+      offsets.npy                       [samples + 1] int64
+      images.npy image_offsets.npy      which distinct images sample i shows, in order
+      features.npy                      [distinct images, tokens, width] float32, or bfloat16 as int16
+
+Every rank maps the same files. A batch is then a few copies: nothing is tokenised or decoded twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from leveret import images
+from leveret.images import ImageFault
+from leveret.inputs.batches import plan
+from leveret.inputs.chat import encode
+from leveret.inputs.resize import prepare as to_pixels
+from leveret.records import IGNORE, Batch, ImageRef, ImageSpec, TowerView
+from leveret.runs import (
+    DataError, EnvironmentFault, Interrupted, Progress, append_jsonl, cores, stop_requested, sync_folder, write_json,
+)  # fmt: skip
+from leveret.train.state import flush
+
+if TYPE_CHECKING:
+    from leveret.model.vlm import VLM
+    from leveret.pool.base import Source
+
+CHUNK = 64
+"""Images in one pass of the tower while the cache is filled; fixed, so that a refilled cache has the same bits."""
+
+Pixels = dict[str, np.ndarray]
+Failed = list[tuple[str, str]]
+"""Ids of samples that failed while a batch was made, with the reasons."""
+
+
+def pixels_of(ref: ImageRef, views: Sequence[TowerView]) -> Pixels:
+    """The image as every tower sees it: float32 [3, size, size] by tower name. Raises ImageFault."""
+    image = images.load(ref)
+    return {view.name: to_pixels(image, view) for view in views}
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """One encoded sample before it lies in the arrays."""
+
+    index: int
+    id: str
+    refs: tuple[ImageRef, ...]
+    ids: np.ndarray
+    labels: np.ndarray
+    visual: np.ndarray
+
+
+def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: ImageSpec, max_tokens: int) -> _Text:
+    """Encode one sample. Raises DataError with the reason when there would be nothing to learn from it."""
+    sample = source.sample(index)
+    # A square of the tower's size stands for the image: what it fills does not depend on its own size here, and its
+    # file need not be opened twice.
+    side = spec.towers[0].size
+    encoded = encode(sample.turns, chat, tokenizer, spec, [(side, side)] * len(sample.images), max_tokens=max_tokens)
+    ids = np.asarray(encoded.input_ids, dtype=np.int32)
+    labels = np.asarray(encoded.labels, dtype=np.int32)
+    visual = np.asarray(encoded.image_mask, dtype=bool)
+    if not (labels[1:] != IGNORE).any():
+        raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
+    return _Text(index, sample.id, sample.images, ids, labels, visual)
+
+
+def _stop_here() -> None:
+    if stop_requested():
+        raise Interrupted("stopped while preparing the data, before the first step; run the same command again to go on")
+
+
+def _reason(error: DataError) -> str:
+    """Fixed words where the error has them, else its text up to the details."""
+    return str(getattr(error, "reason", None) or str(error).partition(": ")[0])
+
+
+def _encode_all(source: Source, chat: str, vlm: VLM, max_tokens: int) -> tuple[list[_Text], list[dict[str, Any]]]:
+    texts, refused = [], []
+    with Progress(len(source), "tokenising", "samples") as progress:
+        for index in range(len(source)):
+            try:
+                texts.append(encode_sample(source, index, chat, vlm.tokenizer, vlm.spec, max_tokens))
+            except DataError as error:
+                image = str(getattr(error, "image", ""))
+                identity = str(getattr(error, "id", "") or index)
+                refused.append({"index": index, "id": identity, "image": image, "reason": _reason(error)})
+            progress.advance(1, refused=len(refused))
+            _stop_here()
+    return texts, refused
+
+
+def _features(
+    vlm: VLM, refs: Sequence[ImageRef], folder: Path, see: Callable[[Pixels], torch.Tensor]
+) -> tuple[dict[ImageRef, int], dict[ImageRef, str]]:
+    """Fill features.npy; returns the row of every good image and the reason of every bad one."""
+
+    def decode(ref: ImageRef) -> Pixels | str:
+        try:
+            return pixels_of(ref, vlm.spec.towers)
+        except ImageFault as fault:
+            return _reason(fault)
+
+    rows: dict[ImageRef, int] = {}
+    bad: dict[ImageRef, str] = {}
+    store: np.ndarray | None = None
+    with (
+        ThreadPoolExecutor(cores()) as pool,
+        Progress(len(refs), "seeing each image once", "images") as progress,
+    ):
+        # Chunks are of fixed places in the list, decoded one chunk ahead of the tower.
+        chunks = [refs[at : at + CHUNK] for at in range(0, len(refs), CHUNK)]
+        ahead = [pool.submit(decode, ref) for ref in chunks[0]] if chunks else []
+        for number, chunk in enumerate(chunks):
+            decoded = [future.result() for future in ahead]
+            ahead = [pool.submit(decode, ref) for ref in chunks[number + 1]] if number + 1 < len(chunks) else []
+            good = [(ref, item) for ref, item in zip(chunk, decoded, strict=True) if not isinstance(item, str)]
+            bad.update((ref, item) for ref, item in zip(chunk, decoded, strict=True) if isinstance(item, str))
+            if good:
+                stacked = {name: np.stack([item[name] for _, item in good]) for name in good[0][1]}
+                seen = see(stacked).cpu()
+                values = seen.view(torch.int16).numpy() if seen.dtype == torch.bfloat16 else seen.numpy()
+                if store is None:
+                    shape = (len(refs), *values.shape[1:])
+                    _room(folder, int(np.prod(shape)) * values.itemsize)
+                    store = np.lib.format.open_memmap(folder / "features.npy", "w+", values.dtype, shape)
+                store[len(rows) : len(rows) + len(good)] = values
+                rows.update((ref, len(rows) + place) for place, (ref, _) in enumerate(good))
+            progress.advance(len(chunk), bad=len(bad))
+            _stop_here()
+    if store is not None:
+        store.flush()  # type: ignore[attr-defined]
+    return rows, bad
+
+
+def _room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > 0.9 * free:
+        raise EnvironmentFault(
+            f"the feature cache needs {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} GiB free; "
+            f"set cache_features=false, or put the run on a larger disk"
+        )
+
+
+def prepare(
+    source: Source,
+    vlm: VLM,
+    folder: Path,
+    *,
+    chat: str,
+    max_tokens: int,
+    bad_share: float,
+    see: Callable[[Pixels], torch.Tensor] | None,
+    facts: Mapping[str, Any],
+) -> Prepared:
+    """Make the cache, or open it when it was made from the same `facts`.
+
+    see  gives features [N, tokens, width] of pixels by tower name; None leaves images to be decoded when needed.
+    Refused samples are written to `quarantine.jsonl` beside the cache. Raises DataError when their share passes
+    `bad_share`, or nothing is left.
+    """
+    facts = json.loads(json.dumps(dict(facts)))
+    if (folder / "meta.json").exists():
+        found = Prepared(folder)
+        if found.meta["facts"] == facts:
+            return found
+    writing = folder.with_name(f".{folder.name}-writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    texts, refused = _encode_all(source, chat, vlm, max_tokens)
+    refs = list(dict.fromkeys(itertools.chain.from_iterable(text.refs for text in texts)))
+    rows = {ref: row for row, ref in enumerate(refs)}
+    bad: dict[ImageRef, str] = {}
+    if see is not None:
+        rows, bad = _features(vlm, refs, writing, see)
+        for text in texts:
+            for ref in text.refs:
+                if ref in bad:
+                    refused.append({"index": text.index, "id": text.id, "image": str(ref), "reason": bad[ref]})
+                    break
+        texts = [text for text in texts if not any(ref in bad for ref in text.refs)]
+    quarantine = folder.with_name("quarantine.jsonl")
+    quarantine.unlink(missing_ok=True)
+    for row in sorted(refused, key=lambda row: row["index"]):
+        append_jsonl(quarantine, row)
+    _judge(len(refused), len(source), bad_share, quarantine, refused)
+    _write(writing, texts, rows, {"facts": facts, "refused": len(refused), "samples": len(source)})
+    shutil.rmtree(folder, ignore_errors=True)
+    writing.rename(folder)
+    sync_folder(folder.parent)
+    return Prepared(folder)
+
+
+def _judge(bad: int, total: int, share: float, quarantine: Path, refused: Sequence[Mapping[str, Any]]) -> None:
+    if bad == total or bad > share * total:
+        reasons: dict[str, int] = {}
+        for row in refused:
+            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+        common = "; ".join(f"{n} x {words}" for words, n in sorted(reasons.items(), key=lambda kv: -kv[1])[:3])
+        raise DataError(
+            f"{bad} of {total} samples cannot be used, more than bad_share {share} allows ({common or 'no samples'}); "
+            f"see {quarantine}"
+        )
+
+
+def _write(folder: Path, texts: Sequence[_Text], rows: Mapping[ImageRef, int], more: Mapping[str, Any]) -> None:
+    def ends(counts: Sequence[int]) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    arrays = {
+        "ids": np.concatenate([text.ids for text in texts]),
+        "labels": np.concatenate([text.labels for text in texts]),
+        "visual": np.concatenate([text.visual for text in texts]),
+        "offsets": ends([len(text.ids) for text in texts]),
+        "images": np.asarray([rows[ref] for text in texts for ref in text.refs], dtype=np.int64),
+        "image_offsets": ends([len(text.refs) for text in texts]),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+        flush(folder / f"{name}.npy")
+    refs = [asdict(ref) for ref in sorted(rows, key=rows.__getitem__)]
+    write_json(folder / "meta.json", {**more, "ids": [text.id for text in texts], "refs": refs})
+
+
+class Prepared:
+    """The arrays of a prepared stage, mapped from disk, and batches made of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        self.names: list[str] = self.meta["ids"]
+        self.ids, self.labels, self.visual, self.offsets, self.images, self.image_offsets = (
+            np.load(folder / f"{name}.npy")
+            for name in ("ids", "labels", "visual", "offsets", "images", "image_offsets")
+        )
+        kept = folder / "features.npy"
+        self.features: np.ndarray | None = np.load(kept, mmap_mode="r") if kept.exists() else None
+        self.lengths = np.diff(self.offsets)
+        # The first position of a sample is nobody's next one.
+        counted = self.labels != IGNORE
+        counted[self.offsets[:-1]] = False
+        self.supervised = np.add.reduceat(counted, self.offsets[:-1], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, rows: Sequence[int], views: Sequence[TowerView]) -> tuple[Batch, Failed]:
+        """A right-padded batch of samples; features where they are cached, else pixels decoded now.
+
+        A sample whose image fails now is not supervised, its pixels are zero, and it is named in the second result.
+        """
+        size, width = len(rows), int(self.lengths[list(rows)].max())
+        ids = np.zeros((size, width), np.int64)
+        labels = np.full((size, width), IGNORE, np.int64)
+        visual = np.zeros((size, width), bool)
+        real = np.arange(width) < self.lengths[list(rows)][:, None]
+        shown: list[int] = []
+        for place, row in enumerate(rows):
+            start, end = self.offsets[row], self.offsets[row + 1]
+            ids[place, : end - start] = self.ids[start:end]
+            labels[place, : end - start] = self.labels[start:end]
+            visual[place, : end - start] = self.visual[start:end]
+            shown += self.images[self.image_offsets[row] : self.image_offsets[row + 1]].tolist()
+        features: torch.Tensor | None = None
+        pixels: dict[str, torch.Tensor] = {}
+        failed: Failed = []
+        if shown and self.features is not None:
+            chosen = torch.from_numpy(self.features[shown])
+            features = chosen.view(torch.bfloat16) if chosen.dtype == torch.int16 else chosen
+        elif shown:
+            pixels, failed = self._decode(rows, labels, views)
+        batch = Batch(
+            input_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
+            attention_mask=torch.from_numpy(real),
+            position_ids=torch.from_numpy(np.where(real, np.arange(width), 0)),
+            segments=torch.from_numpy(np.where(real, 0, -1)),
+            image_mask=torch.from_numpy(visual),
+            pixels=pixels,
+            tile_image=torch.arange(len(shown)),
+            features=features,
+            ids=tuple(self.names[row] for row in rows),
+        )
+        return batch, failed
+
+    def _decode(
+        self, rows: Sequence[int], labels: np.ndarray, views: Sequence[TowerView]
+    ) -> tuple[dict[str, torch.Tensor], Failed]:
+        failed: Failed = []
+        found: dict[str, list[np.ndarray]] = {view.name: [] for view in views}
+        for place, row in enumerate(rows):
+            for image in self.images[self.image_offsets[row] : self.image_offsets[row + 1]]:
+                try:
+                    pixels = pixels_of(ImageRef(**self.meta["refs"][image]), views)
+                except ImageFault as fault:
+                    labels[place] = IGNORE
+                    failed.append((self.names[row], _reason(fault)))
+                    pixels = {view.name: np.zeros((3, view.size, view.size), np.float32) for view in views}
+                for name, array in pixels.items():
+                    found[name].append(array)
+        return {name: torch.from_numpy(np.stack(arrays)) for name, arrays in found.items()}, failed
+
+
+class Order:
+    """Which samples make up which step: a pure function of (lengths, batch, seed, step), the same on every rank."""
+
+    def __init__(self, lengths: np.ndarray, batch: int, seed: int) -> None:
+        self.lengths, self.size, self.seed = lengths.tolist(), batch, seed
+        self.per_epoch = -(-len(self.lengths) // batch)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def rows(self, step: int) -> list[int]:
+        """The samples of `step` (from 0), long ones first, so that ranks and micro-batches get rows alike in length."""
+        epoch, place = divmod(step, self.per_epoch)
+        if self._epoch[0] != epoch:
+            batches = plan(self.lengths, self.size, self.seed, epoch)
+            assert len(batches) == self.per_epoch, "plan keeps every index once per epoch"
+            self._epoch = (epoch, batches)
+        return sorted(self._epoch[1][place], key=lambda row: (-self.lengths[row], row))
+
+
+def micro_batches(rows: Sequence[int], rank: int, world: int, size: int | None) -> Iterator[Sequence[int]]:
+    """This rank's rows of a global batch, in passes of at most `size`."""
+    mine = rows[rank::world]
+    size = size or max(1, len(mine))
+    yield from (mine[at : at + size] for at in range(0, len(mine), size))

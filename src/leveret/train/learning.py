@@ -1,0 +1,95 @@
+"""What learns: frozen and trainable parameters of a model in one stage, and the faults of naming them.
+
+Works on the meta device too, except for attaching adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from leveret.model.parts import learnable, modules
+from leveret.runs import RecipeError
+from leveret.train import lora
+from leveret.train.optim import Trainable, decays
+
+if TYPE_CHECKING:
+    from leveret.model.vlm import VLM
+    from leveret.train.stages import Learn, StageRecipe
+
+
+def faults(vlm: VLM, stage: StageRecipe) -> list[str]:
+    """Why a stage cannot teach this model: parts that would get no gradient, layers and targets that do not exist."""
+    found = []
+    for part, how in stage.learn.items():
+        try:
+            list(learnable(vlm, part, how.from_layer))
+            if how.lora is not None and not lora.targets(modules(vlm)[part], how.lora.targets):
+                found.append(f"learn.{part}.lora: this language model has no linear layer to adapt")
+        except RecipeError as error:
+            found.append(str(error))
+    return found
+
+
+def _chosen(vlm: VLM, part: str, how: Learn) -> list[tuple[str, nn.Parameter]]:
+    named = learnable(vlm, part, how.from_layer)
+    if how.lora is not None:
+        return [(name, value) for name, value in named if ".lora_A." in name or ".lora_B." in name]
+    return list(named)
+
+
+def choose(vlm: VLM, stage: StageRecipe) -> list[Trainable]:
+    """Freeze everything, then mark what `stage.learn` names (adapters must be attached by now)."""
+    vlm.requires_grad_(False)
+    trainables = []
+    for part, how in stage.learn.items():
+        decay = stage.weight_decay if how.weight_decay is None else how.weight_decay
+        for name, value in _chosen(vlm, part, how):
+            value.requires_grad_(True)
+            trainables.append(Trainable(name, part, value, how.lr, decay if decays(name, value) else 0.0))
+    return trainables
+
+
+def ready(vlm: VLM, stage: StageRecipe, *, seed: int, half_frozen: bool = False) -> list[Trainable]:
+    """Make `vlm` ready for the stage: adapters attached, parts frozen, types and modes set. Returns what learns.
+
+    Trainable weights are float32. half_frozen turns frozen weights to bfloat16 (on a GPU, to save memory).
+    A frozen tower is in evaluation mode, so that its features may be cached; batch norms keep the statistics they
+    were trained with, because running ones would differ between ranks and would have to be saved.
+    """
+    how = stage.learn.get("language")
+    if how is not None and how.lora is not None:
+        torch.manual_seed(seed)
+        lora.attach(vlm.language, how.lora)
+    trainables = choose(vlm, stage)
+    learning = {id(t.value) for t in trainables}
+    for value in vlm.parameters():
+        if id(value) in learning:
+            value.data = value.data.float()
+        elif half_frozen:
+            value.data = value.data.to(torch.bfloat16)
+    teach_mode(vlm, stage)
+    return trainables
+
+
+def teach_mode(vlm: VLM, stage: StageRecipe) -> None:
+    """Dropout on, but not in a frozen tower; statistics of batch norms stay. Also called after a validation."""
+    vlm.train()
+    if "vision" not in stage.learn:
+        vlm.towers.eval()
+    for module in vlm.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def set_resize(vlm: VLM, resize: str | None) -> None:
+    """Change how images become square, in the model's spec and its recipe, so that the saved model keeps it."""
+    if resize is None:
+        return
+    views = tuple(replace(view, resize=resize) for view in vlm.spec.towers)  # type: ignore[arg-type]
+    vlm.spec = replace(vlm.spec, towers=views)
+    vision = vlm.recipe.vision.model_copy(update={"resize": resize})
+    vlm.recipe = vlm.recipe.model_copy(update={"vision": vision})

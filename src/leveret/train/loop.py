@@ -1,0 +1,292 @@
+"""One stage, step by step: the loop that every rank runs.
+
+    rows of the step -> micro-batches -> loss_sum / supervised tokens of the whole global batch -> backward
+        -> one all-reduce of [gradients, loss, stop, failed] -> clip -> AdamW -> metrics -> state
+
+The weight of a token is one over the tokens of the global batch, known beforehand on every rank; so micro-batches and
+ranks change the result only by rounding. Every random draw is seeded by (seed, stage, step, rank): a stage that goes
+on from a saved step does what it would have done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leveret.records import Batch
+from leveret.runs import (
+    DataError, Interrupted, Progress, RecipeError, append_jsonl, graceful_stop, stop_requested,
+)  # fmt: skip
+from leveret.train import state
+from leveret.train.data import Failed, Order, Prepared, micro_batches
+from leveret.train.learning import ready, set_resize, teach_mode
+from leveret.train.optim import Optimiser, Trainable
+from leveret.train.stages import StageRecipe, TrainRecipe
+
+if TYPE_CHECKING:
+    from leveret.model.vlm import VLM
+    from leveret.train.ranks import Ranks
+
+Validator = Callable[["VLM", int], dict[str, Any]]
+
+LOSS, STOP, FAILED, EXTRA = 0, 1, 2, 3
+"""Places behind the gradients in the flat buffer, and how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that a rank must know to do its share of a stage; plain JSON.
+
+    start      folder of the model the stage begins with; None builds the recipe's backbones.
+    total      steps of the stage.
+    resume     folder of the state to go on from.
+    precision  bf16 or fp32; device as torch spells it; threads per rank.
+    """
+
+    recipe: dict[str, Any]
+    stage: str
+    folder: str
+    start: str | None
+    total: int
+    resume: str | None
+    precision: str
+    device: str
+    threads: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        seed = self.recipe["stages"][self.stage]["seed"]
+        return self.recipe["seed"] if seed is None else seed
+
+
+def begin(recipe: TrainRecipe, start: str | Path | None, device: str) -> VLM:
+    """The model a stage begins with: a finished folder, or the recipe's backbones."""
+    from leveret.model import build, checkpoint
+
+    if start is not None:
+        return checkpoint.load(start, device)
+    return build.build(recipe.model, device=device, seed=recipe.seed)
+
+
+def arrange(vlm: VLM, stage: StageRecipe, job_seed: int, name: str, device: str, precision: str) -> list[Trainable]:
+    """Make the model ready for a stage: the same on every rank."""
+    set_resize(vlm, stage.resize)
+    seed = state.random_seed(job_seed, name, -1, 0)
+    return ready(vlm, stage, seed=seed, half_frozen=device != "cpu" and precision == "bf16")
+
+
+def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast, or nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many torch threads inside, as many as before outside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def follow(job: Job, ranks: Ranks) -> None:
+    """A follower's share of a stage: the same model, the same arrays, its own rows."""
+    recipe = TrainRecipe.model_validate(job.recipe)
+    stage = recipe.stages[job.stage]
+    with threads(job.threads):
+        vlm = begin(recipe, job.start, job.device)
+        trainables = arrange(vlm, stage, job.seed, job.stage, job.device, job.precision)
+        with contextlib.suppress(Interrupted):
+            Teacher(job, stage, vlm, trainables, Prepared(Path(job.folder) / "cache"), ranks).run()
+
+
+class Teacher:
+    """The loop of one stage on one rank. Rank 0 also writes metrics and states, and validates."""
+
+    def __init__(
+        self,
+        job: Job,
+        stage: StageRecipe,
+        vlm: VLM,
+        trainables: Sequence[Trainable],
+        data: Prepared,
+        ranks: Ranks,
+        validators: Sequence[Validator] = (),
+    ) -> None:
+        self.job, self.stage, self.vlm, self.data, self.ranks = job, stage, vlm, data, ranks
+        self.validators = validators
+        self.folder = Path(job.folder)
+        self.leads = ranks.rank == 0
+        self.optimiser = Optimiser(trainables, stage, EXTRA)
+        self.order = Order(data.lengths, stage.batch, state.random_seed(job.seed, job.stage, -2, 0) & 0x7FFFFFFF)
+        self.step = self.skipped = self.failed = self.seen = 0
+        if job.resume is not None:
+            self._restore(Path(job.resume))
+
+    def _restore(self, saved: Path) -> None:
+        tensors, facts = state.load(saved)
+        missing = self.optimiser.names(facts["updates"]) ^ set(tensors)
+        if missing:
+            raise DataError(f"the saved state {saved} does not fit this stage: {', '.join(sorted(missing)[:10])}")
+        self.optimiser.restore(tensors, facts["updates"])
+        self.step, self.skipped = facts["step"], facts["skipped"]
+        self.failed, self.seen = facts["failed"], facts["seen"]
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _batches(self, step: int) -> list[tuple[Batch, Failed]]:
+        rows = self.order.rows(step)
+        pieces = micro_batches(rows, self.ranks.rank, self.ranks.world, self.stage.micro_batch)
+        return [self.data.batch(piece, self.vlm.spec.towers) for piece in pieces]
+
+    def _ahead(self) -> Iterator[list[tuple[Batch, Failed]]]:
+        """Batches in order. Where images must be decoded, the next step's are made while this one is computed."""
+        steps = range(self.step, self.job.total)
+        if self.data.features is not None or not len(self.data.images):
+            yield from map(self._batches, steps)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            coming: Future[list[tuple[Batch, Failed]]] | None = None
+            for step in steps:
+                batches = coming.result() if coming is not None else self._batches(step)
+                coming = pool.submit(self._batches, step + 1) if step + 1 < self.job.total else None
+                yield batches
+
+    def _gradients(self, batches: Sequence[tuple[Batch, Failed]], weight: float) -> None:
+        """Gradients of this rank's share, into the flat buffer."""
+        optimiser = self.optimiser
+        optimiser.zero()
+        torch.manual_seed(state.random_seed(self.job.seed, self.job.stage, self.step, self.ranks.rank))
+        for batch, _ in batches:
+            with autocast(self.job.device, self.job.precision):
+                out = self.vlm(batch.to(self.job.device) if self.job.device != "cpu" else batch)
+            loss = out.loss_sum * weight
+            if loss.requires_grad:  # not so when only the connector learns and no sample of the pass has an image
+                loss.backward()
+            optimiser.extra[LOSS] += loss.detach()
+
+    def _one(self, batches: Sequence[tuple[Batch, Failed]]) -> dict[str, Any]:
+        """One step of all ranks; returns what metrics.jsonl gets."""
+        optimiser, rows = self.optimiser, self.order.rows(self.step)
+        supervised = int(self.data.supervised[rows].sum())
+        self._gradients(batches, 1.0 / supervised)
+        failed = [one for _, some in batches for one in some]
+        for name, reason in failed:
+            append_jsonl(self.folder / "quarantine.jsonl", {"step": self.step + 1, "id": name, "reason": reason})
+        optimiser.extra[FAILED] += len(failed)
+        if self.leads and stop_requested():
+            optimiser.extra[STOP] += 1
+        self.ranks.all_reduce(optimiser.buffer)
+        norm = float(optimiser.clip())
+        loss, stop, bad = optimiser.extra.tolist()
+        row: dict[str, Any] = {"step": self.step + 1, "loss": loss, "lr": optimiser.rates(self.step, self.job.total)}
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skipped += 1
+            row |= {"loss": None, "skipped": [self.data.names[index] for index in rows]}
+        else:
+            if self.step == 0:
+                self._check_parts(rows)
+            optimiser.step(self.step, self.job.total)
+            row["grad_norm"] = norm
+        self.step += 1
+        self.failed += int(bad)
+        self.seen += len(rows)
+        self.stop = stop > 0
+        return row | {"samples": len(rows), "tokens": int(self.data.lengths[rows].sum()), "supervised": supervised}
+
+    def _check_parts(self, rows: Sequence[int]) -> None:
+        """A part that learns must get a gradient; with images in the batch, all of them do."""
+        shown = any(self.data.image_offsets[row + 1] > self.data.image_offsets[row] for row in rows)
+        still = [part for part, size in self.optimiser.part_norms().items() if size == 0]
+        if still and (shown or "language" in still):
+            raise RecipeError(
+                f"stage {self.job.stage!r}: {' and '.join(still)} should learn but got no gradient in the first step; "
+                f"take it out of `learn`, or look for what cuts it off"
+            )
+
+    # --- the stage --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All steps that are left. Interrupted after a state was saved; DataError when too much of the data is bad."""
+        with contextlib.ExitStack() as stack:
+            if self.leads:
+                stack.enter_context(graceful_stop())
+                metrics = state.Metrics(self.folder / "metrics.jsonl", self.step)
+                stack.callback(metrics.close)
+                validation = state.Metrics(self.folder / "validation.jsonl", self.step) if self.validators else None
+                total = (self.job.total - self.step) * self.stage.batch
+                progress = stack.enter_context(Progress(total, self.job.stage, "samples"))
+            saved, began = self.step, time.perf_counter()
+            for batches in self._ahead():
+                row = self._one(batches)
+                if self.leads:
+                    now = time.perf_counter()
+                    row["seconds"], began = round(now - began, 4), now
+                    metrics.log(**row)
+                    progress.advance(
+                        row["samples"], step=f"{self.step}/{self.job.total}", loss=row["loss"],
+                        **{"tokens/s": row["tokens"] / row["seconds"] if row["seconds"] else 0.0},
+                        **({"skipped": self.skipped} if self.skipped else {}),
+                    )  # fmt: skip
+                self._judge(row)
+                last = self.step == self.job.total
+                if self.leads:
+                    every = self.stage.validate_every
+                    if validation is not None and (last or (every and self.step % every == 0)):
+                        self._validate(validation)
+                    if self.stop or last or self.step % self.stage.save_every == 0:
+                        metrics.flush()
+                        self._save()
+                        saved = self.step
+                if self.stop and not last:
+                    raise Interrupted(
+                        f"stage {self.job.stage!r} stopped after step {saved} of {self.job.total}, which is saved; "
+                        f"run the same command again to go on"
+                    )
+
+    def _judge(self, row: dict[str, Any]) -> None:
+        if self.skipped > self.stage.bad_steps:
+            names = ", ".join((row.get("skipped") or [])[:5])
+            raise DataError(
+                f"the loss was not finite in {self.skipped} steps, more than bad_steps {self.stage.bad_steps} allows "
+                f"(last in step {self.step}: {names} ...); lower the learning rate, or look at these samples"
+            )
+        if self.failed > self.stage.bad_share * max(self.seen, len(self.data)):
+            raise DataError(
+                f"{self.failed} of {self.seen} samples failed while training, more than bad_share "
+                f"{self.stage.bad_share} allows; see {self.folder / 'quarantine.jsonl'}"
+            )
+
+    def _validate(self, log: state.Metrics) -> None:
+        self.vlm.eval()
+        found: dict[str, Any] = {}
+        for validator in self.validators:
+            found |= validator(self.vlm, self.step)
+        teach_mode(self.vlm, self.stage)
+        log.log(step=self.step, **found)
+        log.flush()
+
+    def _save(self) -> None:
+        facts = {
+            "updates": self.optimiser.updates, "skipped": self.skipped, "failed": self.failed, "seen": self.seen,
+            "total": self.job.total, "facts": self.job.facts,
+        }  # fmt: skip
+        state.save(self.folder / "state", self.step, self.optimiser.tensors(), facts)
+
+
+def as_json(job: Job) -> dict[str, Any]:
+    """The job as plain JSON, for a follower."""
+    return asdict(job)

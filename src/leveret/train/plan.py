@@ -1,0 +1,212 @@
+"""What a run would do and need, told before anything is spent: parts, geometry, schedule, memory.
+
+The same table is printed before a stage's first step; a dry run prints it for models on the meta device, which have
+sizes but no weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leveret.model.parts import PartRow, parts_table, render
+from leveret.runs import DataError, RecipeError, cores
+from leveret.train.optim import rate
+from leveret.train.stages import StageRecipe, TrainRecipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from leveret.model.vlm import VLM
+    from leveret.train.data import Prepared
+    from leveret.train.loop import Job
+
+SAMPLED = 256
+"""Samples a dry run tokenises to learn how long they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device; the activations are an estimate, the rest is arithmetic."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage as it would be or is about to be done; `lines` are the facts in words, in the order they are shown."""
+
+    name: str
+    parts: list[PartRow]
+    memory: Memory
+    lines: list[tuple[str, str]]
+    vlm: VLM
+
+
+def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
+    """Every chosen stage on the meta device. RecipeError with the faults of all of them at once."""
+    from leveret.model.build import build_meta
+    from leveret.train import learning
+
+    vlm = build_meta(recipe.model)
+    if faults := [f"stages.{name}.{fault}" for name in chosen for fault in learning.faults(vlm, recipe.stages[name])]:
+        raise RecipeError("\n".join(faults))
+    plans = []
+    for name in chosen:
+        learning.set_resize(vlm, recipe.stages[name].resize)
+        plans.append(describe(vlm, name, recipe.stages[name]))
+    return plans
+
+
+def describe(
+    vlm: VLM,
+    name: str,
+    stage: StageRecipe,
+    *,
+    data: Prepared | None = None,
+    total: int | None = None,
+    job: Job | None = None,
+    world: int = 1,
+) -> StagePlan:
+    """Facts of one stage. Without `data` the lengths come from a few samples, where the data is there at all."""
+    parts = parts_table(vlm, stage.learn)
+    lines: list[tuple[str, str]] = []
+    tokens, images = stage.max_tokens, 1.0
+    if data is not None:
+        tokens, images = int(data.lengths.mean()), len(data.images) / len(data)
+        refused = f", {data.meta['refused']} refused (quarantine.jsonl)" if data.meta["refused"] else ""
+        shown = "features kept" if data.features is not None else "images decoded when needed"
+        lines.append(("data", f"{stage.data}: {len(data):,} samples{refused}; {shown}"))
+        lines.append(
+            ("tokens", f"{tokens} per sample on average, {int(data.lengths.max())} at most; "
+             f"{data.supervised.mean():.0f} of them learned from")
+        )  # fmt: skip
+    else:
+        found = _sampled(vlm, stage)
+        lines.append(("data", f"{stage.data}: {found if isinstance(found, str) else f'{found[0]:,} samples'}"))
+        if isinstance(found, str):
+            lines.append(("tokens", f"{vlm.spec.tokens} per image; at most {stage.max_tokens} per sample"))
+        else:
+            tokens = found[1]
+            lines.append(("tokens", f"{tokens} per sample on average (of {min(SAMPLED, found[0])}), {vlm.spec.tokens} per image"))
+            from leveret.train.run import total_steps
+
+            total = total_steps(stage, found[0])
+    lines.append(("batch", _geometry(stage, world, job)))
+    lines.append(("schedule", _schedule(stage, total)))
+    lines.append(("chat", f"{stage.chat or vlm.chat}; images are made square by {vlm.spec.towers[0].resize}"))
+    if job is not None:
+        begun = f", going on from {Path(job.resume).name}" if job.resume else ""
+        lines.append(("precision", f"{job.precision} on {job.device}, {job.threads} thread(s) per rank{begun}"))
+    memory = estimate(vlm, parts, stage, tokens, world)
+    words = ", ".join(
+        f"{label} {_size(value)}"
+        for label, value in (
+            ("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimiser),
+            ("activations about", memory.activations),
+        )
+    )  # fmt: skip
+    lines.append(("memory", f"{_size(memory.total)} per rank: {words}"))
+    return StagePlan(name, parts, memory, lines, vlm)
+
+
+def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int, int] | str:
+    """Samples in the data and their mean length, or why that is not known."""
+    from leveret.pool import open_source
+    from leveret.train.data import encode_sample
+
+    if not Path(stage.data).exists():
+        return "not here (a dry run does not need it)"
+    source = open_source(stage.data, stage.images)
+    if vlm.tokenizer is None:
+        return f"{len(source):,} samples; the tokenizer is not here, so their lengths are not known"
+    lengths = []
+    for index in range(min(SAMPLED, len(source))):
+        try:
+            text = encode_sample(source, index, stage.chat or vlm.chat, vlm.tokenizer, vlm.spec, stage.max_tokens)
+            lengths.append(len(text.ids))
+        except DataError:
+            continue
+    return (len(source), round(sum(lengths) / len(lengths))) if lengths else "its first samples are all refused"
+
+
+def _geometry(stage: StageRecipe, world: int, job: Job | None) -> str:
+    each = -(-stage.batch // world)
+    size = min(stage.micro_batch or each, each)
+    ranks = f"{world} rank(s)" if job is not None else "each rank"
+    return f"{stage.batch} samples a step; {ranks}, {each} samples each, {size} at a time"
+
+
+def _schedule(stage: StageRecipe, total: int | None) -> str:
+    length = f"{total:,} steps" if total else f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epoch(s)"
+    tail = f", falling over the last {stage.decay:.0%}" if stage.schedule == "wsd" else ""
+    count = total or stage.steps
+    ends = f", from {rate(stage.schedule, 0, count, stage.warmup, stage.decay):.3g} of the peak" if count else ""
+    clip = f"gradients clipped at {stage.clip:g}" if stage.clip else "no clipping"
+    return f"{length}, {stage.schedule}, warm-up {stage.warmup:.0%}{ends}{tail}; {clip}"
+
+
+def estimate(vlm: VLM, parts: Sequence[PartRow], stage: StageRecipe, tokens: int, world: int = 1) -> Memory:
+    """Memory of one rank.
+
+    Frozen weights count 2 bytes in bf16 on a GPU and 4 elsewhere; here the GPU's, unless precision is fp32. Trainable
+    weights, gradients and AdamW's two moments are float32. Activations: 34 bytes per token, width and layer
+    (Korthikanti et al. 2022, with attention recomputed or fused), plus float32 logits at half of the positions.
+    """
+    trainable = sum(row.trainable for row in parts)
+    frozen = sum(row.parameters for row in parts) - sum(
+        row.trainable for row in parts if not (row.part in stage.learn and stage.learn[row.part].lora)  # type: ignore[index]
+    )
+    config: Any = vlm.language.config
+    each = -(-stage.batch // world)
+    rows = min(stage.micro_batch or each, each)
+    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    vocab = int(vlm.language.get_input_embeddings().weight.shape[0])
+    return Memory(
+        weights=frozen * (4 if stage.precision == "fp32" else 2) + trainable * 4,
+        gradients=trainable * 4,
+        optimiser=trainable * 8,
+        activations=rows * tokens * (34 * width * layers + 3 * vocab),
+    )
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def _console(file: Any) -> Console:
+    from rich.console import Console
+
+    console = Console(file=file, highlight=False)
+    # Where nobody watches (a log, a pipe) lines need not fit 80 columns.
+    return console if console.is_terminal else Console(file=file, highlight=False, width=140)
+
+
+def show_stage(found: StagePlan, file: Any = None) -> None:
+    """Print one stage's table and facts (to stderr, as progress is)."""
+    console = _console(file or sys.stderr)
+    console.print(f"\n[bold]stage {found.name}[/bold]")
+    console.print(render(found.parts, found.vlm))
+    for label, words in found.lines:
+        console.print(f"  {label:<10} {words}", markup=False)
+
+
+def show(plans: Sequence[StagePlan]) -> None:
+    """Print a dry run (to stdout: it is what was asked for)."""
+    for found in plans:
+        show_stage(found, sys.stdout)
+    print(f"\ndry run: nothing was written; this machine has {cores()} core(s)")

@@ -1,0 +1,281 @@
+"""A whole run: stages in order, each from the model of the one before, every one of them resumable.
+
+    RUN/recipe.yaml environment.json            what is done, and on what
+    RUN/STAGE/cache/                            the stage's data, prepared (removed when the stage is done)
+    RUN/STAGE/quarantine.jsonl                  samples that cannot be used, with reasons
+    RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation
+    RUN/STAGE/state/step-N/                     weights that learn, moments, step (removed when the stage is done)
+    RUN/STAGE/model/ adapter/ done              the stage's model; its adapters in PEFT's format; the facts that bind it
+    RUN/model/                                  the last stage's model
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leveret.runs import (
+    DataError, EnvironmentFault, RecipeError, RunFolder, closest, graceful_stop, read_json, sha256_of, sync_folder, write_json,
+)  # fmt: skip
+from leveret.train.stages import StageRecipe, TrainRecipe, binding
+
+if TYPE_CHECKING:
+    from leveret.model.vlm import VLM
+    from leveret.pool.base import Source
+    from leveret.train.loop import Validator
+    from leveret.train.ranks import Ranks
+
+
+def read(recipe: str | Path | TrainRecipe, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """The recipe by name, path or as it is, with overrides. RecipeError with all faults at once."""
+    if isinstance(recipe, TrainRecipe):
+        if overrides:
+            raise RecipeError("overrides go with a recipe's name or path; change the given TrainRecipe itself")
+        return recipe
+    from leveret.recipe import load
+
+    return load(recipe, TrainRecipe, "models", overrides)
+
+
+def train(
+    recipe: str | Path | TrainRecipe,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    validators: Sequence[Validator] = (),
+    stages: Sequence[str] | None = None,
+) -> Path:
+    """Teach a model as the recipe says, in the run folder `out`; returns the folder of the final model.
+
+    The same call goes on where a stopped or killed one ended, and gives the same weights, bit for bit on a CPU.
+
+    recipe      name of a packaged recipe, path of a YAML file, or the recipe itself; `overrides` are `a.b=c`.
+    dry_run     print what would be done, with real sizes but without weights, and return `out`; data may be missing.
+    validators  called as `validator(vlm, step) -> dict` at every stage's end, and every `validate_every` steps.
+    stages      only these (in the recipe's order); those before them must be done.
+
+    Raises RecipeError (also when the recipe, tokenizer or starting model changed since the run was begun), DataError
+    (data missing, changed, or too much of it bad; loss not finite too often), Interrupted after SIGTERM or Ctrl-C
+    with the state saved, EnvironmentFault when a worker process or the disk fails.
+    """
+    recipe = read(recipe, overrides)
+    chosen = _chosen(recipe, stages)
+    if dry_run:
+        from leveret.train.plan import plan, show
+
+        show(plan(recipe, chosen))
+        return Path(out)
+    from leveret.train import ranks as members
+
+    out = Path(out)
+    final = out / "model" if chosen[-1] == list(recipe.stages)[-1] else out / chosen[-1] / "model"
+    if members.under_torchrun():
+        members.follow_torchrun()
+        return final
+    sources = open_sources(recipe, chosen)
+    run = RunFolder.open(out, "train", binding(recipe.model_dump(mode="json")))
+    for name in chosen:
+        _still_same(run.path / name, sources[name])
+    todo = [name for name in chosen if not (run.path / name / "done").exists()]
+    if todo:
+        import torch
+
+        device = _device(recipe)
+        world = members.resolve(recipe.ranks, device)
+        precision = {name: resolve_precision(recipe.stages[name].precision, device) for name in todo}
+        share = max(1, torch.get_num_threads() // world) if "TORCHELASTIC_RUN_ID" not in os.environ else 1
+        with graceful_stop(), members.Ranks.lead(world) as ranks:
+            for name in todo:
+                _stage(run.path, recipe, name, sources[name], ranks, device, precision[name], share, validators)
+    if final.parent == out:
+        _link(out / chosen[-1] / "model", final)
+    return final
+
+
+def _chosen(recipe: TrainRecipe, stages: Sequence[str] | None) -> list[str]:
+    unknown = [name for name in stages or () if name not in recipe.stages]
+    if unknown or (stages is not None and not stages):
+        near = ", ".join(closest(unknown[0], recipe.stages) if unknown else []) or ", ".join(recipe.stages)
+        raise RecipeError(f"stages: {', '.join(unknown) or 'none'} given; this recipe has {near}")
+    return [name for name in recipe.stages if stages is None or name in stages]
+
+
+def open_sources(recipe: TrainRecipe, chosen: Sequence[str]) -> dict[str, Source]:
+    """The data of every chosen stage. DataError with all that is missing at once."""
+    from leveret.pool import open_source
+
+    sources, faults = {}, []
+    for name in chosen:
+        stage = recipe.stages[name]
+        try:
+            sources[name] = open_source(stage.data, stage.images)
+        except DataError as error:
+            faults.append(f"stages.{name}: {error}")
+    if faults:
+        raise DataError("\n".join(faults))
+    return sources
+
+
+def _still_same(folder: Path, source: Source) -> None:
+    """A finished stage stands only while its data does."""
+    from leveret.train.state import refuse_change
+
+    if (folder / "done").exists():
+        old = read_json(folder / "done")["facts"]
+        refuse_change(folder, old, {**old, "data": source.fingerprint()})
+
+
+def _device(recipe: TrainRecipe) -> str:
+    import torch
+
+    if recipe.device != "cpu" and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if recipe.device == "cuda":
+        raise EnvironmentFault("device is cuda, but torch finds no GPU here; set device=auto or device=cpu")
+    return "cpu"
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """`auto` is bf16 where the hardware multiplies bfloat16 natively: elsewhere it is emulated, and slower than fp32."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if device != "cpu":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "fp32"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Changes when the tokenizer would give other ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return sha256_of(backend.to_str() if backend is not None else dict(sorted(tokenizer.get_vocab().items())))
+
+
+def total_steps(stage: StageRecipe, samples: int) -> int:
+    """Optimiser steps of a stage over so many samples."""
+    return stage.steps or math.ceil((stage.epochs or 0) * math.ceil(samples / stage.batch))
+
+
+def _start(run: Path, recipe: TrainRecipe, name: str) -> Path | None:
+    """The model a stage begins with: the one of the stage before, or None for the recipe's backbones."""
+    names = list(recipe.stages)
+    if name == names[0]:
+        return None
+    before = names[names.index(name) - 1]
+    if not (run / before / "done").exists():
+        raise RecipeError(f"stage {name!r} starts from {before!r}, which is not done in {run}; run that stage first")
+    return run / before / "model"
+
+
+def _stage(
+    run: Path,
+    recipe: TrainRecipe,
+    name: str,
+    source: Source,
+    ranks: Ranks,
+    device: str,
+    precision: str,
+    share: int,
+    validators: Sequence[Validator],
+) -> None:
+    """One stage from wherever it stands to its end."""
+    from leveret.model import checkpoint
+    from leveret.train import learning, lora, plan, state
+    from leveret.train.loop import Job, Teacher, arrange, as_json, begin, threads
+
+    stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    vlm = begin(recipe, start, device)
+    if faults := [f"stages.{key}.{fault}" for key in recipe.stages for fault in learning.faults(vlm, recipe.stages[key])]:
+        raise RecipeError("\n".join(faults))
+    facts = {
+        "data": source.fingerprint(),
+        "tokenizer": tokenizer_hash(vlm.tokenizer),
+        "start": sha256_of(start / "model.safetensors") if start else "backbones",
+        "recipe": binding(recipe.model_dump(mode="json"))["stages"][name],
+        "precision": precision,
+        "ranks": ranks.world,
+    }
+    resume = state.latest(folder / "state")
+    if resume is not None:
+        state.refuse_change(folder, read_json(resume / "state.json")["facts"], facts)
+    resumed_total = None if resume is None else read_json(resume / "state.json")["total"]
+    seed = recipe.seed if stage.seed is None else stage.seed
+    trainables = arrange(vlm, stage, seed, name, device, precision)
+    data = _data(vlm, stage, folder, source, device, precision, facts)
+    learns_from_images = {"vision", "connector"} & set(stage.learn)
+    if learns_from_images and not len(data.images):
+        raise RecipeError(
+            f"stages.{name}.learn: {' and '.join(sorted(learns_from_images))} would get no gradient, "
+            f"because no sample of {stage.data} has an image"
+        )
+    total = total_steps(stage, len(data))
+    assert resumed_total in (None, total), "the data and the recipe are the same, so the steps are"
+    job = Job(
+        recipe=recipe.model_dump(mode="json"), stage=name, folder=str(folder), start=str(start) if start else None,
+        total=total, resume=str(resume) if resume else None, precision=precision, device=device, threads=share, facts=facts,
+    )  # fmt: skip
+    plan.show_stage(plan.describe(vlm, name, stage, data=data, total=total, job=job, world=ranks.world))
+    ranks.tell(as_json(job))
+    with threads(share):
+        Teacher(job, stage, vlm, trainables, data, ranks, validators).run()
+        vlm.eval()
+        how = stage.learn.get("language")
+        if how is not None and how.lora is not None:
+            lora.save(vlm.language, how.lora, folder / "adapter", str(start or recipe.model.language.name))
+            lora.merge(vlm.language)
+        checkpoint.save(vlm, folder / "model")
+    write_json(folder / "done", {"stage": name, "steps": total, "facts": facts})
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+
+
+def _data(
+    vlm: VLM, stage: StageRecipe, folder: Path, source: Source, device: str, precision: str, facts: dict[str, Any]
+) -> Any:
+    """The stage's prepared data, with features where the tower is frozen and the recipe asks for them."""
+    import torch
+
+    from leveret.train.data import Pixels, prepare
+    from leveret.train.loop import autocast
+
+    def see(pixels: Pixels) -> torch.Tensor:
+        with torch.no_grad(), autocast(device, precision):
+            seen = vlm.see({name: torch.from_numpy(array).to(device) for name, array in pixels.items()})
+        return seen.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    cached = stage.cache_features and "vision" not in stage.learn
+    bound = {key: facts[key] for key in ("data", "tokenizer", "start", "precision")}
+    chat = stage.chat or vlm.chat
+    bound |= {"chat": chat, "max_tokens": stage.max_tokens, "spec": vlm.spec.to_dict(), "cached": cached}
+    return prepare(
+        source, vlm, folder / "cache", chat=chat, max_tokens=stage.max_tokens, bad_share=stage.bad_share,
+        see=see if cached else None, facts=bound,
+    )  # fmt: skip
+
+
+def _link(model: Path, final: Path) -> None:
+    """The last stage's model once more under the run's own name; hard links, so that it takes no room."""
+    weights = "model.safetensors"
+    if (final / weights).exists() and os.path.samefile(final / weights, model / weights):
+        return
+    writing = final.with_name(f".{final.name}-linking")
+    shutil.rmtree(writing, ignore_errors=True)
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copy2(source, target)
+
+    shutil.copytree(model, writing, copy_function=link)
+    shutil.rmtree(final, ignore_errors=True)
+    writing.rename(final)
+    sync_folder(final.parent)
