@@ -12,8 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from evaluate_fakes import FakeEngine, FakeModel, sighted, tiny_world
 
+from evaluate_fakes import FakeEngine, FakeModel, sighted, tiny_world
 from leveret.evaluate import SUITES, evaluate, load_items, score
 from leveret.runs import DataError, RecipeError, read_jsonl
 

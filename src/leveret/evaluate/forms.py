@@ -288,7 +288,9 @@ def _textvqa(place: Place) -> list[Item]:
     for record in records:
         pair = (record["image_id"], record["question"].lower())
         if len(answers[pair]) != 10:
-            raise DataError(f"{place.files[0]}: question {record['question_id']} has {len(answers[pair])} answers, not 10.")
+            raise DataError(
+                f"{place.files[0]}: question {record['question_id']} has {len(answers[pair])} answers, not ten."
+            )
         items.append(
             Item(
                 question_id=str(record["question_id"]),

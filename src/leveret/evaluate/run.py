@@ -1,6 +1,6 @@
 """Examine a model: ask every question once, ask it again with another picture, score both, write what came out.
 
-    out/answers/<task>.jsonl         answers as they come, readable by LLaVA's scripts; a rerun asks only what is missing
+    out/answers/<task>.jsonl         answers as they come, in LLaVA's form; a rerun asks only what is missing
     out/answers/blind/<task>.jsonl   the same questions with another scene's picture
     out/items/<task>.jsonl           one line per question: gold, text, how it was read, what it earned
     out/results.json, results.md, report.html
@@ -20,7 +20,7 @@ from leveret.evaluate.forms import Item
 from leveret.evaluate.scorers import SCORERS, Verdict
 from leveret.evaluate.stats import best_constants, deranged, headline
 from leveret.evaluate.tasks import SUITES, TaskRow, figures, judge_all, load_items, subset, task_row, write_items
-from leveret.records import Prediction, Turn
+from leveret.records import IMAGE_MARK, Prediction, Turn
 from leveret.runs import (
     DataError,
     Interrupted,
@@ -47,7 +47,9 @@ OnPrediction = Callable[[Prediction], None]
 class Answers(Protocol):
     """What answers requests: `generate.Engine`, or anything that calls back once per finished request."""
 
-    def answer(self, requests: Sequence[Request], on_prediction: OnPrediction | None = None) -> Sequence[Prediction]: ...
+    def answer(
+        self, requests: Sequence[Request], on_prediction: OnPrediction | None = None
+    ) -> Sequence[Prediction]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +125,13 @@ def evaluate(
     examined = [
         _examine(row, root, asked[row.id], texts[row.id, False], texts.get((row.id, True))) for row in rows
     ]
-    results = {"tasks": {task.row.id: task.facts for task in examined}, "seconds": _seconds(folder)}
+    seconds = _seconds(folder)
+    results: dict[str, Any] = {"tasks": {task.row.id: task.facts for task in examined}, "seconds": seconds}
     for task in examined:
         write_items(folder.path / "items" / f"{task.row.id}.jsonl", task.row, task.items, task.texts, task.verdicts)
     from leveret.evaluate.report import markdown, report
 
-    results["seconds"]["score"] = round(time.perf_counter() - start, 3)
+    seconds["score"] = round(time.perf_counter() - start, 3)
     write_json(folder.path / "results.json", results)
     atomic_write(folder.path / "results.md", markdown(results))
     atomic_write(folder.path / "report.html", report(examined, results, split=split))
@@ -184,13 +187,11 @@ def _fingerprint(model: Any) -> str:
 
 
 def _engine(model: Any) -> Answers:
-    from leveret.generate import Engine
+    from leveret.generate import Engine, Model, load
 
     if isinstance(model, (str, Path)):
-        from leveret.model.checkpoint import find, load
-
-        model = load(find(model))
-    return Engine(getattr(model, "vlm", model))
+        model = load(model)
+    return model.engine if isinstance(model, Model) else Engine(model)
 
 
 class _Desk:
@@ -255,18 +256,19 @@ def _ask(desks: Sequence[_Desk], model: Any, engine: Answers | None, folder: Run
     if not waiting:
         return
     from leveret.generate import Request
+    from leveret.inputs.chat import literal
 
     places: dict[str, tuple[_Desk, str]] = {}
     requests = []
     for desk, item in waiting:
         name = f"{desk.row.id}/{item.question_id}"
         places[name] = desk, item.question_id
-        mark = "<image>\n" if item.image is not None else ""
+        mark = f"{IMAGE_MARK}\n" if item.image is not None else ""
         requests.append(
             Request(
                 question_id=name,
                 images=(item.image,) if item.image is not None else (),
-                turns=(Turn("user", mark + item.prompt),),
+                turns=(Turn("user", mark + literal(item.prompt)),),
                 max_new_tokens=desk.row.max_new_tokens,
             )
         )

@@ -291,7 +291,10 @@ def _summary_textvqa(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict
 
 SCORERS: dict[str, Scorer] = {
     "pope": Scorer(
-        "POPE evaluate.py as in Bunny and LLaVA (what is not a no is a yes)", _judge_pope, lambda i: i.gold, _summary_pope
+        "POPE evaluate.py as in Bunny and LLaVA (what is not a no is a yes)",
+        _judge_pope,
+        lambda i: i.gold,
+        _summary_pope,
     ),
     "gqa": Scorer("GQA eval.py after LLaVA's converter (exact match)", _judge_gqa, lambda i: i.gold, _summary_gqa),
     "tallyqa": Scorer(

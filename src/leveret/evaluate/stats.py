@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING
 
 from leveret.evaluate.forms import Item
 from leveret.evaluate.scorers import HEADLINES, Scorer, Verdict
 from leveret.records import ImageRef
-
-if TYPE_CHECKING:
-    from leveret.evaluate.scorers import Array
 
 RESAMPLES = 2000
 CONSTANT_SAMPLE = 400

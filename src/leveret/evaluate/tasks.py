@@ -263,13 +263,17 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
     return items
 
 
-def judge_all(row: TaskRow, items: Sequence[Item], texts: Mapping[str, str], scorer: str | None = None) -> list[Verdict]:
+def judge_all(
+    row: TaskRow, items: Sequence[Item], texts: Mapping[str, str], scorer: str | None = None
+) -> list[Verdict]:
     """One verdict per item; an item without a text is missing, and wrong."""
     rule = SCORERS[scorer or row.scorer]
     return [rule.judge(item, texts[item.question_id]) if item.question_id in texts else MISSING for item in items]
 
 
-def figures(row: TaskRow, items: Sequence[Item], verdicts: Sequence[Verdict], scorer: str | None = None) -> dict[str, Any]:
+def figures(
+    row: TaskRow, items: Sequence[Item], verdicts: Sequence[Verdict], scorer: str | None = None
+) -> dict[str, Any]:
     """What is said about one set of answers: the score, its interval, counts, the official figures and the rule."""
     rule = SCORERS[scorer or row.scorer]
     low, high = interval(row.headline, items, verdicts)
@@ -362,7 +366,8 @@ def join(
         if ids
     ]
     if faults:
-        mend = " Unanswered questions can be scored as wrong with allow_missing." if missing and not allow_missing else ""
+        unanswered = bool(missing) and not allow_missing
+        mend = " Unanswered questions can be scored as wrong with allow_missing." if unanswered else ""
         raise DataError(
             f"{where} does not fit the {len(items)} questions of {row.id!r}: {'; '.join(faults)}. "
             f"Answers are joined by {form.identity}.{mend}"

@@ -1,0 +1,123 @@
+"""What the page shows of one task: chosen examples, their pictures, and which answers are confused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from leveret.evaluate import text as rules
+from leveret.evaluate.forms import Item
+from leveret.evaluate.scorers import SCORERS, Verdict
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from leveret.evaluate.run import Examined
+
+KINDS_SHOWN = 12
+"""A confusion table has at most so many right answers; tasks with more show their commonest mistakes."""
+PICTURE = 192
+"""Pixels of the longer side of a picture in the gallery: small drawn pictures are enlarged, photographs reduced."""
+GOLD, SAID = (0, 150, 80), (214, 60, 40)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question with its answer, chosen to be looked at."""
+
+    item: Item
+    text: str
+    verdict: Verdict
+    gold: str
+
+
+def examples(task: Examined, failures: int = 8, successes: int = 4) -> tuple[list[Example], list[Example]]:
+    """Failures and successes in an order that depends on the ids alone, one per picture as far as there are enough."""
+    rule = SCORERS[task.row.scorer]
+    found: tuple[list[Example], list[Example]] = ([], [])
+    for item, verdict in zip(task.items, task.verdicts, strict=True):
+        example = Example(item, task.texts.get(item.question_id, ""), verdict, rule.gold(item))
+        found[verdict.score >= 0.5].append(example)
+    return _spread(found[False], failures), _spread(found[True], successes)
+
+
+def _spread(some: Sequence[Example], n: int) -> list[Example]:
+    ordered = sorted(some, key=lambda e: hashlib.sha256(e.item.question_id.encode()).digest())
+    first: dict[tuple[str, str], Example] = {}
+    for example in ordered:  # a new picture and a new wording before a second of the same
+        first.setdefault((example.item.template, example.item.meta["image_id"]), example)
+    queues: dict[str, list[Example]] = {}
+    for example in first.values():
+        queues.setdefault(example.item.template, []).append(example)
+    chosen: list[Example] = []
+    while queues and len(chosen) < n:
+        for template in sorted(queues):
+            if len(chosen) < n:
+                chosen.append(queues[template].pop(0))
+            if not queues[template]:
+                del queues[template]
+    return chosen
+
+
+def picture(example: Example) -> Image | None:
+    """The example's picture at gallery size; for box tasks the right box (green) and the said one (red) are drawn."""
+    if example.item.image is None:
+        return None
+    from PIL import Image, ImageDraw
+
+    from leveret.images import load
+
+    image = load(example.item.image)
+    scale = PICTURE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
+    gold = example.item.gold
+    if isinstance(gold, list) and len(gold) == 4 and all(isinstance(number, (int, float)) for number in gold):
+        pen = ImageDraw.Draw(image)
+        for box, colour in ((gold, GOLD), (rules.box(example.text), SAID)):
+            if box is not None:
+                x0, y0, x1, y1 = (n * side for n, side in zip(box, (*size, *size), strict=True))
+                pen.rectangle([x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)], outline=colour, width=3)
+    return image
+
+
+def confusion(task: Examined) -> tuple[list[str], list[list[Any]]] | None:
+    """Header and rows of right answers against said ones, commonest first; None where there are too many kinds."""
+    rule = SCORERS[task.row.scorer]
+    pairs = Counter(
+        (rule.gold(item).lower(), said(verdict)) for item, verdict in zip(task.items, task.verdicts, strict=True)
+    )
+    golds = Counter(rule.gold(item).lower() for item in task.items)
+    if not 2 <= len(golds) <= KINDS_SHOWN:
+        return None
+    numbers = all(name.isdigit() for name in golds)
+    names = sorted(golds, key=int) if numbers else sorted(golds, key=lambda name: (-golds[name], name))
+    others = sorted({answer for _, answer in pairs} - set(names))
+    rows: list[list[Any]] = []
+    for name in names:
+        elsewhere = sum(pairs[name, answer] for answer in others)
+        rows.append([name, *(pairs[name, answer] for answer in names), elsewhere, golds[name]])
+    return ["right answer", *names, "other", "in all"], rows
+
+
+def said(verdict: Verdict) -> str:
+    return "(nothing readable)" if verdict.parsed is None else verdict.parsed.lower()
+
+
+def mistakes(task: Examined, n: int = 12) -> list[list[Any]]:
+    """The commonest (right answer, said instead, how often)."""
+    rule = SCORERS[task.row.scorer]
+    wrong = Counter(
+        (rule.gold(item), said(verdict))
+        for item, verdict in zip(task.items, task.verdicts, strict=True)
+        if verdict.score < 0.5
+    )
+    return [[gold, answer, count] for (gold, answer), count in sorted(wrong.items(), key=lambda p: (-p[1], p[0]))[:n]]
+
+
+def overlaps(task: Examined) -> list[float]:
+    """IoU of every readable box with the right one; empty for tasks without boxes."""
+    return [verdict.detail["iou"] for verdict in task.verdicts if "iou" in verdict.detail]
