@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -140,6 +141,7 @@ def _resolve(file: Path, kind: Kind, above: tuple[Path, ...]) -> _Raw:
     return _resolve(base, kind, (*above, file)).lay_over(raw)
 
 
+@cache
 def _loader() -> type[yaml.SafeLoader]:
     """PyYAML's safe loader with YAML 1.2's numbers and booleans."""
     import yaml
@@ -172,8 +174,8 @@ def _parse(text: str, where: str) -> tuple[Any, yaml.Node | None]:
     """One YAML document as plain data, and its node tree for line numbers."""
     import yaml
 
-    loader = _loader()(text)
     try:
+        loader = _loader()(text)
         node = loader.get_single_node()
         if node is not None:
             _refuse_twice(node, where)
@@ -191,8 +193,6 @@ def _parse(text: str, where: str) -> tuple[Any, yaml.Node | None]:
         RecursionError,
     ) as error:  # what no constructor takes: an odd number, a list as a key
         raise RecipeError(f"{where}: not usable YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
 def _read(file: Path) -> _Raw:
