@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from evaluate_fakes import tiny_world
 from leveret.evaluate import TASKS, load_items, score
 from leveret.evaluate.forms import FORMS, Item, box_of
-from leveret.evaluate.scorers import HEADLINES, SCORERS, Verdict
+from leveret.evaluate.headlines import HEADLINES
+from leveret.evaluate.scorers import SCORERS, Verdict
 from leveret.evaluate.stats import best_constants, deranged, headline, interval
 from leveret.evaluate.text import box, integer, iou, m4c, one_of, scienceqa_letter, strip_punctuation
 from leveret.records import ImageRef

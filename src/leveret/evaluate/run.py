@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from leveret.evaluate.forms import Item
 from leveret.evaluate.scorers import SCORERS, Verdict
+from leveret.evaluate.scoring import figures, judge_all, write_items
 from leveret.evaluate.stats import best_constants, deranged, headline
-from leveret.evaluate.tasks import SUITES, TaskRow, figures, judge_all, load_items, subset, task_row, write_items
+from leveret.evaluate.tasks import SUITES, TaskRow, load_items, subset, task_row
 from leveret.records import IMAGE_MARK, Prediction, Turn
 from leveret.runs import (
     DataError,

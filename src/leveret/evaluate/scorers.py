@@ -10,15 +10,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leveret.evaluate import text as rules
 from leveret.evaluate.forms import LETTERS, POPE_CATEGORIES, Item
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,76 +320,4 @@ SCORERS: dict[str, Scorer] = {
         _summary_refcoco,
     ),
     "textvqa": Scorer("TextVQA m4c soft accuracy as in LLaVA and Bunny", _judge_textvqa, _commonest, _summary_textvqa),
-}
-
-
-# --- headlines: one figure from sums over answers, so that it can be resampled ----------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Headline:
-    """One figure of a task as a function of sums over its answers.
-
-    columns  (items, verdicts) -> [n, k]: what each answer adds.
-    figure   sums [..., k] -> the figure [...].
-    """
-
-    columns: Callable[[Sequence[Item], Sequence[Verdict]], Array]
-    figure: Callable[[Array], Array]
-
-
-def _groups(items: Sequence[Item]) -> tuple[list[str], Array]:
-    """The names of the parts, and [n, parts] of 0 and 1: which part an item belongs to."""
-    import numpy as np
-
-    names = sorted({item.meta.get("group", "") for item in items})
-    return names, np.array([[float(item.meta.get("group", "") == name) for name in names] for item in items])
-
-
-def _mean_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
-    import numpy as np
-
-    return np.array([[verdict.score, 1.0] for verdict in verdicts])
-
-
-def _macro_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
-    import numpy as np
-
-    member = _groups(items)[1]
-    scores = np.array([verdict.score for verdict in verdicts])[:, None]
-    return np.stack([member * scores, member], axis=2).reshape(len(items), -1)
-
-
-def _ratio(sums: Array) -> Array:
-    """Mean over parts of first column over second; a part that a resample left out does not count."""
-    import numpy as np
-
-    top, bottom = sums[..., 0::2], sums[..., 1::2]
-    there = bottom > 0
-    parts = np.divide(top, bottom, out=np.zeros_like(top), where=there)
-    return parts.sum(-1) / np.maximum(there.sum(-1), 1)
-
-
-def _f1_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
-    import numpy as np
-
-    counts = np.array([pope_counts(i, v) for i, v in zip(items, verdicts, strict=True)], dtype=np.float64)
-    tp, fp, fn = counts[:, 0], counts[:, 1], counts[:, 3]
-    # F1 = 2 TP / (2 TP + FP + FN): a ratio of sums, like an accuracy.
-    member = _groups(items)[1]
-    parts = [member * (2 * tp)[:, None], member * (2 * tp + fp + fn)[:, None]]
-    return np.stack(parts, axis=2).reshape(len(items), -1)
-
-
-def _f1_figure(sums: Array) -> Array:
-    import numpy as np
-
-    top, bottom = sums[..., 0::2], sums[..., 1::2]
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0).mean(-1)
-
-
-HEADLINES: dict[str, Headline] = {
-    "accuracy": Headline(_mean_columns, _ratio),
-    "accuracy, mean of parts": Headline(_macro_columns, _ratio),
-    "F1, mean of parts": Headline(_f1_columns, _f1_figure),
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from random import Random
 
+import numpy as np
+
 from leveret.evaluate.forms import Item
-from leveret.evaluate.scorers import HEADLINES, Scorer, Verdict
+from leveret.evaluate.headlines import HEADLINES
+from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.records import ImageRef
 
 RESAMPLES = 2000
@@ -29,8 +33,6 @@ def interval(
     Questions on one picture fail together, so they are drawn together: the spread between pictures is what another
     test set would show. Percentiles 2.5 and 97.5 of `resamples` draws.
     """
-    import numpy as np
-
     row = HEADLINES[name]
     columns = row.columns(items, verdicts)
     places: dict[str, int] = {}
@@ -72,10 +74,6 @@ def _best(items: list[Item], scorer: Scorer, seed: int) -> str:
 
 
 def _best_box(items: list[Item], candidates: list[str], seed: int) -> str:
-    import ast
-
-    import numpy as np
-
     rng = Random(seed)
     rng.shuffle(candidates)
     tried = candidates[:CONSTANT_SAMPLE]

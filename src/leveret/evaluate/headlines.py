@@ -1,0 +1,71 @@
+"""The one figure a task is known by, as a function of sums over its answers, so that it can be resampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from leveret.evaluate.forms import Item
+from leveret.evaluate.scorers import Verdict, pope_counts
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """One figure of a task as a function of sums over its answers.
+
+    columns  (items, verdicts) -> [n, k]: what each answer adds.
+    figure   sums [..., k] -> the figure [...].
+    """
+
+    columns: Callable[[Sequence[Item], Sequence[Verdict]], Array]
+    figure: Callable[[Array], Array]
+
+
+def _groups(items: Sequence[Item]) -> tuple[list[str], Array]:
+    """The names of the parts, and [n, parts] of 0 and 1: which part an item belongs to."""
+    names = sorted({item.meta.get("group", "") for item in items})
+    return names, np.array([[float(item.meta.get("group", "") == name) for name in names] for item in items])
+
+
+def _mean_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
+    return np.array([[verdict.score, 1.0] for verdict in verdicts])
+
+
+def _macro_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
+    member = _groups(items)[1]
+    scores = np.array([verdict.score for verdict in verdicts])[:, None]
+    return np.stack([member * scores, member], axis=2).reshape(len(items), -1)
+
+
+def _ratio(sums: Array) -> Array:
+    """Mean over parts of first column over second; a part that a resample left out does not count."""
+    top, bottom = sums[..., 0::2], sums[..., 1::2]
+    there = bottom > 0
+    parts = np.divide(top, bottom, out=np.zeros_like(top), where=there)
+    return parts.sum(-1) / np.maximum(there.sum(-1), 1)
+
+
+def _f1_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
+    counts = np.array([pope_counts(i, v) for i, v in zip(items, verdicts, strict=True)], dtype=np.float64)
+    tp, fp, fn = counts[:, 0], counts[:, 1], counts[:, 3]
+    # F1 = 2 TP / (2 TP + FP + FN): a ratio of sums, like an accuracy.
+    member = _groups(items)[1]
+    parts = [member * (2 * tp)[:, None], member * (2 * tp + fp + fn)[:, None]]
+    return np.stack(parts, axis=2).reshape(len(items), -1)
+
+
+def _f1_figure(sums: Array) -> Array:
+    top, bottom = sums[..., 0::2], sums[..., 1::2]
+    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0).mean(-1)
+
+
+HEADLINES: dict[str, Headline] = {
+    "accuracy": Headline(_mean_columns, _ratio),
+    "accuracy, mean of parts": Headline(_macro_columns, _ratio),
+    "F1, mean of parts": Headline(_f1_columns, _f1_figure),
+}
