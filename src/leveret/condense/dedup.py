@@ -213,7 +213,7 @@ def dedup(table: Table, config: Any, shop: Shop) -> Verdict:
     notes = {
         "components": len(sizes),
         "largest_component": int(sizes.max(initial=0)),
-        "sizes": {int(size): int(count) for size, count in zip(*counts, strict=True)},
+        "sizes": [[int(size), int(count)] for size, count in zip(*counts, strict=True)],
         "exact_copies": int((reason == 1).sum()),
         "near_copies": int((reason == 2).sum()),
     }

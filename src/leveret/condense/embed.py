@@ -15,7 +15,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,27 +275,22 @@ class Processes(Fleet):
             )
             for _ in range(count)
         ]
-        self.senders = [ThreadPoolExecutor(1) for _ in self.children]
+        # One thread per pipe and direction keeps the order; two jobs per child, so that none waits for the next.
+        self.writers = [ThreadPoolExecutor(1) for _ in self.children]
+        self.readers = [ThreadPoolExecutor(1) for _ in self.children]
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
         waiting: deque[Future[bytes | None]] = deque()
         for number, job in enumerate(jobs):
-            child = number % len(self.children)
-            # Fixed turns: batches cost about the same, and a sender thread per worker keeps its pipe's order.
-            waiting.append(self.senders[child].submit(self._ask, self.children[child], pack_job(job)))
+            turn = number % len(self.children)  # fixed turns: batches cost about the same
+            child = self.children[turn]
+            assert child.stdin is not None and child.stdout is not None
+            self.writers[turn].submit(send, child.stdin, pack_job(job))
+            waiting.append(self.readers[turn].submit(receive, child.stdout))
             if len(waiting) > 2 * len(self.children):
                 yield self._got(waiting.popleft())
         while waiting:
             yield self._got(waiting.popleft())
-
-    @staticmethod
-    def _ask(child: subprocess.Popen[bytes], data: bytes) -> bytes | None:
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            send(child.stdin, data)
-        except OSError:
-            return None
-        return receive(child.stdout)
 
     @staticmethod
     def _got(future: Future[bytes | None]) -> Done:
@@ -309,16 +304,15 @@ class Processes(Fleet):
 
     def close(self) -> None:
         for child in self.children:
-            assert child.stdin is not None and child.stdout is not None
             child.kill()
             child.wait()
-            child.stdout.close()
-            try:
-                child.stdin.close()
-            except OSError:
-                pass
-        for sender in self.senders:
-            sender.shutdown()
+        for threads in (*self.writers, *self.readers):
+            threads.shutdown()
+        for child in self.children:
+            for pipe in (child.stdin, child.stdout):
+                with suppress(OSError, ValueError):  # a job that was never taken may still be in the pipe's buffer
+                    assert pipe is not None
+                    pipe.close()
 
 
 @contextmanager

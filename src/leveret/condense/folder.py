@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leveret.condense.table import Array, Shop, Vectors, dots
-from leveret.runs import DataError, read_json
+from leveret.runs import DataError, read_json, read_jsonl
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,13 +101,13 @@ def open_embeddings(path: str | Path) -> Embeddings:
     numbers = [str(row) for row in range(n)]
     ids = _words(tables, ID_COLUMNS) or _words(tables, IMAGE_COLUMNS) or numbers
     index = _numbers(tables, ("index",), np.int64)
+    if index is not None and len(np.unique(index)) < n:
+        index = None  # someone else's column of that name, counted anew in each file
     score = _numbers(tables, SCORE_COLUMNS, np.float64)
     if score is None:
         score = _from_texts(path, arrays)
     if score is not None and np.isnan(score).all():
         score = None
-    from leveret.runs import read_jsonl
-
     refused = read_jsonl(path / "quarantine.jsonl") if (path / "quarantine.jsonl").is_file() else []
     return Embeddings(
         path=path,
