@@ -118,7 +118,11 @@ def tiny_vlm(seed: int = 0, connector: str = "mlp2x_gelu", chat: str = "tiny") -
 
 
 def tiny_batch(
-    vlm: VLM, lengths: tuple[int, ...] = (12, 9), images: tuple[bool, ...] = (True, True), side: str = "right", seed: int = 0
+    vlm: VLM,
+    lengths: tuple[int, ...] = (12, 9),
+    images: tuple[bool, ...] = (True, True),
+    side: str = "right",
+    seed: int = 0,
 ) -> Batch:
     """A random batch for `vlm`: row i has `lengths[i]` real positions, an image from position 1 on where `images[i]`,
     and its last three tokens supervised; shorter rows are padded on `side`."""

@@ -15,7 +15,7 @@ from leveret.model.tables import unknown
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
 from leveret.records import ImageSpec
-from leveret.runs import EnvironmentFault, RecipeError
+from leveret.runs import RecipeError
 
 
 def build(recipe: ModelRecipe, *, weights: bool = True, device: str | torch.device = "cpu", seed: int = 0) -> VLM:
@@ -42,7 +42,6 @@ def build_meta(recipe: ModelRecipe) -> VLM:
     seen, spoken = check(recipe)
     with torch.device("meta"):
         tower, language = towers.build_tower(seen), languages.build_language(spoken)
-        language.tie_weights()
         return join(recipe, tower, language, tokenizer=None).eval()
 
 
@@ -52,12 +51,10 @@ def check(recipe: ModelRecipe) -> tuple[TowerFacts, LanguageFacts]:
 
     faults: list[str] = []
     found: list[Any] = []
-    for describe, part in ((towers.describe, recipe.vision), (languages.describe, recipe.language)):
+    for describe in (lambda: towers.describe(recipe.vision), lambda: languages.describe(recipe.language)):
         try:
-            found.append(describe(part))  # type: ignore[operator]
-        except (RecipeError, EnvironmentFault) as fault:
-            if isinstance(fault, EnvironmentFault):
-                raise
+            found.append(describe())
+        except RecipeError as fault:
             faults.append(str(fault))
     if recipe.connector.kind not in CONNECTORS:
         faults.append(unknown(CONNECTORS, recipe.connector.kind, "model.connector.kind"))

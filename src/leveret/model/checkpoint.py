@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -47,8 +48,8 @@ def save(vlm: VLM, folder: str | Path) -> Path:
     from leveret.inputs.chat import CHATS
 
     folder = Path(folder)
-    if hasattr(vlm.language, "peft_config"):
-        raise ValueError("the language model still carries adapters: merge them (merge_and_unload) before saving")
+    if adapters := [name for name in vlm.state_dict() if "lora_" in name]:
+        raise ValueError(f"the language model still carries adapters ({adapters[0]}, ..): merge them before saving")
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.new"
     fresh.mkdir()
@@ -56,7 +57,8 @@ def save(vlm: VLM, folder: str | Path) -> Path:
         if vlm.tokenizer is not None:
             vlm.tokenizer.save_pretrained(fresh)
         (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
-        save_file({name: t.detach().contiguous() for name, t in stored(vlm)}, fresh / "model.safetensors", {"format": "pt"})
+        tensors = {name: tensor.detach().contiguous() for name, tensor in stored(vlm)}
+        save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         (fresh / "config.json").write_text(json.dumps(config_of(vlm), indent=2, sort_keys=True) + "\n", "utf-8")
         for file in [*fresh.iterdir(), fresh]:
             _flush(file)
@@ -86,7 +88,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
         language = languages.build_language(LanguageFacts(**config["language"]))
         vlm = join(recipe, tower, language, tokenizer=_tokenizer(folder))
     _fill(vlm, weights, folder)
-    vlm.spec = ImageSpec.from_dict(config["spec"])
+    if vlm.spec != ImageSpec.from_dict(config["spec"]):
+        raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
 
 
@@ -112,8 +115,10 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     (tower,) = vlm.towers.values()
     assert isinstance(tower, towers.Tower)
     head = vlm.language.get_output_embeddings()
+    config = vlm.language.config.to_dict()
+    config.pop("_name_or_path", None)  # a path of the machine it was built on
     facts = LanguageFacts(
-        config=vlm.language.config.to_dict(),
+        config=config,
         vocab=int(vlm.language.get_input_embeddings().weight.shape[0]),
         head_bias=getattr(head, "bias", None) is not None,
         attention=vlm.language.config._attn_implementation,
@@ -124,7 +129,8 @@ def config_of(vlm: VLM) -> dict[str, Any]:
         "leveret": __version__,
         "recipe": vlm.recipe.model_dump(mode="json"),
         "spec": vlm.spec.to_dict(),
-        "vision": tower.facts.to_dict(),
+        # training may have chosen another resize since the tower was built; the spec has the last word
+        "vision": replace(tower.facts, resize=vlm.spec.towers[0].resize).to_dict(),
         "language": facts.to_dict(),
     }
 
@@ -178,7 +184,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
 def _tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return languages.load_tokenizer(str(folder), where=str(folder))
+    return languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
 
 
 def _flush(path: Path) -> None:

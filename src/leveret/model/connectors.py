@@ -44,9 +44,7 @@ class GridMLP(nn.Sequential):
                 "choose mlp2x_gelu"
             )
         hidden = 2 * out_width
-        super().__init__(
-            nn.LayerNorm(in_width), nn.Linear(in_width, hidden), nn.GELU(), nn.Linear(hidden, out_width)
-        )
+        super().__init__(nn.LayerNorm(in_width), nn.Linear(in_width, hidden), nn.GELU(), nn.Linear(hidden, out_width))
         self.side = side
         self.row = nn.Embedding(side, out_width)
         self.column = nn.Embedding(side, out_width)

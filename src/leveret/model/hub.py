@@ -65,13 +65,11 @@ def from_pretrained(class_name: str, source: str, where: str, **options: Any) ->
     return model
 
 
-def missing(source: str, where: str, fault: Exception) -> EnvironmentFault:
+def missing(source: str, where: str, fault: Exception, what: str = "the weights") -> EnvironmentFault:
     """What to say when a backbone is not on this machine and the hub did not give it."""
     reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
     name = source.rstrip("/").split("/")[-1]
     return EnvironmentFault(
-        f"{where}: the weights of {source!r} could not be read ({reason}). With a connection: "
+        f"{where}: {what} of {source!r} could not be read ({reason}). With a connection: "
         f"`hf download {source} --local-dir {name}`, then set {where}={name}; a gated model also needs `hf auth login`"
     )
-
-

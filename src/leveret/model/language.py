@@ -6,6 +6,7 @@ hold. A folder, or any other id of the hub, works without one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def build_language(facts: LanguageFacts) -> Any:
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=facts.attention, trust_remote_code=False
     )
+    model.tie_weights()  # transformers leaves it out where it draws no weights
     return _finish(model, facts)
 
 
@@ -142,21 +144,33 @@ def load_language(facts: LanguageFacts) -> Any:
 def _finish(model: Any, facts: LanguageFacts) -> Any:
     head = model.get_output_embeddings()
     if not facts.head_bias and isinstance(head, nn.Linear):
-        head.bias = None
+        head.register_parameter("bias", None)
     return model
 
 
-def load_tokenizer(source: str, where: str = "model.language.name") -> Any:
+def load_tokenizer(source: str, where: str = "model.language.name", *, as_saved: bool = False) -> Any:
     """The tokenizer in a folder or on the hub. EnvironmentFault when it cannot be had.
 
     Where it has no padding token, its unknown or end token pads (Bunny's and LLaVA's habit; padding is masked anyway).
+    `as_saved` takes tokenizer.json to the letter, as do folders that name no class of their own: AutoTokenizer may
+    choose a class by the model's type and build the rules anew, and then splits some texts otherwise.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    letter = (Path(source) / "tokenizer.json").is_file() and (as_saved or _declared(Path(source)) in _GENERIC)
+    loader = PreTrainedTokenizerFast if letter else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as fault:
-        raise missing(source, where, fault) from fault
+        tokenizer = loader.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as fault:
+        raise missing(source, where, fault, what="the tokenizer") from fault
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _declared(folder: Path) -> str:
+    config = folder / "tokenizer_config.json"
+    return json.loads(config.read_text("utf-8")).get("tokenizer_class", "") if config.is_file() else ""

@@ -129,8 +129,7 @@ def adapter_size(language: Any, lora: Adapters) -> int:
     return sum(
         lora.rank * (layer.in_features + layer.out_features)
         for name, layer in language.named_modules()
-        if isinstance(layer, nn.Linear)
-        and (name.split(".")[-1] in lora.targets if lora.targets else layer is not head)
+        if isinstance(layer, nn.Linear) and (name.split(".")[-1] in lora.targets if lora.targets else layer is not head)
     )
 
 

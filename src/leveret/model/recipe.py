@@ -46,7 +46,7 @@ class LanguageRecipe(_Strict):
 
     name: str = Field(description="A row of LANGUAGES, a Hugging Face id or the path of a Hugging Face folder.")
     vocab: int | None = Field(
-        default=None, gt=0, description="Rows of the token tables, when not as published (Bunny: the tokenizer's length)."
+        default=None, gt=0, description="Rows of the token tables, where not as published (Bunny: len(tokenizer))."
     )
     head_bias: bool = Field(default=True, description="False drops the bias of the output layer where there is one.")
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(

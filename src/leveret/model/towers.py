@@ -145,7 +145,8 @@ class Tower(nn.Module):
         self.view = TowerView("vision", facts.size, facts.mean, facts.std, facts.resize)
         tiny = facts.family == "tiny"
         self.width = int(facts.config["width" if tiny else "hidden_size"])
-        self.tokens = int(model.tokens) if tiny else (facts.size // int(facts.config["patch_size"])) ** 2
+        patch = 8 if tiny else int(facts.config["patch_size"])
+        self.tokens = (facts.size // patch) ** 2
         for _, parameter in self.unused():
             parameter.requires_grad_(False)
 
@@ -250,7 +251,8 @@ def _facts(config: Mapping[str, Any], source: str, size: int | None, extra: Mapp
 def _folder_facts(folder: Path, where: str) -> TowerFacts:
     """A Hugging Face folder of a tower, or of a whole CLIP or SigLIP, whose vision part is taken."""
     config = read_config(folder)
-    config = config.get("vision_config", config)
+    if "vision_config" in config:
+        config = {"model_type": f"{config.get('model_type')}_vision_model", **config["vision_config"]}
     family = config.get("model_type", "")
     if family not in TOWER_FAMILIES:
         known = ", ".join(name for name in TOWER_FAMILIES if name != "tiny")
@@ -321,5 +323,3 @@ def count_tower(facts: TowerFacts) -> int:
     """Parameters of the tower as `facts` build it; computed without memory."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_tower(facts).parameters())
-
-

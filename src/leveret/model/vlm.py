@@ -1,21 +1,21 @@
 """The model: towers, a connector and a language model, joined by one scatter.
 
-    pixels[name] [N, 3, S, S]                          input_ids [B, T]
-        |  towers (one or several; fused on channels)       |  the language model's own table
-        v                                                   v
-    features [N, n, W]                                 embeddings [B, T, D]
-        |  connector                                        |
-        v                                                   v
-    visual [N, m, D]  ---- written over image_mask, in reading order ---->  [B, T, D]
-                                                            |  the language model's blocks
-                                                            v
-                                                       hidden [B, T, D]
-                                                            |  only rows whose NEXT token is supervised
-                                                            v
-                                                       logits [K, V]  ->  summed cross entropy
+pixels[name] [N, 3, S, S]                          input_ids [B, T]
+    |  towers (one or several; fused on channels)       |  the language model's own table
+    v                                                   v
+features [N, n, W]                                 embeddings [B, T, D]
+    |  connector                                        |
+    v                                                   v
+visual [N, m, D]  ---- written over image_mask, in reading order ---->  [B, T, D]
+                                                        |  the language model's blocks
+                                                        v
+                                                   hidden [B, T, D]
+                                                        |  only rows whose NEXT token is supervised
+                                                        v
+                                                   logits [K, V]  ->  summed cross entropy
 
-    B rows, T positions, N images, n tokens a tower gives, m tokens a connector gives, W and D widths, K supervised
-    positions, V vocabulary. A batch without images never touches the towers. Nothing here trains, loads or moves.
+B rows, T positions, N images, n tokens a tower gives, m tokens a connector gives, W and D widths, K supervised
+positions, V vocabulary. A batch without images never touches the towers. Nothing here trains, loads or moves.
 """
 
 from __future__ import annotations
@@ -95,10 +95,12 @@ class VLM(nn.Module):
         return self.language.get_input_embeddings().weight.dtype
 
     def cast(self, dtype: torch.dtype) -> VLM:
-        """Turn every weight into `dtype`, in place. Unlike `.to(dtype)` it leaves buffers alone: rounding the rotary
-        frequencies would move every position, and a saved and loaded model would differ from the one in memory."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
+        """Turn what a checkpoint holds into `dtype`, in place. Unlike `.to(dtype)` it leaves computed buffers alone:
+        rounding the rotary frequencies would move every position, and the model would differ from its saved self."""
+        kept = self.state_dict()
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if name in kept and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
         return self
 
     def see(self, pixels: Mapping[str, Tensor]) -> Tensor:
@@ -107,7 +109,7 @@ class VLM(nn.Module):
         Raises ValueError when a tower's pixels are missing.
         """
         if missing := [name for name in self.towers if name not in pixels]:
-            raise ValueError(f"no pixels for {missing}: this model's towers are {list(self.towers)}, got {list(pixels)}")
+            raise ValueError(f"no pixels for {missing}: the model's towers are {list(self.towers)}, got {list(pixels)}")
         return torch.cat([tower(pixels[name]) for name, tower in self.towers.items()], dim=-1)
 
     def embed(self, batch: Batch) -> Tensor:
