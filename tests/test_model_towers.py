@@ -255,3 +255,26 @@ def test_a_tokenizer_larger_than_the_table_is_refused() -> None:
     small = recipe.model_copy(update={"language": LanguageRecipe(name=recipe.language.name, vocab=64)})
     with pytest.raises(RecipeError, match=r"model\.language\.vocab"):
         build(small)
+
+
+def test_the_drawn_worlds_backbones_compose_and_come_back(tmp_path: Path) -> None:
+    from fakes import tiny_batch
+    from leveret.model.checkpoint import load, save
+
+    recipe = ModelRecipe(
+        vision=VisionRecipe(tower="world/vision"),
+        connector=ConnectorRecipe(kind="mlp2x_gelu_2d"),
+        language=LanguageRecipe(name="world/language"),
+        chat="tiny",
+    )
+    vlm = build(recipe)
+    assert (vlm.spec.tokens, vlm.spec.towers[0].size) == (64, 64)
+    assert vlm.language.config._attn_implementation == "eager"
+    assert all(parameter.requires_grad for parameter in vlm.parameters())
+    assert sum(p.numel() for p in build_meta(recipe).parameters()) == sum(p.numel() for p in vlm.parameters())
+    vlm.cast(torch.bfloat16)
+    batch = tiny_batch(vlm, (80, 72))
+    with torch.no_grad():
+        logits = vlm(batch).logits
+        assert logits.isfinite().all()
+        assert torch.equal(load(save(vlm, tmp_path / "m"))(batch).logits, logits)

@@ -37,8 +37,7 @@ def build(recipe: ModelRecipe, *, weights: bool = True, device: str | torch.devi
 
 
 def build_meta(recipe: ModelRecipe) -> VLM:
-    """The same without memory, on torch's `meta` device: for counting and for `--dry-run`. The tokenizer is there only
-    when it can be read without a connection."""
+    """The same without memory, on torch's `meta` device: for counting and for `--dry-run`. It has no tokenizer."""
     seen, spoken = check(recipe)
     with torch.device("meta"):
         tower, language = towers.build_tower(seen), languages.build_language(spoken)

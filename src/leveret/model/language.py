@@ -149,7 +149,7 @@ def _finish(model: Any, facts: LanguageFacts) -> Any:
 
 
 def load_tokenizer(source: str, where: str = "model.language.name", *, as_saved: bool = False) -> Any:
-    """The tokenizer in a folder or on the hub. EnvironmentFault when it cannot be had.
+    """The tokenizer of a row, of a folder or on the hub. EnvironmentFault when it cannot be had.
 
     Where it has no padding token, its unknown or end token pads (Bunny's and LLaVA's habit; padding is masked anyway).
     `as_saved` takes tokenizer.json to the letter, as do folders that name no class of their own: AutoTokenizer may
@@ -157,6 +157,8 @@ def load_tokenizer(source: str, where: str = "model.language.name", *, as_saved:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if source in LANGUAGES and LANGUAGES[source].package:
+        source = str(package_file(LANGUAGES[source].package, source))
     letter = (Path(source) / "tokenizer.json").is_file() and (as_saved or _declared(Path(source)) in _GENERIC)
     loader = PreTrainedTokenizerFast if letter else AutoTokenizer
     try:
