@@ -139,8 +139,9 @@ def _features(
                     shape = (len(refs), *values.shape[1:])
                     _room(folder, int(np.prod(shape)) * values.itemsize)
                     store = np.lib.format.open_memmap(folder / "features.npy", "w+", values.dtype, shape)
-                store[len(rows) : len(rows) + len(good)] = values
-                rows.update((ref, len(rows) + place) for place, (ref, _) in enumerate(good))
+                first = len(rows)
+                store[first : first + len(good)] = values
+                rows.update((ref, first + place) for place, (ref, _) in enumerate(good))
             progress.advance(len(chunk), bad=len(bad))
             _stop_here()
     if store is not None:

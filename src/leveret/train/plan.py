@@ -6,6 +6,7 @@ sizes but no weights.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model.parts import PartRow, parts_table, render
-from leveret.runs import DataError, RecipeError, cores
+from leveret.runs import DataError, EnvironmentFault, RecipeError, cores
 from leveret.train.optim import rate
-from leveret.train.stages import StageRecipe, TrainRecipe
+from leveret.train.stages import StageRecipe, TrainRecipe, total_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,9 +57,15 @@ class StagePlan:
 def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
     """Every chosen stage on the meta device. RecipeError with the faults of all of them at once."""
     from leveret.model.build import build_meta
+    from leveret.model.language import describe as describe_language
+    from leveret.model.language import load_tokenizer
     from leveret.train import learning
 
     vlm = build_meta(recipe.model)
+    # Only where there is something to tokenise: the tokenizer may have to come over the network.
+    if any(Path(recipe.stages[name].data).exists() for name in chosen):
+        with contextlib.suppress(RecipeError, EnvironmentFault):
+            vlm.tokenizer = load_tokenizer(describe_language(recipe.model.language).source)
     if faults := [f"stages.{name}.{fault}" for name in chosen for fault in learning.faults(vlm, recipe.stages[name])]:
         raise RecipeError("\n".join(faults))
     plans = []
@@ -81,9 +88,9 @@ def describe(
     """Facts of one stage. Without `data` the lengths come from a few samples, where the data is there at all."""
     parts = parts_table(vlm, stage.learn)
     lines: list[tuple[str, str]] = []
-    tokens, images = stage.max_tokens, 1.0
+    tokens = stage.max_tokens
     if data is not None:
-        tokens, images = int(data.lengths.mean()), len(data.images) / len(data)
+        tokens = int(data.lengths.mean())
         refused = f", {data.meta['refused']} refused (quarantine.jsonl)" if data.meta["refused"] else ""
         shown = "features kept" if data.features is not None else "images decoded when needed"
         lines.append(("data", f"{stage.data}: {len(data):,} samples{refused}; {shown}"))
@@ -92,16 +99,11 @@ def describe(
              f"{data.supervised.mean():.0f} of them learned from")
         )  # fmt: skip
     else:
-        found = _sampled(vlm, stage)
-        lines.append(("data", f"{stage.data}: {found if isinstance(found, str) else f'{found[0]:,} samples'}"))
-        if isinstance(found, str):
-            lines.append(("tokens", f"{vlm.spec.tokens} per image; at most {stage.max_tokens} per sample"))
-        else:
-            tokens = found[1]
-            lines.append(("tokens", f"{tokens} per sample on average (of {min(SAMPLED, found[0])}), {vlm.spec.tokens} per image"))
-            from leveret.train.run import total_steps
-
-            total = total_steps(stage, found[0])
+        count, mean, words = _sampled(vlm, stage)
+        lines.append(("data", f"{stage.data}: {words}"))
+        average = f"{mean} per sample on average, " if mean else ""
+        lines.append(("tokens", f"{average}{vlm.spec.tokens} per image, at most {stage.max_tokens} per sample"))
+        tokens, total = mean or tokens, total_steps(stage, count) if count else None
     lines.append(("batch", _geometry(stage, world, job)))
     lines.append(("schedule", _schedule(stage, total)))
     lines.append(("chat", f"{stage.chat or vlm.chat}; images are made square by {vlm.spec.towers[0].resize}"))
@@ -120,24 +122,26 @@ def describe(
     return StagePlan(name, parts, memory, lines, vlm)
 
 
-def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int, int] | str:
-    """Samples in the data and their mean length, or why that is not known."""
+def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]:
+    """Samples in the data and their mean length in tokens, as far as they can be known here, and that in words."""
     from leveret.pool import open_source
     from leveret.train.data import encode_sample
 
     if not Path(stage.data).exists():
-        return "not here (a dry run does not need it)"
+        return None, None, "not here (a dry run does not need it)"
     source = open_source(stage.data, stage.images)
+    count = len(source)
     if vlm.tokenizer is None:
-        return f"{len(source):,} samples; the tokenizer is not here, so their lengths are not known"
+        return count, None, f"{count:,} samples; the tokenizer is not here, so their lengths are not known"
     lengths = []
-    for index in range(min(SAMPLED, len(source))):
+    for index in range(min(SAMPLED, count)):
         try:
             text = encode_sample(source, index, stage.chat or vlm.chat, vlm.tokenizer, vlm.spec, stage.max_tokens)
             lengths.append(len(text.ids))
         except DataError:
             continue
-    return (len(source), round(sum(lengths) / len(lengths))) if lengths else "its first samples are all refused"
+    looked = f"{count:,} samples; of the first {min(SAMPLED, count)}, {len(lengths)} are good"
+    return count, round(sum(lengths) / len(lengths)) if lengths else None, looked
 
 
 def _geometry(stage: StageRecipe, world: int, job: Job | None) -> str:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from leveret.runs import (
     DataError, EnvironmentFault, RecipeError, RunFolder, closest, graceful_stop, read_json, sha256_of, sync_folder, write_json,
 )  # fmt: skip
-from leveret.train.stages import StageRecipe, TrainRecipe, binding
+from leveret.train.stages import StageRecipe, TrainRecipe, binding, total_steps
 
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
@@ -156,11 +155,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Changes when the tokenizer would give other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return sha256_of(backend.to_str() if backend is not None else dict(sorted(tokenizer.get_vocab().items())))
-
-
-def total_steps(stage: StageRecipe, samples: int) -> int:
-    """Optimiser steps of a stage over so many samples."""
-    return stage.steps or math.ceil((stage.epochs or 0) * math.ceil(samples / stage.batch))
 
 
 def _start(run: Path, recipe: TrainRecipe, name: str) -> Path | None:

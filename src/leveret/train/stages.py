@@ -6,6 +6,7 @@ This file is data and its rules; nothing heavy is imported, so faults are found 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -138,3 +139,8 @@ def binding(recipe: dict[str, Any]) -> dict[str, Any]:
         for name, stage in recipe["stages"].items()
     }
     return {**recipe, "stages": stages}
+
+
+def total_steps(stage: StageRecipe, samples: int) -> int:
+    """Optimiser steps of a stage over so many samples."""
+    return stage.steps or math.ceil((stage.epochs or 0) * math.ceil(samples / stage.batch))

@@ -1,0 +1,208 @@
+"""The loop teaches what it is told to, weighs tokens alike however a batch is cut, and survives bad data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_fakes
+from torch import Tensor
+
+from leveret.model import checkpoint
+from leveret.model.vlm import VLM
+from leveret.runs import DataError, RecipeError, read_jsonl
+from leveret.train import TrainRecipe, train
+from leveret.train.data import Prepared
+from leveret.train.loop import Job, Teacher, arrange, begin
+from leveret.train.ranks import Ranks
+from leveret.train.run import _data, open_sources
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_fakes.toy_set(tmp_path_factory.mktemp("toy"))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return checkpoint.load(folder).state_dict()
+
+
+def losses(run: Path, stage: str = "tune") -> list[float]:
+    return [row["loss"] for row in read_jsonl(run / stage / "metrics.jsonl")]
+
+
+class Share(Ranks):
+    """One of several ranks, alone in this process: its buffer stays its own share."""
+
+    def all_reduce(self, buffer: Any) -> None:
+        raise AssertionError("a test of shares never steps")
+
+
+def teacher(recipe: TrainRecipe, folder: Path, rank: int, world: int, stage: str = "tune") -> Teacher:
+    how = recipe.stages[stage]
+    vlm = begin(recipe, None, "cpu")
+    trainables = arrange(vlm, how, 0, stage, "cpu", "fp32")
+    facts = {"data": 0, "tokenizer": 0, "start": 0, "precision": 0}
+    prepared: Prepared = _data(vlm, how, folder, open_sources(recipe, [stage])[stage], "cpu", "fp32", facts)
+    job = Job(recipe.model_dump(mode="json"), stage, str(folder), None, 6, None, "fp32", "cpu", 1)
+    return Teacher(job, how, vlm, trainables, prepared, Share(rank, world))
+
+
+def share_of_gradient(one: Teacher) -> Tensor:
+    supervised = int(one.data.supervised[one.order.rows(0)].sum())
+    one._gradients(one._batches(0), 1.0 / supervised)
+    return one.optimiser.buffer.clone()
+
+
+def test_the_loss_falls_and_what_is_not_named_stays(data: Path, tmp_path: Path) -> None:
+    recipe = train_fakes.recipe(data, steps=30)
+    model = train(recipe, tmp_path / "run")
+    seen = losses(tmp_path / "run")
+    assert len(seen) == 30 and seen[-1] < 0.3 * seen[0]
+    before, after = begin(recipe, None, "cpu").state_dict(), weights(model)
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"connector", "language"}
+    assert model == tmp_path / "run" / "model" and not (tmp_path / "run" / "tune" / "state").exists()
+
+
+def test_a_stage_starts_from_the_one_before_and_finished_stages_are_not_done_again(data: Path, tmp_path: Path) -> None:
+    learn = {"learn": {"connector": {"lr": 1e-2}}, "steps": 3}
+    recipe = train_fakes.recipe(data, stages={"align": learn, "tune": {"steps": 2, "resize": "pad"}})
+    with pytest.raises(RecipeError, match="starts from 'align'"):
+        train(recipe, tmp_path, stages=["tune"])
+    assert train(recipe, tmp_path, stages=["align"]) == tmp_path / "align" / "model"
+    align = (tmp_path / "align" / "model" / "model.safetensors").stat()
+    model = train(recipe, tmp_path)
+    assert (tmp_path / "align" / "model" / "model.safetensors").stat() == align
+    assert checkpoint.load(model).spec.towers[0].resize == "pad"
+    backbones, aligned = begin(recipe, None, "cpu").state_dict(), weights(tmp_path / "align")
+    assert not any(torch.equal(backbones[n], aligned[n]) for n in aligned if n.startswith("connector") and "weight" in n)
+    assert all(torch.equal(backbones[name], aligned[name]) for name in aligned if not name.startswith("connector"))
+    again = (model / "model.safetensors").stat()
+    assert train(recipe, tmp_path) == model and (model / "model.safetensors").stat() == again
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(("world", "micro"), [(1, 3), (2, None), (4, 1)])
+def test_gradients_do_not_depend_on_ranks_or_micro_batches(
+    data: Path, tmp_path: Path, world: int, micro: int | None, cache: bool
+) -> None:
+    whole = share_of_gradient(teacher(train_fakes.recipe(data), tmp_path, 0, 1))
+    cut = train_fakes.recipe(data, micro_batch=micro, cache_features=cache)
+    summed = sum(share_of_gradient(teacher(cut, tmp_path / "cut", rank, world)) for rank in range(world))
+    assert isinstance(summed, Tensor)
+    torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_learn_what_one_learns(data: Path, tmp_path: Path) -> None:
+    recipe = train_fakes.recipe(data)
+    train(recipe, tmp_path / "one")
+    train(recipe.model_copy(update={"ranks": 2}), tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
+def test_adapters_are_merged_and_saved_as_peft_reads_them(data: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    learn = {"connector": {"lr": 1e-3}, "language": {"lr": 1e-2, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}}
+    recipe = train_fakes.recipe(data, learn=learn, steps=8)
+    seen: dict[str, Tensor] = {}
+    probe = torch.arange(5, 25)[None]
+
+    def look(vlm: VLM, step: int) -> dict[str, float]:
+        with torch.no_grad():
+            seen["logits"] = vlm.language(input_ids=probe).logits
+        return {"probe": float(seen["logits"].mean())}
+
+    model = checkpoint.load(train(recipe, tmp_path, validators=[look]))
+    base = begin(recipe, None, "cpu")
+    with torch.no_grad():
+        merged, plain = model.language(input_ids=probe).logits, base.language(input_ids=probe).logits
+        adapted = PeftModel.from_pretrained(base.language, tmp_path / "tune" / "adapter").eval()
+        read = adapted(input_ids=probe).logits
+    assert (merged - plain).abs().max() > 0.05
+    torch.testing.assert_close(merged, seen["logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(read, seen["logits"], rtol=1e-4, atol=1e-4)
+    (told,) = read_jsonl(tmp_path / "tune" / "validation.jsonl")
+    assert told["step"] == 8
+    described = json.loads((tmp_path / "tune" / "adapter" / "adapter_config.json").read_text())
+    assert not any("lm_head" in name or "tower" in name for name in described["target_modules"])
+
+
+def test_a_tower_learns_from_a_layer_on(data: Path, tmp_path: Path) -> None:
+    recipe = train_fakes.recipe(data, learn={"vision": {"lr": 1e-2, "from_layer": 1}}, steps=3)
+    before, after = begin(recipe, None, "cpu").state_dict(), weights(train(recipe, tmp_path))
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved and all(".layers.1." in name for name in moved)
+
+
+def poison(vlm: VLM, steps: Sequence[int]) -> None:
+    """Let the loss of these passes (from 0) be NaN."""
+    forward, count = vlm.forward, iter(range(1000))
+
+    def bad(*args: Any, **options: Any) -> Any:
+        out = forward(*args, **options)
+        return type(out)(out.loss_sum * float("nan"), out.supervised, out.logits) if next(count) in steps else out
+
+    vlm.forward = bad  # type: ignore[method-assign]
+
+
+def test_a_step_without_a_finite_loss_is_skipped_named_and_counted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leveret.train import loop
+
+    def poisoned(*args: Any) -> Any:
+        poison(vlm := begin(*args), [1, 3])
+        return vlm
+
+    monkeypatch.setattr(loop, "begin", poisoned)
+    model = train(train_fakes.recipe(data), tmp_path / "run")
+    rows = read_jsonl(tmp_path / "run" / "tune" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "skipped" in row] == [2, 4]
+    assert rows[1]["loss"] is None and len(rows[1]["skipped"]) == 8 and rows[1]["skipped"][0].startswith("toy-")
+    assert all(torch.isfinite(value).all() for value in weights(model).values())
+    with pytest.raises(DataError, match=r"not finite in 2 steps.*toy-"):
+        train(train_fakes.recipe(data, bad_steps=1), tmp_path / "strict")
+
+
+def spoil(data: Path, folder: Path) -> Path:
+    """The toy set with a broken image, an image that is not there, and an empty answer."""
+    fresh = train_fakes.toy_set(folder)
+    (folder / "3.png").write_bytes(b"no image")
+    (folder / "4.png").unlink()
+    records = json.loads(fresh.read_text())
+    records[5]["conversations"][1]["value"] = ""
+    fresh.write_text(json.dumps(records))
+    return fresh
+
+
+def test_bad_samples_are_quarantined_with_reasons(data: Path, tmp_path: Path) -> None:
+    bad = spoil(data, tmp_path / "bad")
+    train(train_fakes.recipe(bad), tmp_path / "run")
+    refused = read_jsonl(tmp_path / "run" / "tune" / "quarantine.jsonl")
+    assert [row["id"] for row in refused] == ["toy-3", "toy-4", "toy-5"]
+    assert all(row["reason"] for row in refused)
+    with pytest.raises(DataError, match=r"3 of 24 samples cannot be used, more than bad_share 0\.1"):
+        train(train_fakes.recipe(bad, bad_share=0.1), tmp_path / "strict")
+
+
+def test_an_image_that_fails_while_training_costs_its_sample_only(data: Path, tmp_path: Path) -> None:
+    bad = spoil(data, tmp_path / "bad")
+    train(train_fakes.recipe(bad, cache_features=False, bad_share=0.4), tmp_path / "run")
+    rows = read_jsonl(tmp_path / "run" / "tune" / "quarantine.jsonl")
+    assert {row["id"] for row in rows} == {"toy-3", "toy-4", "toy-5"}
+    assert all(loss is not None for loss in losses(tmp_path / "run"))
+
+
+def test_text_alone_teaches_the_language_but_no_connector(data: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "which letter ?"}, {"from": "gpt", "value": "A"}]
+    path = tmp_path / "text.json"
+    path.write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(9)]))
+    train(train_fakes.recipe(path, learn={"language": {"lr": 1e-3}}), tmp_path / "run")
+    with pytest.raises(RecipeError, match="connector would get no gradient"):
+        train(train_fakes.recipe(path), tmp_path / "refused")

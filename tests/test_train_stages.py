@@ -1,0 +1,98 @@
+"""Recipes and schedules: faults are told at once and by name; rates are pure functions with the shapes they promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import train_fakes
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from leveret.recipe import load
+from leveret.runs import DataError, RecipeError
+from leveret.train import train
+from leveret.train.optim import SCHEDULES, rate
+from leveret.train.plan import plan
+from leveret.train.stages import TrainRecipe
+
+SHARES = st.floats(0, 0.5)
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 400), SHARES, SHARES)
+def test_a_rate_rises_once_and_then_never_rises_again(name: str, total: int, warmup: float, decay: float) -> None:
+    rates = [rate(name, step, total, warmup, decay) for step in range(total)]
+    peak = rates.index(max(rates))
+    assert all(0 < value <= 1 + 1e-12 for value in rates)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[peak:], rates[peak + 1 :], strict=False))
+
+
+def test_schedules_have_their_shapes() -> None:
+    assert [rate("linear", step, 4, 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [rate("constant", step, 4, 0.5) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert rate("cosine", 5, 10, 0.0) == pytest.approx(0.5)
+    assert [rate("wsd", step, 10, 0.1, 0.5) for step in range(10)] == pytest.approx(
+        [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    )
+
+
+def test_all_faults_of_a_stage_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError) as caught:
+        train_fakes.recipe(
+            tmp_path, steps=3, epochs=1, batch=4, micro_batch=8, schedule="wsd", warmup=0.6, decay=0.6,
+            learn={"connector": {"lr": 1e-3, "lora": {}}, "language": {"lr": 1e-3, "from_layer": 1}},
+        )  # fmt: skip
+    for words in ("exactly one of steps and epochs", "micro_batch 8", "warmup 0.6", "connector.lora", "language.from_layer"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model", "a/b", "..", ""])
+def test_a_stage_cannot_be_called_like_something_else_in_the_run(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="stage"):
+        train_fakes.recipe(tmp_path, stages={name: {}})
+
+
+def test_parts_that_would_get_no_gradient_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    data = train_fakes.toy_set(tmp_path / "data")
+    stages = {
+        "one": {"learn": {"vision": {"lr": 1e-3, "from_layer": 9}}},
+        "two": {"learn": {"language": {"lr": 1e-3, "lora": {"targets": ["q_prij"]}}}},
+    }
+    recipe = train_fakes.recipe(data, stages=stages)
+    for attempt in (lambda: train(recipe, tmp_path / "run"), lambda: plan(recipe, ["one", "two"])):
+        with pytest.raises(RecipeError) as caught:
+            attempt()
+        assert "stages.one.learn.vision" in str(caught.value)
+        assert "q_prij" in str(caught.value) and "q_proj" in str(caught.value)
+
+
+def test_missing_data_of_all_stages_is_told_at_once(tmp_path: Path) -> None:
+    recipe = train_fakes.recipe(tmp_path, stages={"one": {"data": "nowhere.json"}, "two": {"data": "nor-here.json"}})
+    with pytest.raises(DataError, match=r"(?s)nowhere\.json.*nor-here\.json"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_stage_is_named_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"tine.*tune"):
+        train(train_fakes.recipe(tmp_path), tmp_path / "run", stages=["tine"])
+
+
+def test_a_dry_run_composes_bunny_without_weights_or_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train("bunny/v1.0-3b", out, dry_run=True)
+    told = capsys.readouterr().out
+    assert "3,182,254,624 parameters" in told and "188,743,680" in told and "729 per image" in told
+    assert "memory" in told and not out.exists()
+    align, _ = plan(load("bunny/v1.0-3b", TrainRecipe, "models"), ["align", "tune"])
+    assert all(value.is_meta for value in align.vlm.parameters())
+    assert align.memory.optimiser == 8 * 9_507_840
+
+
+def test_a_dry_run_measures_data_that_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = train_fakes.toy_set(tmp_path / "data")
+    train(train_fakes.recipe(data, epochs=2, steps=None), tmp_path / "run", dry_run=True)
+    told = capsys.readouterr().out
+    assert "24 samples" in told and "6 steps" in told
