@@ -1,0 +1,163 @@
+"""Encoders give unit vectors; `pixels` finds copies and keeps strangers apart; CLIP and SigLIP equal transformers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from leveret.inputs.resize import prepare
+from leveret.model.encoders import ENCODERS, PixelEncoder, TinyEncoder, _stack, load_encoder
+from leveret.records import TowerView
+from leveret.runs import RecipeError
+
+
+def _scenes(n: int, seed: int = 0) -> list[Image.Image]:
+    """Smooth random pictures with a few edges: nothing like each other."""
+    random = np.random.default_rng(seed)
+    out = []
+    for _ in range(n):
+        small = Image.fromarray(random.integers(0, 255, (7, 9, 3), dtype=np.uint8))
+        image = small.resize((192, 150), Image.Resampling.BICUBIC)
+        box = sorted(random.integers(0, 150, 2).tolist()) + sorted(random.integers(0, 150, 2).tolist())
+        ImageDraw.Draw(image).rectangle((box[0], box[2], box[1], box[3]), fill=tuple(random.integers(0, 255, 3).tolist()))
+        out.append(image)
+    return out
+
+
+def _saved(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def _copies(image: Image.Image) -> list[Image.Image]:
+    w, h = image.size
+    return [
+        _saved(image, 30),
+        image.resize((w // 2, h // 2)),
+        image.resize((2 * w, 2 * h), Image.Resampling.NEAREST),
+        image.crop((w // 20, h // 20, w - w // 20, h - h // 20)),
+        image.crop((w // 20, 0, w, h)),
+        _saved(image.crop((0, 0, w - w // 20, h - h // 20)).resize((w, h)), 40),
+    ]
+
+
+def _lowest_and_highest(images: list[Image.Image]) -> tuple[float, float]:
+    encoder = load_encoder("pixels")
+    base = encoder.images(images)
+    strangers = base @ base.T - 2 * np.eye(len(base), dtype=np.float32)
+    lowest = min(
+        float((encoder.images(list(copies)) * base).sum(1).min())
+        for copies in zip(*map(_copies, images), strict=True)
+    )
+    return lowest, float(strangers.max())
+
+
+def test_pixels_tell_copies_from_strangers():
+    lowest, highest = _lowest_and_highest(_scenes(40))
+    assert lowest > 0.70 > highest
+
+
+def test_pixels_tell_copies_of_photographs_from_strangers(photos: Path):
+    images = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.jpg"))[:100]]
+    lowest, highest = _lowest_and_highest(images)
+    assert lowest > 0.70 > highest
+
+
+def test_flat_pictures_have_vectors_too():
+    encoder = PixelEncoder()
+    colours = ["black", "white", "red", "blue", (128, 128, 128)]
+    found = encoder.images([Image.new("RGB", (40, 30), colour) for colour in colours])
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert (found @ found.T - np.eye(5)).max() < 0.70
+    np.testing.assert_array_equal(found[0], encoder.images([Image.new("RGB", (7, 99), "black")])[0])
+
+
+def test_a_vector_does_not_depend_on_its_neighbours():
+    encoder, images = PixelEncoder(), _scenes(5)
+    np.testing.assert_array_equal(encoder.images(images)[3], encoder.images(images[3:4])[0])
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_a_batch_is_prepared_as_each_image_is(resize):
+    view = TowerView("v", 48, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), resize)
+    images = [*_scenes(3), Image.fromarray(np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3))]
+    np.testing.assert_array_equal(_stack(images, view).numpy(), np.stack([prepare(image, view) for image in images]))
+
+
+def tiny_scorer() -> TinyEncoder:
+    """The world's architecture with random weights and a vocabulary of letters."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    from leveret.model.tiny import TinyDualEncoder
+
+    letters = {letter: at for at, letter in enumerate("?abcdefghijklmnopqrstuvwxyz ")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    torch.manual_seed(0)
+    text = {"width": 16, "heads": 2, "length": 12, "vocabulary": 32, "out": 16}
+    config = {"size": 32, "widths": [8, 16], "dim": 16, "text": text, "tokenizer": tokenizer.to_str()}
+    return TinyEncoder("tiny", TinyDualEncoder(config).eval())
+
+
+def test_the_worlds_scorer_gives_unit_vectors_in_one_space():
+    encoder = tiny_scorer()
+    images, texts = encoder.images(_scenes(3)), encoder.texts(["a red box", "", "two"])
+    assert images.shape == (3, 16) and texts is not None and texts.shape == (3, 16)
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([images, texts]), axis=1), 1, atol=1e-6)
+    assert encoder.images([]).shape == (0, 16)
+    assert tiny_scorer().fingerprint == encoder.fingerprint
+
+
+def _save_dual(folder: Path, kind: str) -> None:
+    import torch
+    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+    from tests.fakes import tiny_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    if kind == "clip":
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 1
+        text["eos_token_id"] = end
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    else:
+        text["projection_size"] = 16
+        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "width", "resize"), [("clip", 12, "crop"), ("siglip", 16, "squash")])
+def test_clip_and_siglip_equal_transformers(tmp_path, kind, width, resize):
+    import torch
+    from transformers import AutoModel
+
+    _save_dual(tmp_path, kind)
+    encoder = load_encoder(str(tmp_path))
+    assert (encoder.width, encoder.view.size, encoder.view.resize, encoder.has_texts) == (width, 32, resize, True)
+    images = _scenes(20)  # more than one micro-batch
+    found, texts = encoder.images(images), encoder.texts(["a cat", "a longer caption of a dog"])
+    model = AutoModel.from_pretrained(tmp_path).eval()
+    pixels = torch.from_numpy(np.stack([prepare(image, encoder.view) for image in images]))
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values=pixels)
+    expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
+    np.testing.assert_allclose(found, torch.nn.functional.normalize(expected, dim=1).numpy(), atol=1e-5)
+    assert texts is not None and texts.shape == (2, width)
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+def test_an_unknown_encoder_names_the_closest():
+    with pytest.raises(RecipeError, match="did you mean|Did you mean 'pixels'"):
+        load_encoder("pixel")
+    with pytest.raises(RecipeError, match="world/scorer"):
+        load_encoder("./nowhere")
+    assert set(ENCODERS) == {"pixels", "world/scorer"}
