@@ -62,6 +62,7 @@ def test_a_folder_is_whole_by_itself(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [
         "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "others may read all of it or nothing"
     config = json.loads((folder / "config.json").read_text())
     config["recipe"]["vision"]["tower"] = config["recipe"]["language"]["name"] = "/gone"
     (folder / "config.json").write_text(json.dumps(config))

@@ -60,6 +60,8 @@ def save(vlm: VLM, folder: str | Path) -> Path:
         tensors = {name: tensor.detach().contiguous() for name, tensor in stored(vlm)}
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         (fresh / "config.json").write_text(json.dumps(config_of(vlm), indent=2, sort_keys=True) + "\n", "utf-8")
+        # safetensors writes for the owner alone; the model shall be as readable as the files beside it
+        (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode)
         for file in [*fresh.iterdir(), fresh]:
             _flush(file)
         _replace(folder, fresh)
