@@ -1,0 +1,296 @@
+"""From a pool to a coreset: what is written, resuming after any crash, errors, foreign folders of embeddings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from leveret.condense import condense, embed
+from leveret.condense import embed as embed_function
+from leveret.model import encoders
+from leveret.runs import DataError, Interrupted, RecipeError
+
+
+class _Fake:
+    """An encoder for tests: coarse colours for pictures, letters for captions."""
+
+    id, width, has_texts, fingerprint = "fake", 12, True, "fake 1"
+    view = encoders.PixelEncoder.view
+
+    def images(self, images):
+        rows = [np.asarray(image.resize((2, 2), Image.Resampling.BOX), np.float32).ravel() - 100 for image in images]
+        return encoders._unit(np.stack(rows)) if rows else np.zeros((0, 12), np.float32)
+
+    def texts(self, texts):
+        rows = [[1 + text.count(letter) for letter in "abcdefghijkl"] for text in texts]
+        return encoders._unit(np.array(rows, np.float32))
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    row = encoders.EncoderRow(lambda device: _Fake(), False, "for tests")
+    monkeypatch.setitem(encoders.ENCODERS, "fake", row)
+    encoders.load_encoder.cache_clear()
+
+
+def _pool(folder: Path, n: int = 60, *, broken: bool = True) -> Path:
+    """A LLaVA list: every third picture is a copy of the one before; two samples cannot be read."""
+    random = np.random.default_rng(1)
+    (folder / "pictures").mkdir(parents=True)
+    records = []
+    for i in range(n):
+        if i % 3 != 1 or not records:
+            image = Image.fromarray(random.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((40, 30))
+        image.save(folder / "pictures" / f"{i}.png")
+        caption = "".join(random.choice(list("abcdefghijkl "), 12)) + "x"
+        turns = [{"from": "human", "value": "<image>\nSay."}, {"from": "gpt", "value": caption}]
+        records.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns, "extra": i})
+    if broken:
+        (folder / "pictures" / "7.png").write_bytes(b"<html>")
+        records[9] = {"id": "s9", "image": "9.png", "conversations": []}
+        records[11].pop("image")
+        records[11]["conversations"][0]["value"] = "Say."
+    (folder / "pool.json").write_text(json.dumps(records))
+    return folder / "pool.json"
+
+
+RECIPE = """
+encoder: fake
+steps:
+  collapse: {}
+  cluster: {k: 3, iterations: 4}
+  dedup: {threshold: 0.86}
+  score_band: {step: rank_band, lo: 0.1, hi: 0.9}
+  centroid_band: {lo: 0.0, hi: 0.8}
+  budget: {count: 12}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+def _results(out: Path) -> tuple[bytes, bytes, bytes]:
+    return tuple((out / name).read_bytes() for name in ("ledger.parquet", "coreset.json", "summary.json"))
+
+
+def _condense(pool: Path, out: Path, recipe: Path, *overrides: str, **more):
+    return condense(pool, out, recipe, overrides, images=pool.parent / "pictures", workers=2, **more)
+
+
+def test_the_ledger_tells_the_fate_of_every_sample(tmp_path, recipe):
+    pool = _pool(tmp_path / "pool")
+    out = _condense(pool, tmp_path / "out", recipe)
+    rows = pq.read_table(out / "ledger.parquet").to_pylist()
+    assert [row["index"] for row in rows] == list(range(60))
+    by_id = {row["id"]: row for row in rows}
+    assert by_id["s7"]["step"] == "read" and by_id["s7"]["reason"] == "image not an image"
+    assert by_id["s9"]["reason"] == "no turns" and by_id["s11"]["reason"] == "no image"
+    assert by_id["s7"]["cluster"] is None and by_id["s7"]["kept"] is False
+    for row in rows:
+        assert row["kept"] == (row["reason"] == "kept")
+        if row["step"] == "dedup":
+            assert row["reason"] in ("exact copy", "near copy") and row["component_size"] > 1
+            kept = rows[row["representative"]]
+            assert kept["component"] == row["component"] == min(row["component"], row["index"])
+            assert kept["step"] != "dedup"
+    assert {"dedup", "score_band", "centroid_band", "budget", "read", ""} == {row["step"] for row in rows}
+    kept = [row["id"] for row in rows if row["kept"]]
+    coreset = json.loads((out / "coreset.json").read_text())
+    assert [record["id"] for record in coreset] == kept and len(kept) == 12
+    source = json.loads(pool.read_text())
+    assert coreset == [source[int(name[1:])] for name in kept]  # whole records, paths as they were
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["input"] == 60 and summary["refused"] == 3 and summary["kept"] == 12
+    lefts = [stage["left"] for stage in summary["funnel"]]
+    assert lefts == sorted(lefts, reverse=True) and lefts[-1] == 12
+    assert (out / "report.html").is_file()
+
+
+def test_a_rerun_and_other_workers_and_shards_give_the_same_bytes(tmp_path, recipe):
+    pool = _pool(tmp_path / "pool")
+    out = _condense(pool, tmp_path / "one", recipe)
+    first = _results(out)
+    assert _results(_condense(pool, tmp_path / "one", recipe)) == first
+    made = embed(pool, tmp_path / "emb", "fake", images=pool.parent / "pictures", shard=7, batch=4, workers=1)
+    again = condense(made, tmp_path / "two", recipe, images=pool.parent / "pictures", workers=1)
+    assert (again / "ledger.parquet").read_bytes() == first[0]
+
+
+def test_a_crash_at_any_write_changes_nothing(tmp_path, recipe, monkeypatch):
+    pool = _pool(tmp_path / "pool", 30)
+    expected = _results(_condense(pool, tmp_path / "whole", recipe))
+    real, count = os.replace, [0, 0]
+
+    def failing(source, target):
+        count[0] += Path(target).name not in ("environment.json", "recipe.yaml")  # RunFolder's own, tested there
+        if count[0] == count[1]:
+            raise KeyboardInterrupt  # as good as kill -9: what is on disk is all that stays
+        return real(source, target)
+
+    monkeypatch.setattr("leveret.condense.report.write_report", lambda *args: None)
+    monkeypatch.setattr(os, "replace", failing)
+    # In one folder, over and over: each run dies a few writes further on than the one before.
+    for count[1] in range(1, 200):
+        count[0] = 0
+        try:
+            _condense(pool, tmp_path / "out", recipe)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert count[1] > 6
+    assert _results(tmp_path / "out") == expected
+
+
+def test_kill_minus_nine_and_again(tmp_path):
+    pool = _pool(tmp_path / "pool", 60, broken=False)
+    code = (
+        "import sys; from leveret.condense import condense; "
+        "condense(sys.argv[1], sys.argv[2], 'photos', ['steps.cluster.k=4'], images=sys.argv[3], workers=1)"
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", code, str(pool), str(killed), str(pool.parent / "pictures")]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (killed / "embeddings" / "metadata").exists() and child.poll() is None:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    condense(pool, killed, "photos", ["steps.cluster.k=4"], images=pool.parent / "pictures")
+    condense(pool, whole, "photos", ["steps.cluster.k=4"], images=pool.parent / "pictures")
+    assert _results(killed) == _results(whole)
+
+
+def test_a_stop_is_heeded_between_parts(tmp_path, recipe, monkeypatch):
+    pool = _pool(tmp_path / "pool")
+    monkeypatch.setattr("leveret.condense.pipeline.stop_requested", lambda: True)
+    with pytest.raises(Interrupted):
+        _condense(pool, tmp_path / "out", recipe)
+
+
+def test_worker_processes_give_the_bits_of_one_process(tmp_path, monkeypatch):
+    pool = _pool(tmp_path / "pool", 40)
+    pictures = pool.parent / "pictures"
+    module = sys.modules[embed_function.__module__]
+    one = embed(pool, tmp_path / "one", "pixels", images=pictures, batch=8, shard=24, workers=1)
+    monkeypatch.setattr(module, "PROCESSES_FROM", 0)
+    two = embed(pool, tmp_path / "two", "pixels", images=pictures, batch=8, shard=24, workers=2)
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.suffix in (".npy", ".parquet", ".jsonl"))
+    assert len(names) == 7
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+# --- embeddings made elsewhere -------------------------------------------------------------------------------------
+
+
+def _foreign(folder: Path, n: int = 40, *, texts: bool = True, length: float = 1.0) -> Path:
+    """clip-retrieval's layout: two shards, no index, ids or scores."""
+    random = np.random.default_rng(2)
+    for kind in ("img_emb", "text_emb", "metadata"):
+        (folder / kind).mkdir(parents=True)
+    for shard in range(2):
+        for kind in ("img_emb", "text_emb")[: 2 if texts else 1]:
+            x = random.normal(size=(n // 2, 8))
+            x *= length / np.linalg.norm(x, axis=1, keepdims=True)
+            np.save(folder / kind / f"{kind}_{shard}.npy", x.astype(np.float16))
+        paths = [f"/data/photos/{shard}/{i}.jpg" for i in range(n // 2)]
+        table = pa.table({"image_path": paths, "caption": [f"caption {shard} {i}" for i in range(n // 2)]})
+        pq.write_table(table, folder / "metadata" / f"metadata_{shard}.parquet")
+    return folder
+
+
+def test_a_folder_made_elsewhere_is_taken_as_it_is(tmp_path, recipe):
+    folder = _foreign(tmp_path / "emb")
+    out = condense(folder, tmp_path / "out", recipe, images="/data/photos")
+    rows = pq.read_table(out / "ledger.parquet").to_pylist()
+    x, text = (
+        np.concatenate([np.load(folder / kind / f"{kind}_{i}.npy") for i in range(2)]).astype(np.float64)
+        for kind in ("img_emb", "text_emb")
+    )
+    np.testing.assert_allclose([row["score"] for row in rows], (x * text).sum(1), rtol=0, atol=1e-15)
+    assert len(rows) == 40 and rows[21]["id"] == "/data/photos/1/1.jpg"
+    record = json.loads((out / "coreset.json").read_text())[0]
+    assert record["image"][1:] == record["id"].removeprefix("/data/photos/")[1:]
+    assert record["conversations"][0] == {"from": "human", "value": "<image>"}
+    assert record["conversations"][1]["value"].startswith("caption ")
+
+
+def test_a_folder_with_faults_is_refused_by_name(tmp_path, recipe):
+    with pytest.raises(DataError, match="row 0 has length 3"):
+        condense(_foreign(tmp_path / "long", length=3.0), tmp_path / "out", recipe)
+    short = _foreign(tmp_path / "short")
+    pq.write_table(pa.table({"caption": ["one"]}), short / "metadata" / "metadata_1.parquet")
+    with pytest.raises(DataError, match="metadata_1.parquet has 1 rows"):
+        condense(short, tmp_path / "out2", recipe)
+    (short / "img_emb" / "img_emb_0.npy").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"img_emb_0\.npy: not a readable"):
+        condense(short, tmp_path / "out3", recipe)
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_that_needs_scores_says_so_before_work_begins(tmp_path):
+    pool = _pool(tmp_path / "pool", 6, broken=False)
+    with pytest.raises(RecipeError, match=r"steps.score_band \(rank_band\) ranks by image-text score.*'pixels' has none"):
+        condense(pool, tmp_path / "out", "bunny", encoder="pixels", images=pool.parent / "pictures")
+    assert not (tmp_path / "out").exists()
+    bare = _foreign(tmp_path / "bare", texts=False)
+    with pytest.raises(RecipeError, match="steps.top .*has none"):
+        condense(bare, tmp_path / "out", "clip-score-top")
+
+
+def test_faults_of_steps_are_reported_together(tmp_path):
+    changes = ["steps.dedup.treshold=0.9", "steps.dedupe={}", "steps.budget.share=0.5", "steps.score_band.lo=0.8"]
+    with pytest.raises(RecipeError) as caught:
+        condense(tmp_path, tmp_path / "out", "bunny", changes)
+    text = str(caught.value)
+    for word in ("treshold", "did you mean threshold", "no step 'dedupe'", "share or count", "must be smaller"):
+        assert word in text
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ("steps.cluster=null", "needs 'cluster'"), ("steps.dedup=null", "only marks copies"),
+])  # fmt: skip
+def test_steps_in_an_order_that_cannot_work(tmp_path, recipe, change, word):
+    with pytest.raises(RecipeError, match=word):
+        condense(_foreign(tmp_path / "emb"), tmp_path / "out", recipe, [change])
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path, recipe):
+    folder = _foreign(tmp_path / "emb")
+    condense(folder, tmp_path / "out", recipe)
+    with pytest.raises(RecipeError, match=r"steps.dedup.threshold: 0.86 there, 0.9 now"):
+        condense(folder, tmp_path / "out", recipe, ["steps.dedup.threshold=0.9"])
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    pool = _pool(tmp_path / "pool", 12)
+    with pytest.raises(DataError, match="3 of the first 12 samples are refused"):
+        embed(pool, tmp_path / "out", "fake", images=pool.parent / "pictures")
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tiny_pools_come_through(tmp_path, recipe, n):
+    pool = _pool(tmp_path / "pool", n, broken=False)
+    out = _condense(pool, tmp_path / "out", recipe, "steps.score_band=null", "steps.centroid_band=null")
+    assert len(json.loads((out / "coreset.json").read_text())) == 1
+
+
+def test_a_band_may_leave_nothing(tmp_path, recipe):
+    out = _condense(_pool(tmp_path / "pool", 1, broken=False), tmp_path / "out", recipe)
+    assert json.loads((out / "coreset.json").read_text()) == []
+    assert pq.read_table(out / "ledger.parquet").to_pylist()[0]["step"] == "score_band"
