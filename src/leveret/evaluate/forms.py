@@ -80,7 +80,8 @@ class Place:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines of a published file; DataError names the first line that is not one (a torn last line too)."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: it also cuts at line separators that stand inside JSON strings.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -234,7 +234,7 @@ class _Desk:
         record = {
             "question_id": name,
             "prompt": item.prompt,
-            "text": prediction.text,
+            "text": prediction.text.strip(),  # as the official loops do; some rules compare to the letter
             "answer_id": key,
             "model_id": self.model,
             "metadata": {**prediction.meta, "image": item.image and Path(item.image.path).name},
