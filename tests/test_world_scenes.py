@@ -138,6 +138,9 @@ def truth(scene: Scene, question: questions.Question) -> str:
         if form == "flat":
             return "left" if x < scene.width / 2 else "right"
         return "top" if y < scene.height / 2 else "bottom"
+    if kind == "extreme":
+        axis, sign = questions.EXTREMES[form]
+        return min(things, key=lambda t: sign * t.centre[axis]).name
     return questions.told(scene)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from leveret.world.perceive import percepts
 from leveret.world.pretrain import Log, pretrain
-from leveret.world.questions import EXAMINED, KINDS, conversation, text_only, told
+from leveret.world.questions import EXAMINED, KINDS, Question, conversation, text_only, told
 from leveret.world.scenes import COLOURS, GRID, LETTERS, SHAPES, Scene, sample_scene, stream
 from leveret.world.tokens import ASSISTANT, END, USER
 
@@ -38,6 +38,18 @@ WEIGHTS = {
     "word": 1.5,
     "side": 1.5,
 }
+MIX_FROM = 5500
+MIX = WEIGHTS | {"relation": 8.0, "extreme": 2.0}
+SHORT_NAMES = 0.6
+"""From step MIX_FROM on, relations are asked more often and more simply (things named by their shape alone): they do
+not come by waiting."""
+HINTS_FROM = 6500
+HINTED_ROWS, HINTED_TURNS = 0.15, 0.25
+"""From step HINTS_FROM on, this share of rows are relations alone, with no scene, in which the coordinates stand at the
+very words that name the things (so comparing can be learned before finding), and in this share of the other rows'
+relations they stand there too."""
+CURRICULUM = ((270, 1), (720, 2))
+"""Up to a step, at most so many things in a scene; after that four."""
 COMPOUND, IN_WORDS = 0.8, 0.13
 FIRST, REST, STOP, OTHER = 3.0, 1.0, 0.2, 0.1
 """Loss weights: an answer's first token, its other tokens, the end of a turn, everything else."""
@@ -57,11 +69,25 @@ class ToldScene(nn.Module):
 
     def forward(self, words: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
         """words [B, S, 2] vocabulary ids or -1, table [V, C], numbers [B, S, 4] or -1, to [B, S, C]."""
-        out = (table[words.clamp_min(0)] * (words >= 0).unsqueeze(-1)).sum(2)
-        for side in range(4):
-            n = numbers[:, :, side]
-            out = out + self.sides[side][n.clamp_min(0)] * (n >= 0).unsqueeze(-1)
-        return torch.where((numbers[:, :, :1] >= 0), out / 2, self.empty.to(out.dtype))
+        named = (table[words.clamp_min(0)] * (words >= 0).unsqueeze(-1)).sum(2)
+        out = (named + self.coordinates(numbers.clamp_min(0))) / 2
+        return torch.where(numbers[:, :, :1] >= 0, out, self.empty.to(out.dtype))
+
+    def coordinates(self, numbers: Tensor) -> Tensor:
+        """[..., 4] to [..., C]: the sum of the four sides' embeddings."""
+        return sum(self.sides[side][numbers[..., side]] for side in range(4))  # type: ignore[return-value]
+
+
+Numbers = tuple[int, int, int, int]
+
+
+def _places(scene: Scene, question: Question) -> list[tuple[str, Numbers]]:
+    """The two things a relation names, with their coordinates."""
+    found = []
+    for name in (question.meta["subj"], question.meta["obj"]):
+        (thing,) = [t for t in scene.things if name in (t.name, t.shape)]
+        found.append((name, scene.numbers(thing.box)))
+    return found
 
 
 class Writer:
@@ -87,9 +113,20 @@ class Writer:
             found = self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return found
 
-    def row(self, scene: Scene | None, opening: str | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    def row(
+        self,
+        scene: Scene | None,
+        opening: str | None,
+        turns: list[tuple[str, str]],
+        hints: dict[int, list[tuple[str, Numbers]]] | None = None,
+    ) -> dict[str, Any]:
+        """A row of turns about a scene that is told as compounds, in words (`opening`), or not at all.
+
+        hints  turn -> names in its question and the coordinates that are added at each name's last word.
+        """
         ids: list[int] = []
         weights: list[float] = []
+        hinted: list[tuple[int, Numbers]] = []
         words, numbers = np.full((SLOTS, 2), -1), np.full((SLOTS, 4), -1)
         for position, (question, answer) in enumerate(turns):
             head = [self.user]
@@ -98,6 +135,9 @@ class Writer:
             elif position == 0 and opening is not None:
                 head += self.tokenizer(opening, add_special_tokens=False).input_ids + self.newline
             head += self.ids(question) + [self.assistant]
+            if hints and position in hints:
+                start = len(ids) + len(head) - len(self.ids(question)) - 1
+                hinted += [(start + i, n) for i, n in self._ends(question, hints[position])]
             said = self.ids(" " + answer) if len(answer) < 40 else self.tokenizer(" " + answer).input_ids
             ids += head + said + [self.end]
             weights += [OTHER] * len(head) + [FIRST] + [REST] * (len(said) - 1) + [STOP]
@@ -117,18 +157,39 @@ class Writer:
             "words": words,
             "numbers": numbers,
             "compound": scene is not None and opening is None,
+            "hinted": hinted,
         }
 
-    def training_row(self, rng: random.Random, progress: float) -> dict[str, Any]:
+    def _ends(self, question: str, names: list[tuple[str, Numbers]]) -> list[tuple[int, Numbers]]:
+        """Where, in the question's tokens, each name's last word stands. The names come in the question's order."""
+        found, at = [], 0
+        for name, numbers in names:
+            at = question.index(name, at) + len(name)
+            found.append((len(self.ids(question[:at])) - 1, numbers))
+        return found
+
+    def training_row(self, rng: random.Random, step: int) -> dict[str, Any]:
         kind = rng.random()
         if kind > COMPOUND + IN_WORDS:
             questions = [text_only(rng) for _ in range(9)]
             return self.row(None, None, [(q.text, q.answer) for q in questions])
-        most = 1 if progress < 0.03 else 2 if progress < 0.08 else 4
+        most = next((things for until, things in CURRICULUM if step < until), 4)
         scene = sample_scene(rng, counts=(1, most), word=0.45)
-        questions = conversation(scene, rng, 10, WEIGHTS, describe=0.15)
+        if step < MIX_FROM:
+            questions = conversation(scene, rng, 10, WEIGHTS, describe=0.15)
+        elif step >= HINTS_FROM and rng.random() < HINTED_ROWS:
+            questions = conversation(scene, rng, 10, {"relation": 1.0}, short=SHORT_NAMES)
+            turns = [(q.text, q.answer) for q in questions]
+            return self.row(None, None, turns, {i: _places(scene, q) for i, q in enumerate(questions)})
+        else:
+            questions = conversation(scene, rng, 10, MIX, describe=0.15, short=SHORT_NAMES)
+        hints = {
+            i: _places(scene, q)
+            for i, q in enumerate(questions)
+            if step >= HINTS_FROM and q.kind == "relation" and rng.random() < HINTED_TURNS
+        }
         turns = [(q.text, q.answer) for q in questions]
-        return self.row(scene, None if kind < COMPOUND else f"Scene: {told(scene)}.", turns)
+        return self.row(scene, None if kind < COMPOUND else f"Scene: {told(scene)}.", turns, hints)
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         length = max(len(row["ids"]) for row in rows)
@@ -137,7 +198,10 @@ class Writer:
         for i, row in enumerate(rows):
             ids[i, : len(row["ids"])] = row["ids"]
             weights[i, : len(row["ids"])] = row["weights"]
+        places = [(i, at, numbers) for i, row in enumerate(rows) for at, numbers in row["hinted"]]
         return {
+            "hint_at": torch.tensor([(i, at) for i, at, _ in places], dtype=torch.long).reshape(-1, 2),
+            "hint_numbers": torch.tensor([n for _, _, n in places], dtype=torch.long).reshape(-1, 4),
             "ids": torch.from_numpy(ids),
             "weights": torch.from_numpy(weights),
             "words": torch.from_numpy(np.stack([row["words"] for row in rows])),
@@ -172,10 +236,13 @@ def build_language(vocabulary: int, eos: int, pad: int) -> Any:
 def _logits(model: Any, scenes: ToldScene, batch: dict[str, Tensor]) -> Tensor:
     table = model.get_input_embeddings().weight
     embeds = table[batch["ids"]]
+    if len(batch["hint_at"]):
+        rows, at = batch["hint_at"].T
+        embeds = embeds.index_put((rows, at), scenes.coordinates(batch["hint_numbers"]) / 2, accumulate=True)
     slots = scenes(batch["words"], table, batch["numbers"]).to(embeds.dtype)
-    rows = batch["compound"][:, None, None]
+    compound = batch["compound"][:, None, None]
     embeds = torch.cat(
-        [embeds[:, :1], torch.where(rows, slots, embeds[:, 1 : 1 + SLOTS]), embeds[:, 1 + SLOTS :]], 1
+        [embeds[:, :1], torch.where(compound, slots, embeds[:, 1 : 1 + SLOTS]), embeds[:, 1 + SLOTS :]], 1
     )
     return model(inputs_embeds=embeds, use_cache=False).logits
 
@@ -184,17 +251,18 @@ def examine(model: Any, scenes: ToldScene, writer: Writer, n: int, seed: int, *,
     """Share of answers whose every token is the most likely one, by kind, on fresh told scenes."""
     right: dict[str, list[bool]] = {}
     model.eval()
-    for kind in (*EXAMINED, "side", "tell"):
+    for kind in (*EXAMINED, "side", "tell", "relation, hinted"):
         rows = []
         index = 0
         while len(rows) < n:
             rng = stream(seed, f"examine-{kind}", index)
             index += 1
             scene = sample_scene(rng, word=1.0 if kind == "word" else 0.4)
-            question = KINDS[kind](scene, rng)
+            question = KINDS[kind.split(",")[0]](scene, rng)
             if question:
                 opening = f"Scene: {told(scene)}." if in_words else None
-                rows.append(writer.row(scene, opening, [(question.text, question.answer)]))
+                hints = {0: _places(scene, question)} if kind.endswith("hinted") else None
+                rows.append(writer.row(scene, opening, [(question.text, question.answer)], hints))
         batch = writer.batch(rows)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             guess = _logits(model, scenes, batch)[:, :-1].argmax(-1)
@@ -220,7 +288,7 @@ def train_language(
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = stream(seed, "language", step)
-        item = writer.batch([writer.training_row(rng, step / steps) for _ in range(BATCH)])
+        item = writer.batch([writer.training_row(rng, step) for _ in range(BATCH)])
         with torch.autocast("cpu", torch.bfloat16):
             logits = _logits(model, scenes, item)
         weights = item["weights"][:, 1:].flatten()
@@ -231,7 +299,9 @@ def train_language(
         return (losses * weights).sum() / weights.sum(), figures
 
     parts = {"model": model, "scenes": scenes}
-    pretrain(parts, loss_of, steps=steps, rate=1.5e-3, clip=1.0, folder=folder, log=log, stop_after=stop_after)
+    pretrain(
+        parts, loss_of, steps=steps, rate=1.5e-3, clip=1.0, warmup=270, folder=folder, log=log, stop_after=stop_after
+    )
     scores = examine(model, scenes, writer, 500, seed + 2)
     in_words = examine(model, scenes, writer, 300, seed + 2, in_words=True)
     model.to(torch.bfloat16).save_pretrained(out / "language")

@@ -16,10 +16,10 @@ Log = Callable[..., None]
 """Called as log(step, steps, **figures) after every step."""
 
 
-def rate_at(step: int, steps: int, warmup: float = 0.03, decay: float = 0.3) -> float:
-    """Share of the peak rate: warm-up, a plateau, then a linear fall to nothing (WSD)."""
-    if step < warmup * steps:
-        return (step + 1) / (warmup * steps)
+def rate_at(step: int, steps: int, warmup: int, decay: float = 0.3) -> float:
+    """Share of the peak rate: `warmup` steps up, a plateau, then a linear fall to nothing (WSD)."""
+    if step < warmup:
+        return (step + 1) / warmup
     return min(1.0, (steps - step) / (decay * steps))
 
 
@@ -30,6 +30,7 @@ def pretrain(
     steps: int,
     rate: float,
     clip: float,
+    warmup: int,
     folder: Path,
     log: Log,
     save_every: int = 500,
@@ -58,7 +59,7 @@ def pretrain(
         start = _restore(found, modules, named, optimizer)
     for step in range(start, stop_after or steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * rate_at(step, steps)
+            group["lr"] = rate * rate_at(step, steps, warmup)
         loss, figures = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)

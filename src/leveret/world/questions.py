@@ -197,9 +197,10 @@ def _relation_facts(scene: Scene, names: dict[Thing, str]) -> list[tuple[Thing, 
     ]
 
 
-def _names(scene: Scene, rng: random.Random) -> dict[Thing, str]:
-    """A name for each thing that can be named alone: its shape where that is unique (now and then), or colour and shape."""
-    by_shape = set(_unique(scene, lambda t: t.shape)) if rng.random() < 0.3 else set()
+def _names(scene: Scene, rng: random.Random, short: float = 0.3) -> dict[Thing, str]:
+    """A name for each thing that can be named alone: colour and shape, or (a share `short`) its shape where that is
+    unique."""
+    by_shape = set(_unique(scene, lambda t: t.shape)) if rng.random() < short else set()
     return {
         thing: thing.shape if thing in by_shape else thing.name
         for thing in scene.things
@@ -207,8 +208,8 @@ def _names(scene: Scene, rng: random.Random) -> dict[Thing, str]:
     }
 
 
-def relation(scene: Scene, rng: random.Random) -> Question | None:
-    names = _names(scene, rng)
+def relation(scene: Scene, rng: random.Random, short: float = 0.3) -> Question | None:
+    names = _names(scene, rng, short)
     facts = _relation_facts(scene, names)
     if not facts:
         return None
@@ -299,6 +300,18 @@ def side(scene: Scene, rng: random.Random) -> Question | None:
     return Question("side", "side/" + ("flat" if flat else "tall"), text, answer)
 
 
+EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}
+
+
+def extreme(scene: Scene, rng: random.Random) -> Question | None:
+    word = pick(rng, tuple(EXTREMES))
+    axis, sign = EXTREMES[word]
+    ranked = sorted(scene.things, key=lambda t: sign * t.centre[axis])
+    if len(ranked) < 2 or sign * (ranked[1].centre[axis] - ranked[0].centre[axis]) < RELATION_GAP / 2:
+        return None
+    return Question("extreme", "extreme/" + word, f"What is the {word} object?", ranked[0].name)
+
+
 def tell(scene: Scene, rng: random.Random) -> Question | None:
     return Question("tell", "tell", "Describe the image.", told(scene))
 
@@ -340,6 +353,7 @@ KINDS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "box": box,
     "word": word,
     "side": side,
+    "extreme": extreme,
     "tell": tell,
 }
 EXAMINED = ("existence", "colour", "shape", "count", "relation", "choice", "box", "word")
@@ -358,10 +372,19 @@ TUNE_WEIGHTS = {
 
 
 def conversation(
-    scene: Scene, rng: random.Random, turns: int, weights: dict[str, float], *, describe: float = 0.0
+    scene: Scene,
+    rng: random.Random,
+    turns: int,
+    weights: dict[str, float],
+    *,
+    describe: float = 0.0,
+    short: float = 0.3,
 ) -> list[Question]:
-    """`turns` questions on one scene, kinds drawn by weight, no question twice; with probability `describe` the
-    conversation opens with the whole scene told."""
+    """`turns` questions on one scene, kinds drawn by weight, no question twice.
+
+    describe  probability that the conversation opens with the whole scene told.
+    short     share of relations that name things by their shape alone.
+    """
     asked: list[Question] = []
     seen: set[str] = set()
     if rng.random() < describe:
@@ -370,7 +393,8 @@ def conversation(
     for _ in range(4 * turns):
         if len(asked) >= turns:
             break
-        question = KINDS[pick(rng, kinds, shares)](scene, rng)
+        kind = pick(rng, kinds, shares)
+        question = relation(scene, rng, short) if kind == "relation" else KINDS[kind](scene, rng)
         if question is not None and question.text not in seen:
             seen.add(question.text)
             asked.append(question)

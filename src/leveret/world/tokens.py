@@ -30,15 +30,15 @@ The white and black and grey and brown ones are here. Nothing else. None. one tw
 
 def corpus() -> list[str]:
     """The training text: every closed-class word of the world many times, then plain English once."""
-    from leveret.world.questions import KINDS, text_only
+    from leveret.world.questions import EXAMINED, KINDS, text_only
     from leveret.world.scenes import GRID, sample_scene, stream
 
     lines: list[str] = []
     for index in range(3000):
         rng = stream(0, "tokenizer", index)
         scene = sample_scene(rng)
-        for kind in KINDS.values():
-            question = kind(scene, rng)
+        for kind in (*EXAMINED, "side", "tell"):
+            question = KINDS[kind](scene, rng)
             if question:
                 lines += [question.text, " " + question.answer]
         question = text_only(rng)

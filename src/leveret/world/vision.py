@@ -154,7 +154,7 @@ def train_vision(
         return 0.5 * contrast(F.normalize(image.float(), dim=1), F.normalize(words.float(), dim=1)) + dense, scores
 
     parts = {"tower": tower, "text": text, "head": head, "pool": pool, "contrast": contrast}
-    pretrain(parts, loss_of, steps=steps, rate=1.5e-3, clip=2.0, folder=folder, log=log)
+    pretrain(parts, loss_of, steps=steps, rate=1.5e-3, clip=2.0, warmup=72, folder=folder, log=log)
     tower.eval()
     out.mkdir(parents=True, exist_ok=True)
     save_module(tower, out / "vision.safetensors")
@@ -204,7 +204,7 @@ def train_scorer(
         return contrast(image, words), {}
 
     parts = {"model": model, "contrast": contrast}
-    pretrain(parts, loss_of, steps=steps, rate=2e-3, clip=2.0, folder=folder, log=log)
+    pretrain(parts, loss_of, steps=steps, rate=2e-3, clip=2.0, warmup=120, folder=folder, log=log)
     model.eval()
     out.mkdir(parents=True, exist_ok=True)
     save_module(model, out / "scorer.safetensors")
