@@ -21,7 +21,7 @@ KINDS_SHOWN = 12
 """A confusion table has at most so many right answers; tasks with more show their commonest mistakes."""
 PICTURE = 256
 """Pixels of the longer side of a picture with boxes: drawn on 64 pixels, their lines would hide the objects."""
-GOLD, SAID = (0, 150, 80), (214, 60, 40)
+GOLD, SAID, RIM = (0, 160, 70), (225, 40, 30), (255, 255, 255)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ def examples(task: Examined, failures: int = 8, successes: int = 4) -> tuple[lis
 
 def _spread(some: Sequence[Example], n: int) -> list[Example]:
     ordered = sorted(some, key=lambda e: hashlib.sha256(e.item.question_id.encode()).digest())
-    first: dict[tuple[str, str], Example] = {}
-    for example in ordered:  # a new picture and a new wording before a second of the same
-        first.setdefault((example.item.template, example.item.meta["image_id"]), example)
+    first: dict[str, Example] = {}
+    for example in ordered:
+        first.setdefault(example.item.meta["image_id"], example)
     queues: dict[str, list[Example]] = {}
     for example in first.values():
         queues.setdefault(example.item.template, []).append(example)
@@ -82,34 +82,38 @@ def picture(example: Example) -> Image:
     for box, colour in ((gold, GOLD), (rules.box(example.text), SAID)):
         if box is not None:
             x0, y0, x1, y1 = (n * side for n, side in zip(box, (*size, *size), strict=True))
-            pen.rectangle([x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)], outline=colour, width=2)
+            # A light rim keeps the line apart from objects of its own colour.
+            pen.rectangle([x0 - 2, y0 - 2, max(x0, x1 - 1) + 2, max(y0, y1 - 1) + 2], outline=RIM, width=7)
+            pen.rectangle([x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)], outline=colour, width=3)
     return image
 
 
 def confusion(task: Examined) -> tuple[list[str], list[list[Any]]] | None:
     """Header and rows of right answers against said ones, commonest first; None where there are too many kinds."""
     rule = SCORERS[task.row.scorer]
-    pairs = Counter(
-        (rule.gold(item).lower(), said(verdict)) for item, verdict in zip(task.items, task.verdicts, strict=True)
-    )
-    golds = Counter(rule.gold(item).lower() for item in task.items)
-    if not 2 <= len(golds) <= KINDS_SHOWN:
+    spelling = {rule.gold(item).lower(): rule.gold(item) for item in task.items}
+    if not 2 <= len(spelling) <= KINDS_SHOWN:
         return None
-    numbers = all(name.isdigit() for name in golds)
-    names = sorted(golds, key=int) if numbers else sorted(golds, key=lambda name: (-golds[name], name))
-    others = sorted({answer for _, answer in pairs} - set(names))
+    pairs = Counter((rule.gold(i).lower(), said(v)) for i, v in zip(task.items, task.verdicts, strict=True))
+    golds = Counter(rule.gold(item).lower() for item in task.items)
+    if all(name.isdigit() for name in golds):
+        names = sorted(golds, key=int)
+    elif all(len(name) == 1 for name in golds):
+        names = sorted(golds)
+    else:
+        names = sorted(golds, key=lambda name: (-golds[name], name))
     rows: list[list[Any]] = []
     for name in names:
-        elsewhere = sum(pairs[name, answer] for answer in others)
-        rows.append([name, *(pairs[name, answer] for answer in names), elsewhere, golds[name]])
-    return ["right answer", *names, "other", "in all"], rows
+        found = [pairs[name, answer] for answer in names]
+        rows.append([spelling[name], *found, golds[name] - sum(found), golds[name]])
+    return ["right answer", *(spelling[name] for name in names), "other", "in all"], rows
 
 
 def said(verdict: Verdict) -> str:
     return "(nothing readable)" if verdict.parsed is None else verdict.parsed.lower()
 
 
-def mistakes(task: Examined, n: int = 12) -> list[list[Any]]:
+def mistakes(task: Examined, n: int = 8) -> list[list[Any]]:
     """The commonest (right answer, said instead, how often)."""
     rule = SCORERS[task.row.scorer]
     wrong = Counter(

@@ -191,7 +191,6 @@ _ROWS = (
         "images",
         "Where is {sent}?",
         40,
-        headline="accuracy, mean of parts",
         about="Draw a box around the named object; right when it overlaps the true box by half or more.",
     ),
     TaskRow(
