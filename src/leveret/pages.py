@@ -435,10 +435,14 @@ def histogram(
         tall = height * float(count) / top
         inside = any(a <= (left + right) / 2 <= b for a, b, _ in bands)
         out.append(
-            Markup('<rect class="{}" x="{}" y="{:.2f}" width="{}" height="{:.2f}"/>').format("inband" if inside else "bar",
-                _pct((left - low) / span), height - tall, _pct((right - left) * 0.94 / span), tall,
+            Markup('<rect class="{}" x="{}" y="{:.2f}" width="{}" height="{:.2f}"/>').format(
+                "inband" if inside else "bar",
+                _pct((left - low) / span),
+                height - tall,
+                _pct((right - left) * 0.94 / span),
+                tall,
             )
-        )  # fmt: skip
+        )
     for left, right, label in bands:
         a, b = (max(low, min(high, float(edge))) for edge in (left, right))
         for x in (a, b):
