@@ -190,7 +190,10 @@ def test_training_rows_depend_on_ids_and_seed_not_on_places():
 # --- ranks ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 6), max_size=60), st.sampled_from([(0.4, 0.6), (0.15, 0.35), (0, 0.5), (0.5, 1), (0, 1)]))
+_ENDS = [(0.4, 0.6), (0.15, 0.35), (0, 0.5), (0.5, 1), (0, 1)]
+
+
+@given(st.lists(st.integers(0, 6), max_size=60), st.sampled_from(_ENDS))
 def test_a_band_is_the_published_slice(values, ends):
     lo, hi = ends
     n = len(values)
@@ -199,8 +202,10 @@ def test_a_band_is_the_published_slice(values, ends):
     np.testing.assert_array_equal(order[band(n, lo, hi)], expected)
 
 
-@pytest.mark.parametrize(("n", "lo", "hi", "count"), [(1000, 0.4, 0.6, 199), (1000, 0.15, 0.35, 199), (10, 0, 1, 9),
-                                                      (3, 0.4, 0.6, 0), (1, 0.4, 0.6, 0), (0, 0.4, 0.6, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "lo", "hi", "count"),
+    [(1000, 0.4, 0.6, 199), (1000, 0.15, 0.35, 199), (10, 0, 1, 9), (3, 0.4, 0.6, 0), (1, 0.4, 0.6, 0), (0, 0, 1, 0)],
+)
 def test_a_band_holds_one_row_fewer(n, lo, hi, count):
     assert len(np.arange(n)[band(n, lo, hi)]) == count
 

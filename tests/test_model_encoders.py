@@ -23,7 +23,7 @@ def _scenes(n: int, seed: int = 0) -> list[Image.Image]:
         small = Image.fromarray(random.integers(0, 255, (7, 9, 3), dtype=np.uint8))
         image = small.resize((192, 150), Image.Resampling.BICUBIC)
         box = sorted(random.integers(0, 150, 2).tolist()) + sorted(random.integers(0, 150, 2).tolist())
-        ImageDraw.Draw(image).rectangle((box[0], box[2], box[1], box[3]), fill=tuple(random.integers(0, 255, 3).tolist()))
+        ImageDraw.Draw(image).rectangle((box[0], box[2], box[1], box[3]), tuple(random.integers(0, 255, 3).tolist()))
         out.append(image)
     return out
 
@@ -51,8 +51,7 @@ def _lowest_and_highest(images: list[Image.Image]) -> tuple[float, float]:
     base = encoder.images(images)
     strangers = base @ base.T - 2 * np.eye(len(base), dtype=np.float32)
     lowest = min(
-        float((encoder.images(list(copies)) * base).sum(1).min())
-        for copies in zip(*map(_copies, images), strict=True)
+        float((encoder.images(list(copies)) * base).sum(1).min()) for copies in zip(*map(_copies, images), strict=True)
     )
     return lowest, float(strangers.max())
 
@@ -118,7 +117,7 @@ def _save_dual(folder: Path, kind: str) -> None:
     import torch
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-    from tests.fakes import tiny_tokenizer
+    from fakes import tiny_tokenizer
 
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -156,7 +155,7 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, width, resize):
 
 
 def test_an_unknown_encoder_names_the_closest():
-    with pytest.raises(RecipeError, match="did you mean|Did you mean 'pixels'"):
+    with pytest.raises(RecipeError, match="Did you mean 'pixels'"):
         load_encoder("pixel")
     with pytest.raises(RecipeError, match="world/scorer"):
         load_encoder("./nowhere")

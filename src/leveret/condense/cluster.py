@@ -113,7 +113,7 @@ def _start(vectors: Vectors, rows: Ints, k: int) -> Floats:
 def _round(vectors: Vectors, rows: Ints, centroids: Floats, shop: Shop) -> Floats:
     search = Search(centroids)
 
-    def part(start: int) -> tuple[NDArray[np.int32], Ints, NDArray[np.float64], Ints]:
+    def part(start: int) -> tuple[Array, Array, Array, Array]:
         x = vectors.take(rows[start : start + CHUNK])
         labels = search.nearest(x)
         order = np.argsort(labels, kind="stable")
@@ -175,10 +175,7 @@ class Search:
             row, candidate = np.nonzero(can[unsure])
             # In float64, for all pairs in doubt; the pair list is cut so that memory stays bounded.
             away = np.concatenate(
-                [
-                    distances(x[unsure[row[part]]], self.centroids[candidate[part]])
-                    for part in _parts(len(row), CHUNK)
-                ]
+                [distances(x[unsure[row[part]]], self.centroids[candidate[part]]) for part in _parts(len(row), CHUNK)]
             )
             order = np.lexsort((candidate, away, row))
             first = np.unique(row[order], return_index=True)[1]

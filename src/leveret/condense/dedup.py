@@ -1,8 +1,8 @@
 """Near copies: a graph of cosines inside each cluster, its connected components, one row kept of each.
 
-    edge         cosine > threshold, strictly, as float64 says; a float32 product only decides what is far from it
-    component    connected components of that graph inside one cluster, joined while pairs are met (no list of edges)
-    kept         one row by a rule of KEEPS, every tie by row number
+edge         cosine > threshold, strictly, as float64 says; a float32 product only decides what is far from it
+component    connected components of that graph inside one cluster, joined while pairs are met (no list of edges)
+kept         one row by a rule of KEEPS, every tie by row number
 """
 
 from __future__ import annotations
@@ -190,6 +190,10 @@ def dedup(table: Table, config: Any, shop: Shop) -> Verdict:
     clusters = table.columns["cluster"]
     order = np.argsort(clusters, kind="stable")
     found = np.zeros((3, n), np.int64)
+
+    def judge(group: Ints) -> Ints:
+        return _one_cluster(table, group, config)
+
     starts = np.flatnonzero(np.r_[True, np.diff(clusters[order]) != 0][:n])
     groups = [order[a:b] for a, b in zip(starts, np.r_[starts[1:], n], strict=True)] if n else []
     task = 0
@@ -197,10 +201,11 @@ def dedup(table: Table, config: Any, shop: Shop) -> Verdict:
         # Clusters are done in tasks of some TASK rows; a killed run goes on with the first task it did not finish.
         ends = np.searchsorted(np.cumsum([len(group) for group in groups]), TASK) + 1
         batch, groups = groups[:ends], groups[ends:]
-        name = f"clusters_{task:06d}"
-        done = shop.memo(name, lambda batch=batch: np.concatenate(  # type: ignore[misc]
-            list(shop.map(lambda group: _one_cluster(table, group, config), batch)), axis=1))  # fmt: skip
-        found[:, np.concatenate(batch)] = done
+
+        def part(batch: list[Ints] = batch) -> Ints:
+            return np.concatenate(list(shop.map(judge, batch)), axis=1)
+
+        found[:, np.concatenate(batch)] = shop.memo(f"clusters_{task:06d}", part)
         task += 1
     component, size, kept = found
     keep = kept == table.rows
@@ -222,7 +227,7 @@ def dedup(table: Table, config: Any, shop: Shop) -> Verdict:
 
 
 def _one_cluster(table: Table, group: Ints, config: Any) -> Ints:
-    """[3, len(group)]: component, size and kept row number of each row of one cluster (`group`: ascending positions)."""
+    """[3, len(group)]: component, size and kept row number of each row of one cluster (`group`: its positions)."""
     rows = table.rows[group]
     first = table.columns["copy_of"][group] if "copy_of" in table.columns else rows
     distinct, source = np.unique(first, return_inverse=True)
@@ -233,7 +238,7 @@ def _one_cluster(table: Table, group: Ints, config: Any) -> Ints:
     if "copy_of" in table.columns:
         component = _unless_short(read, source, rows, component, config.threshold)
     out = np.stack([component, np.ones_like(rows), rows])
-    names, back, counts = np.unique(component, return_inverse=True, return_counts=True)
+    _, back, counts = np.unique(component, return_inverse=True, return_counts=True)
     out[1] = counts[back]
     several = np.flatnonzero(out[1] > 1)
     if len(several):

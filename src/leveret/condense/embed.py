@@ -105,7 +105,8 @@ def embed(
             _judge(bad, seen, n, limit_share, run.path)
     _gather(run, n, shard)
     if n and not shard_rows(run, n, shard):
-        raise DataError(f"{source.name}: none of its {n:,} samples can be embedded; see {run.path / 'quarantine.jsonl'}")
+        where = run.path / "quarantine.jsonl"
+        raise DataError(f"{source.name}: none of its {n:,} samples can be embedded; {where} says why")
     facts["length"] = n
     write_json(run.path / "manifest.json", {**facts, "width": loaded.width, "refused": dict(sorted(bad.items()))})
     run.done("embed", rows=shard_rows(run, n, shard), refused=dict(sorted(bad.items())))

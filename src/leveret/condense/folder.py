@@ -1,8 +1,8 @@
 """A folder of embeddings in clip-retrieval's layout, ours or anyone's, and reading it back.
 
-    img_emb/img_emb_0.npy       [rows, width] float16 or float32, each row of length 1
-    text_emb/text_emb_0.npy     the same for captions (optional)
-    metadata/metadata_0.parquet one row per vector: id (or key), image path, caption, score
+img_emb/img_emb_0.npy       [rows, width] float16 or float32, each row of length 1
+text_emb/text_emb_0.npy     the same for captions (optional)
+metadata/metadata_0.parquet one row per vector: id (or key), image path, caption, score
 """
 
 from __future__ import annotations

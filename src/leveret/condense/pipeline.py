@@ -145,7 +145,7 @@ def _run_steps(run: RunFolder, chosen: CondenseRecipe, opened: Embeddings, worke
             check_vectors(opened.vectors, Shop(workers=workers))
             if opened.score is not None and not np.isfinite(opened.score).all():
                 row = int(np.flatnonzero(~np.isfinite(opened.score))[0])
-                raise DataError(f"{opened.path}: the score of row {row} is {opened.score[row]}; every row needs a number")
+                raise DataError(f"{opened.path}: row {row} has score {opened.score[row]}; every row needs a number")
         run.done("check")
     ledger = Ledger.begin(opened, hash_ids(opened.ids))
     for position, (label, config) in enumerate(chosen.steps.items()):
@@ -247,4 +247,5 @@ def _keep_times(run: RunFolder, clock: Clock) -> None:
     """Adds this run's seconds to those of the runs that were killed before; what was only read again counts little."""
     path = run.path / "timings.json"
     before = read_json(path) if path.exists() else {}
-    write_json(path, {**before, **{name: round(max(value, before.get(name, 0)), 3) for name, value in clock.seconds.items()}})
+    now = {name: round(max(value, before.get(name, 0)), 3) for name, value in clock.seconds.items()}
+    write_json(path, {**before, **now})

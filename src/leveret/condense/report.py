@@ -1,4 +1,4 @@
-"""The page that shows what was chosen and why, for a person who knows none of it: numbers, pictures at every cut, a map."""
+"""The page that shows what was chosen and why, for a person who knows none of it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from leveret.runs import DataError, atomic_write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GROUPS, MEMBERS, NEAR_A_CUT, POINTS, SIDE = 6, 6, 4, 2500, 200
+GROUPS, MEMBERS, NEAR_A_CUT, POINTS, SIDE = 6, 5, 5, 2500, 200
 """How many groups of copies, members of each, pictures on each side of a cut, points of the map; side of a picture."""
 
 _NAMES = {"score": "image-text score", "centroid_cosine": "closeness to the group's centre"}
+_SHORT = {"score": "score", "centroid_cosine": "closeness"}
 
 
 def write_report(
@@ -38,7 +39,7 @@ def write_report(
     """Writes `report.html` into `folder`."""
     gallery = Pictures(ledger, source, images)
     reached = _reached(ledger)
-    sections = [_funnel(recipe, ledger)]
+    sections: list[pages.Section | None] = [_funnel(recipe, ledger)]
     for position, stage in enumerate(ledger.stages):
         config = recipe.steps[stage.label]
         if stage.step == "dedup":
@@ -47,7 +48,8 @@ def write_report(
             sections.append(_cut(stage, ledger, gallery, reached > position, reached >= position, by))
     sections += [_kept(ledger, gallery), _map(ledger), _refused(ledger), _recipe(recipe, ledger), _times(seconds)]
     n, kept = ledger.embeddings.length, int((ledger.fate == KEPT).sum())
-    subtitle = f"{kept:,} of {n:,} samples were kept{f' ({kept / n:.1%})' if n else ''}; what happened to the others, and why."
+    share = f" ({kept / n:.1%})" if n else ""
+    subtitle = f"{kept:,} of {n:,} samples were kept{share}; what happened to the others, and why."
     title = f"Coreset: {recipe.name}" if recipe.name else "Coreset"
     atomic_write(folder / "report.html", pages.page(title, [part for part in sections if part is not None], subtitle))
 
@@ -106,6 +108,8 @@ def _told_collapse(stage: Stage, config: Any) -> tuple[str, str]:
 
 def _told_cluster(stage: Stage, config: Any) -> tuple[str, str]:
     notes = stage.notes
+    if notes.get("clusters") == 1:
+        return "Grouped by likeness", "all in one group: every sample is compared with every other"
     groups = f"{notes.get('clusters', 0):,} groups of samples that look alike"
     return "Grouped by likeness", f"{groups}, the largest of {notes.get('largest', 0):,}; nothing is dropped here"
 
@@ -120,8 +124,7 @@ def _told_dedup(stage: Stage, config: Any) -> tuple[str, str]:
 
 def _told_band(stage: Stage, config: Any) -> tuple[str, str]:
     return f"A band of {_NAMES[config.by]}", (
-        f"ranks {config.lo:.0%} to {config.hi:.0%} counted from the highest"
-        f"{_values(stage)}: neither the most usual nor the least fitting"
+        f"ranks {config.lo:.0%} to {config.hi:.0%}, counted from the highest{_values(stage)}"
     )
 
 
@@ -192,7 +195,8 @@ def _groups(stage: Stage, ledger: Ledger, gallery: Pictures, config: Any) -> pag
         shown = others[np.argsort(near, kind="stable")[: MEMBERS - 1]]
         likeness = dict(zip(others.tolist(), near.tolist(), strict=True))
         items = [gallery.item(chosen, "", "kept")]
-        items += [gallery.item(int(row), f"cosine {likeness[int(row)]:.3f} to the kept one", "dropped") for row in shown]
+        for row in shown.tolist():
+            items.append(gallery.item(row, f"cosine {likeness[row]:.3f} to the kept one", "dropped"))
         found = [item for item in items if item is not None]
         if found:
             more = f", of which the {len(found) - 1} least alike are shown" if len(rows) > len(found) else ""
@@ -249,14 +253,17 @@ def _cut(stage: Stage, ledger: Ledger, gallery: Pictures, stays: Any, came: Any,
             continue
         at = int(border[0])
         near = order[max(0, at - NEAR_A_CUT) : at + NEAR_A_CUT]
-        marks = ["kept" if stays[row] else "dropped" for row in near]
-        items = [gallery.item(int(row), f"{name} {values[row]:.4f}", mark) for row, mark in zip(near, marks, strict=True)]
+        items = [
+            gallery.item(row, f"{_SHORT[by]} {values[row]:.4f}", "kept" if stays[row] else "dropped")
+            for row in near.tolist()
+        ]
         found = [item for item in items if item is not None]
         if found:
             body += [f"Around the {words} border, from higher to lower:", pages.gallery(found)]
     if not body:
         body.append("Nothing came to this step.")
-    return pages.Section(f"The cut by {name}", body, f"Step {stage.label}: {stage.before:,} came, {stage.after:,} stay.")
+    lead = f"Step {stage.label}: {stage.before:,} came, {stage.after:,} stay."
+    return pages.Section(f"The cut by {name}", body, lead)
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------
@@ -281,7 +288,8 @@ def _map(ledger: Ledger) -> pages.Section | None:
     # An eigenvector's sign is arbitrary: the largest part of each is made positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
     labels = ["kept", *(f"dropped by {label}" for label, _ in ledger.words)]
-    places = [(float(a), float(b), labels[fate]) for (a, b), fate in zip(x @ axes, ledger.fate[rows].tolist(), strict=True)]
+    fates = ledger.fate[rows].tolist()
+    places = [(float(a), float(b), labels[fate]) for (a, b), fate in zip(x @ axes, fates, strict=True)]
     # Kept ones first in the legend; the order of the points is the order of the steps.
     places.sort(key=lambda place: labels.index(place[2]))
     chart = pages.scatter([place[:2] for place in places], [place[2] for place in places])
@@ -310,7 +318,8 @@ def _recipe(recipe: CondenseRecipe, ledger: Ledger) -> pages.Section:
         settings = config.model_dump(exclude={"step"}, exclude_none=True)
         said = ", ".join(f"{key} = {value}" for key, value in settings.items()) or "no settings"
         rows.append([label, config.step, STEPS[config.step].title, said])
-    lead = f"Vectors by {ledger.embeddings.encoder}; seed {recipe.seed}. The same recipe on the same pool gives the same ids."
+    encoder = ledger.embeddings.encoder
+    lead = f"Vectors by {encoder}; seed {recipe.seed}. The same recipe on the same pool gives the same ids."
     return pages.Section("The recipe", pages.table(rows, ["label", "step", "what it does", "settings"]), lead)
 
 

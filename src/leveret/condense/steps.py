@@ -238,9 +238,7 @@ def check_columns(recipe: CondenseRecipe, present: tuple[str, ...], source: str)
                 )
             else:
                 makers = [name for name, maker in STEPS.items() if column in maker.makes]
-                faults.append(
-                    f"steps.{label} ({config.step}) needs {column!r}: put {' or '.join(makers)} before it"
-                )
+                faults.append(f"steps.{label} ({config.step}) needs {column!r}: put {' or '.join(makers)} before it")
         have.update(row.makes)
         if "copy_of" in row.makes and not any(later.step == "dedup" for later in _after(recipe, label)):
             faults.append(f"steps.{label} ({config.step}) only marks copies: put dedup after it, or leave it out")
