@@ -1,0 +1,556 @@
+"""The command line: thin verbs, one place that turns exceptions into a clear line and an exit code.
+
+    leveret VERB thing key.path=value ... -o OUT
+
+Exit codes: 0 done; 1 our fault (with a traceback and a request to report it); 2 usage or recipe; 3 data;
+4 interrupted and resumable, Ctrl-C too; 5 environment (disk, memory, network, a missing extra).
+A station is imported inside its verb, so `--help` is quick; a verb whose station is not installed does not appear.
+`--json` puts one JSON object on stdout and everything else on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json as jsonlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from leveret.runs import DataError, EnvironmentFault, UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_HELP = "Build small vision-language models by choosing their data well."
+_OPTIONS: dict[str, Any] = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
+
+app = typer.Typer(
+    help=_HELP, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}, **_OPTIONS
+)
+pool = typer.Typer(help="Look after pools of image-text pairs.", **_OPTIONS)
+world = typer.Typer(help="The drawn world and its tiny backbones.", **_OPTIONS)
+
+MAKE, LOOK, NOUNS = "Make", "Look and ask", "Look after"
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to fill; the same command goes on where it stopped.")]
+Images = Annotated[Path | None, typer.Option("--images", help="The one folder that image paths start from.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads; all cores by default.")]
+LimitShare = Annotated[float, typer.Option(min=0, max=1, help="Stop when a larger share of the samples is unusable.")]
+Source = Annotated[str, typer.Argument(help="LLaVA JSON or JSONL, or a folder of images with captions.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+
+
+def _present(module: str) -> bool:
+    """Whether a module of ours is there, found by its file: asking the import system would import its package."""
+    place = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+def _verb(name: str, needs: str, panel: str = MAKE, group: typer.Typer = app) -> Callable[[Function], Function]:
+    def register(function: Function) -> Function:
+        if _present(needs):
+            group.command(name, rich_help_panel=None if group is not app else panel)(function)
+        return function
+
+    return register
+
+
+@contextlib.contextmanager
+def _reporting(json: bool) -> Iterator[None]:
+    """Keep stdout for the one JSON object: whatever a station prints meanwhile goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        yield
+
+
+def _report(json: bool, facts: dict[str, Any], text: str = "") -> None:
+    if json:
+        print(jsonlib.dumps(facts, indent=2, default=str))
+    elif text:
+        print(text)
+
+
+def _plan(json: bool, facts: dict[str, Any]) -> None:
+    """What a dry run found out, one fact a line."""
+    width = max(len(name) for name in facts)
+    lines = [
+        f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}"
+        for name, value in facts.items()
+    ]
+    _report(json, facts, "\n".join(["would do, but this is a dry run:", *(f"  {line}" for line in lines)]))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from leveret import __version__
+
+        print(f"leveret {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    pass
+
+
+# --- verbs that make ------------------------------------------------------------------------------------------------
+
+
+@_verb("quickstart", "leveret.quickstart")
+def quickstart(
+    overrides: Overrides = None,
+    out: Out = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="The world, and every draw.")] = 0,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """The whole loop in minutes, on a world it draws."""
+    from leveret import quickstart as station
+
+    with _reporting(json):
+        folder = station.run(out, seed=seed, overrides=tuple(overrides or ()), dry_run=dry_run)
+    results = folder / "results.json"
+    found = jsonlib.loads(results.read_text("utf-8")) if results.is_file() and not dry_run else {}
+    _report(json, {"out": str(folder), **found})
+
+
+@_verb("embed", "leveret.condense")
+def embed(
+    source: Source,
+    out: Out,
+    encoder: Annotated[str, typer.Option(help="An id of the encoder table, a folder, or a hub id.")] = "world/scorer",
+    images: Images = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 256,
+    shard: Annotated[int, typer.Option(min=1, help="Samples in one file.")] = 20000,
+    workers: Workers = None,
+    limit_share: LimitShare = 0.2,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Embed a pool of image-text pairs, shard by shard."""
+    if dry_run:
+        from leveret.pool import open_source
+
+        n = len(open_source(source, images))
+        return _plan(json, {"samples": n, "shards": -(-n // shard), "encoder": encoder, "out": str(out)})
+    from leveret.condense import embed as station
+
+    with _reporting(json):
+        folder = station(
+            source,
+            out,
+            encoder,
+            images=images,
+            batch=batch,
+            shard=shard,
+            workers=workers,
+            limit_share=limit_share,
+            device=device,
+        )
+    _report(json, {"out": str(folder)}, f"embeddings are in {folder}")
+
+
+@_verb("condense", "leveret.condense")
+def condense(
+    source: Annotated[str, typer.Argument(help="A pool (as for `embed`), or a folder of embeddings.")],
+    out: Out,
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option("-r", "--recipe", help="A condensation recipe: a name or a path.")] = "bunny",
+    images: Images = None,
+    encoder: Annotated[str | None, typer.Option(help="Instead of the recipe's.")] = None,
+    workers: Workers = None,
+    limit_share: LimitShare = 0.2,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Choose a coreset, with a ledger and a report."""
+    if dry_run:
+        return _plan(json, _condense_plan(source, out, overrides or [], recipe, images, encoder))
+    from leveret.condense import condense as station
+
+    with _reporting(json):
+        folder = station(
+            source,
+            out,
+            recipe,
+            overrides or [],
+            images=images,
+            encoder=encoder,
+            workers=workers,
+            limit_share=limit_share,
+            device=device,
+        )
+    summary = folder / "summary.json"
+    facts = jsonlib.loads(summary.read_text("utf-8")) if summary.is_file() else {}
+    _report(
+        json,
+        {"out": str(folder), **facts},
+        f"the coreset is {folder / 'coreset.json'}, the report {folder / 'report.html'}",
+    )
+
+
+def _condense_plan(
+    source: str, out: Path, overrides: Sequence[str], recipe: str, images: Path | None, encoder: str | None
+) -> dict[str, Any]:
+    from leveret.condense.pipeline import CondenseRecipe
+    from leveret.recipe import dump, load
+
+    chosen = dump(load(recipe, CondenseRecipe, "condense", overrides))
+    facts: dict[str, Any] = {"recipe": recipe, "out": str(out)}
+    if (Path(source) / "img_emb").is_dir():
+        facts["embeddings"] = source
+    else:
+        from leveret.pool import open_source
+
+        facts |= {"samples": len(open_source(source, images)), "encoder": encoder or chosen.get("encoder")}
+    return facts | {f"  {key}": value for key, value in chosen.items() if key != "encoder"}
+
+
+@_verb("train", "leveret.train")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe: a name (bunny/v1.0-3b) or a path.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The run's folder; by default runs/RECIPE.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be given again.")] = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Teach a model, stage by stage, as a recipe says."""
+    from leveret.train import train as station
+
+    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+    with _reporting(json):
+        model = station(recipe, out or Path("runs", name), overrides or [], dry_run=dry_run, stages=stage)
+    _report(json, {"model": str(model), "dry_run": dry_run}, "" if dry_run else f"the model is in {model}")
+
+
+@_verb("eval", "leveret.evaluate")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
+    data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
+    out: Out,
+    suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
+    split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
+    n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
+    blind: Annotated[bool, typer.Option(help="Ask every question with another picture too.")] = True,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Examine a model: scores, intervals, baselines, a page."""
+    if dry_run:
+        from leveret.evaluate import SUITES, load_items
+
+        counts = {task: len(load_items(task, data, split)) for task in SUITES.get(suite, (suite,))}
+        return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
+    from leveret.evaluate import evaluate as station
+
+    with _reporting(json):
+        results = station(model, data, suite, out=out, blind=blind, n=n, split=split)
+    if not json:
+        _print_scores(results)
+    _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
+
+
+def _print_scores(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("task")
+    for name in ("score", "95 % interval", "majority", "blind", "n"):
+        table.add_column(name, justify="right")
+    for task, row in results["tasks"].items():
+        low, high = row["ci95"]
+        others = ["-" if row.get(name) is None else f"{row[name]:.3f}" for name in ("majority", "blind")]
+        table.add_row(task, f"{row['score']:.3f}", f"{low:.3f} - {high:.3f}", *others, f"{row['n']:,}")
+    Console().print(table)
+
+
+@_verb("score", "leveret.evaluate")
+def score(
+    task: Annotated[str, typer.Argument(help="The task whose rule applies.")],
+    answers: Annotated[Path, typer.Argument(help="Answers: JSON lines or one JSON list.")],
+    data: Annotated[Path, typer.Argument(help="The folder with the official files.")],
+    split: Annotated[str, typer.Option(help="The part that was asked about.")] = "test",
+    scorer: Annotated[str | None, typer.Option(help="Another rule over the same form.")] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Missing answers are wrong, not a fault.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Score a file of answers by the official rule; needs no model."""
+    from leveret.evaluate import score as station
+
+    with _reporting(json):
+        result = station(task, answers, data, split=split, scorer=scorer, allow_missing=allow_missing)
+    low, high = result["ci95"]
+    lines = [f"{task}: {result['score']:.4f}  (95 % interval {low:.4f} - {high:.4f}, n = {result['n']:,})"]
+    lines += [f"  {name}: {value}" for name, value in result.get("metrics", {}).items()]
+    _report(json, result, "\n".join(lines))
+
+
+# --- verbs that look ------------------------------------------------------------------------------------------------
+
+
+@_verb("chat", "leveret.serve.chat", LOOK)
+def chat(
+    model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
+    image: Annotated[Path | None, typer.Option("-i", "--image", help="The picture to talk about.")] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once, print the answer, and end.")] = None,
+) -> None:
+    """Talk with a model about a picture."""
+    from leveret.serve.chat import chat as station
+
+    station(model, image=image, prompt=prompt)
+
+
+@_verb("show", "leveret.show", LOOK)
+def show(
+    source: Source,
+    index: Annotated[int, typer.Option(min=0, help="Which sample, from 0.")] = 0,
+    id: Annotated[str | None, typer.Option(help="Or its id.")] = None,
+    images: Images = None,
+    model: Annotated[str | None, typer.Option(help="Also follow it through this model.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Save the pictures here: a .png or a folder.")] = None,
+    json: Json = False,
+) -> None:
+    """One sample at every seam, from record to answer."""
+    from leveret.show import show as station
+
+    station(source, index=index, id=id, images=images, model=model, out=out, json=json)
+
+
+@_verb("doctor", "leveret.doctor", LOOK)
+def doctor(json: Json = False) -> None:
+    """What is installed, and what fits on this machine."""
+    from leveret import doctor as station
+
+    facts = station.doctor()
+    if not json:
+        station.show(facts)
+    _report(json, facts)
+
+
+# --- nouns ----------------------------------------------------------------------------------------------------------
+
+
+@_verb("check", "leveret.pool", group=pool)
+def pool_check(
+    source: Source,
+    out: Out,
+    images: Images = None,
+    decode: Annotated[bool, typer.Option(help="Unpack every image.")] = True,
+    limit_share: LimitShare = 0.2,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Index the good samples, quarantine the others."""
+    from leveret.pool import check, open_source
+
+    opened = open_source(source, images)
+    if dry_run:
+        return _plan(json, {"samples": len(opened), "decode": str(decode), "out": str(out)})
+    with _reporting(json):
+        found = check(opened, out, decode=decode, limit_share=limit_share, workers=workers)
+    reasons = dict(found.reasons)
+    names = ("total", "ok", "quarantined", "reasons", "images", "text_only", "duplicates", "index", "quarantine")
+    facts = {name: getattr(found, name) for name in names} | {"reasons": reasons}
+    lines = [f"{found.total:,} samples: {found.ok:,} good, {found.quarantined:,} refused"]
+    lines += [f"  {count:,}  {reason}" for reason, count in reasons.items()]
+    lines += [f"the index is {found.index}, the refused ones stand in {found.quarantine}"]
+    _report(json, facts, "\n".join(lines))
+
+
+@_verb("draw", "leveret.world.write", group=world)
+def world_draw(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
+    web: Annotated[int | None, typer.Option(min=1, help="Image-text pairs of the web pool.")] = None,
+    tune: Annotated[int | None, typer.Option(min=1, help="Conversations to tune with.")] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="Questions a task in the examination.")] = None,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Draw a web pool, conversations and an examination."""
+    from dataclasses import asdict
+
+    from leveret.world.write import WorldSize, draw
+
+    given = {name: value for name, value in {"web": web, "tune": tune, "test": test}.items() if value is not None}
+    size = WorldSize(**given)  # type: ignore[arg-type]
+    if dry_run:
+        return _plan(json, {"out": str(out), "seed": seed, **asdict(size)})
+    with _reporting(json):
+        folder = draw(out, seed=seed, size=size, workers=workers)
+    _report(json, {"out": str(folder), "seed": seed, **asdict(size)}, f"the world is in {folder}")
+
+
+@_verb("backbones", "leveret.world.backbones", group=world)
+def world_backbones(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Of the world and the weights.")] = 0,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Train the tiny encoders and language model anew."""
+    if dry_run:
+        return _plan(
+            json, {"out": str(out), "seed": seed, "what": "train the tiny encoders and the tiny language model"}
+        )
+    from leveret.world.backbones import build
+
+    with _reporting(json):
+        folder = build(out, seed=seed)
+    _report(json, {"out": str(folder), "seed": seed}, f"the backbones are in {folder}")
+
+
+for _group, _name in ((pool, "pool"), (world, "world")):
+    if _group.registered_commands:
+        app.add_typer(_group, name=_name, rich_help_panel=NOUNS)
+
+
+# --- exceptions -> one line and an exit code ------------------------------------------------------------------------
+
+_EXTRAS = {
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "ray": "ray",
+    "tensorboard": "track",
+    "wandb": "track",
+    "bitsandbytes": "quant",
+}
+_NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
+_AGAIN = "interrupted; what was finished is kept, run the same command again to go on"
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the line for a person; None when the fault is ours."""
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 4, _AGAIN
+    if isinstance(error, BrokenPipeError):
+        return 4, ""  # whoever read our output has gone; there is nobody to tell
+    homes = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if homes & set(_NETWORK):
+        return EnvironmentFault.exit_code, f"the model hub or the network did not answer as hoped: {_first_line(error)}"
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "leveret":
+        package = error.name.partition(".")[0]
+        extra = _EXTRAS.get(package)
+        mend = f"pip install 'leveret[{extra}]'" if extra else "install leveret again: pip install leveret"
+        return EnvironmentFault.exit_code, f"the package {package!r} is not installed. To mend it: {mend}"
+    if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+        return _explain_os(error)
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return EnvironmentFault.exit_code, f"no connection: {_first_line(error)}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            EnvironmentFault.exit_code,
+            f"out of memory: {_first_line(error)}. A smaller batch or micro_batch needs less.",
+        )
+    if type(error).__name__ == "BrokenProcessPool":
+        return (
+            EnvironmentFault.exit_code,
+            "a worker process was killed, most often for want of memory; try fewer workers",
+        )
+    return None
+
+
+def _explain_os(error: OSError) -> tuple[int, str]:
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentFault.exit_code, f"the disk is full{where}. Free some space and run the same command again."
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)) and error.filename:
+        return DataError.exit_code, f"{(error.strerror or 'not usable').lower()}{where}"
+    if isinstance(error, PermissionError):
+        return EnvironmentFault.exit_code, f"not allowed{where} ({error.strerror})"
+    return EnvironmentFault.exit_code, f"{_first_line(error)}{where if error.strerror is None else ''}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _say(text: str) -> None:
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    head = "\033[31merror:\033[0m" if colour else "error:"
+    print(f"{head} {text}", file=sys.stderr, flush=True)
+
+
+def _say_our_fault(error: BaseException, args: Sequence[str]) -> None:
+    import platform
+    import shlex
+    import traceback
+
+    from leveret import __version__
+
+    traceback.print_exception(error, file=sys.stderr)
+    _say(
+        "this is a fault in leveret, not in what you gave. Please report it with the lines above, and with:\n"
+        f"  leveret {__version__}, Python {platform.python_version()}, {platform.platform()}\n"
+        f"  leveret {shlex.join(args)}"
+    )
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Every exception ends here."""
+    try:
+        command = typer.main.get_command(app)
+        # Not `command.main`: it has its own ideas about Ctrl-C and broken pipes.
+        with command.make_context("leveret", list(args)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except BaseException as error:
+        if hasattr(error, "format_message") and hasattr(error, "show"):  # a usage error, of whichever click typer uses
+            error.show(sys.stderr)
+            return 2
+        if isinstance(error, typer.Abort):
+            error = KeyboardInterrupt()
+        explained = explain(error)
+        if explained is None:
+            _say_our_fault(error, args)
+            return 1
+        code, text = explained
+        if isinstance(error, BrokenPipeError):
+            # Python flushes stdout once more as it ends; give it somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif text:
+            if os.environ.get("LEVERET_TRACEBACK"):
+                import traceback
+
+                traceback.print_exception(error, file=sys.stderr)
+            _say(text)
+        return code
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
