@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,8 @@ class FakeModel:
 
 def sighted(request: Any) -> str:
     """Looks at the picture: names the colour at the square, and is silent where that does not help."""
-    from PIL import Image
-
     text, (image,) = request.turns[0].text, request.images
-    pixels = Image.open(image.path)
-    seen = {near(pixels.getpixel((x, y))) for x in range(2, 62, 4) for y in range(2, 62, 4)} - {"paper"}
-    left = next(c for x in range(2, 40) for y in range(2, 62, 4) if (c := near(pixels.getpixel((x, y)))) != "paper")
+    seen, left = look(image.path)
     if "Is there" in text:
         return "Yes" if re.findall(r"a (\w+) object", text)[0] in seen else "No"
     if "What colour" in text:
@@ -138,6 +135,17 @@ def sighted(request: Any) -> str:
     if "Where" in text:
         return "[0.10, 0.10, 0.40, 0.40]"
     return "W1"
+
+
+@cache
+def look(path: str) -> tuple[set[str], str]:
+    """The colours in a picture, and the leftmost one."""
+    from PIL import Image
+
+    pixels = Image.open(path)
+    found = [(x, near(pixels.getpixel((x, y)))) for x in range(2, 62, 4) for y in range(2, 62, 4)]
+    found = [(x, name) for x, name in found if name != "paper"]
+    return {name for _, name in found}, found[0][1]
 
 
 def near(pixel: tuple[int, int, int]) -> str:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,12 @@ WORLD = SUITES["world"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an undisturbed run finds."""
+    return evaluate(FakeModel(), world, out=tmp_path_factory.mktemp("whole") / "out", engine=FakeEngine())["tasks"]
 
 
 def test_every_task_is_scored_with_its_baselines(world: Path, tmp_path: Path) -> None:
@@ -72,8 +79,7 @@ def test_blind_shows_each_picture_another_one_and_always_the_same(world: Path, t
     assert all(request.turns[0].text.startswith("<image>\n") for request in engine.asked)
 
 
-def test_a_stopped_run_goes_on_with_no_question_twice(world: Path, tmp_path: Path) -> None:
-    whole = evaluate(FakeModel(), world, out=tmp_path / "whole", engine=FakeEngine())
+def test_a_stopped_run_goes_on_with_no_question_twice(world: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     first = FakeEngine(stop_after=70)
     with pytest.raises(RuntimeError, match="power"):
         evaluate(FakeModel(), world, out=tmp_path / "out", engine=first)
@@ -82,15 +88,15 @@ def test_a_stopped_run_goes_on_with_no_question_twice(world: Path, tmp_path: Pat
     lost = 1  # the line that was torn is asked again
     second = FakeEngine()
     results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=second)
-    assert results["tasks"] == whole["tasks"]
+    assert results["tasks"] == whole
     asked = [request.question_id for request in first.asked + second.asked]
-    assert len(asked) == 2 * sum(facts["n"] for facts in whole["tasks"].values()) + lost
+    assert len(asked) == 2 * sum(facts["n"] for facts in whole.values()) + lost
     third = FakeEngine()
-    assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=third)["tasks"] == whole["tasks"]
+    assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=third)["tasks"] == whole
     assert third.asked == []
 
 
-def test_kill_minus_nine(world: Path, tmp_path: Path) -> None:
+def test_kill_minus_nine(world: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent(
@@ -116,9 +122,8 @@ def test_kill_minus_nine(world: Path, tmp_path: Path) -> None:
     assert kept == 99
     engine = FakeEngine()
     results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=engine)
-    whole = evaluate(FakeModel(), world, out=tmp_path / "whole", engine=FakeEngine())
-    assert results["tasks"] == whole["tasks"]
-    assert kept + len(engine.asked) == 2 * sum(facts["n"] for facts in whole["tasks"].values())
+    assert results["tasks"] == whole
+    assert kept + len(engine.asked) == 2 * sum(facts["n"] for facts in whole.values())
 
 
 def test_another_model_or_other_questions_are_refused_by_name(world: Path, tmp_path: Path) -> None:
@@ -133,11 +138,11 @@ def test_another_model_or_other_questions_are_refused_by_name(world: Path, tmp_p
         evaluate(FakeModel(), root, "colour", out=out, engine=FakeEngine())
 
 
-def test_more_questions_later_continue(world: Path, tmp_path: Path) -> None:
+def test_more_questions_later_continue(world: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     few, more = FakeEngine(), FakeEngine()
     assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=few, n=4)["tasks"]["box"]["n"] == 4
     results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=more)
-    assert results["tasks"] == evaluate(FakeModel(), world, out=tmp_path / "all", engine=FakeEngine())["tasks"]
+    assert results["tasks"] == whole
     assert not {r.question_id for r in few.asked[:32]} & {r.question_id for r in more.asked[: len(more.asked) // 2]}
     third = FakeEngine()
     assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=third, n=4)["tasks"]["box"]["n"] == 4
@@ -179,3 +184,18 @@ def test_an_unknown_suite_names_the_near_ones(world: Path, tmp_path: Path) -> No
         evaluate(FakeModel(), world, "wrld", out=tmp_path / "out", engine=FakeEngine())
     with pytest.raises(RecipeError, match="Did you mean colour"):
         load_items("color", world)
+
+
+def test_a_real_model_from_its_folder(world: Path, tmp_path: Path) -> None:
+    from fakes import tiny_vlm
+    from leveret.generate import Model
+    from leveret.model.checkpoint import save
+
+    vlm = tiny_vlm()
+    folder = save(vlm, tmp_path / "model")
+    from_folder = evaluate(folder, world, out=tmp_path / "a", n=3)
+    loaded = evaluate(Model(vlm), world, out=tmp_path / "b", n=3)
+    assert from_folder["tasks"] == loaded["tasks"]
+    assert all(facts["n"] == 3 for facts in from_folder["tasks"].values())
+    answers = [read_jsonl(tmp_path / run / "answers/word.jsonl") for run in "ab"]
+    assert [a["text"] for a in answers[0]] == [b["text"] for b in answers[1]]
