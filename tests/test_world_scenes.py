@@ -138,6 +138,11 @@ def truth(scene: Scene, question: questions.Question) -> str:
         if form == "flat":
             return "left" if x < scene.width / 2 else "right"
         return "top" if y < scene.height / 2 else "bottom"
+    if kind == "direction":
+        words = "left of or right of" if form == "flat" else "above or below"
+        one, other = text.removeprefix("Is the ").removesuffix("?").split(f" {words} the ")
+        (a,), (b,) = named(one), named(other)
+        return next(r for r in words.replace(" of", "").split(" or ") if questions.holds(r if form == "tall" else r + " of", a, b))
     if kind == "extreme":
         axis, sign = questions.EXTREMES[form]
         return min(things, key=lambda t: sign * t.centre[axis]).name

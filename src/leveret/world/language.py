@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from leveret.world.perceive import percepts
 from leveret.world.pretrain import Log, pretrain
-from leveret.world.questions import EXAMINED, KINDS, Question, conversation, text_only, told
+from leveret.world.questions import EXAMINED, KINDS, SHORT_NAMED, Question, conversation, text_only, told
 from leveret.world.scenes import COLOURS, GRID, LETTERS, SHAPES, Scene, sample_scene, stream
 from leveret.world.tokens import ASSISTANT, END, USER
 
@@ -38,16 +38,20 @@ WEIGHTS = {
     "word": 1.5,
     "side": 1.5,
 }
-MIX_FROM = 5500
-MIX = WEIGHTS | {"relation": 8.0, "extreme": 2.0}
-SHORT_NAMES = 0.6
-"""From step MIX_FROM on, relations are asked more often and more simply (things named by their shape alone): they do
-not come by waiting."""
-HINTS_FROM = 6500
+PHASES: tuple[tuple[int, dict[str, float], dict[str, float]], ...] = (
+    (0, WEIGHTS, {}),
+    (5500, WEIGHTS | {"relation": 8.0, "extreme": 2.0}, {}),
+    (6500, WEIGHTS | {"relation": 8.0, "extreme": 2.0}, {"relation": 1.0}),
+    (7000, WEIGHTS | {"relation": 4.0, "direction": 5.0, "extreme": 1.0}, {"relation": 1.0, "direction": 2.0}),
+)
+"""From a step on: weights of the kinds, and of those of hinted rows. Relations do not come by waiting; what brings them
+is to be asked more often and more simply (things named by their shape alone), with hints, and for the direction itself
+before being asked whether a said one is true (which is an exclusive-or of two things it must first have)."""
 HINTED_ROWS, HINTED_TURNS = 0.15, 0.25
-"""From step HINTS_FROM on, this share of rows are relations alone, with no scene, in which the coordinates stand at the
-very words that name the things (so comparing can be learned before finding), and in this share of the other rows'
-relations they stand there too."""
+"""This share of rows, in phases that have them, are without a scene, with the coordinates at the very words that name
+the things (so comparing can be learned before finding); in this share of the other rows' relations they stand there
+too."""
+SHORT_NAMES = 0.6
 CURRICULUM = ((270, 1), (720, 2))
 """Up to a step, at most so many things in a scene; after that four."""
 COMPOUND, IN_WORDS = 0.8, 0.13
@@ -175,18 +179,17 @@ class Writer:
             return self.row(None, None, [(q.text, q.answer) for q in questions])
         most = next((things for until, things in CURRICULUM if step < until), 4)
         scene = sample_scene(rng, counts=(1, most), word=0.45)
-        if step < MIX_FROM:
-            questions = conversation(scene, rng, 10, WEIGHTS, describe=0.15)
-        elif step >= HINTS_FROM and rng.random() < HINTED_ROWS:
-            questions = conversation(scene, rng, 10, {"relation": 1.0}, short=SHORT_NAMES)
+        _, weights, hinted = next(phase for phase in reversed(PHASES) if step >= phase[0])
+        short = SHORT_NAMES if weights is not WEIGHTS else 0.3
+        if hinted and rng.random() < HINTED_ROWS:
+            questions = conversation(scene, rng, 10, hinted, short=short)
             turns = [(q.text, q.answer) for q in questions]
             return self.row(None, None, turns, {i: _places(scene, q) for i, q in enumerate(questions)})
-        else:
-            questions = conversation(scene, rng, 10, MIX, describe=0.15, short=SHORT_NAMES)
+        questions = conversation(scene, rng, 10, weights, describe=0.15, short=short)
         hints = {
             i: _places(scene, q)
             for i, q in enumerate(questions)
-            if step >= HINTS_FROM and q.kind == "relation" and rng.random() < HINTED_TURNS
+            if hinted and q.kind in SHORT_NAMED and rng.random() < HINTED_TURNS
         }
         turns = [(q.text, q.answer) for q in questions]
         return self.row(scene, None if kind < COMPOUND else f"Scene: {told(scene)}.", turns, hints)
@@ -251,7 +254,7 @@ def examine(model: Any, scenes: ToldScene, writer: Writer, n: int, seed: int, *,
     """Share of answers whose every token is the most likely one, by kind, on fresh told scenes."""
     right: dict[str, list[bool]] = {}
     model.eval()
-    for kind in (*EXAMINED, "side", "tell", "relation, hinted"):
+    for kind in (*EXAMINED, "side", "tell", "direction", "relation, hinted", "direction, hinted"):
         rows = []
         index = 0
         while len(rows) < n:

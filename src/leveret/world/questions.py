@@ -300,6 +300,18 @@ def side(scene: Scene, rng: random.Random) -> Question | None:
     return Question("side", "side/" + ("flat" if flat else "tall"), text, answer)
 
 
+def direction(scene: Scene, rng: random.Random, short: float = 0.3) -> Question | None:
+    names = _names(scene, rng, short)
+    facts = _relation_facts(scene, names)
+    if not facts:
+        return None
+    one, said, other = pick(rng, facts)
+    flat = said in ("left of", "right of")
+    words = "left of or right of" if flat else "above or below"
+    text = f"Is the {names[one]} {words} the {names[other]}?"
+    return Question("direction", "direction/" + ("flat" if flat else "tall"), text, said.split()[0], {"subj": names[one], "obj": names[other]})
+
+
 EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}
 
 
@@ -354,8 +366,11 @@ KINDS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "word": word,
     "side": side,
     "extreme": extreme,
+    "direction": direction,
     "tell": tell,
 }
+SHORT_NAMED = {"relation": relation, "direction": direction}
+"""Kinds that can be asked to name things by their shape alone."""
 EXAMINED = ("existence", "colour", "shape", "count", "relation", "choice", "box", "word")
 
 TUNE_WEIGHTS = {
@@ -394,7 +409,7 @@ def conversation(
         if len(asked) >= turns:
             break
         kind = pick(rng, kinds, shares)
-        question = relation(scene, rng, short) if kind == "relation" else KINDS[kind](scene, rng)
+        question = SHORT_NAMED[kind](scene, rng, short) if kind in SHORT_NAMED else KINDS[kind](scene, rng)
         if question is not None and question.text not in seen:
             seen.add(question.text)
             asked.append(question)
