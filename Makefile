@@ -1,0 +1,47 @@
+# Everything a newcomer or CI needs, with only Python and make. The first target builds .venv; later ones reuse it.
+#   make quickstart   the whole loop on a drawn world, into runs/quickstart
+#   make test         style, types and the quick tests (minutes)
+#   make test-slow    the long tests
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: quickstart test test-slow style types venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,5s/^# \{0,1\}//p' Makefile
+
+venv: .venv/.installed
+
+# The stamp is newer than what it was made from, or the environment is brought up to date.
+.venv/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on PATH. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 5; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: leveret needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 5; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "make: $(PYTHON) cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 5; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: venv
+	$(BIN)/leveret quickstart
+
+style: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+test: style types
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# One process: each of these already uses every core.
+test-slow: venv
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
