@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import train_fakes
 from torch import Tensor
 
+import train_fakes
 from leveret.model import checkpoint
 from leveret.model.vlm import VLM
 from leveret.runs import DataError, RecipeError, read_jsonl
@@ -80,7 +80,9 @@ def test_a_stage_starts_from_the_one_before_and_finished_stages_are_not_done_aga
     assert (tmp_path / "align" / "model" / "model.safetensors").stat() == align
     assert checkpoint.load(model).spec.towers[0].resize == "pad"
     backbones, aligned = begin(recipe, None, "cpu").state_dict(), weights(tmp_path / "align")
-    assert not any(torch.equal(backbones[n], aligned[n]) for n in aligned if n.startswith("connector") and "weight" in n)
+    assert not any(
+        torch.equal(backbones[n], aligned[n]) for n in aligned if n.startswith("connector") and "weight" in n
+    )
     assert all(torch.equal(backbones[name], aligned[name]) for name in aligned if not name.startswith("connector"))
     again = (model / "model.safetensors").stat()
     assert train(recipe, tmp_path) == model and (model / "model.safetensors").stat() == again

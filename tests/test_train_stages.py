@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import train_fakes
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import train_fakes
 from leveret.recipe import load
 from leveret.runs import DataError, RecipeError
 from leveret.train import train
@@ -44,7 +44,13 @@ def test_all_faults_of_a_stage_are_told_at_once(tmp_path: Path) -> None:
             tmp_path, steps=3, epochs=1, batch=4, micro_batch=8, schedule="wsd", warmup=0.6, decay=0.6,
             learn={"connector": {"lr": 1e-3, "lora": {}}, "language": {"lr": 1e-3, "from_layer": 1}},
         )  # fmt: skip
-    for words in ("exactly one of steps and epochs", "micro_batch 8", "warmup 0.6", "connector.lora", "language.from_layer"):
+    for words in (
+        "exactly one of steps and epochs",
+        "micro_batch 8",
+        "warmup 0.6",
+        "connector.lora",
+        "language.from_layer",
+    ):
         assert words in str(caught.value)
 
 

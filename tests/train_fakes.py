@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import fakes
-
 from leveret.train.stages import TrainRecipe
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 40)}

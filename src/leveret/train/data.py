@@ -31,8 +31,16 @@ from leveret.inputs.chat import encode
 from leveret.inputs.resize import prepare as to_pixels
 from leveret.records import IGNORE, Batch, ImageRef, ImageSpec, TowerView
 from leveret.runs import (
-    DataError, EnvironmentFault, Interrupted, Progress, append_jsonl, cores, stop_requested, sync_folder, write_json,
-)  # fmt: skip
+    DataError,
+    EnvironmentFault,
+    Interrupted,
+    Progress,
+    append_jsonl,
+    cores,
+    stop_requested,
+    sync_folder,
+    write_json,
+)
 from leveret.train.state import flush
 
 if TYPE_CHECKING:
@@ -82,7 +90,9 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
 
 def _stop_here() -> None:
     if stop_requested():
-        raise Interrupted("stopped while preparing the data, before the first step; run the same command again to go on")
+        raise Interrupted(
+            "stopped while preparing the data, before the first step; run the same command again to go on"
+        )
 
 
 def _reason(error: DataError) -> str:

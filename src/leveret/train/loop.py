@@ -23,8 +23,14 @@ import torch
 
 from leveret.records import Batch
 from leveret.runs import (
-    DataError, Interrupted, Progress, RecipeError, append_jsonl, graceful_stop, stop_requested,
-)  # fmt: skip
+    DataError,
+    Interrupted,
+    Progress,
+    RecipeError,
+    append_jsonl,
+    graceful_stop,
+    stop_requested,
+)
 from leveret.train import state
 from leveret.train.data import Failed, Order, Prepared, micro_batches
 from leveret.train.learning import ready, set_resize, teach_mode
@@ -70,11 +76,12 @@ class Job:
 
 def begin(recipe: TrainRecipe, start: str | Path | None, device: str) -> VLM:
     """The model a stage begins with: a finished folder, or the recipe's backbones."""
-    from leveret.model import build, checkpoint
+    from leveret.model.build import build
+    from leveret.model.checkpoint import load
 
     if start is not None:
-        return checkpoint.load(start, device)
-    return build.build(recipe.model, device=device, seed=recipe.seed)
+        return load(start, device)
+    return build(recipe.model, device=device, seed=recipe.seed)
 
 
 def arrange(vlm: VLM, stage: StageRecipe, job_seed: int, name: str, device: str, precision: str) -> list[Trainable]:

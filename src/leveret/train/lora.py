@@ -1,6 +1,6 @@
 """LoRA through PEFT, put into the language part in place.
 
-`inject_adapter_in_model` swaps the linear layers and leaves the model's class alone, so the VLM's forward does not know.
+`inject_adapter_in_model` swaps the linear layers and leaves the model's class alone, so the VLM does not know.
 Only the language module is handed over, with the exact names of its layers: a tower can never be hit.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -24,7 +24,7 @@ def targets(language: nn.Module, names: tuple[str, ...] | None) -> list[str]:
 
     Raises RecipeError for a name that no layer has.
     """
-    head = language.get_output_embeddings() if hasattr(language, "get_output_embeddings") else None
+    head = cast("Any", language).get_output_embeddings()
     linears = [
         name for name, module in language.named_modules()
         if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
@@ -36,7 +36,7 @@ def targets(language: nn.Module, names: tuple[str, ...] | None) -> list[str]:
     if unknown:
         near = ", ".join(closest(unknown[0], sorted(known)) or sorted(known))
         raise RecipeError(
-            f"lora.targets names {', '.join(unknown)}, which is no linear layer of this language model; there is: {near}"
+            f"lora.targets names {', '.join(unknown)}, no linear layer of this language model; there is: {near}"
         )
     return [name for name in linears if name.rpartition(".")[2] in names]
 

@@ -104,7 +104,7 @@ class Optimiser:
         return {t.part: t.lr * factor for t in self.trainables}
 
     def clip(self) -> Tensor:
-        """Norm of the whole gradient (a scalar tensor), which is scaled down to the stage's `clip` where it passes it."""
+        """Norm of the whole gradient (a scalar tensor), scaled down to the stage's `clip` where it passes it."""
         norm = torch.linalg.vector_norm(self.gradient)
         if self.stage.clip is not None:
             # No branch on the value: a GPU would have to wait for it.

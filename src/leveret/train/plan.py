@@ -86,7 +86,7 @@ def describe(
     world: int = 1,
 ) -> StagePlan:
     """Facts of one stage. Without `data` the lengths come from a few samples, where the data is there at all."""
-    parts = parts_table(vlm, stage.learn)
+    parts = parts_table(vlm, {str(part): how for part, how in stage.learn.items()})
     lines: list[tuple[str, str]] = []
     tokens = stage.max_tokens
     if data is not None:
@@ -168,9 +168,8 @@ def estimate(vlm: VLM, parts: Sequence[PartRow], stage: StageRecipe, tokens: int
     (Korthikanti et al. 2022, with attention recomputed or fused), plus float32 logits at half of the positions.
     """
     trainable = sum(row.trainable for row in parts)
-    frozen = sum(row.parameters for row in parts) - sum(
-        row.trainable for row in parts if not (row.part in stage.learn and stage.learn[row.part].lora)  # type: ignore[index]
-    )
+    adapted = {part for part, how in stage.learn.items() if how.lora is not None}
+    frozen = sum(row.parameters for row in parts) - sum(row.trainable for row in parts if row.part not in adapted)
     config: Any = vlm.language.config
     each = -(-stage.batch // world)
     rows = min(stage.micro_batch or each, each)

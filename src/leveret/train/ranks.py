@@ -77,7 +77,7 @@ class Ranks:
         """Build the gloo group. On one machine it listens on the loopback address only."""
         import torch.distributed as dist
 
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stubs leave it out
         options._timeout = _LONG
         if "TORCHELASTIC_RUN_ID" in os.environ:
             options._devices = [dist.ProcessGroupGloo.create_default_device()]
@@ -119,7 +119,8 @@ class Ranks:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 raise EnvironmentFault(
                     f"worker process {rank} {how}; run the same command again to go on from the last saved state, "
-                    f"or with ranks=1 to do without workers. It said: " + ("\n".join(["", *said]) if said else "nothing")
+                    f"or with ranks=1 in a new folder to do without workers. It said: "
+                    + ("\n  ".join(["", *said]) or "-")
                 )
 
     def close(self) -> None:

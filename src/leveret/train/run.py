@@ -1,12 +1,13 @@
 """A whole run: stages in order, each from the model of the one before, every one of them resumable.
 
-    RUN/recipe.yaml environment.json            what is done, and on what
-    RUN/STAGE/cache/                            the stage's data, prepared (removed when the stage is done)
-    RUN/STAGE/quarantine.jsonl                  samples that cannot be used, with reasons
-    RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation
-    RUN/STAGE/state/step-N/                     weights that learn, moments, step (removed when the stage is done)
-    RUN/STAGE/model/ adapter/ done              the stage's model; its adapters in PEFT's format; the facts that bind it
-    RUN/model/                                  the last stage's model
+What lies in a run folder:
+RUN/recipe.yaml environment.json            what is done, and on what
+RUN/STAGE/cache/                            the stage's data, prepared (removed when the stage is done)
+RUN/STAGE/quarantine.jsonl                  samples that cannot be used, with reasons
+RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation
+RUN/STAGE/state/step-N/                     weights that learn, moments, step (removed when the stage is done)
+RUN/STAGE/model/ adapter/ done              the stage's model; its adapters in PEFT's format; the facts that bind it
+RUN/model/                                  the last stage's model
 """
 
 from __future__ import annotations
@@ -18,8 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.runs import (
-    DataError, EnvironmentFault, RecipeError, RunFolder, closest, graceful_stop, read_json, sha256_of, sync_folder, write_json,
-)  # fmt: skip
+    DataError,
+    EnvironmentFault,
+    RecipeError,
+    RunFolder,
+    closest,
+    graceful_stop,
+    read_json,
+    sha256_of,
+    sync_folder,
+    write_json,
+)
 from leveret.train.stages import StageRecipe, TrainRecipe, binding, total_steps
 
 if TYPE_CHECKING:
@@ -140,7 +150,7 @@ def _device(recipe: TrainRecipe) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """`auto` is bf16 where the hardware multiplies bfloat16 natively: elsewhere it is emulated, and slower than fp32."""
+    """`auto` is bf16 where the hardware multiplies it natively: elsewhere it is emulated, and slower than fp32."""
     import torch
 
     if precision != "auto":
@@ -187,7 +197,9 @@ def _stage(
     stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
     folder.mkdir(parents=True, exist_ok=True)
     vlm = begin(recipe, start, device)
-    if faults := [f"stages.{key}.{fault}" for key in recipe.stages for fault in learning.faults(vlm, recipe.stages[key])]:
+    if faults := [
+        f"stages.{key}.{fault}" for key in recipe.stages for fault in learning.faults(vlm, recipe.stages[key])
+    ]:
         raise RecipeError("\n".join(faults))
     facts = {
         "data": source.fingerprint(),
@@ -214,7 +226,8 @@ def _stage(
     assert resumed_total in (None, total), "the data and the recipe are the same, so the steps are"
     job = Job(
         recipe=recipe.model_dump(mode="json"), stage=name, folder=str(folder), start=str(start) if start else None,
-        total=total, resume=str(resume) if resume else None, precision=precision, device=device, threads=share, facts=facts,
+        total=total, resume=str(resume) if resume else None, precision=precision, device=device, threads=share,
+        facts=facts,
     )  # fmt: skip
     plan.show_stage(plan.describe(vlm, name, stage, data=data, total=total, job=job, world=ranks.world))
     ranks.tell(as_json(job))

@@ -29,7 +29,8 @@ class Lora(_Strict):
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     targets: tuple[str, ...] | None = Field(
-        None, description="Last names of the linear layers that get an adapter (q_proj ...); all but lm_head when left out."
+        None,
+        description="Last names of the linear layers that get an adapter (q_proj ...); all but lm_head when left out.",
     )
 
 
@@ -58,7 +59,9 @@ class StageRecipe(_Strict):
     epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
     batch: int = Field(32, ge=1, description="Samples in one optimiser step, over all ranks.")
     micro_batch: int | None = Field(
-        None, ge=1, description="Samples in one pass on one rank; gradients add up to the batch. All at once when left out."
+        None,
+        ge=1,
+        description="Samples in one pass on one rank; gradients add up to the batch. All at once when left out.",
     )
     schedule: Literal["cosine", "wsd", "constant", "linear"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
@@ -76,11 +79,16 @@ class StageRecipe(_Strict):
         "auto", description="auto is bf16 autocast where the hardware computes bf16 natively, else fp32."
     )
     cache_features: bool = Field(
-        True, description="A frozen tower sees each image once and its features are kept on disk. No effect when vision learns."
+        True,
+        description="A frozen tower sees each image once and its features stay on disk. No effect when vision learns.",
     )
     save_every: int = Field(200, ge=1, description="Steps between saved states.")
-    validate_every: int | None = Field(None, ge=1, description="Steps between validations; at the end only when left out.")
-    bad_steps: int = Field(10, ge=0, description="Steps with a non-finite loss that may be skipped before the run stops.")
+    validate_every: int | None = Field(
+        None, ge=1, description="Steps between validations; at the end only when left out."
+    )
+    bad_steps: int = Field(
+        10, ge=0, description="Steps with a non-finite loss that may be skipped before the run stops."
+    )
     bad_share: Share = Field(0.2, description="Share of samples that may fail before the run stops.")
     seed: int | None = Field(None, ge=0, description="Instead of the run's.")
 
@@ -110,7 +118,9 @@ class TrainRecipe(_Strict):
     name: str = Field(min_length=1, description="Name of the recipe, for people.")
     seed: int = Field(0, ge=0, description="Everything random follows from it.")
     model: ModelRecipe = Field(description="The backbones the first stage starts from.")
-    stages: dict[str, StageRecipe] = Field(min_length=1, description="Stages in order; each starts from the one before.")
+    stages: dict[str, StageRecipe] = Field(
+        min_length=1, description="Stages in order; each starts from the one before."
+    )
     ranks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         "auto", description="Processes on this machine; auto is 2 on a CPU with 2 cores or more, else 1."
     )
