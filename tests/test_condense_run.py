@@ -117,7 +117,10 @@ def test_the_ledger_tells_the_fate_of_every_sample(tmp_path, recipe):
     assert summary["input"] == 60 and summary["refused"] == 3 and summary["kept"] == 12
     lefts = [stage["left"] for stage in summary["funnel"]]
     assert lefts == sorted(lefts, reverse=True) and lefts[-1] == 12
-    assert (out / "report.html").is_file()
+    page = (out / "report.html").read_text()
+    for words in ("12 of 60 samples were kept", "near copies", "Around the upper border", "A map", "no image"):
+        assert words in page
+    assert page.count('class="badge bad"') > 5 and page.count("<img") > 20
 
 
 def test_a_rerun_and_other_workers_and_shards_give_the_same_bytes(tmp_path, recipe):
@@ -288,6 +291,12 @@ def test_tiny_pools_come_through(tmp_path, recipe, n):
     pool = _pool(tmp_path / "pool", n, broken=False)
     out = _condense(pool, tmp_path / "out", recipe, "steps.score_band=null", "steps.centroid_band=null")
     assert len(json.loads((out / "coreset.json").read_text())) == 1
+
+
+def test_an_empty_folder_has_an_empty_coreset(tmp_path, recipe):
+    out = condense(_foreign(tmp_path / "emb", 0), tmp_path / "out", recipe)
+    assert json.loads((out / "coreset.json").read_text()) == []
+    assert pq.read_table(out / "ledger.parquet").num_rows == 0
 
 
 def test_a_band_may_leave_nothing(tmp_path, recipe):
