@@ -1,5 +1,6 @@
 """What every test stands on: no network, one thread per worker, test data that may be absent, a browser for pages."""
 
+# ruff: noqa: E402  (threads and offline switches must be set before anything else is imported)
 from __future__ import annotations
 
 import os
