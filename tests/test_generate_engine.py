@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_vlm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fakes import tiny_vlm
 from leveret.generate import Engine, Request
 from leveret.images import load as load_image
 from leveret.inputs import Item, collate, encode, prepare
@@ -89,7 +89,7 @@ def vlm() -> VLM:
     model = tiny_vlm()
     # Answers of many lengths: the end token is made likely enough to be chosen now and then.
     with torch.no_grad():
-        model.language.get_input_embeddings().weight[model.tokenizer.eos_token_id] *= 1.3
+        model.language.get_output_embeddings().weight[model.tokenizer.eos_token_id] *= 2
     return model
 
 
@@ -109,6 +109,7 @@ def test_the_tokens_are_those_of_one_question_at_a_time(vlm: VLM, slots: int) ->
         assert prediction.meta["tokens"] == len(tokens)
         assert prediction.meta["finish"] == ("length" if len(tokens) == request.max_new_tokens else "stop")
         lengths.add(len(tokens))
+    assert {p.meta["finish"] for p in got} == {"stop", "length"}
     assert len(lengths) > 4, "the test says little when all answers are equally long"
 
 
@@ -149,9 +150,7 @@ def counting(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_each_image_goes_through_the_tower_once(
-    vlm: VLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_each_image_goes_through_the_tower_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     seen = counting(vlm, monkeypatch)
     one = engine(vlm, slots=4)
     requests = [r for r in some_requests(40, seed=4, pictures=6) if r.images]
@@ -251,11 +250,12 @@ def test_faults_name_the_question(vlm: VLM, tmp_path: Any) -> None:
         one.answer([missing])
     with pytest.raises(DataError, match="'unmarked': 0 <image>"):
         one.answer([Request("unmarked", (picture(0),), (Turn("user", "hm"),))])
-    with pytest.raises(DataError, match="'long': the prompt fills .* 512"):
+    with pytest.raises(DataError, match=r"'long': the prompt fills .* 512"):
         one.answer([Request("long", (), (Turn("user", "red " * 600),))])
     with pytest.raises(DataError, match="'none': max_new_tokens"):
         one.answer([Request("none", (), (Turn("user", "hm"),), max_new_tokens=0)])
-    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (32).to_bytes(4, "big") * 2 + b"\x08\x02")
+    head = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (32).to_bytes(4, "big") * 2
+    (tmp_path / "cut.png").write_bytes(head + b"\x08\x02")
     with pytest.raises(DataError, match=r"cut\.png"):
         one.answer([Request("cut", (ImageRef(str(tmp_path / "cut.png")),), (Turn("user", "<image>\nhm"),))])
     after = some_requests(5, seed=10)
@@ -280,6 +280,34 @@ def test_bf16_answers_and_is_deterministic(vlm: VLM) -> None:
     assert one == Engine(vlm, precision="bf16", slots=8).answer(requests)
     exact = engine(vlm).answer(requests)
     assert sum(a.text == b.text for a, b in zip(one, exact, strict=True)) >= 5
+
+
+def test_answers_end_before_a_stop_written_with_ordinary_tokens() -> None:
+    """The `plain` format ends with a newline, and nothing of it is shown, streamed or not."""
+    vlm = tiny_vlm(chat="plain")
+    newline = vlm.tokenizer.encode("\n", add_special_tokens=False)[0]
+    with torch.no_grad():
+        vlm.language.get_output_embeddings().weight[newline] *= 3
+    one, ended = engine(vlm), 0
+    for seed in range(12):
+        request = Request("p", (picture(seed),), (Turn("user", "<image>"),), max_new_tokens=12)
+        (prediction,) = one.answer([request])
+        tokens, _ = from_nothing(vlm, request)
+        whole = vlm.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert prediction.text == whole.split("\n")[0].strip() == "".join(one.stream(request))
+        ended += "\n" in whole and prediction.meta["finish"] == "stop"
+    assert ended > 2
+    assert (
+        len(
+            {
+                p.text
+                for p in one.answer([Request("p", (picture(n % 3),), (Turn("user", "<image>"),)) for n in range(9)])
+            }
+        )
+        <= 3
+    )
+    with pytest.raises(DataError, match="'p': chat format 'plain' writes nothing"):
+        one.answer([Request("p", (), (Turn("user", "hm"),))])
 
 
 def test_streams_are_the_answers(vlm: VLM) -> None:

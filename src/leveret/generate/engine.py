@@ -1,6 +1,6 @@
 """The one engine that answers, for examining and for serving.
 
-    Request -> prompt (inputs) -> Reply -> slots: image prefix once per image, prompts and steps in batches -> Prediction
+    Request -> prompt (inputs) -> Reply -> slots: image prefixes once, prompts and steps in batches -> Prediction
 
 What it saves, against answering one by one: an image goes through the tower once, and so do the layers over its tokens,
 however many questions there are about it, in one call or several; prompts of like length are computed together; a
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
@@ -122,7 +121,7 @@ class Engine:
 
     def stream(
         self, request: Request, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer in pieces as it is made; joined they are its text. Closing the iterator stops the answer.
 
         temperature, top_p, seed: see `Sampling`. Raises what `answer` raises, before the first piece.
@@ -131,7 +130,7 @@ class Engine:
         reply.picker = Sampling(temperature, top_p, seed).picker()
         return self._pieces(reply)
 
-    def _pieces(self, reply: Reply) -> Iterator[str]:
+    def _pieces(self, reply: Reply) -> Generator[str, None, None]:
         detokenizer, shown, kept = Detokenizer(self.vlm.tokenizer), 0, ""
         said = False
         try:
@@ -169,8 +168,12 @@ class Engine:
             encoded = encode(request.turns, self.vlm.chat, self.vlm.tokenizer, self.vlm.spec, sizes, generate=True)
             shared, choices = self._choices(request.choices) if request.choices is not None else ([], ())
             ids, marks = encoded.input_ids + shared, encoded.image_mask + [False] * len(shared)
+            if not ids:
+                raise DataError(f"chat format {self.vlm.chat!r} writes nothing for this question: it needs an image")
             limit = self._limit(len(ids), request.max_new_tokens)
         except DataError as fault:
+            if not request.question_id:  # a lone question needs no name
+                raise
             raise DataError(f"question {request.question_id!r}: {fault}") from fault
         return Reply(ids, marks, tuple(key for key, _ in seen), limit, choices=choices)
 
@@ -199,10 +202,12 @@ class Engine:
                 encoded = encode(turns, self.vlm.chat, self.vlm.tokenizer, self.vlm.spec, ())
                 self._spelled[choice] = [label for label in encoded.labels if label != IGNORE]
         spelled = [self._spelled[choice] for choice in choices]
-        shared = len(commonprefix(spelled)) if len(spelled) > 1 else 0
+        shared = common(spelled) if len(spelled) > 1 else 0
         firsts = tuple(ids[shared] for ids in spelled if len(ids) > shared)
         if not choices or not all(choice.strip() for choice in choices) or len(set(firsts)) < len(choices):
-            raise DataError(f"choices: {list(choices)} must be answers that differ in the first token they do not share")
+            raise DataError(
+                f"choices: {list(choices)} must be answers that differ in the first token not shared by all"
+            )
         return spelled[0][:shared], firsts
 
     def _order(self, replies: Sequence[Reply]) -> list[Reply]:
@@ -270,6 +275,16 @@ class Eyes:
             raise fault.at(str(ref)) from fault
 
 
+def common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    shared = 0
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared += 1
+    return shared
+
+
 def native_bf16(device: torch.device) -> bool:
     """Whether `device` computes bfloat16 products natively; where it does not, autocast only costs time."""
     if device.type == "cuda":
@@ -278,5 +293,3 @@ def native_bf16(device: torch.device) -> bool:
         return False
     asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(bool(ask()) for ask in asks if ask is not None)
-
-

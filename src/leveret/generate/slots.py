@@ -1,7 +1,7 @@
 """Slots that answers join and leave, one token a step for all of them.
 
-    join    prompts -> rows of the cache. The part up to the last image is computed once per image (batched over images) and
-            copied to every question about it; the rest of the prompts is one batch. Gives each its first token.
+    join    prompts -> rows of the cache. The part up to the last image is computed once per image (batched over images)
+            and copied to every question about it; the rest of the prompts is one batch. Gives each its first token.
     step    one pass over the rows in use gives each answer its next token.
     leave   an answer that ends frees its row; a row from the end takes its place, so that rows in use are always 0..n-1
             and no pass computes or copies anything for a row that is free.
@@ -63,7 +63,9 @@ class Reply:
     key: tuple[tuple[str, ...], tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prefix = len(self.ids) - self.marks[::-1].index(True) if self.images else 0
+        end = len(self.ids) - self.marks[::-1].index(True) if self.images else 0
+        # A prompt that ends with its image (a bare caption) is computed whole: its last token must give logits.
+        self.prefix = end if end < len(self.ids) else 0
         self.key = (self.images, tuple(self.ids[: self.prefix]))
 
     @property
@@ -105,10 +107,13 @@ class Slots:
         for chunk in chunked(replies, lambda reply: len(reply.ids) - reply.prefix):
             first = len(self.active)
             for row, reply in enumerate(chunk, first):
-                if reply.images:
+                if reply.prefix:
                     self.cache.copy_in(row, known[reply.key])
             starts = [reply.prefix for reply in chunk]
-            batch = self._batch([(reply.ids[reply.prefix :], None) for reply in chunk])
+            batch = self._batch(
+                [(reply.ids[reply.prefix :], reply.marks[reply.prefix :]) for reply in chunk],
+                [image for reply in chunk if not reply.prefix for image in reply.images],
+            )
             logits = self._forward(first, starts, batch)
             self.active += chunk
             ended += self._take(chunk, logits)
@@ -119,7 +124,7 @@ class Slots:
         """One more token for every answer. Returns those that ended, which have left their rows."""
         if not self.active:
             return []
-        batch = self._batch([([reply.tokens[-1]], None) for reply in self.active])
+        batch = self._batch([([reply.tokens[-1]], [False]) for reply in self.active])
         return self._take(self.active, self._forward(0, [reply.position for reply in self.active], batch))
 
     @torch.inference_mode()
@@ -131,21 +136,23 @@ class Slots:
 
     def _prefixes(self, replies: Sequence[Reply]) -> dict[Any, Tensor]:
         """Keys and values of every distinct image prefix among `replies`, computed (in rows still free) where new."""
-        wanted = {reply.key: reply for reply in replies if reply.images}
+        wanted = {reply.key: reply for reply in replies if reply.prefix}
         known = {key: block for key in wanted if (block := self.prefixes.get(key)) is not None}
         missing = [reply for key, reply in wanted.items() if key not in known]
         first = len(self.active)
         for chunk in chunked(missing, lambda reply: reply.prefix):
-            features = self.features([image for reply in chunk for image in reply.images])
-            batch = self._batch([(r.ids[: r.prefix], r.marks[: r.prefix]) for r in chunk], features)
+            batch = self._batch(
+                [(reply.ids[: reply.prefix], reply.marks[: reply.prefix]) for reply in chunk],
+                [image for reply in chunk for image in reply.images],
+            )
             self._forward(first, [0] * len(chunk), batch, logits=False)
             for row, reply in enumerate(chunk, first):
                 known[reply.key] = block = self.cache.copy_out(row, reply.prefix)
                 self.prefixes.put(reply.key, block)
         return known
 
-    def _batch(self, rows: Sequence[tuple[list[int], list[bool] | None]], features: Tensor | None = None) -> Batch:
-        """Rows of (ids, image mask), padded on the right; positions count from 0 here."""
+    def _batch(self, rows: Sequence[tuple[list[int], list[bool]]], images: Sequence[str] = ()) -> Batch:
+        """Rows of (ids, image mask) and their images, padded on the right; positions count from 0 here."""
         length = max(len(ids) for ids, _ in rows)
         pad = [self.vlm.tokenizer.pad_token_id or 0] * length
         device = self.vlm.device
@@ -153,13 +160,12 @@ class Slots:
         lengths = torch.tensor([len(row) for row, _ in rows], device=device)
         place = torch.arange(length, device=device).expand(len(rows), length)
         attention = place < lengths[:, None]
-        marks = torch.zeros_like(attention)
-        if features is not None:
-            marks = torch.tensor([[*(mark or []), *[False] * (length - len(mark or []))] for _, mark in rows], device=device)
+        masks = [mark + [False] * (length - len(mark)) for _, mark in rows]
         empty = torch.empty(0, dtype=torch.long, device=device)
         return Batch(
             input_ids=ids, labels=torch.full_like(ids, IGNORE), attention_mask=attention, position_ids=place,
-            segments=attention.long() - 1, image_mask=marks, pixels={}, tile_image=empty, features=features,
+            segments=attention.long() - 1, image_mask=torch.tensor(masks, device=device),
+            pixels={}, tile_image=empty, features=self.features(images) if images else None,
         )  # fmt: skip
 
     def _forward(self, first: int, starts: list[int], batch: Batch, *, logits: bool = True) -> Tensor:
@@ -237,10 +243,11 @@ class Masks:
         window = getattr(config, "sliding_window", None)
         # Mixed kinds get one mask each; else one mask serves all, windowed where the model says so by either habit.
         self.mixed = len(kinds) > 1
-        self.window = int(window) if window and ("sliding_attention" in kinds or not hasattr(config, "layer_types")) else 0
+        windowed = "sliding_attention" in kinds or not hasattr(config, "layer_types")
+        self.window = int(window) if window and windowed else 0
 
     def of(self, at: Tensor, reach: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """For queries at columns `at` [B, q] over columns 0..reach-1: [B, 1, q, reach], or one such per kind of layer."""
+        """For queries at columns `at` [B, q] over columns 0..reach-1: [B, 1, q, reach]; or one per kind of layer."""
         behind = at[:, None, :, None] - torch.arange(reach, device=at.device)
         full = behind >= 0
         sliding = full & (behind < self.window) if self.window else full

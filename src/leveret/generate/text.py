@@ -19,7 +19,7 @@ class Stops:
 
     @classmethod
     def of(cls, stop: Iterable[str], tokenizer: Any, eos: int | Iterable[int] | None = None) -> Stops:
-        """A chat format's `stop` strings as `tokenizer` knows them, with its end-of-text token and the model's `eos`."""
+        """A chat format's `stop` strings as `tokenizer` knows them, its end-of-text token and the model's `eos`."""
         special = tokenizer.get_added_vocab()
         ids = {special[text] for text in stop if text in special}
         more = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

@@ -1,0 +1,1 @@
+"""Station 8, offer: the terminal chat (`leveret.serve.chat.chat`)."""

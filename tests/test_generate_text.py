@@ -1,0 +1,79 @@
+"""Tokens become text in pieces that never cut a character, and chosen tokens follow the probabilities asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fakes import tiny_tokenizer
+from leveret.generate.cache import Shelf
+from leveret.generate.sampling import Sampling
+from leveret.generate.text import BROKEN, Detokenizer, Stops, decode
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    reader = Detokenizer(tokenizer)
+    return [*(reader.push(token) for token in ids), reader.finish()]
+
+
+@given(st.text(max_size=40))
+def test_pieces_of_a_text_join_to_it_and_hold_whole_characters(tokenizer: Any, text: str) -> None:
+    got = pieces(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    assert "".join(got) == text
+    if BROKEN not in text:
+        assert not any(BROKEN in piece for piece in got)
+
+
+@given(st.lists(st.integers(0, 319), max_size=30))
+def test_pieces_of_any_tokens_join_to_their_decoding(tokenizer: Any, ids: list[int]) -> None:
+    assert "".join(pieces(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+def test_a_piece_comes_as_soon_as_its_character_is_whole(tokenizer: Any) -> None:
+    ids = tokenizer.encode("\N{GRINNING FACE}!", add_special_tokens=False)
+    assert pieces(tokenizer, ids) == [*[""] * (len(ids) - 2), "\N{GRINNING FACE}", "!", ""]
+
+
+def test_stops_are_tokens_where_the_tokenizer_has_them_and_text_elsewhere(tokenizer: Any) -> None:
+    stops = Stops.of(("<|end|>", "###", "\n"), tokenizer, [7, 8])
+    assert stops.ids == {tokenizer.convert_tokens_to_ids("<|end|>"), 7, 8}
+    assert stops.strings == ("###", "\n")
+    assert stops.cut("yes ### no\n") == "yes "
+    assert stops.cut("yes ## no") is None
+    assert [stops.held(text) for text in ("yes", "yes #", "yes ##", "# yes", "")] == [0, 1, 2, 0, 0]
+
+
+def test_sampling_draws_by_probability_within_top_p() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    draw = Sampling(1.0, 1.0, seed=0).picker()
+    assert draw is not None
+    shares = torch.bincount(torch.tensor([draw(logits) for _ in range(4000)]), minlength=4) / 4000
+    assert torch.allclose(shares, logits.exp(), atol=0.03)
+    # 0.5 + 0.3 is the first sum that reaches 0.7: two tokens stay, in their old proportion.
+    draw = Sampling(1.0, 0.7, seed=0).picker()
+    assert draw is not None
+    shares = torch.bincount(torch.tensor([draw(logits) for _ in range(4000)]), minlength=4) / 4000
+    assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
+    assert Sampling(0.0).picker() is None
+
+
+def test_a_shelf_forgets_the_least_recently_used() -> None:
+    shelf = Shelf(limit=3 * 40)
+    for key in "abc":
+        shelf.put(key, torch.zeros(10))
+    assert shelf.get("a") is not None
+    shelf.put("d", torch.zeros(10))
+    assert [key for key in "abcd" if shelf.get(key) is not None] == ["a", "c", "d"]
+    shelf.put("d", torch.zeros(20))
+    assert shelf.bytes <= shelf.limit and shelf.get("d") is not None
+    shelf.put("e", torch.zeros(1000))
+    assert len(shelf) == 0 and shelf.bytes == 0
