@@ -104,6 +104,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     assert "last index is 1" in line("stages.align.mix.9")
     assert "key.path=value" in line("'nonsense'")
     assert "no keys below" in line("name.x")
+    assert "override 'nope.x=1'" in refusal(path, "nope.x=1")
 
 
 def test_yaml_surprises_are_gone(tmp_path: Path) -> None:

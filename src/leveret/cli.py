@@ -80,12 +80,23 @@ def _report(json: bool, facts: dict[str, Any], text: str = "") -> None:
 
 def _plan(json: bool, facts: dict[str, Any]) -> None:
     """What a dry run found out, one fact a line."""
-    width = max(len(name) for name in facts)
-    lines = [
-        f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}"
-        for name, value in facts.items()
-    ]
-    _report(json, facts, "\n".join(["would do, but this is a dry run:", *(f"  {line}" for line in lines)]))
+    lines = ["would do, but this is a dry run:"]
+
+    def tell(facts: dict[str, Any], indent: str) -> None:
+        width = max((len(name) for name in facts), default=0)
+        for name, value in facts.items():
+            if isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
+                lines.append(f"{indent}{name}")
+                tell(value, indent + "  ")
+                continue
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+            elif isinstance(value, int):
+                value = f"{value:,}"
+            lines.append(f"{indent}{name:<{width}}  {value}")
+
+    tell(facts, "  ")
+    _report(json, facts, "\n".join(lines))
 
 
 def _version(asked: bool) -> None:
@@ -215,7 +226,7 @@ def _condense_plan(
         from leveret.pool import open_source
 
         facts |= {"samples": len(open_source(source, images)), "encoder": encoder or chosen.get("encoder")}
-    return facts | {f"  {key}": value for key, value in chosen.items() if key != "encoder"}
+    return facts | {"steps": chosen["steps"]}
 
 
 @_verb("train", "leveret.train")

@@ -274,6 +274,7 @@ def _override(raw: _Raw, text: str) -> str | None:
             return f"{_dotted((*path, name))}: {_dotted(path)} is {_what(here)}, it has no keys below it  {where}"
         elif not last and here.get(name) is None:
             here[name] = {}  # a key the schema has a default for; the schema says so if it has none
+            raw.origin[(*path, name)] = f"override {text!r}"
         path = (*path, step)
         if last:
             _merge({}, value, path, raw.origin)
