@@ -114,6 +114,8 @@ def test_components_in_blocks_equal_brute_force(seed, n, block, width):
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     found = components(lambda positions: x[positions], n, 0.86, block)
     np.testing.assert_array_equal(found, _brute_components(x, 0.86))
+    shared = components(lambda positions: x[positions], n, 0.86, block, Shop(workers=3))
+    np.testing.assert_array_equal(found, shared)
 
 
 def test_a_pair_at_the_threshold_itself_is_no_edge():

@@ -44,40 +44,64 @@ Doubles = NDArray[np.float64]
 # --- components ----------------------------------------------------------------------------------------------------
 
 
-def components(read: Callable[[Ints], Floats], n: int, threshold: float, block: int = BLOCK) -> Ints:
+def components(
+    read: Callable[[Ints], Floats], n: int, threshold: float, block: int = BLOCK, shop: Shop | None = None
+) -> Ints:
     """The lowest position of each row's component, [n] int64.
 
     read   positions to vectors (float32 [*, width], each of length 1 or nearly so).
-    Memory: two blocks of vectors, their product, and 8 bytes a row.
+    shop   whose workers take the products; what they find is joined in order, by this thread.
+    Memory: for each worker a few blocks of vectors and two bits a pair of theirs; 8 bytes a row.
     """
     label = np.arange(n)
     for top in range(0, n, block):
         upper = np.arange(top, min(top + block, n))
         a = read(upper)
-        for left in range(top, n, block):
+
+        def screen(left: int, upper: Ints = upper, a: Floats = a) -> tuple[Ints, Screened | None]:
             lower = np.arange(left, min(left + block, n))
-            if label[upper].min() == label[upper].max() == label[lower].min() == label[lower].max():
-                continue  # all of one component: no product can change that
-            b = a if left == top else read(lower)
-            label = _join(label, upper, lower, a, b, threshold)
+            found = label[upper], label[lower]
+            if found[0].min() == found[0].max() == found[1].min() == found[1].max():
+                return lower, None  # all of one component, and nothing is ever parted again
+            return lower, _screen(a, read(lower), threshold)
+
+        for lower, screened in (shop or Shop()).map(screen, range(top, n, block)):
+            if screened is not None:
+                label[:] = _join(label, upper, lower, a, screened, threshold)
     return label
 
 
-def _join(label: Ints, upper: Ints, lower: Ints, a: Floats, b: Floats, threshold: float) -> Ints:
-    """`label` after the edges between two blocks."""
-    slack = screen_error(a.shape[1]) * float(_longest(a) * _longest(b)) + 2.0**-24
+@dataclass(frozen=True)
+class Screened:
+    """What float32 says of all pairs of two blocks. sure: edges. unsure: too near the threshold to tell."""
+
+    b: Floats
+    sure: NDArray[np.bool_]
+    unsure: NDArray[np.bool_]
+
+
+def _screen(a: Floats, b: Floats, threshold: float) -> Screened | None:
+    """None where no pair can be an edge."""
+    slack = screen_error(a.shape[1]) * _longest(a) * _longest(b) + 2.0**-24
     cosine = product(a, b)
     # Two thresholds in float32, rounded outwards, so that "sure" is sure and nothing possible is passed over.
+    lowest = np.nextafter(np.float32(threshold - slack), np.float32(-np.inf))
+    if cosine.max() < lowest:
+        return None
     sure = cosine > np.nextafter(np.float32(threshold + slack), np.float32(np.inf))
-    label = _merge(label, upper, lower, *np.nonzero(sure))
-    possible = cosine >= np.nextafter(np.float32(threshold - slack), np.float32(-np.inf))
-    i, j = np.nonzero(possible & ~sure)
+    return Screened(b, sure, (cosine >= lowest) & ~sure)
+
+
+def _join(label: Ints, upper: Ints, lower: Ints, a: Floats, screened: Screened, threshold: float) -> Ints:
+    """`label` after the edges between two blocks."""
+    label = _merge(label, upper, lower, *np.nonzero(screened.sure))
+    i, j = np.nonzero(screened.unsure)
     # What is already together, and each pair's mirror image, need no second look.
     open_ = (label[upper[i]] != label[lower[j]]) & (upper[i] < lower[j])
     i, j = i[open_], j[open_]
     for at in range(0, len(i), BLOCK):
         part = slice(at, at + BLOCK)
-        edge = dots(a[i[part]], b[j[part]]) > threshold
+        edge = dots(a[i[part]], screened.b[j[part]]) > threshold
         label = _merge(label, upper, lower, i[part][edge], j[part][edge])
     return label
 
@@ -192,7 +216,7 @@ def dedup(table: Table, config: Any, shop: Shop) -> Verdict:
     found = np.zeros((3, n), np.int64)
 
     def judge(group: Ints) -> Ints:
-        return _one_cluster(table, group, config)
+        return _one_cluster(table, group, config, Shop())
 
     starts = np.flatnonzero(np.r_[True, np.diff(clusters[order]) != 0][:n])
     groups = [order[a:b] for a, b in zip(starts, np.r_[starts[1:], n], strict=True)] if n else []
@@ -203,6 +227,8 @@ def dedup(table: Table, config: Any, shop: Shop) -> Verdict:
         batch, groups = groups[:ends], groups[ends:]
 
         def part(batch: list[Ints] = batch) -> Ints:
+            if len(batch) == 1:  # the workers share one large cluster, or take a small one each
+                return _one_cluster(table, batch[0], config, shop)
             return np.concatenate(list(shop.map(judge, batch)), axis=1)
 
         found[:, np.concatenate(batch)] = shop.memo(f"clusters_{task:06d}", part)
@@ -226,13 +252,13 @@ def dedup(table: Table, config: Any, shop: Shop) -> Verdict:
     return Verdict(keep, reason, REASONS, columns=columns, notes=notes)
 
 
-def _one_cluster(table: Table, group: Ints, config: Any) -> Ints:
+def _one_cluster(table: Table, group: Ints, config: Any, shop: Shop) -> Ints:
     """[3, len(group)]: component, size and kept row number of each row of one cluster (`group`: its positions)."""
     rows = table.rows[group]
     first = table.columns["copy_of"][group] if "copy_of" in table.columns else rows
     distinct, source = np.unique(first, return_inverse=True)
     read = _reader(table.vectors, distinct)
-    lowest = components(read, len(distinct), config.threshold)
+    lowest = components(read, len(distinct), config.threshold, BLOCK, shop)
     # Of a component, the lowest row number is its lowest distinct row's: a copy stands after its first.
     component = distinct[lowest][source]
     if "copy_of" in table.columns:

@@ -106,7 +106,7 @@ def open_embeddings(path: str | Path) -> Embeddings:
     score = _numbers(tables, SCORE_COLUMNS, np.float64)
     if score is None:
         score = _from_texts(path, arrays)
-    if score is not None and np.isnan(score).all():
+    if score is not None and len(score) and np.isnan(score).all():
         score = None
     refused = read_jsonl(path / "quarantine.jsonl") if (path / "quarantine.jsonl").is_file() else []
     return Embeddings(
