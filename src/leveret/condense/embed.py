@@ -268,7 +268,7 @@ class Processes(Fleet):
         here = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "leveret.condense.worker", encoder]
+        command = [sys.executable, "-c", "from leveret.condense.worker import main; main()", encoder]
         # A session of its own: Ctrl-C reaches this process, which finishes what is in flight, and not the workers.
         self.children = [
             subprocess.Popen(

@@ -146,7 +146,7 @@ def _values(stage: Stage) -> str:
 
 
 def _amount(config: Any) -> str:
-    return f"{config.share:.3g} of them" if config.share is not None else f"{config.count:,}"
+    return f"{100 * config.share:.3g} %" if config.share is not None else f"{config.count:,}"
 
 
 _TOLD: dict[str, Callable[[Stage, Any], tuple[str, str]]] = {

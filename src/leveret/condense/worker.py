@@ -1,6 +1,4 @@
-"""One embedding worker: takes batches of image references, gives vectors. Runs in threads' place, as a process.
-
-    python -m leveret.condense.worker ENCODER          (started by embed.py; nobody else calls it)
+"""One embedding worker: takes batches of image references, gives vectors. A process that embed.py starts.
 
 Frames on stdin and stdout are a length (8 bytes, little end first) and that many bytes: JSON, then for answers raw
 numbers. No pickle, no shared state, and no copy of the caller's `__main__`, so it works from scripts and notebooks.
@@ -132,7 +130,3 @@ def main() -> None:
     encoder = load_encoder(sys.argv[1])
     while (data := receive(sys.stdin.buffer)) is not None:
         send(out, pack_done(work(encoder, unpack_job(data))))
-
-
-if __name__ == "__main__":
-    main()
