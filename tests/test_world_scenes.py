@@ -67,7 +67,9 @@ def test_held_out_pairs_and_words_are_in_no_training_scene_and_in_every_novel_on
         assert (novel.things[0].colour, novel.things[0].shape) in HELD_OUT
     assert {c for c, _ in HELD_OUT} == set(COLOURS)
     assert {s for _, s in HELD_OUT} == set(SHAPES)
-    share = np.mean([is_novel_word(f"{a}{b}{c}") for a in "ACEHKLOTUXZN" for b in "ACEHKLOTUXZN" for c in "ACEHKLOTUXZN"])
+    share = np.mean(
+        [is_novel_word(f"{a}{b}{c}") for a in "ACEHKLOTUXZN" for b in "ACEHKLOTUXZN" for c in "ACEHKLOTUXZN"]
+    )
     assert 0.07 < share < 0.13
 
 
@@ -108,7 +110,12 @@ def truth(scene: Scene, question: questions.Question) -> str:
     if kind == "count":
         if form == "all":
             return str(len(things))
-        return str(sum(f"How many {questions.plural(t.shape)} are" in text or f"many {t.colour} objects" in text for t in things))
+        return str(
+            sum(
+                f"How many {questions.plural(t.shape)} are" in text or f"many {t.colour} objects" in text
+                for t in things
+            )
+        )
     if kind == "relation":
         relation = next(r for r in questions.OPPOSITE if f" is {r} the " in text)
         one, other = text.removeprefix("True or false? The ").removesuffix(".").split(f" is {relation} the ")
@@ -124,7 +131,9 @@ def truth(scene: Scene, question: questions.Question) -> str:
         else:
             relation = next(r for r in questions.OPPOSITE if f" is {r} the " in text)
             (b,) = named(text.split("\n")[0].split(f" is {relation} the ")[1].removesuffix("?"))
-            (letter,) = [k for k, v in options.items() if any(t is not b and questions.holds(relation, t, b) for t in named(v))]
+            (letter,) = [
+                k for k, v in options.items() if any(t is not b and questions.holds(relation, t, b) for t in named(v))
+            ]
         return letter
     if kind == "box":
         (thing,) = named(text.removeprefix("Where is the ").removesuffix("?"))
@@ -142,7 +151,11 @@ def truth(scene: Scene, question: questions.Question) -> str:
         words = "left of or right of" if form == "flat" else "above or below"
         one, other = text.removeprefix("Is the ").removesuffix("?").split(f" {words} the ")
         (a,), (b,) = named(one), named(other)
-        return next(r for r in words.replace(" of", "").split(" or ") if questions.holds(r if form == "tall" else r + " of", a, b))
+        return next(
+            r
+            for r in words.replace(" of", "").split(" or ")
+            if questions.holds(r if form == "tall" else r + " of", a, b)
+        )
     if kind == "extreme":
         axis, sign = questions.EXTREMES[form]
         return min(things, key=lambda t: sign * t.centre[axis]).name
@@ -239,10 +252,14 @@ def test_exact_copies_are_exact_and_near_duplicates_are_not(web: list[captions.W
             continue
         source = captions.web_pair(0, "web", pair.source)
         assert pair.scene == source.scene and pair.source < pair.index
-        same = np.array_equal(np.asarray(Image.open(io.BytesIO(pair.image()))), np.asarray(Image.open(io.BytesIO(source.image()))))
+        same = np.array_equal(
+            np.asarray(Image.open(io.BytesIO(pair.image()))), np.asarray(Image.open(io.BytesIO(source.image())))
+        )
         if pair.copy != "exact":
             assert not same
-            near = np.abs(render(pair.scene, shift=pair.shift, jitter=pair.jitter).astype(int) - render(source.scene)).mean()
+            near = np.abs(
+                render(pair.scene, shift=pair.shift, jitter=pair.jitter).astype(int) - render(source.scene)
+            ).mean()
             assert near < 90
 
 

@@ -25,7 +25,9 @@ def test_every_string_round_trips(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t ", "héllo 漢字 🐇", "<0x41>", "▁ ▁", "a\x00b", "CXK", "[0.25, 0.5]", "  two  "])
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\t ", "héllo 漢字 🐇", "<0x41>", "▁ ▁", "a\x00b", "CXK", "[0.25, 0.5]", "  two  "]
+)
 def test_hard_strings_round_trip(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 

@@ -318,7 +318,7 @@ def score(
 @_verb("chat", "leveret.serve.chat", LOOK)
 def chat(
     model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
-    image: Annotated[Path | None, typer.Option("-i", "--image", help="The picture to talk about.")] = None,
+    image: Annotated[Path | None, typer.Argument(help="The picture to talk about.")] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once, print the answer, and end.")] = None,
 ) -> None:
     """Talk with a model about a picture."""

@@ -7,12 +7,15 @@ leaves its work in one folder and a mark when it is finished, so the same comman
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.runs import RunFolder, read_json, write_json
+
+if TYPE_CHECKING:
+    from leveret.world.write import WorldSize
 
 BUDGET = 2_000
 """Pairs the coreset keeps; the drawn web is fifty times as large."""
@@ -32,26 +35,22 @@ def run(
     out: str | Path = "runs/quickstart",
     *,
     seed: int = 0,
-    web: int | None = None,
-    tune: int | None = None,
-    test: int | None = None,
-    budget: int = BUDGET,
-    overrides: tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
     dry_run: bool = False,
 ) -> Path:
     """Runs, or continues, the quickstart in `out`; returns that folder.
 
-    web, tune, test  sizes of the drawn world (default: world.write.WorldSize).
-    budget           pairs the coreset keeps.
-    overrides        `key=value` for the train recipe, e.g. `stages.tune.steps=100`.
+    overrides  `world.FIELD=n` (sizes of world.write.WorldSize), `budget=n` (pairs the coreset keeps); anything else
+               changes the train recipe `world`, e.g. `stages.tune.steps=100`.
 
     `out/results.json` holds {"tasks": {kind: {"score", "n", "ci95", "majority", "blind"}}, "seconds": {step: s}}.
+    Raises RecipeError for an unknown or unusable override, and when `out` holds another quickstart.
     """
-    from leveret.world.write import WorldSize
+    from leveret.train.run import read as read_recipe
 
-    given = {"web": web, "tune": tune, "test": test}
-    size = WorldSize(**{key: value for key, value in given.items() if value is not None})
-    recipe = {"seed": seed, "world": asdict(size), "budget": budget, "overrides": list(overrides)}
+    size, budget, changes = _settings(overrides)
+    read_recipe("world", changes)  # its faults are told now, not after minutes of drawing
+    recipe = {"seed": seed, "world": asdict(size), "budget": budget, "overrides": changes}
     if dry_run:
         _say_plan(Path(out), recipe)
         return Path(out)
@@ -75,7 +74,7 @@ def run(
 
             data = [f"stages.align.data={coreset / 'coreset.json'}", f"stages.align.images={world}"]
             data += [f"stages.tune.data={world / 'tune.json'}", f"seed={seed}"]
-            teach_stages("world", root / "train", [*data, *overrides], stages=[stage])
+            teach_stages("world", root / "train", [*data, *changes], stages=[stage])
 
         return teach
 
@@ -105,6 +104,37 @@ def run(
     _report(root, results, size.web, budget)
     _say_results(root, results)
     return root
+
+
+def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
+    """The world's size, the budget, and what is left for the train recipe."""
+    from leveret.runs import RecipeError, closest
+    from leveret.world.write import WorldSize
+
+    sizes: dict[str, Any] = {}
+    budget, left = BUDGET, []
+    allowed = {name: type(value) for name, value in asdict(WorldSize()).items()}
+    for given in overrides:
+        key, _, value = given.partition("=")
+        name = key.removeprefix("world.")
+        if key != "budget" and name == key:
+            left.append(given)
+            continue
+        if key != "budget" and name not in allowed:
+            near = closest(name, allowed)
+            hint = f" Did you mean world.{near[0]}?" if near else ""
+            raise RecipeError(f"{given}: the world has no {name!r}; allowed are {', '.join(allowed)}.{hint}")
+        try:
+            number = int(value) if key == "budget" else allowed[name](value)
+            if number < (1 if key == "budget" or name in ("web", "tune", "turns", "test") else 0):
+                raise ValueError
+        except ValueError:
+            raise RecipeError(f"{given}: {key} takes a positive number, such as {key}=1000") from None
+        if key == "budget":
+            budget = int(number)
+        else:
+            sizes[name] = number
+    return WorldSize(**sizes), budget, left
 
 
 def _say_plan(root: Path, recipe: dict[str, Any]) -> None:
@@ -138,8 +168,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
             WHY.get(kind, ""),
             f"{row['score']:.3f}",
             f"{row['ci95'][0]:.3f} - {row['ci95'][1]:.3f}",
-            f"{row['blind']:.3f}",
-            f"{row['majority']:.3f}",
+            *("-" if row[name] is None else f"{row[name]:.3f}" for name in ("blind", "majority")),
             f"{row['n']:,}",
         ]
         for kind, row in results["tasks"].items()
@@ -191,7 +220,11 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
         samples = [pool.sample(index) for index in range(min(n, len(pool)))]
         return pages.gallery(
             [
-                (Path(sample.images[0].path), "\n".join(turn.text.replace("<image>\n", "") for turn in sample.turns[:4]), "")
+                (
+                    Path(sample.images[0].path),
+                    "\n".join(turn.text.replace("<image>\n", "") for turn in sample.turns[:4]),
+                    "",
+                )
                 for sample in samples
                 if sample.images
             ]
@@ -220,7 +253,7 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
             "1. The web that was drawn",
             [
                 pictures(root / "world" / "web.json", root / "world", 8),
-                pages.paragraphs("What is wrong with which pair is written beside it, in `world/web_truth.jsonl`; no step reads it."),
+                pages.paragraphs("What is wrong with which pair stands in `world/web_truth.jsonl`; no step reads it."),
             ],
             "Almost half of the captions belong to another picture, some say nothing, and a fifth of the pictures are copies.",
         ),

@@ -8,6 +8,7 @@ metadata holds the configuration.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,7 @@ class TinyVisionTower(nn.Module):
         )
         self.row = nn.Parameter(torch.randn(self.grid, 1, width) * 0.1)
         self.column = nn.Parameter(torch.randn(1, self.grid, width) * 0.1)
-        self.layers = nn.ModuleList(
-            Layer(width, int(config["heads"]), 2 * width) for _ in range(int(config["layers"]))
-        )
+        self.layers = nn.ModuleList(Layer(width, int(config["heads"]), 2 * width) for _ in range(int(config["layers"])))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ class TinyDualEncoder(nn.Module):
         self.view = TowerView(name="world/scorer", size=self.size)
         widths = [3, *map(int, config["widths"])]
         stages: list[nn.Module] = []
-        for i, o in zip(widths, widths[1:], strict=False):
+        for i, o in pairwise(widths):
             stages += [_conv(i, o, 2), nn.ReLU()]
         self.stem = nn.Sequential(*stages, Residual(widths[-1]))
         self.project = nn.Linear(2 * widths[-1], self.width)

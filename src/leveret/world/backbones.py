@@ -18,7 +18,7 @@ from typing import Any
 
 from leveret.runs import RunFolder, atomic_write, environment, graceful_stop, read_json, sha256_of, write_json
 
-STEPS = {"vision": 2400, "scorer": 4000, "language": 9000}
+STEPS = {"vision": 2400, "scorer": 4000, "language": 12000}
 SUPERVISION = {
     "vision": "SigLIP loss on clean captions that leave attributes out at random (weight 0.5), and a dense grounded "
     "loss: for each cell of the 8 x 8 grid whether it holds the centre of a thing or a letter; there the colour, "
@@ -128,7 +128,7 @@ def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
         "",
     ]
     for name, found in figures.items():
-        groups = found if all(isinstance(value, dict) for value in found.values()) else {"": found}
+        groups: dict[str, Any] = found if name == "language" else {"": found}
         for group, values in groups.items():
             shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
             lines.append(f"- **{name}**{' (' + group + ')' if group else ''}: {shown}")

@@ -7,6 +7,7 @@ exact copies repeat an earlier pair to the byte.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 from leveret.world.draw import jpeg, render
@@ -45,7 +46,7 @@ class WebPair:
         return jpeg(render(self.scene, shift=self.shift, jitter=self.jitter), self.quality)
 
 
-def fitting(scene: Scene, rng) -> str:
+def fitting(scene: Scene, rng: random.Random) -> str:
     """A caption that is true: mostly the whole scene with places, sometimes only what is there, in any order."""
     if rng.random() >= PLAIN:
         return told(scene)
@@ -57,7 +58,7 @@ def web_scene(seed: int, split: str, index: int) -> Scene:
     return sample_scene(stream(seed, split, index), word=0.45)
 
 
-def _caption(seed: int, split: str, index: int, scene: Scene, rng) -> tuple[str, str]:
+def _caption(seed: int, split: str, index: int, scene: Scene, rng: random.Random) -> tuple[str, str]:
     r = rng.random()
     if r < WORDS["wrong"]:
         other = sample_scene(stream(seed, split + "/other", index), word=0.45)

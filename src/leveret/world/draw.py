@@ -1,4 +1,4 @@
-"""A scene's pixels, with Pillow for the masks (drawn once, kept) and numpy for the rest: some thousand pictures a second.
+"""A scene's pixels: Pillow for the masks (drawn once, kept), numpy for the rest; some thousand pictures a second.
 
 Masks are drawn eight times too large and averaged down, so edges are smooth; colours vary a little from thing to
 thing; backgrounds are muted gradients with a texture and noise.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -85,7 +85,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, n: int) -> None:
         raise AssertionError(f"no mask for shape {shape!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def thing_mask(shape: str, size: int) -> np.ndarray:
     """Coverage of a shape in its box: [size, size, 1] float32 in 0..1."""
     big = Image.new("L", (size * OVER, size * OVER), 0)
@@ -93,7 +93,7 @@ def thing_mask(shape: str, size: int) -> np.ndarray:
     return np.asarray(big.reduce(OVER), np.float32)[:, :, None] / 255.0
 
 
-@lru_cache(maxsize=None)
+@cache
 def letter_mask(letter: str) -> np.ndarray:
     """Coverage of a letter in its cell: [LETTER_HEIGHT, LETTER_PITCH, 1] float32 in 0..1."""
     w, h = LETTER_PITCH * OVER, LETTER_HEIGHT * OVER

@@ -67,7 +67,9 @@ class ToldScene(nn.Module):
         super().__init__()
         t = torch.arange(GRID + 1)[:, None] / GRID
         waves = torch.cat([t * 2 - 1, *(f(math.pi * k * t) for k in (1, 2, 4, 8) for f in (torch.sin, torch.cos))], 1)
-        smooth = torch.stack([waves @ torch.randn(waves.shape[1], width) / math.sqrt(waves.shape[1] / 2) for _ in range(4)])
+        smooth = torch.stack(
+            [waves @ torch.randn(waves.shape[1], width) / math.sqrt(waves.shape[1] / 2) for _ in range(4)]
+        )
         self.sides = nn.Parameter(smooth * scale)
         self.empty = nn.Parameter(torch.randn(width) * scale)
 
@@ -138,7 +140,7 @@ class Writer:
                 head += [self.pad] * SLOTS + self.newline
             elif position == 0 and opening is not None:
                 head += self.tokenizer(opening, add_special_tokens=False).input_ids + self.newline
-            head += self.ids(question) + [self.assistant]
+            head += [*self.ids(question), self.assistant]
             if hints and position in hints:
                 start = len(ids) + len(head) - len(self.ids(question)) - 1
                 hinted += [(start + i, n) for i, n in self._ends(question, hints[position])]
@@ -250,12 +252,14 @@ def _logits(model: Any, scenes: ToldScene, batch: dict[str, Tensor]) -> Tensor:
     return model(inputs_embeds=embeds, use_cache=False).logits
 
 
-def examine(model: Any, scenes: ToldScene, writer: Writer, n: int, seed: int, *, in_words: bool = False) -> dict[str, float]:
+def examine(
+    model: Any, scenes: ToldScene, writer: Writer, n: int, seed: int, *, in_words: bool = False
+) -> dict[str, float]:
     """Share of answers whose every token is the most likely one, by kind, on fresh told scenes."""
     right: dict[str, list[bool]] = {}
     model.eval()
     for kind in (*EXAMINED, "side", "tell", "direction", "relation, hinted", "direction, hinted"):
-        rows = []
+        rows: list[dict[str, Any]] = []
         index = 0
         while len(rows) < n:
             rng = stream(seed, f"examine-{kind}", index)

@@ -36,7 +36,7 @@ def pretrain(
     save_every: int = 500,
     stop_after: int | None = None,
 ) -> None:
-    """Teaches `modules` for `steps` steps of `loss_of(step)`, which must be a pure function of the step and the weights.
+    """Teaches `modules` for `steps` steps of `loss_of(step)`, a pure function of the step and the weights.
 
     Matrices decay by 0.05, biases and norms do not. A state is kept in `folder` every `save_every` steps; a call with
     the same arguments continues from it to the bit. `stop_after` leaves the loop early (the schedule stays that of
@@ -73,8 +73,12 @@ def pretrain(
             raise Interrupted(f"stopped after step {step + 1} of {steps}; the same command continues")
 
 
-def _keep(folder: Path, step: int, modules: Mapping[str, nn.Module], named: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-    tensors = {f"weights/{m}.{key}": value for m, module in modules.items() for key, value in module.state_dict().items()}
+def _keep(
+    folder: Path, step: int, modules: Mapping[str, nn.Module], named: Mapping[str, nn.Parameter], optimizer: Any
+) -> None:
+    tensors = {
+        f"weights/{m}.{key}": value for m, module in modules.items() for key, value in module.state_dict().items()
+    }
     for key, parameter in named.items():
         for moment, value in optimizer.state[parameter].items():
             tensors[f"{moment}/{key}"] = value
@@ -89,6 +93,8 @@ def _restore(found: Path, modules: Mapping[str, nn.Module], named: Mapping[str, 
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     for key, parameter in named.items():
         optimizer.state[parameter] = {
-            moment: tensors[f"{moment}/{key}"] for moment in ("step", "exp_avg", "exp_avg_sq") if f"{moment}/{key}" in tensors
+            moment: tensors[f"{moment}/{key}"]
+            for moment in ("step", "exp_avg", "exp_avg_sq")
+            if f"{moment}/{key}" in tensors
         }
     return int(facts["step"])

@@ -309,7 +309,13 @@ def direction(scene: Scene, rng: random.Random, short: float = 0.3) -> Question 
     flat = said in ("left of", "right of")
     words = "left of or right of" if flat else "above or below"
     text = f"Is the {names[one]} {words} the {names[other]}?"
-    return Question("direction", "direction/" + ("flat" if flat else "tall"), text, said.split()[0], {"subj": names[one], "obj": names[other]})
+    return Question(
+        "direction",
+        "direction/" + ("flat" if flat else "tall"),
+        text,
+        said.split()[0],
+        {"subj": names[one], "obj": names[other]},
+    )
 
 
 EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}

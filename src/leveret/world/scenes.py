@@ -9,8 +9,12 @@ every training split, so that what a model has learned can be told from what it 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 from zlib import crc32
+
+T = TypeVar("T")
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross", "heart")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -27,7 +31,8 @@ LETTER_PITCH, LETTER_HEIGHT = 8, 11
 GAP = 2
 """Least distance between two things, in pixels."""
 
-# Frequencies fall a little along the tables, so that "popular" (POPE's second way of sampling absent objects) means something.
+# Frequencies fall a little along the tables, so that "popular" (POPE's second way of sampling absent objects) means
+# something.
 SHAPE_WEIGHTS = tuple(1.25 - 0.5 * i / 7 for i in range(8))
 COLOUR_WEIGHTS = tuple(1.25 - 0.5 * i / 7 for i in range(8))
 COUNT_WEIGHTS = (1.0, 1.7, 2.0, 2.3)
@@ -110,7 +115,7 @@ def stream(seed: int, split: str, index: int | str) -> random.Random:
     return random.Random(f"leveret/{seed}/{split}/{index}")
 
 
-def pick(rng: random.Random, values, weights=None):
+def pick(rng: random.Random, values: Sequence[T], weights: Sequence[float] | None = None) -> T:
     """One of `values`; own arithmetic on `random()` alone, which Python keeps stable over versions."""
     r = rng.random()
     if weights is None:
@@ -128,13 +133,13 @@ def between(rng: random.Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
-def shuffled(rng: random.Random, values) -> list:
+def shuffled(rng: random.Random, values: Iterable[T]) -> list[T]:
     """The values in random order (Fisher-Yates on `random()` alone)."""
-    values = list(values)
-    for i in range(len(values) - 1, 0, -1):
+    mixed = list(values)
+    for i in range(len(mixed) - 1, 0, -1):
         j = int(rng.random() * (i + 1))
-        values[i], values[j] = values[j], values[i]
-    return values
+        mixed[i], mixed[j] = mixed[j], mixed[i]
+    return mixed
 
 
 def is_novel_word(text: str) -> bool:

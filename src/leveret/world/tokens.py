@@ -24,7 +24,8 @@ This is a photo of a person with a dog and a cat near a house, a tree, a car and
 Yes, I can. Please answer the question using a single word or phrase. It was the best of times. Thank you very much.
 What is this? Who are they? When did it happen? Where are we? Why not? Which one do you like more, the big or the small?
 There are many things that one may ask about a picture: what it shows, how many there are, where they stand, and so on.
-The white and black and grey and brown ones are here. Nothing else. None. one two three four five six seven eight nine ten
+The white and black and grey and brown ones are here. Nothing else. None. one two three four five six seven eight nine \
+ten
 """
 
 
@@ -61,7 +62,7 @@ def build() -> Any:
         min_frequency=2,
         show_progress=False,
         special_tokens=[*SPECIALS, *BYTES],
-        initial_alphabet=list(string.printable[:95]) + ["\n"],
+        initial_alphabet=[*string.printable[:95], "\n"],
         limit_alphabet=200,
     )
     tokenizer.train_from_iterator(corpus(), trainer)

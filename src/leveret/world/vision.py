@@ -114,9 +114,7 @@ class Contrast(nn.Module):
         return -F.logsigmoid(signs * logits).sum(1).mean()
 
 
-def train_vision(
-    out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log
-) -> dict[str, float]:
+def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log) -> dict[str, float]:
     """Trains the vision tower and its text tower; writes `vision.safetensors` and `text.safetensors` into `out`."""
     torch.manual_seed(seed)
     tower = TinyVisionTower({"size": SIZE, "width": 128, "layers": 2, "heads": 4})
@@ -169,9 +167,7 @@ def train_vision(
     return scores
 
 
-def train_scorer(
-    out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log
-) -> dict[str, float]:
+def train_scorer(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log) -> dict[str, float]:
     """Trains the scorer on a noisy web draw of its own; writes `scorer.safetensors`. The figures compare fitting
     with bad captions on yet another draw: they examine it, they never teach it."""
     torch.manual_seed(seed)

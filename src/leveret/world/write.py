@@ -2,7 +2,7 @@
 
     ROOT/web.json            LLaVA JSON: image-text pairs with the web's diseases; pictures in ROOT/web/
     ROOT/web_truth.jsonl     what is wrong with which pair; for examining a choice of data, read by no station
-    ROOT/tune.json           LLaVA JSON: conversations about clean scenes, and text-only ones; pictures in ROOT/images/tune/
+    ROOT/tune.json           LLaVA JSON: conversations about clean scenes, text-only ones too; pictures in ROOT/images/
     ROOT/eval/               questions in the benchmarks' official forms, splits test, train and novel-pairs
     ROOT/world.json          the parameters; written last, so a folder that has it is whole
 
@@ -97,9 +97,7 @@ def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_sh
         Path(root, "images", _image_file("tune", index)).write_bytes(jpeg(render(scene)))
         rng = stream(seed, "tune/questions", index)
         questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1)
-        records.append(
-            _conversation_record(f"tune-{index:06d}", questions, "images/" + _image_file("tune", index))
-        )
+        records.append(_conversation_record(f"tune-{index:06d}", questions, "images/" + _image_file("tune", index)))
         if rng.random() < text_share:
             records.append(_conversation_record(f"text-{index:06d}", [text_only(rng) for _ in range(turns)], None))
     _part(root, "tune", start, {"records": records})
@@ -328,9 +326,7 @@ def _examination(root: str, seed: int, split: str, n: int) -> None:
         FORMS[kind](Path(root, "eval", kind), split, questions, Path(root))
 
 
-def draw(
-    out: str | Path, *, seed: int = 0, size: WorldSize | None = None, workers: int | None = None
-) -> Path:
+def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, workers: int | None = None) -> Path:
     """Draws the world of `seed` into `out`, or reuses what is there.
 
     Returns the folder. Raises RecipeError when the folder holds a world of another seed or size.
@@ -358,9 +354,7 @@ def draw(
     for start in range(0, size.tune, CHUNK):
         stop = min(start + CHUNK, size.tune)
         part = root / "parts" / f"tune-{start:07d}.json"
-        jobs.append(
-            (part, _tune_chunk, (str(root), seed, start, stop, size.turns, size.text_share), stop - start)
-        )
+        jobs.append((part, _tune_chunk, (str(root), seed, start, stop, size.turns, size.text_share), stop - start))
     left = [job for job in jobs if not job[0].exists()]
     workers = workers or min(os.cpu_count() or 1, 8)
     with Progress(sum(job[3] for job in left), "draw the world", "pictures") as progress:
@@ -396,4 +390,3 @@ def draw(
 def _write_list(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """A JSON list with a record a line: as readable as JSON lines, and still what LLaVA's loaders take."""
     atomic_write(path, "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-

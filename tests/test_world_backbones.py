@@ -1,0 +1,97 @@
+"""The tiny backbones: pre-training continues to the bit, the shipped weights are what the card says and small."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leveret.runs import sha256_of
+from leveret.world import language, tokens
+from leveret.world.pretrain import pretrain, rate_at
+from leveret.world.scenes import stream
+
+WEIGHTS = Path(str(files("leveret") / "world" / "weights"))
+
+
+def quiet(*_: Any, **__: Any) -> None:
+    pass
+
+
+def test_a_stopped_pretraining_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def run(folder: Path, stops: list[int | None]) -> dict[str, torch.Tensor]:
+        for stop in stops:
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
+
+            def loss_of(step: int, net: torch.nn.Module = net) -> tuple[torch.Tensor, dict[str, float]]:
+                x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+                return (net(x).squeeze(1) - x.sum(1)).square().mean(), {}
+
+            pretrain({"net": net}, loss_of, steps=20, rate=1e-2, clip=1.0, warmup=2, folder=folder, log=quiet,
+                     save_every=5, stop_after=stop)  # fmt: skip
+        return net.state_dict()
+
+    whole, stopped = run(tmp_path / "a", [None]), run(tmp_path / "b", [7, 12, None])
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def test_the_rate_rises_holds_and_falls() -> None:
+    rates = [rate_at(step, 100, 10) for step in range(100)]
+    assert rates[0] == 0.1 and max(rates) == 1.0 and rates[9] == 1.0 and rates[60] == 1.0
+    assert rates[-1] < 0.05 and all(a >= b for a, b in zip(rates[70:], rates[71:], strict=False))
+
+
+def test_a_training_row_is_a_whole_conversation_and_pure() -> None:
+    writer = language.Writer(tokens.build())
+    for step in (0, 5600, 6600, 7100):
+        row = writer.training_row(stream(0, "rows", step), step)
+        again = writer.training_row(stream(0, "rows", step), step)
+        assert row["ids"] == again["ids"] and len(row["ids"]) == len(row["weights"])
+        assert row["ids"][0] == writer.user and row["ids"][-1] == writer.end
+        assert max(row["weights"]) == language.FIRST
+
+
+def test_hints_stand_at_the_words_that_name_the_things() -> None:
+    writer = language.Writer(tokens.build())
+    seen = 0
+    for index in range(200):
+        row = writer.training_row(stream(0, "hints", index), 8000)
+        for at, numbers in row["hinted"]:
+            piece = writer.tokenizer.decode([row["ids"][at]])
+            assert piece.strip() in language.SHAPES and len(numbers) == 4
+            seen += 1
+    assert seen > 20
+
+
+def test_shipped_weights_are_those_of_the_card_and_under_four_megabytes() -> None:
+    card = json.loads((WEIGHTS / "card.json").read_text())
+    for name, facts in card["files"].items():
+        assert sha256_of(WEIGHTS / name) == facts["sha256"], name
+    shipped = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in shipped) < 4_000_000
+    assert {path.relative_to(WEIGHTS).as_posix() for path in shipped} - set(card["files"]) == {"CARD.md", "card.json"}
+    assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in shipped)
+
+
+def test_the_shipped_tokenizer_is_what_the_recipe_builds() -> None:
+    built = json.loads(tokens.build().backend_tokenizer.to_str())
+    shipped = json.loads((WEIGHTS / "language" / "tokenizer.json").read_text())
+    assert built["model"] == shipped["model"]
+
+
+@pytest.mark.slow
+def test_backbones_train_from_nothing_and_write_a_card(tmp_path: Path) -> None:
+    from leveret.world.backbones import build, shipped
+
+    folder = build(tmp_path / "out", steps={"vision": 6, "scorer": 6, "language": 6})
+    card = json.loads((folder / "card.json").read_text())
+    assert {path.relative_to(folder).as_posix() for path in shipped(folder)} == set(card["files"])
+    assert "grounded" in (folder / "CARD.md").read_text()
+    first = {path: path.read_bytes() for path in shipped(folder)}
+    assert build(tmp_path / "out", steps={"vision": 6, "scorer": 6, "language": 6}) == folder
+    assert first == {path: path.read_bytes() for path in shipped(folder)}
