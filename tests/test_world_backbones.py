@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_a_stopped_pretraining_ends_with_the_same_bits(tmp_path: Path) -> None:
 def test_the_rate_rises_holds_and_falls() -> None:
     rates = [rate_at(step, 100, 10) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == 1.0 and rates[9] == 1.0 and rates[60] == 1.0
-    assert rates[-1] < 0.05 and all(a >= b for a, b in zip(rates[70:], rates[71:], strict=False))
+    assert rates[-1] < 0.05 and all(a >= b for a, b in pairwise(rates[70:]))
 
 
 def test_a_training_row_is_a_whole_conversation_and_pure() -> None:
@@ -51,6 +52,8 @@ def test_a_training_row_is_a_whole_conversation_and_pure() -> None:
     for step in (0, 5600, 6600, 7100):
         row = writer.training_row(stream(0, "rows", step), step)
         again = writer.training_row(stream(0, "rows", step), step)
+        if not row["ids"]:
+            continue  # a hinted row about a scene of one thing: no relation to ask, and no weight
         assert row["ids"] == again["ids"] and len(row["ids"]) == len(row["weights"])
         assert row["ids"][0] == writer.user and row["ids"][-1] == writer.end
         assert max(row["weights"]) == language.FIRST

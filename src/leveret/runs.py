@@ -367,7 +367,9 @@ class RunFolder:
         if recipe_file.exists():
             cls._check_same(path, kind, yaml.safe_load(recipe_file.read_text("utf-8")), wanted)
         else:
-            if strangers := sorted(item.name for item in path.iterdir() if not item.name.startswith(".")):
+            # environment.json alone is what a kill between the two writes below leaves: no stranger.
+            known = {"environment.json"}
+            if strangers := sorted(i.name for i in path.iterdir() if i.name not in known and i.name[0] != "."):
                 raise RecipeError(
                     f"{path} is not empty and holds no run (it holds {', '.join(strangers[:5])}"
                     f"{', ...' if len(strangers) > 5 else ''}). Name a new or empty folder with -o."

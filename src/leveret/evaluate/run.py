@@ -123,9 +123,7 @@ def evaluate(
 
     start = time.perf_counter()
     texts = {(desk.row.id, desk.blind): desk.texts() for desk in desks}
-    examined = [
-        _examine(row, root, asked[row.id], texts[row.id, False], texts.get((row.id, True))) for row in rows
-    ]
+    examined = [_examine(row, root, asked[row.id], texts[row.id, False], texts.get((row.id, True))) for row in rows]
     seconds = _seconds(folder)
     results: dict[str, Any] = {"tasks": {task.row.id: task.facts for task in examined}, "seconds": seconds}
     for task in examined:

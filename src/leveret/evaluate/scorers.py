@@ -76,8 +76,11 @@ def _judge_pope(item: Item, text: str) -> Verdict:
 def pope_counts(item: Item, verdict: Verdict) -> tuple[int, int, int, int]:
     """(TP, FP, TN, FN) of one answer; a missing answer is a wrong one."""
     positive, right = item.gold == "yes", verdict.score == 1.0
-    return int(positive and right), int(not positive and not right), int(not positive and right), int(
-        positive and not right
+    return (
+        int(positive and right),
+        int(not positive and not right),
+        int(not positive and right),
+        int(positive and not right),
     )
 
 

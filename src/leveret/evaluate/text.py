@@ -8,8 +8,7 @@ import warnings
 
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 LATER_NUMBERS = {
     word: str(value)

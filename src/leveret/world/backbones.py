@@ -97,7 +97,7 @@ def shipped(folder: Path) -> list[Path]:
 
 def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
     """CARD.md and card.json: what the weights are, what taught them, how good they are, and their hashes."""
-    figures = {name: read_json(folder / "state" / name / "figures.json") for name in STEPS}
+    figures: dict[str, dict[str, Any]] = {name: read_json(folder / "state" / name / "figures.json") for name in STEPS}
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in shipped(folder)
@@ -112,11 +112,12 @@ def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
         "environment": {key: environment().get(key) for key in ("python", "platform", "packages")},
     }
     write_json(folder / "card.json", card)
+    total = sum(int(item["bytes"]) for item in files.values())
     lines = [
         "# The drawn world's tiny backbones",
         "",
         f"Trained from nothing by `leveret world backbones OUT` (seed {seed}); bfloat16 safetensors, "
-        f"{sum(item['bytes'] for item in files.values()) / 1e6:.2f} MB in all. They exist so that the whole loop "
+        f"{total / 1e6:.2f} MB in all. They exist so that the whole loop "
         "(choose data, align, tune, examine, chat) runs on a laptop in minutes; they know no world but the drawn one.",
         "",
         "## What taught them",
@@ -128,7 +129,7 @@ def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
         "",
     ]
     for name, found in figures.items():
-        groups: dict[str, Any] = found if name == "language" else {"": found}
+        groups = found if name == "language" else {"": found}
         for group, values in groups.items():
             shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
             lines.append(f"- **{name}**{' (' + group + ')' if group else ''}: {shown}")

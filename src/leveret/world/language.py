@@ -184,6 +184,7 @@ class Writer:
         _, weights, hinted = next(phase for phase in reversed(PHASES) if step >= phase[0])
         short = SHORT_NAMES if weights is not WEIGHTS else 0.3
         if hinted and rng.random() < HINTED_ROWS:
+            # A scene of one thing has no relations: such a row is empty and weighs nothing.
             questions = conversation(scene, rng, 10, hinted, short=short)
             turns = [(q.text, q.answer) for q in questions]
             return self.row(None, None, turns, {i: _places(scene, q) for i, q in enumerate(questions)})
