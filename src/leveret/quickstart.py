@@ -255,7 +255,7 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
                 pictures(root / "world" / "web.json", root / "world", 8),
                 pages.paragraphs("What is wrong with which pair stands in `world/web_truth.jsonl`; no step reads it."),
             ],
-            "Almost half of the captions are another picture's, some say nothing, and a fifth of the pictures are copies.",
+            "Almost half of the captions belong elsewhere, some say nothing, and a fifth of the pictures are copies.",
         ),
         pages.Section(
             "2. What was chosen",

@@ -98,7 +98,7 @@ def shipped(folder: Path) -> list[Path]:
 def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
     """CARD.md and card.json: what the weights are, what taught them, how good they are, and their hashes."""
     figures: dict[str, dict[str, Any]] = {name: read_json(folder / "state" / name / "figures.json") for name in STEPS}
-    files = {
+    files: dict[str, dict[str, Any]] = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in shipped(folder)
     }
@@ -112,7 +112,7 @@ def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
         "environment": {key: environment().get(key) for key in ("python", "platform", "packages")},
     }
     write_json(folder / "card.json", card)
-    total = sum(int(item["bytes"]) for item in files.values())
+    total = sum(item["bytes"] for item in files.values())
     lines = [
         "# The drawn world's tiny backbones",
         "",
