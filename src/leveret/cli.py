@@ -560,6 +560,8 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, _terminated)
+    # Idle OpenMP threads sleep instead of spinning: no slower alone, and many times faster when cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 

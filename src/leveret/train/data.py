@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ from leveret.runs import (
     sync_folder,
     write_json,
 )
+from leveret.train.ranks import threads
 from leveret.train.state import flush
 
 if TYPE_CHECKING:
@@ -126,32 +128,41 @@ def _features(
         except ImageFault as fault:
             return _reason(fault)
 
+    def work(chunk: Sequence[ImageRef]) -> tuple[list[Pixels | str], np.ndarray | None]:
+        decoded = [decode(ref) for ref in chunk]
+        good = [item for item in decoded if not isinstance(item, str)]
+        if not good:
+            return decoded, None
+        seen = see({name: np.stack([item[name] for item in good]) for name in good[0]}).cpu()
+        return decoded, seen.view(torch.int16).numpy() if seen.dtype == torch.bfloat16 else seen.numpy()
+
     rows: dict[ImageRef, int] = {}
     bad: dict[ImageRef, str] = {}
     store: np.ndarray | None = None
+    # Chunks of fixed places in the list, one a worker with one torch thread: the same bits for any number of workers,
+    # and no OpenMP team whose members spin on a core that others want.
+    workers = cores()
+    chunks = [refs[at : at + CHUNK] for at in range(0, len(refs), CHUNK)]
     with (
-        ThreadPoolExecutor(cores()) as pool,
+        threads(1),
+        ThreadPoolExecutor(workers) as pool,
         Progress(len(refs), "seeing each image once", "images") as progress,
     ):
-        # Chunks are of fixed places in the list, decoded one chunk ahead of the tower.
-        chunks = [refs[at : at + CHUNK] for at in range(0, len(refs), CHUNK)]
-        ahead = [pool.submit(decode, ref) for ref in chunks[0]] if chunks else []
+        ahead = deque(pool.submit(work, chunk) for chunk in chunks[: 2 * workers])
         for number, chunk in enumerate(chunks):
-            decoded = [future.result() for future in ahead]
-            ahead = [pool.submit(decode, ref) for ref in chunks[number + 1]] if number + 1 < len(chunks) else []
-            good = [(ref, item) for ref, item in zip(chunk, decoded, strict=True) if not isinstance(item, str)]
+            decoded, values = ahead.popleft().result()
+            if number + 2 * workers < len(chunks):
+                ahead.append(pool.submit(work, chunks[number + 2 * workers]))
+            good = [ref for ref, item in zip(chunk, decoded, strict=True) if not isinstance(item, str)]
             bad.update((ref, item) for ref, item in zip(chunk, decoded, strict=True) if isinstance(item, str))
-            if good:
-                stacked = {name: np.stack([item[name] for _, item in good]) for name in good[0][1]}
-                seen = see(stacked).cpu()
-                values = seen.view(torch.int16).numpy() if seen.dtype == torch.bfloat16 else seen.numpy()
+            if values is not None:
                 if store is None:
                     shape = (len(refs), *values.shape[1:])
                     _room(folder, int(np.prod(shape)) * values.itemsize)
                     store = np.lib.format.open_memmap(folder / "features.npy", "w+", values.dtype, shape)
                 first = len(rows)
                 store[first : first + len(good)] = values
-                rows.update((ref, first + place) for place, (ref, _) in enumerate(good))
+                rows.update((ref, first + place) for place, ref in enumerate(good))
             progress.advance(len(chunk), bad=len(bad))
             _stop_here()
     if store is not None:

@@ -35,6 +35,7 @@ from leveret.train import state
 from leveret.train.data import Failed, Order, Prepared, micro_batches
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
+from leveret.train.ranks import threads
 from leveret.train.stages import StageRecipe, TrainRecipe
 
 if TYPE_CHECKING:
@@ -96,17 +97,6 @@ def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[A
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many torch threads inside, as many as before outside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def follow(job: Job, ranks: Ranks) -> None:
