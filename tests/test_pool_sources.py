@@ -381,10 +381,12 @@ def test_two_tables_are_refused(tmp_path: Path) -> None:
 
 def test_paths_of_no_known_kind(tmp_path: Path) -> None:
     (tmp_path / "a.zip").touch()
+    (tmp_path / "llava.jsonl").touch()
     (tmp_path / "bare").mkdir()
     written(tmp_path / "bare", [record()], "llava.json")
     cases = {
-        tmp_path / "none.json": ["does not exist", "LLaVA list", "folder of photos"],
+        tmp_path / "none.json": ["does not exist in"],
+        tmp_path / "llava.json": ["does not exist. Did you mean", "llava.jsonl"],
         tmp_path / "a.zip": ["'.zip'", "LLaVA list", "folder of photos"],
         tmp_path / "bare": ["no photos", "llava.json"],
     }

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from leveret.images import ImageFault, Root
@@ -84,6 +84,16 @@ class Source(ABC):
                 digest.update(f"{len(recorded)} {len(tail)}\n".encode() + recorded + tail)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def advice(self, reasons: Mapping[str, int]) -> str:
+        """A sentence that begins with a blank, for when most of the samples are refused because their image is not
+        there; else nothing. It is nearly always the wrong image folder."""
+        if 2 * reasons.get("image missing", 0) < sum(reasons.values()):
+            return ""
+        return (
+            f" Image paths start from {self.root.path}; if that is the wrong folder, name the right one "
+            "(--images on the command line, `images` of a stage in a recipe)."
+        )
 
     def _size(self, name: str) -> int:
         try:

@@ -27,6 +27,7 @@ from leveret.runs import (
     DataError,
     Interrupted,
     Progress,
+    RecipeError,
     atomic_write,
     cores,
     graceful_stop,
@@ -89,10 +90,12 @@ def check(
     workers      threads; one per core by default (Pillow decodes outside the interpreter's lock).
 
     A source with the same `fingerprint()` is not walked again. On SIGTERM or Ctrl-C: `Interrupted`, resumable.
+    `RecipeError` when `out` holds anything but an earlier check.
     """
     if not 0 <= limit_share <= 1:
         raise DataError(f"limit_share is {limit_share}; allowed is a share from 0 to 1.")
     out = Path(out)
+    _refuse_strangers(out)
     parts = out / "parts"
     with graceful_stop():
         key = {"rules": _RULES, "fingerprint": source.fingerprint(), "decode": decode, "total": len(source)}
@@ -108,8 +111,23 @@ def check(
             checked = _gather(out, parts, key)
         shutil.rmtree(parts, ignore_errors=True)
     if checked.quarantined > limit_share * checked.total:
-        raise _too_many(checked.reasons, checked.total, checked.total, limit_share, checked.quarantine)
+        raise _too_many(source, checked.reasons, checked.total, limit_share, checked.quarantine)
     return checked
+
+
+def _refuse_strangers(out: Path) -> None:
+    """RecipeError when `out` is a file, or a folder that holds something else: a photo folder, another run."""
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"{out} is a file; the output of `pool check` is a folder. Name another with -o.")
+    found = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.is_dir() else []
+    if strangers := [name for name in found if name not in _OURS]:
+        raise RecipeError(
+            f"{out} holds no check of a pool (it holds {', '.join(strangers[:5])}{', ...' * (len(strangers) > 5)}). "
+            "Name a new or empty folder with -o."
+        )
+
+
+_OURS = ("index.parquet", "quarantine.jsonl", "checked.json", "parts")
 
 
 def _walk(source: Source, parts: Path, unpack: bool, limit_share: float, workers: int) -> None:
@@ -140,7 +158,7 @@ def _walk(source: Source, parts: Path, unpack: bool, limit_share: float, workers
             if reasons.total() > limit_share * total:
                 quarantine = parts.parent / "quarantine.jsonl"
                 _write_quarantine(parts, quarantine)
-                raise _too_many(reasons, end, total, limit_share, quarantine)
+                raise _too_many(source, reasons, end, limit_share, quarantine)
 
 
 # --- one sample ----------------------------------------------------------------------------------------------------
@@ -264,9 +282,11 @@ def _parts(parts: Path) -> list[Path]:
     return sorted(path for path in parts.glob("*.json") if path.stem.isdigit())
 
 
-def _too_many(reasons: Mapping[str, int], seen: int, total: int, limit_share: float, quarantine: Path) -> DataError:
+def _too_many(source: Source, reasons: Mapping[str, int], seen: int, limit_share: float, quarantine: Path) -> DataError:
+    total = len(source)
     most = "; ".join(f"{count:,} {reason}" for reason, count in Counter(reasons).most_common(6))
     return DataError(
-        f"{sum(reasons.values()):,} of the first {seen:,} samples (of {total:,}) are refused, more than the limit of "
-        f"{limit_share:.0%} of all allows: {most}. Each is named in {quarantine}. Mend the data, or raise the limit."
+        f"{sum(reasons.values()):,} of {'the first ' * (seen < total)}{seen:,} samples"
+        f"{f' (of {total:,})' * (seen < total)} are refused, more than the limit of {limit_share:.0%} of all: {most}."
+        f"{source.advice(reasons)} Each is named in {quarantine}. Mend the data, or raise the limit (--limit-share)."
     )

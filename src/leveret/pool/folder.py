@@ -58,7 +58,10 @@ class FolderSource(Source):
             for photo, rows in table.items()
             for repeat, (caption, fault) in enumerate(rows)
         ]
-        entries += [_Entry(photo, None, fault) for photo, fault in found.items() if photo not in table]
+        # Beside a table a .txt may be anything; without one it is the caption of a photo that got lost on the way.
+        lone = {path for path, fault in found.items() if fault == _LONE}
+        wanted = found.keys() - lone if table or len(lone) == len(found) else found.keys()
+        entries += [_Entry(photo, None, found[photo]) for photo in wanted if photo not in table]
         if not entries:
             raise DataError(_nothing_in(path))
         self._entries = sorted(entries, key=lambda entry: (entry.photo, entry.repeat))
@@ -111,7 +114,7 @@ class FolderSource(Source):
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """(path below the folder, fault or "") of everything that may be a photo."""
+    """(path below the folder, fault or "") of everything that may be a photo, and of captions that have none."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot list {error.filename}: {error.strerror}. Check its permissions.")
@@ -131,6 +134,14 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
                     yield path.encode("ascii", "backslashreplace").decode(), "file name is not UTF-8"
                 else:
                     yield path, "image format not allowed" if ending in FOREIGN else ""
+        parts = [os.path.splitext(name) for name in files if not name.startswith(".")]
+        photos = {stem for stem, ending in parts if ending.lower() in ENDINGS + FOREIGN}
+        for stem, ending in parts:
+            if ending == ".txt" and stem not in photos:
+                yield (below / f"{stem}.txt").as_posix().encode("utf-8", "backslashreplace").decode(), _LONE
+
+
+_LONE = "caption without a photo"
 
 
 def _nothing_in(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from leveret.pool import jsonfile
 from leveret.pool.base import Source
 from leveret.pool.folder import ENDINGS, TABLES, FolderSource
 from leveret.pool.llava import LlavaSource
-from leveret.runs import DataError
+from leveret.runs import DataError, closest
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,22 @@ def open_source(path: str | Path, images: str | Path | None = None) -> Source:
     malformed records are not an error here: `Source.sample` raises for each of them, and `check` collects them.
     """
     path = Path(path)
-    allowed = "; or ".join(row.shape for row in SOURCES)
     if not path.exists():
-        raise DataError(f"the data {path} does not exist. Allowed: {allowed}.")
+        raise DataError(f"the data {path} does not exist{_near(path)}")
+    allowed = "; or ".join(row.shape for row in SOURCES)
     for row in SOURCES:
         if row.fits(path):
             return row.open(path, images)
     raise DataError(f"the data {path} is of no known kind (ending {path.suffix or 'none'!r}). Allowed: {allowed}.")
+
+
+def _near(path: Path) -> str:
+    """The end of the sentence that says a path is not there: what lies beside it and looks like it, or where it was
+    looked for."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f" (nor does the folder {folder})."
+    some = itertools.islice(folder.iterdir(), 2000)  # of a folder of a million photos, comparing all takes minutes
+    near = closest(path.name, sorted(found.name for found in some if found.name[0] != "."))
+    beside = [str(path.parent / name) for name in near]
+    return f" in {folder}." if not beside else f". Did you mean {' or '.join(beside)}?"
