@@ -25,8 +25,8 @@ SUPERVISION = {
     "shape or letter and the four box coordinates. Fresh clean scenes, half of them through JPEG.",
     "scorer": "SigLIP loss alone, on a noisy draw of the web (the rates of wrong, dull and duplicated captions are "
     "those of world/captions.py). Never the pool it judges, never a label of what is noise.",
-    "language": "Next tokens of conversations about told scenes. 80 % compound rows: a scene is 16 positions, one a thing "
-    "or a letter, each the sum of the model's own word embeddings of its colour, shape or letter and of learned "
+    "language": "Next tokens of conversations about told scenes. 80 % compound rows: a scene is 16 positions, one a "
+    "thing or a letter, each the sum of the model's own word embeddings of its colour, shape or letter and of learned "
     "coordinate embeddings; 13 % scenes told in words; 7 % text-only. From step 6,500 on 15 % of the rows ask "
     "relations of things whose coordinates are added at the very words that name them, as are a quarter of the "
     "other relations asked. It has seen the wordings of the questions, and no picture. Loss weights: first answer "
