@@ -282,7 +282,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path, recipe):
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     pool = _pool(tmp_path / "pool", 12)
-    with pytest.raises(DataError, match="3 of the first 12 samples are refused"):
+    with pytest.raises(DataError, match="3 of 12 samples are refused"):
         embed(pool, tmp_path / "out", "fake", images=pool.parent / "pictures")
 
 

@@ -169,7 +169,17 @@ def embed(
             limit_share=limit_share,
             device=device,
         )
-    _report(json, {"out": str(folder)}, f"embeddings are in {folder}")
+    made = jsonlib.loads((folder / "manifest.json").read_text("utf-8"))
+    refused = made["refused"]
+    lines = [f"{made['length']:,} samples: {made['length'] - sum(refused.values()):,} embedded", *_left_out(refused)]
+    lines += [f"the refused ones stand in {folder / 'quarantine.jsonl'}"] if refused else []
+    facts = {"out": str(folder), "samples": made["length"], "refused": refused}
+    _report(json, facts, "\n".join([*lines, f"the embeddings are in {folder}"]))
+
+
+def _left_out(reasons: dict[str, int], label: str = "refused") -> list[str]:
+    """One line for each reason, the most frequent first: nothing leaves a pool in silence."""
+    return [f"  {count:,} {label}: {reason}" for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])]
 
 
 @_verb("condense", "leveret.condense")
@@ -203,13 +213,12 @@ def condense(
             limit_share=limit_share,
             device=device,
         )
-    summary = folder / "summary.json"
-    facts = jsonlib.loads(summary.read_text("utf-8")) if summary.is_file() else {}
-    _report(
-        json,
-        {"out": str(folder), **facts},
-        f"the coreset is {folder / 'coreset.json'}, the report {folder / 'report.html'}",
-    )
+    facts = jsonlib.loads((folder / "summary.json").read_text("utf-8"))
+    lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]
+    for label, reasons in facts["left_out"].items():
+        lines += _left_out(reasons, "refused" if label == "read" else f"left out by {label}")
+    lines += [f"the coreset is {folder / 'coreset.json'}, the report {folder / 'report.html'}"]
+    _report(json, {"out": str(folder), **facts}, "\n".join(lines))
 
 
 def _condense_plan(

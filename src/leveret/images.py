@@ -48,7 +48,7 @@ MENDING = {
     "path is absolute": "Give the path relative to the image folder",
     "path leaves the root": "Name a folder of images that holds everything the data names; `..` and links that lead"
     " outside are refused",
-    "missing": "Put the file there or name another image folder",
+    "missing": "There is no such file: check its name and the image folder",
     "not a file": "Folders, pipes and devices are not read",
     "unreadable": "Check the permissions and the disk",
     "empty": "The file has no bytes: fetch it again",

@@ -119,7 +119,7 @@ def _find(name: str, kind: Kind, beside: Path | None = None) -> Path:
         raise RecipeError(f"{path} is a folder; a recipe is a YAML file or one of: {', '.join(names(kind)) or 'none'}")
     near = closest(name, names(kind))
     hint = f"Did you mean {_either(near)}?" if near else f"The {kind} recipes: {', '.join(names(kind)) or 'none'}."
-    raise RecipeError(f"there is no {kind} recipe {name!r}, and no file of that name. {hint}")
+    raise RecipeError(f"there is no recipe {name!r} (kind: {kind}), and no file of that name. {hint}")
 
 
 def _resolve(file: Path, kind: Kind, above: tuple[Path, ...]) -> _Raw:

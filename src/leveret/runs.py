@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import sys
@@ -327,7 +328,13 @@ def differences(old: Any, new: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return f"fingerprint {value[:10]}"
     return "nothing" if value is _MISSING else _dumps(value)[:80]
+
+
+_DIGEST = re.compile("[0-9a-f]{16,}")
+"""Fingerprints of data and weights in a recipe: nobody compares them by eye to the last letter."""
 
 
 _LOCKS: dict[str, IO[str]] = {}  # open for the life of the process: closing the file would drop the lock
@@ -388,9 +395,13 @@ class RunFolder:
         if lines := differences(there, wanted):
             shown = "".join(f"\n  {line}" for line in lines[:20])
             more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+            if all(": fingerprint " in line for line in lines):
+                what, old = "other data or another model", "what it was begun with"
+            else:
+                what, old = "another recipe", f"the old recipe ({path / 'recipe.yaml'})"
             raise RecipeError(
-                f"{path} was made with another recipe:{shown}{more}\n"
-                f"Name another folder with -o, or give the old recipe ({path / 'recipe.yaml'}) to go on with this one."
+                f"{path} was made with {what}:{shown}{more}\n"
+                f"Name another folder with -o, delete this one, or give {old} to go on with it."
             )
         now = environment()
         seen = [record, *record["resumed"]]

@@ -99,14 +99,22 @@ def embed(
         fleet = stack.enter_context(_fleet(encoder, loaded, workers, left, device))
         for start in starts:
             end = min(start + shard, n)
-            refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, progress)
+            refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, progress, bad.total())
             bad.update(refused)
             seen += end - start
-            _judge(bad, seen, n, limit_share, run.path)
-    _gather(run, n, shard)
+            if _too_many(bad, seen, n, limit_share):
+                quarantine = _gather(run, n, shard)
+                words = "; ".join(f"{times:,} {reason}" for reason, times in bad.most_common(6))
+                raise DataError(
+                    f"{bad.total():,} of {'the first ' * (seen < n)}{seen:,} samples are refused, more than the limit "
+                    f"of {limit_share:.0%}: {words}.{source.advice(bad)} Each is named in {quarantine}. Mend the data, "
+                    "or raise the limit (--limit-share)."
+                )
+    quarantine = _gather(run, n, shard)
     if n and not shard_rows(run, n, shard):
-        where = run.path / "quarantine.jsonl"
-        raise DataError(f"{source.name}: none of its {n:,} samples can be embedded; {where} says why")
+        raise DataError(
+            f"{source.name}: none of its {n:,} samples can be embedded; {quarantine} says why.{source.advice(bad)}"
+        )
     facts["length"] = n
     write_json(run.path / "manifest.json", {**facts, "width": loaded.width, "refused": dict(sorted(bad.items()))})
     run.done("embed", rows=shard_rows(run, n, shard), refused=dict(sorted(bad.items())))
@@ -118,17 +126,12 @@ def shard_rows(run: RunFolder, n: int, shard: int) -> int:
     return sum(run.facts(f"shard_{start // shard:06d}")["rows"] for start in range(0, n, shard))
 
 
-def _judge(bad: Counter[str], seen: int, n: int, limit: float, path: Path) -> None:
-    count = sum(bad.values())
-    if count > limit * n or (seen >= JUDGED_FROM and count > limit * seen) or (seen == n and count > limit * max(n, 1)):
-        words = ", ".join(f"{reason} ({times:,})" for reason, times in bad.most_common(5))
-        raise DataError(
-            f"{count:,} of the first {seen:,} samples are refused, more than the limit of {limit:.0%}: {words}. "
-            f"They are listed in {path / 'quarantine'}. Mend the pool, or allow more with limit_share."
-        )
+def _too_many(bad: Counter[str], seen: int, n: int, limit: float) -> bool:
+    """Certainly, or as far as can be told from the samples seen so far."""
+    return bad.total() > limit * n or (seen >= JUDGED_FROM and bad.total() > limit * seen)
 
 
-def _gather(run: RunFolder, n: int, shard: int) -> None:
+def _gather(run: RunFolder, n: int, shard: int) -> Path:
     """The shards' quarantine files as one."""
     parts = []
     for start in range(0, n, shard):
@@ -136,6 +139,7 @@ def _gather(run: RunFolder, n: int, shard: int) -> None:
         if file.is_file():
             parts.append(file.read_text("utf-8"))
     atomic_write(run.path / "quarantine.jsonl", "".join(parts))
+    return run.path / "quarantine.jsonl"
 
 
 # --- one shard -----------------------------------------------------------------------------------------------------
@@ -151,6 +155,7 @@ def _embed_shard(
     batch: int,
     shard: int,
     progress: Progress,
+    before: int,
 ) -> Counter[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -181,7 +186,7 @@ def _embed_shard(
         parts.append(done)
         for index, reason, detail in done.faults:
             refused.append(_refusal(index, *facts[index][:2], f"image {reason}", detail))
-        progress.advance(min(batch, end - done.start))
+        progress.advance(min(batch, end - done.start), refused=before + len(refused))
         if stop_requested():
             raise Interrupted(f"stopped as asked; the same command goes on after sample {start:,} ({run.path})")
     good = np.array([index for done in parts for index in done.good], np.int64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,10 @@ def _summary(run: RunFolder, chosen: CondenseRecipe, ledger: Ledger) -> dict[str
     for stage in ledger.stages:
         notes = {key: value for key, value in stage.notes.items() if key != "sizes"}
         funnel.append({"label": stage.label, "step": stage.step, "left": stage.after, **notes})
+    left_out = {"read": Counter(str(line["reason"]) for line in embeddings.refused)} if embeddings.refused else {}
+    for fate, count in zip(*np.unique(ledger.fate[ledger.fate > 0], return_counts=True), strict=True):
+        label, reason = ledger.words[int(fate) - 1]
+        left_out.setdefault(label, Counter())[reason] += int(count)
     return {
         "name": chosen.name,
         "encoder": embeddings.encoder,
@@ -216,6 +221,7 @@ def _summary(run: RunFolder, chosen: CondenseRecipe, ledger: Ledger) -> dict[str
         "input": embeddings.length,
         "refused": len(embeddings.refused),
         "kept": int((ledger.fate == 0).sum()),
+        "left_out": {label: dict(reasons.most_common()) for label, reasons in left_out.items()},
         "funnel": funnel,
         "ledger_sha256": sha256_of(run.path / "ledger.parquet"),
         "coreset_sha256": sha256_of(run.path / "coreset.json"),

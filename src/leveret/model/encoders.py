@@ -243,10 +243,13 @@ def _open_hf(id: str) -> tuple[Any, Any | None]:
     try:
         config = AutoConfig.from_pretrained(id)
     except (OSError, ValueError) as fault:
-        raise RecipeError(
-            f"encoder {id!r}: neither a known id ({', '.join(ENCODERS)}) nor a folder or hub id that can be read: "
-            f"{str(fault).splitlines()[0]}"
-        ) from None
+        if not Path(id).is_dir():
+            raise EnvironmentFault(
+                f"encoder {id!r} is not on this machine, and the model hub did not give it "
+                f"({str(fault).splitlines()[0]}). With a connection: `hf download {id} --local-dir FOLDER`, then give "
+                f"that folder. {', '.join(ENCODERS)} need no download (`pixels` finds copies: recipe photos)."
+            ) from None
+        raise RecipeError(f"encoder {id!r}: the folder cannot be read: {str(fault).splitlines()[0]}") from None
     if config.model_type not in ("clip", "siglip", "siglip2"):
         raise RecipeError(
             f"encoder {id!r} is a {config.model_type!r}; allowed are clip and siglip (two towers in one space), "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from leveret.generate.model import Model, load, reference
-from leveret.images import decode, read_bytes
+from leveret.images import ImageFault, decode, read_bytes
 from leveret.inputs.chat import literal
 from leveret.records import IMAGE_MARK, ImageRef, Turn
 from leveret.runs import DataError, UserError, atomic_write, closest, write_json
@@ -123,6 +123,8 @@ class Talk:
     def answer(self, question: str) -> None:
         """Write the answer as it is made, and remember both. Ctrl-C stops it; what was said till then is kept."""
         text = literal(question.strip())
+        if not text:
+            raise DataError("the question is empty: give some words after -p")
         if self.image is not None and not self.turns:
             text = f"{IMAGE_MARK}\n{text}"
         turns = [*self.turns, Turn("user", text)]
@@ -149,7 +151,10 @@ class Talk:
         """Look at another image and begin anew; gives a line about it. ImageFault when it is refused."""
         ref = ImageRef(as_path(path))
         data = read_bytes(ref)
-        seen = decode(data)  # unpacked now, so that a broken image is a fault here and not in the answer
+        try:
+            seen = decode(data)  # unpacked now, so that a broken image is a fault here and not in the answer
+        except ImageFault as fault:
+            raise fault.at(str(ref)) from None
         # The bytes are kept: the talk goes on when the file is moved.
         self.image, self.path, self.turns = reference(data), ref.path, []
         spec = self.model.vlm.spec

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -97,9 +97,17 @@ def _stop_here() -> None:
         )
 
 
-def _reason(error: DataError) -> str:
-    """Fixed words where the error has them, else its text up to the details."""
+def reason_of(error: DataError) -> str:
+    """Fixed words where the error has them (the same as `pool check` uses), else its text up to the details."""
+    if isinstance(error, ImageFault):
+        return f"image {error.reason}"
     return str(getattr(error, "reason", None) or str(error).partition(": ")[0])
+
+
+def _refusal(index: int, id: str, image: str, error: DataError) -> dict[str, Any]:
+    line = {"index": index, "id": id, "image": image, "reason": reason_of(error)}
+    detail = getattr(error, "detail", "")
+    return {**line, "detail": detail} if detail else line
 
 
 def _encode_all(source: Source, chat: str, vlm: VLM, max_tokens: int) -> tuple[list[_Text], list[dict[str, Any]]]:
@@ -110,8 +118,7 @@ def _encode_all(source: Source, chat: str, vlm: VLM, max_tokens: int) -> tuple[l
                 texts.append(encode_sample(source, index, chat, vlm.tokenizer, vlm.spec, max_tokens))
             except DataError as error:
                 image = str(getattr(error, "image", ""))
-                identity = str(getattr(error, "id", "") or index)
-                refused.append({"index": index, "id": identity, "image": image, "reason": _reason(error)})
+                refused.append(_refusal(index, str(getattr(error, "id", "") or index), image, error))
             progress.advance(1, refused=len(refused))
             _stop_here()
     return texts, refused
@@ -119,25 +126,25 @@ def _encode_all(source: Source, chat: str, vlm: VLM, max_tokens: int) -> tuple[l
 
 def _features(
     vlm: VLM, refs: Sequence[ImageRef], folder: Path, see: Callable[[Pixels], torch.Tensor]
-) -> tuple[dict[ImageRef, int], dict[ImageRef, str]]:
-    """Fill features.npy; returns the row of every good image and the reason of every bad one."""
+) -> tuple[dict[ImageRef, int], dict[ImageRef, ImageFault]]:
+    """Fill features.npy; returns the row of every good image and the fault of every bad one."""
 
-    def decode(ref: ImageRef) -> Pixels | str:
+    def decode(ref: ImageRef) -> Pixels | ImageFault:
         try:
             return pixels_of(ref, vlm.spec.towers)
         except ImageFault as fault:
-            return _reason(fault)
+            return fault
 
-    def work(chunk: Sequence[ImageRef]) -> tuple[list[Pixels | str], np.ndarray | None]:
+    def work(chunk: Sequence[ImageRef]) -> tuple[list[Pixels | ImageFault], np.ndarray | None]:
         decoded = [decode(ref) for ref in chunk]
-        good = [item for item in decoded if not isinstance(item, str)]
+        good = [item for item in decoded if not isinstance(item, ImageFault)]
         if not good:
             return decoded, None
         seen = see({name: np.stack([item[name] for item in good]) for name in good[0]}).cpu()
         return decoded, seen.view(torch.int16).numpy() if seen.dtype == torch.bfloat16 else seen.numpy()
 
     rows: dict[ImageRef, int] = {}
-    bad: dict[ImageRef, str] = {}
+    bad: dict[ImageRef, ImageFault] = {}
     store: np.ndarray | None = None
     # Chunks of fixed places in the list, one a worker with one torch thread: the same bits for any number of workers,
     # and no OpenMP team whose members spin on a core that others want.
@@ -153,8 +160,8 @@ def _features(
             decoded, values = ahead.popleft().result()
             if number + 2 * workers < len(chunks):
                 ahead.append(pool.submit(work, chunks[number + 2 * workers]))
-            good = [ref for ref, item in zip(chunk, decoded, strict=True) if not isinstance(item, str)]
-            bad.update((ref, item) for ref, item in zip(chunk, decoded, strict=True) if isinstance(item, str))
+            good = [ref for ref, item in zip(chunk, decoded, strict=True) if not isinstance(item, ImageFault)]
+            bad.update((ref, item) for ref, item in zip(chunk, decoded, strict=True) if isinstance(item, ImageFault))
             if values is not None:
                 if store is None:
                     shape = (len(refs), *values.shape[1:])
@@ -207,37 +214,50 @@ def prepare(
     texts, refused = _encode_all(source, chat, vlm, max_tokens)
     refs = list(dict.fromkeys(itertools.chain.from_iterable(text.refs for text in texts)))
     rows = {ref: row for row, ref in enumerate(refs)}
-    bad: dict[ImageRef, str] = {}
+    bad: dict[ImageRef, ImageFault] = {}
     if see is not None:
         rows, bad = _features(vlm, refs, writing, see)
         for text in texts:
             for ref in text.refs:
                 if ref in bad:
-                    refused.append({"index": text.index, "id": text.id, "image": str(ref), "reason": bad[ref]})
+                    name = str(ref) if ref.kind == "data" else source.root.name(ref)
+                    refused.append(_refusal(text.index, text.id, name, bad[ref]))
                     break
         texts = [text for text in texts if not any(ref in bad for ref in text.refs)]
     quarantine = folder.with_name("quarantine.jsonl")
     quarantine.unlink(missing_ok=True)
     for row in sorted(refused, key=lambda row: row["index"]):
         append_jsonl(quarantine, row)
-    _judge(len(refused), len(source), bad_share, quarantine, refused)
-    _write(writing, texts, rows, {"facts": facts, "refused": len(refused), "samples": len(source)})
+    reasons = Counter(str(row["reason"]) for row in refused)
+    _judge(source, reasons, bad_share, quarantine)
+    more = {"facts": facts, "refused": len(refused), "reasons": dict(reasons.most_common()), "samples": len(source)}
+    _write(writing, texts, rows, more)
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
     sync_folder(folder.parent)
     return Prepared(folder)
 
 
-def _judge(bad: int, total: int, share: float, quarantine: Path, refused: Sequence[Mapping[str, Any]]) -> None:
+def _judge(source: Source, reasons: Counter[str], share: float, quarantine: Path) -> None:
+    bad, total = reasons.total(), len(source)
     if bad == total or bad > share * total:
-        reasons: dict[str, int] = {}
-        for row in refused:
-            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-        common = "; ".join(f"{n} x {words}" for words, n in sorted(reasons.items(), key=lambda kv: -kv[1])[:3])
         raise DataError(
-            f"{bad} of {total} samples cannot be used, more than bad_share {share} allows ({common or 'no samples'}); "
-            f"see {quarantine}"
+            f"{bad:,} of {total:,} samples of {source.name} cannot be used, more than bad_share {share} allows: "
+            f"{in_words(reasons)}.{source.advice(reasons)} Each is named in {quarantine}. Mend the data, or raise "
+            "bad_share of the stage."
         )
+
+
+def lacking(refs: Sequence[ImageRef]) -> None:
+    """ImageFault when a file is not there; nothing is opened."""
+    if any(ref.kind == "file" and not Path(ref.path).is_file() for ref in refs):
+        raise ImageFault("missing")
+
+
+def in_words(reasons: Mapping[str, int]) -> str:
+    """How many samples were refused why, the most frequent first."""
+    some = Counter(reasons).most_common(8)
+    return "; ".join([*(f"{count:,} {reason}" for reason, count in some), *["..."] * (len(reasons) > len(some))])
 
 
 def _write(folder: Path, texts: Sequence[_Text], rows: Mapping[ImageRef, int], more: Mapping[str, Any]) -> None:
@@ -331,7 +351,7 @@ class Prepared:
                     pixels = pixels_of(ImageRef(**self.meta["refs"][image]), views)
                 except ImageFault as fault:
                     labels[place] = IGNORE
-                    failed.append((self.names[row], _reason(fault)))
+                    failed.append((self.names[row], reason_of(fault)))
                     pixels = {view.name: np.zeros((3, view.size, view.size), np.float32) for view in views}
                 for name, array in pixels.items():
                     found[name].append(array)
@@ -354,6 +374,12 @@ class Order:
             assert len(batches) == self.per_epoch, "plan keeps every index once per epoch"
             self._epoch = (epoch, batches)
         return sorted(self._epoch[1][place], key=lambda row: (-self.lengths[row], row))
+
+    def seen(self, step: int) -> int:
+        """Samples in all steps before `step`: an epoch's last batch may be short."""
+        epoch, place = divmod(step, self.per_epoch)
+        batches = plan(self.lengths, self.size, self.seed, epoch)[:place] if place else []
+        return epoch * len(self.lengths) + sum(map(len, batches))
 
 
 def micro_batches(rows: Sequence[int], rank: int, world: int, size: int | None) -> Iterator[Sequence[int]]:

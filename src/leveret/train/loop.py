@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -29,10 +31,11 @@ from leveret.runs import (
     RecipeError,
     append_jsonl,
     graceful_stop,
+    read_jsonl,
     stop_requested,
 )
 from leveret.train import state
-from leveret.train.data import Failed, Order, Prepared, micro_batches
+from leveret.train.data import Failed, Order, Prepared, in_words, micro_batches
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
 from leveret.train.ranks import threads
@@ -224,7 +227,7 @@ class Teacher:
                 metrics = state.Metrics(self.folder / "metrics.jsonl", self.step)
                 stack.callback(metrics.close)
                 validation = state.Metrics(self.folder / "validation.jsonl", self.step) if self.validators else None
-                total = (self.job.total - self.step) * self.stage.batch
+                total = self.order.seen(self.job.total) - self.order.seen(self.step)
                 progress = stack.enter_context(Progress(total, self.job.stage, "samples"))
             saved, began = self.step, time.perf_counter()
             for batches in self._ahead():
@@ -237,6 +240,7 @@ class Teacher:
                         row["samples"], step=f"{self.step}/{self.job.total}", loss=row["loss"],
                         **{"tokens/s": row["tokens"] / row["seconds"] if row["seconds"] else 0.0},
                         **({"skipped": self.skipped} if self.skipped else {}),
+                        **({"failed": self.failed} if self.failed else {}),
                     )  # fmt: skip
                 self._judge(row)
                 last = self.step == self.job.total
@@ -253,6 +257,14 @@ class Teacher:
                         f"stage {self.job.stage!r} stopped after step {saved} of {self.job.total}, which is saved; "
                         f"run the same command again to go on"
                     )
+        if self.leads and self.failed:
+            print(f"{self.job.stage}: {self._failures()}", file=sys.stderr, flush=True)
+
+    def _failures(self) -> str:
+        """Samples whose image failed while a batch was made, in words; those of every rank."""
+        quarantine = self.folder / "quarantine.jsonl"
+        found = {row["id"]: row["reason"] for row in read_jsonl(quarantine) if "step" in row}
+        return f"{len(found):,} samples taught nothing: {in_words(Counter(found.values()))}; named in {quarantine}"
 
     def _judge(self, row: dict[str, Any]) -> None:
         if self.skipped > self.stage.bad_steps:
@@ -263,8 +275,8 @@ class Teacher:
             )
         if self.failed > self.stage.bad_share * max(self.seen, len(self.data)):
             raise DataError(
-                f"{self.failed} of {self.seen} samples failed while training, more than bad_share "
-                f"{self.stage.bad_share} allows; see {self.folder / 'quarantine.jsonl'}"
+                f"{self.failed:,} of {self.seen:,} samples failed while training, more than bad_share "
+                f"{self.stage.bad_share} allows. {self._failures()}"
             )
 
     def _validate(self, log: state.Metrics) -> None:

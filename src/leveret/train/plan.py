@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,14 +87,18 @@ def describe(
     world: int = 1,
 ) -> StagePlan:
     """Facts of one stage. Without `data` the lengths come from a few samples, where the data is there at all."""
+    from leveret.train.data import in_words
+
     parts = parts_table(vlm, {str(part): how for part, how in stage.learn.items()})
     lines: list[tuple[str, str]] = []
     tokens = stage.max_tokens
     if data is not None:
         tokens = int(data.lengths.mean())
-        refused = f", {data.meta['refused']} refused (quarantine.jsonl)" if data.meta["refused"] else ""
         shown = "features kept" if data.features is not None else "images decoded when needed"
-        lines.append(("data", f"{stage.data}: {len(data):,} samples{refused}; {shown}"))
+        lines.append(("data", f"{stage.data}: {len(data):,} samples; {shown}"))
+        if refused := data.meta.get("reasons"):
+            where = data.folder.with_name("quarantine.jsonl")
+            lines.append(("refused", f"{sum(refused.values()):,} more: {in_words(refused)}; each is named in {where}"))
         lines.append(
             ("tokens", f"{tokens} per sample on average, {int(data.lengths.max())} at most; "
              f"{data.supervised.mean():.0f} of them learned from")
@@ -125,7 +130,7 @@ def describe(
 def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]:
     """Samples in the data and their mean length in tokens, as far as they can be known here, and that in words."""
     from leveret.pool import open_source
-    from leveret.train.data import encode_sample
+    from leveret.train.data import encode_sample, in_words, lacking, reason_of
 
     if not Path(stage.data).exists():
         return None, None, "not here (a dry run does not need it)"
@@ -133,14 +138,19 @@ def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]
     count = len(source)
     if vlm.tokenizer is None:
         return count, None, f"{count:,} samples; the tokenizer is not here, so their lengths are not known"
-    lengths = []
+    lengths: list[int] = []
+    refused: Counter[str] = Counter()
     for index in range(min(SAMPLED, count)):
         try:
             text = encode_sample(source, index, stage.chat or vlm.chat, vlm.tokenizer, vlm.spec, stage.max_tokens)
+            lacking(text.refs)
             lengths.append(len(text.ids))
-        except DataError:
-            continue
-    looked = f"{count:,} samples; of the first {min(SAMPLED, count)}, {len(lengths)} are good"
+        except DataError as error:
+            refused[reason_of(error)] += 1
+    looked = f"{count:,} samples; of the first {min(SAMPLED, count):,}, {len(lengths):,} are good"
+    if refused:
+        looked += f", the rest are not: {in_words(refused)}.{source.advice(refused)}"
+    looked += " (no picture was opened)"
     return count, round(sum(lengths) / len(lengths)) if lengths else None, looked
 
 
@@ -205,7 +215,7 @@ def show_stage(found: StagePlan, file: Any = None) -> None:
     console.print(f"\n[bold]stage {found.name}[/bold]")
     console.print(render(found.parts, found.vlm))
     for label, words in found.lines:
-        console.print(f"  {label:<10} {words}", markup=False)
+        console.print(f"  {label:<10} {words}", markup=False, soft_wrap=True)
 
 
 def show(plans: Sequence[StagePlan]) -> None:

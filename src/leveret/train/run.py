@@ -124,7 +124,7 @@ def open_sources(recipe: TrainRecipe, chosen: Sequence[str]) -> dict[str, Source
         try:
             sources[name] = open_source(stage.data, stage.images)
         except DataError as error:
-            faults.append(f"stages.{name}: {error}")
+            faults.append(f"stages.{name}.data: {error} To use other data: stages.{name}.data=PATH")
     if faults:
         raise DataError("\n".join(faults))
     return sources
