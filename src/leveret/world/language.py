@@ -182,13 +182,13 @@ class Writer:
         most = next((things for until, things in CURRICULUM if step < until), 4)
         scene = sample_scene(rng, counts=(1, most), word=0.45)
         _, weights, hinted = next(phase for phase in reversed(PHASES) if step >= phase[0])
-        short = SHORT_NAMES if weights is not WEIGHTS else 0.3
+        options = {kind: {"short": SHORT_NAMES} for kind in SHORT_NAMED} if weights is not WEIGHTS else {}
         if hinted and rng.random() < HINTED_ROWS:
             # A scene of one thing has no relations: such a row is empty and weighs nothing.
-            questions = conversation(scene, rng, 10, hinted, short=short)
+            questions = conversation(scene, rng, 10, hinted, options=options)
             turns = [(q.text, q.answer) for q in questions]
             return self.row(None, None, turns, {i: _places(scene, q) for i, q in enumerate(questions)})
-        questions = conversation(scene, rng, 10, weights, describe=0.15, short=short)
+        questions = conversation(scene, rng, 10, weights, describe=0.15, options=options)
         hints = {
             i: _places(scene, q)
             for i, q in enumerate(questions)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from leveret.world.scenes import (
@@ -222,8 +223,8 @@ def relation(scene: Scene, rng: random.Random, short: float = 0.3) -> Question |
     return Question("relation", f"relation/{said}", f"True or false? {caption}", "True" if label else "False", meta)
 
 
-def choice(scene: Scene, rng: random.Random) -> Question | None:
-    form = pick(rng, ("object", "colour", "place"), (0.5, 0.2, 0.3))
+def choice(scene: Scene, rng: random.Random, forms: tuple[float, float, float] = (0.5, 0.2, 0.3)) -> Question | None:
+    form = pick(rng, ("object", "colour", "place"), forms)
     if form == "object":
         gold = pick(rng, scene.things).name
         question, present = "Which object is in the image?", {thing.name for thing in scene.things}
@@ -361,7 +362,7 @@ def text_only(rng: random.Random) -> Question:
     )
 
 
-KINDS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+KINDS: dict[str, Callable[..., Question | None]] = {
     "existence": existence,
     "colour": colour,
     "shape": shape,
@@ -375,21 +376,23 @@ KINDS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "direction": direction,
     "tell": tell,
 }
-SHORT_NAMED = {"relation": relation, "direction": direction}
+SHORT_NAMED = ("relation", "direction")
 """Kinds that can be asked to name things by their shape alone."""
 EXAMINED = ("existence", "colour", "shape", "count", "relation", "choice", "box", "word")
 
 TUNE_WEIGHTS = {
-    "existence": 1.5,
-    "colour": 1.5,
-    "shape": 1.5,
-    "count": 2.0,
-    "relation": 2.5,
-    "choice": 1.5,
-    "box": 1.5,
-    "word": 1.5,
-    "side": 0.7,
+    "existence": 1.0,
+    "colour": 0.8,
+    "shape": 0.8,
+    "count": 1.8,
+    "relation": 1.0,
+    "choice": 3.0,
+    "box": 1.2,
+    "word": 1.4,
+    "side": 0.3,
 }
+TUNE_OPTIONS = {"choice": {"forms": (0.3, 0.3, 0.4)}}
+"""What the backbones bring needs few examples; what takes two steps (find it, then find its letter) gets most."""
 
 
 def conversation(
@@ -399,12 +402,12 @@ def conversation(
     weights: dict[str, float],
     *,
     describe: float = 0.0,
-    short: float = 0.3,
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[Question]:
     """`turns` questions on one scene, kinds drawn by weight, no question twice.
 
     describe  probability that the conversation opens with the whole scene told.
-    short     share of relations that name things by their shape alone.
+    options   arguments for the generator of a kind, such as {"relation": {"short": 0.6}}.
     """
     asked: list[Question] = []
     seen: set[str] = set()
@@ -415,7 +418,7 @@ def conversation(
         if len(asked) >= turns:
             break
         kind = pick(rng, kinds, shares)
-        question = SHORT_NAMED[kind](scene, rng, short) if kind in SHORT_NAMED else KINDS[kind](scene, rng)
+        question = KINDS[kind](scene, rng, **options.get(kind, {}))
         if question is not None and question.text not in seen:
             seen.add(question.text)
             asked.append(question)

@@ -155,6 +155,7 @@ def sample_scene(
     novel_pairs: bool = False,
     novel_words: bool | None = False,
     square: bool = False,
+    flat: bool = False,
 ) -> Scene:
     """One scene.
 
@@ -162,12 +163,14 @@ def sample_scene(
     word         probability of a word.
     novel_pairs  True: the first thing is a held-out pair. False: no thing is.
     novel_words  False: only words of training; True: only held-out ones; None: any.
+    flat         every shape and colour is as frequent as every other (else they fall a little along the tables).
     """
+    shape_weights, colour_weights = (None, None) if flat else (SHAPE_WEIGHTS, COLOUR_WEIGHTS)
     width, height = (SIDE, SIDE) if square else pick(rng, SIDES, SIDE_WEIGHTS)
     low, high = counts
     wanted = low + pick(rng, range(high - low + 1), (COUNT_WEIGHTS * 2)[low - 1 : high]) if high > low else low
     theme = pick(rng, ("free", "shape", "colour"), (0.55, 0.25, 0.2))
-    theme_shape, theme_colour = pick(rng, SHAPES, SHAPE_WEIGHTS), pick(rng, COLOURS, COLOUR_WEIGHTS)
+    theme_shape, theme_colour = pick(rng, SHAPES, shape_weights), pick(rng, COLOURS, colour_weights)
 
     taken: list[tuple[int, int, int, int]] = []
 
@@ -196,8 +199,8 @@ def sample_scene(
     for position in range(wanted):
         while True:
             keep = rng.random() < 0.8
-            shape = theme_shape if theme == "shape" and keep else pick(rng, SHAPES, SHAPE_WEIGHTS)
-            colour = theme_colour if theme == "colour" and keep else pick(rng, COLOURS, COLOUR_WEIGHTS)
+            shape = theme_shape if theme == "shape" and keep else pick(rng, SHAPES, shape_weights)
+            colour = theme_colour if theme == "colour" and keep else pick(rng, COLOURS, colour_weights)
             if ((colour, shape) in HELD_OUT) == (novel_pairs and position == 0):
                 break
         size = between(rng, THING_MIN, THING_MAX)
@@ -207,6 +210,6 @@ def sample_scene(
             things.append(Thing(shape, colour, x, y, x + size, y + size))
     if not things:  # a word may leave no room in 40 tries: a scene has at least one thing
         return sample_scene(
-            rng, counts=counts, word=0.0, novel_pairs=novel_pairs, novel_words=novel_words, square=square
+            rng, counts=counts, word=0.0, novel_pairs=novel_pairs, novel_words=novel_words, square=square, flat=flat
         )
     return Scene(width, height, tuple(things), text, int(rng.random() * 2**31))

@@ -24,7 +24,16 @@ from leveret.records import IMAGE_MARK
 from leveret.runs import Progress, RecipeError, atomic_write, read_json, write_json
 from leveret.world.captions import RATES, WORDS, web_pair
 from leveret.world.draw import jpeg, render
-from leveret.world.questions import EXAMINED, KINDS, POPE_WAYS, TUNE_WEIGHTS, Question, conversation, text_only
+from leveret.world.questions import (
+    EXAMINED,
+    KINDS,
+    POPE_WAYS,
+    TUNE_OPTIONS,
+    TUNE_WEIGHTS,
+    Question,
+    conversation,
+    text_only,
+)
 from leveret.world.scenes import Scene, sample_scene, shuffled, stream
 
 VERSION = 1
@@ -96,7 +105,7 @@ def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_sh
         scene = tune_scene(seed, index)
         Path(root, "images", _image_file("tune", index)).write_bytes(jpeg(render(scene)))
         rng = stream(seed, "tune/questions", index)
-        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1)
+        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1, options=TUNE_OPTIONS)
         records.append(_conversation_record(f"tune-{index:06d}", questions, "images/" + _image_file("tune", index)))
         if rng.random() < text_share:
             records.append(_conversation_record(f"text-{index:06d}", [text_only(rng) for _ in range(turns)], None))
@@ -154,7 +163,7 @@ def exam_scene(seed: int, split: str, index: int) -> tuple[Scene, str]:
     if split == "train":
         return tune_scene(seed, index), _image_file("tune", index)
     rng = stream(seed, split, index)
-    scene = sample_scene(rng, word=0.7, novel_pairs=split == "novel-pairs", novel_words=None)
+    scene = sample_scene(rng, word=0.7, novel_pairs=split == "novel-pairs", novel_words=None, flat=True)
     return scene, _image_file(split, index)
 
 
