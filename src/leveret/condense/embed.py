@@ -107,13 +107,13 @@ def embed(
                 words = "; ".join(f"{times:,} {reason}" for reason, times in bad.most_common(6))
                 raise DataError(
                     f"{bad.total():,} of {'the first ' * (seen < n)}{seen:,} samples are refused, more than the limit "
-                    f"of {limit_share:.0%}: {words}.{source.advice(bad)} Each is named in {quarantine}. Mend the data, "
-                    "or raise the limit (--limit-share)."
+                    f"of {limit_share:.0%}: {words}.{source.advice(bad, seen)} Each is named in {quarantine}. Mend the "
+                    "data, or raise the limit (--limit-share)."
                 )
     quarantine = _gather(run, n, shard)
     if n and not shard_rows(run, n, shard):
         raise DataError(
-            f"{source.name}: none of its {n:,} samples can be embedded; {quarantine} says why.{source.advice(bad)}"
+            f"{source.name}: none of its {n:,} samples can be embedded; {quarantine} says why.{source.advice(bad, n)}"
         )
     facts["length"] = n
     write_json(run.path / "manifest.json", {**facts, "width": loaded.width, "refused": dict(sorted(bad.items()))})

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from leveret.records import ImageRef
+from leveret.pool import open_source
+from leveret.records import IMAGE_MARK, ImageRef
 from leveret.runs import DataError, read_json
 
 LETTERS = "ABCDE"
@@ -305,6 +306,31 @@ def _textvqa(place: Place) -> list[Item]:
     return items
 
 
+def _own(place: Place) -> list[Item]:
+    """Your own questions in LLaVA's form: each user turn is asked by itself, its answer is the turn that follows."""
+    items = []
+    for path in place.files:
+        source = open_source(path, place.root / place.images)
+        for index in range(len(source)):
+            sample = source.sample(index)
+            if len(sample.images) > 1:
+                raise DataError(f"{path}, sample {index} ({sample.id}): {len(sample.images)} pictures; allowed is one.")
+            image = sample.images[0] if sample.images else None
+            turns = [turn for turn in sample.turns if turn.role != "system"]
+            for number, (asked, said) in enumerate(zip(turns[::2], turns[1::2], strict=False)):
+                items.append(
+                    Item(
+                        question_id=sample.id if not number else f"{sample.id}#{number}",
+                        image=image,
+                        prompt=place.prompt.format(question=asked.text.replace(IMAGE_MARK, "").strip()),
+                        gold=said.text.strip(),
+                        template=str(sample.meta.get("template", "")),
+                        meta={"image_id": source.root.name(image) if image else f"text/{sample.id}"},
+                    )
+                )
+    return items
+
+
 def _textvqa_keys(item: Item) -> tuple[str, ...]:
     image, question = item.meta["image_id"], item.meta["question"]
     return item.question_id, f"image {image}\n{question}", f"question {item.question_id}\n{question}"
@@ -364,6 +390,7 @@ FORMS: dict[str, Form] = {
     "vsr": Form(_vsr, identity="example_id (the line's number from 0)"),
     "scienceqa": Form(_scienceqa, identity="question_id (the problem's id)"),
     "refcoco": Form(_refcoco, identity="example_id (<set>-<ref_id>-<sent_id>)"),
+    "own": Form(_own),
     "textvqa": Form(
         _textvqa,
         _textvqa_keys,

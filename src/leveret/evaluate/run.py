@@ -155,7 +155,7 @@ def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(paths)} pictures are missing, first {missing[0]}. "
-            "Put the benchmark's pictures where its row of evaluate/tasks.py says, or name another root."
+            "Put them there, or give the folder that holds the questions' files and the pictures as they name them."
         )
 
 

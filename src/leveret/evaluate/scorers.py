@@ -287,6 +287,19 @@ def _summary_textvqa(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict
     return {"samples": len(items), "accuracy": 100 * mean([v.score for v in verdicts])}
 
 
+# --- a user's own questions -----------------------------------------------------------------------------------------
+
+
+def _judge_own(item: Item, text: str) -> Verdict:
+    """The same words as the recorded answer, once both went through TextVQA's normaliser."""
+    said = rules.m4c(text)
+    return Verdict(float(said == rules.m4c(item.gold)), said, bool(said))
+
+
+def _summary_own(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    return {"samples": len(items), "accuracy": 100 * mean([v.score for v in verdicts])}
+
+
 SCORERS: dict[str, Scorer] = {
     "pope": Scorer(
         "POPE evaluate.py as in Bunny and LLaVA (what is not a no is a yes)",
@@ -321,6 +334,12 @@ SCORERS: dict[str, Scorer] = {
         _judge_refcoco,
         lambda i: box_text(i.gold),
         _summary_refcoco,
+    ),
+    "own": Scorer(
+        "the same words as the recorded answer; case, articles, punctuation and digits for number words do not matter",
+        _judge_own,
+        lambda i: i.gold,
+        _summary_own,
     ),
     "textvqa": Scorer("TextVQA m4c soft accuracy as in LLaVA and Bunny", _judge_textvqa, _commonest, _summary_textvqa),
 }

@@ -124,6 +124,16 @@ _ROWS = (
         about="Questions that need the text in the picture (asked without OCR tokens).",
     ),
     TaskRow(
+        "own",
+        "own",
+        "own",
+        ("{split}.json", "{split}.jsonl"),
+        "",
+        "{question}",
+        128,
+        about="Your own questions, about your own pictures.",
+    ),
+    TaskRow(
         "existence",
         "pope",
         "pope",
@@ -235,9 +245,11 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
     files = next((found for pattern in patterns if (found := tuple(sorted(root.glob(pattern))))), ())
     if not files:
         pickled = " (the pickled refs*.p are not read: save their list as JSON beside them)" * (row.form == "refcoco")
+        own = "your questions in LLaVA's form, and the pictures as they name them"
+        wanted = own if row.form == "own" else "the task's official files (for your own questions: --suite own)"
         raise DataError(
             f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}{pickled}. "
-            f"Give the folder that holds the benchmark's official files."
+            f"Give the folder that holds {wanted}."
         )
     place = Place(files=files, root=root, images=row.images, split=official, prompt=row.prompt)
     try:

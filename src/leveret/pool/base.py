@@ -85,10 +85,10 @@ class Source(ABC):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def advice(self, reasons: Mapping[str, int]) -> str:
-        """A sentence that begins with a blank, for when most of the samples are refused because their image is not
-        there; else nothing. It is nearly always the wrong image folder."""
-        if 2 * reasons.get("image missing", 0) < sum(reasons.values()):
+    def advice(self, reasons: Mapping[str, int], seen: int) -> str:
+        """A sentence that begins with a blank, for when half or more of `seen` samples are refused because their image
+        is not there; else nothing. It is nearly always the wrong image folder."""
+        if not seen or 2 * reasons.get("image missing", 0) < seen:
             return ""
         return (
             f" Image paths start from {self.root.path}; if that is the wrong folder, name the right one "

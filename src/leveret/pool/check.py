@@ -288,5 +288,6 @@ def _too_many(source: Source, reasons: Mapping[str, int], seen: int, limit_share
     return DataError(
         f"{sum(reasons.values()):,} of {'the first ' * (seen < total)}{seen:,} samples"
         f"{f' (of {total:,})' * (seen < total)} are refused, more than the limit of {limit_share:.0%} of all: {most}."
-        f"{source.advice(reasons)} Each is named in {quarantine}. Mend the data, or raise the limit (--limit-share)."
+        f"{source.advice(reasons, seen)} Each is named in {quarantine}. Mend the data, or raise the limit "
+        "(--limit-share)."
     )

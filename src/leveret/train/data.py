@@ -243,8 +243,8 @@ def _judge(source: Source, reasons: Counter[str], share: float, quarantine: Path
     if bad == total or bad > share * total:
         raise DataError(
             f"{bad:,} of {total:,} samples of {source.name} cannot be used, more than bad_share {share} allows: "
-            f"{in_words(reasons)}.{source.advice(reasons)} Each is named in {quarantine}. Mend the data, or raise "
-            "bad_share of the stage."
+            f"{in_words(reasons)}.{source.advice(reasons, total)} Each is named in {quarantine}. Mend the data, or "
+            "raise bad_share of the stage."
         )
 
 

@@ -264,7 +264,7 @@ class Teacher:
         """Samples whose image failed while a batch was made, in words; those of every rank."""
         quarantine = self.folder / "quarantine.jsonl"
         found = {row["id"]: row["reason"] for row in read_jsonl(quarantine) if "step" in row}
-        return f"{len(found):,} samples taught nothing: {in_words(Counter(found.values()))}; named in {quarantine}"
+        return f"{len(found):,} sample(s) taught nothing: {in_words(Counter(found.values()))}; named in {quarantine}"
 
     def _judge(self, row: dict[str, Any]) -> None:
         if self.skipped > self.stage.bad_steps:

@@ -149,7 +149,7 @@ def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]
             refused[reason_of(error)] += 1
     looked = f"{count:,} samples; of the first {min(SAMPLED, count):,}, {len(lengths):,} are good"
     if refused:
-        looked += f", the rest are not: {in_words(refused)}.{source.advice(refused)}"
+        looked += f", the rest are not: {in_words(refused)}.{source.advice(refused, min(SAMPLED, count))}"
     looked += " (no picture was opened)"
     return count, round(sum(lengths) / len(lengths)) if lengths else None, looked
 
