@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from leveret.generate.engine import Engine, Precision, Request
+from leveret.images import ImageFault
 from leveret.model.checkpoint import load as load_vlm
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, ImageRef, Turn
@@ -90,6 +91,20 @@ def opening(image: Picture, question: str) -> tuple[tuple[ImageRef, ...], tuple[
     return (ref,), (Turn("user", marked),)
 
 
+def _png(image: Image) -> bytes:
+    """An open picture as PNG, turned as its EXIF block says: PNG would keep the pixels as they lie."""
+    from PIL.ImageOps import exif_transpose
+
+    held = BytesIO()
+    try:
+        upright = exif_transpose(image)
+        kept = upright.mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I", "I;16")
+        (upright if kept else upright.convert("RGB")).save(held, "PNG")
+    except OSError:  # Pillow reads the file only now
+        raise ImageFault("damaged", where=str(getattr(image, "filename", "") or "given")) from None
+    return held.getvalue()
+
+
 def reference(image: Any) -> ImageRef | None:
     """Where the bytes of a picture are; those in memory become a data URI (PIL images as PNG, which loses nothing)."""
     from PIL.Image import Image
@@ -97,9 +112,7 @@ def reference(image: Any) -> ImageRef | None:
     if image is None or isinstance(image, ImageRef):
         return image
     if isinstance(image, Image):
-        held = BytesIO()
-        (image if image.mode in ("RGB", "RGBA", "L", "LA", "P") else image.convert("RGB")).save(held, "PNG")
-        image = held.getvalue()
+        image = _png(image)
     if isinstance(image, bytes | bytearray):
         return ImageRef(f"data:image/png;base64,{base64.b64encode(image).decode('ascii')}", kind="data")
     return ImageRef(str(Path(image).expanduser()))
