@@ -217,6 +217,7 @@ def condense(
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]
     for label, reasons in facts["left_out"].items():
         lines += _left_out(reasons, "refused" if label == "read" else f"left out by {label}")
+    lines += [f"the fate of each stands in {folder / 'ledger.parquet'}"]
     lines += [f"the coreset is {folder / 'coreset.json'}, the report {folder / 'report.html'}"]
     _report(json, {"out": str(folder), **facts}, "\n".join(lines))
 

@@ -17,7 +17,7 @@ from leveret.runs import RunFolder, read_json, write_json
 if TYPE_CHECKING:
     from leveret.world.write import WorldSize
 
-BUDGET = 2_000
+BUDGET = 1_500
 """Pairs the coreset keeps; the drawn web is fifty times as large."""
 WHY = {
     "existence": "is it there? (POPE's three samplings)",

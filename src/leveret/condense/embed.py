@@ -246,24 +246,14 @@ class Here(Fleet):
             yield self._finish(*waiting.popleft())
 
     def _finish(self, job: Job, decoded: list[Future[Any]]) -> Done:
-        with _one_thread(self.single):
-            return work(self.encoder, job, [future.result() for future in decoded])
+        given = [future.result() for future in decoded]
+        if "torch" not in sys.modules:  # an encoder without weights needs none
+            return work(self.encoder, job, given)
+        from leveret.model.threads import torch_threads
 
-
-@contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    """Torch on one thread, as in a worker process: sums split over threads may differ in their last bits."""
-    if not wanted or "torch" not in sys.modules:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        # One thread, as in a worker process: sums split over threads may differ in their last bits.
+        with torch_threads(1 if self.single else None):
+            return work(self.encoder, job, given)
 
 
 class Processes(Fleet):

@@ -308,7 +308,9 @@ def _refused(ledger: Ledger) -> pages.Section | None:
         counts[line["reason"]] = counts.get(line["reason"], 0) + 1
     rows = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return pages.Section(
-        "What could not be used", pages.table(rows, ["reason", "samples"]), "Each is listed in quarantine.jsonl."
+        "What could not be used",
+        pages.table(rows, ["reason", "samples"]),
+        f"Each is named in {ledger.embeddings.path.name}/quarantine.jsonl.",
     )
 
 

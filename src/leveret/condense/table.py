@@ -117,22 +117,17 @@ class Shop:
         if self.workers == 1 or len(items) < 2:
             yield from map(function, items)
             return
-        import torch
+        from leveret.model.threads import torch_threads
 
         # One product per thread, each on one core: threads inside small products cost more than they bring.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(self.workers) as pool:
-                waiting: deque[Future[R]] = deque()
-                for item in items:
-                    waiting.append(pool.submit(function, item))
-                    if len(waiting) > 2 * self.workers:
-                        yield waiting.popleft().result()
-                while waiting:
+        with torch_threads(1), ThreadPoolExecutor(self.workers) as pool:
+            waiting: deque[Future[R]] = deque()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * self.workers:
                     yield waiting.popleft().result()
-        finally:
-            torch.set_num_threads(threads)
+            while waiting:
+                yield waiting.popleft().result()
 
 
 def product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -27,6 +27,7 @@ from leveret.images import ImageFault, declared_size, read_bytes
 from leveret.images import decode as decode_image
 from leveret.inputs.chat import encode, find_chat
 from leveret.inputs.resize import prepare
+from leveret.model.threads import threads_for, torch_threads
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, ImageRef, Prediction, Turn
 from leveret.runs import DataError
@@ -83,6 +84,7 @@ class Engine:
         self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
         self.eyes = Eyes(vlm, self.bf16, cache_bytes)
         self.slots = Slots(vlm, slots, self.eyes.features, self.stops, bf16=self.bf16, shelf=cache_bytes)
+        self.threads = threads_for(vlm)
         self._spelled: dict[str, list[int]] = {}
 
     def answer(
@@ -103,11 +105,12 @@ class Engine:
         waiting = deque(self._order(replies))
         try:
             while waiting or self.slots.active:
-                # Joining is worth a pass of its own only for many at once.
-                if waiting and (2 * self.slots.free >= self.slots.size or not self.slots.active):
-                    ended = self.slots.join([waiting.popleft() for _ in range(min(self.slots.free, len(waiting)))])
-                else:
-                    ended = self.slots.step()
+                with torch_threads(self.threads):
+                    # Joining is worth a pass of its own only for many at once.
+                    if waiting and (2 * self.slots.free >= self.slots.size or not self.slots.active):
+                        ended = self.slots.join([waiting.popleft() for _ in range(min(self.slots.free, len(waiting)))])
+                    else:
+                        ended = self.slots.step()
                 for reply in ended:
                     if (place := number.get(id(reply))) is None:
                         continue  # somebody's stream, which sees for itself that it ended
@@ -153,7 +156,8 @@ class Engine:
                     kept = kept[len(ready) :]
                 if last:
                     return
-                self.slots.step()
+                with torch_threads(self.threads):
+                    self.slots.step()
         finally:
             self.slots.leave(reply)
 

@@ -30,6 +30,7 @@ from leveret.images import ImageFault
 from leveret.inputs.batches import plan
 from leveret.inputs.chat import encode
 from leveret.inputs.resize import prepare as to_pixels
+from leveret.model.threads import torch_threads
 from leveret.records import IGNORE, Batch, ImageRef, ImageSpec, TowerView
 from leveret.runs import (
     DataError,
@@ -42,7 +43,6 @@ from leveret.runs import (
     sync_folder,
     write_json,
 )
-from leveret.train.ranks import threads
 from leveret.train.state import flush
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _features(
     workers = cores()
     chunks = [refs[at : at + CHUNK] for at in range(0, len(refs), CHUNK)]
     with (
-        threads(1),
+        torch_threads(1),
         ThreadPoolExecutor(workers) as pool,
         Progress(len(refs), "seeing each image once", "images") as progress,
     ):

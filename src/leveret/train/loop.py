@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from leveret.model.threads import torch_threads
 from leveret.records import Batch
 from leveret.runs import (
     DataError,
@@ -38,7 +39,6 @@ from leveret.train import state
 from leveret.train.data import Failed, Order, Prepared, in_words, micro_batches
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
-from leveret.train.ranks import threads
 from leveret.train.stages import StageRecipe, TrainRecipe
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def follow(job: Job, ranks: Ranks) -> None:
     """A follower's share of a stage: the same model, the same arrays, its own rows."""
     recipe = TrainRecipe.model_validate(job.recipe)
     stage = recipe.stages[job.stage]
-    with threads(job.threads):
+    with torch_threads(job.threads):
         vlm = begin(recipe, job.start, job.device)
         trainables = arrange(vlm, stage, job.seed, job.stage, job.device, job.precision)
         with contextlib.suppress(Interrupted):

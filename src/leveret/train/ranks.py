@@ -13,7 +13,6 @@ open, so it ends with the leader, however that ended. Under torchrun the process
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import IO, Any
@@ -31,19 +30,6 @@ from leveret.runs import EnvironmentFault, cores
 
 _LONG = timedelta(days=30)
 """The leader may save and validate for as long as it likes; a peer that dies is noticed by its closed connection."""
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many torch threads inside, as many as before outside."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def resolve(ranks: int | str, device: str) -> int:

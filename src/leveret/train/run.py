@@ -191,8 +191,9 @@ def _stage(
 ) -> None:
     """One stage from wherever it stands to its end."""
     from leveret.model import checkpoint
+    from leveret.model.threads import torch_threads
     from leveret.train import learning, lora, plan, state
-    from leveret.train.loop import Job, Teacher, arrange, as_json, begin, threads
+    from leveret.train.loop import Job, Teacher, arrange, as_json, begin
 
     stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +232,7 @@ def _stage(
     )  # fmt: skip
     plan.show_stage(plan.describe(vlm, name, stage, data=data, total=total, job=job, world=ranks.world))
     ranks.tell(as_json(job))
-    with threads(share):
+    with torch_threads(share):
         Teacher(job, stage, vlm, trainables, data, ranks, validators).run()
         vlm.eval()
         how = stage.learn.get("language")

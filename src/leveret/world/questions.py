@@ -391,7 +391,8 @@ TUNE_WEIGHTS = {
     "word": 1.4,
     "side": 0.3,
 }
-TUNE_OPTIONS = {"choice": {"forms": (0.3, 0.3, 0.4)}}
+EXAM_OPTIONS = {"choice": {"forms": (0.75, 0.15, 0.1)}}
+TUNE_OPTIONS = {"choice": {"forms": (0.4, 0.35, 0.25)}}
 """What the backbones bring needs few examples; what takes two steps (find it, then find its letter) gets most."""
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,8 +26,10 @@ from leveret.runs import Progress, RecipeError, atomic_write, read_json, write_j
 from leveret.world.captions import RATES, WORDS, web_pair
 from leveret.world.draw import jpeg, render
 from leveret.world.questions import (
+    EXAM_OPTIONS,
     EXAMINED,
     KINDS,
+    PAIRS,
     POPE_WAYS,
     TUNE_OPTIONS,
     TUNE_WEIGHTS,
@@ -52,7 +55,7 @@ class WorldSize:
     test        questions a kind in the test split (and in its train twin); `novel` in the split of held-out pairs.
     """
 
-    web: int = 100_000
+    web: int = 75_000
     tune: int = 8_000
     turns: int = 10
     text_share: float = 0.04
@@ -137,10 +140,22 @@ class Asked:
     question: Question
 
 
-def _questions(seed: int, split: str, kind: str, n: int) -> tuple[list[Asked], int]:
-    """`n` questions of one kind, at most one (existence: a yes and a no) a scene, and how many scenes that took."""
+CELLS: dict[str, tuple[int, Callable[[Question], Any]]] = {
+    "colour": (len(PAIRS), lambda question: question.meta["object"]),
+    "shape": (len(PAIRS), lambda question: question.meta["object"]),
+    "relation": (8, lambda question: question.template + question.answer),
+    "choice": (4, lambda question: question.answer),
+}
+"""What the test split balances, as GQA's balanced splits do: cells, and the cell of a question. Within a cell no answer
+is likelier than another, so neither a constant nor a blind model finds one that pays."""
+
+
+def _questions(seed: int, split: str, kind: str, n: int) -> list[Asked]:
+    """`n` questions of one kind, at most one (existence: a yes and a no) a scene."""
     found: list[Asked] = []
     index = 0
+    cells, cell_of = CELLS[kind] if split == "test" and kind in CELLS else (1, lambda question: 0)
+    full, held = -(-n // cells), Counter[Any]()
     while len(found) < n:
         rng = stream(seed, f"{split}/{kind}", index)
         scene, image = exam_scene(seed, split, index)
@@ -151,11 +166,14 @@ def _questions(seed: int, split: str, kind: str, n: int) -> tuple[list[Asked], i
                 if question:
                     found.append(Asked(len(found), image, scene, question))
         else:
-            question = KINDS[kind](scene, rng)
-            if question:
-                found.append(Asked(len(found), image, scene, question))
+            for _ in range(8 if cells > 1 else 1):
+                question = KINDS[kind](scene, rng, **EXAM_OPTIONS.get(kind, {}))
+                if question and held[cell_of(question)] < full:
+                    held[cell_of(question)] += 1
+                    found.append(Asked(len(found), image, scene, question))
+                    break
         index += 1
-    return found[:n], index
+    return found[:n]
 
 
 def exam_scene(seed: int, split: str, index: int) -> tuple[Scene, str]:
@@ -328,10 +346,9 @@ def _examination(root: str, seed: int, split: str, n: int) -> None:
     asked = {kind: _questions(seed, split, kind, n) for kind in EXAMINED}
     if split != "train":  # the train twin's pictures are the tuning pictures
         Path(root, "images", split).mkdir(parents=True, exist_ok=True)
-        for index in range(max(scenes for _, scenes in asked.values())):
-            scene, image = exam_scene(seed, split, index)
+        for image, scene in {item.image: item.scene for questions in asked.values() for item in questions}.items():
             Path(root, "images", image).write_bytes(jpeg(render(scene)))
-    for kind, (questions, _) in asked.items():
+    for kind, questions in asked.items():
         FORMS[kind](Path(root, "eval", kind), split, questions, Path(root))
 
 
