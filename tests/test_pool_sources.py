@@ -335,9 +335,9 @@ def test_rows_of_a_table_are_refused_one_by_one(tmp_path: Path) -> None:
         "a.jpg#1": "another",
         "b.jpg": "caption is not text",
         "c.jpg": "empty caption",
-        "captions.jsonl row 3": "row names no photo",
-        "captions.jsonl row 7": "row is not an object",
-        "captions.jsonl row 8": "row is not JSON",
+        "captions.jsonl row 4": "row names no photo",
+        "captions.jsonl row 8": "row is not an object",
+        "captions.jsonl row 9": "row is not JSON",
         "gone.jpg": "not there",
     }
     source.fingerprint()

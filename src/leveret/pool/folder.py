@@ -163,7 +163,7 @@ def _table(folder: Path) -> dict[str, list[tuple[Any, str]]]:
         raise DataError(f"{folder} holds several captions tables ({names}). Keep one.")
     path = present[0]
     found: dict[str, list[tuple[Any, str]]] = {}
-    for number, (photo, caption, fault) in enumerate(_READERS[path.suffix.lower()](path)):
+    for number, (photo, caption, fault) in enumerate(_READERS[path.suffix.lower()](path), start=1):
         if not fault and (not isinstance(photo, str) or not photo.strip()):
             fault = "row names no photo"
         if fault:
