@@ -213,22 +213,26 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
     """`report.html`: the story of the run on one page, with links to each station's own."""
     from leveret import pages
     from leveret.pool import open_source
-    from leveret.runs import atomic_write
+    from leveret.records import IMAGE_MARK
+    from leveret.runs import atomic_write, read_jsonl
 
-    def pictures(source: Path, images: Path, n: int) -> Any:
-        pool = open_source(source, images)
-        samples = [pool.sample(index) for index in range(min(n, len(pool)))]
-        return pages.gallery(
-            [
-                (
-                    Path(sample.images[0].path),
-                    "\n".join(turn.text.replace("<image>\n", "") for turn in sample.turns[:4]),
-                    "",
-                )
-                for sample in samples
-                if sample.images
-            ]
-        )
+    truth = {row["id"]: row for row in read_jsonl(root / "world" / "web_truth.jsonl")}
+    marks = {"fits": "right", "wrong": "wrong", "dull": "dull"}
+
+    def pictures(source: Path, n: int) -> Any:
+        """The first `n` samples with a picture; web pairs with a badge that says whether their words are right."""
+        pool, shown = open_source(source, root / "world"), []
+        for index in range(len(pool)):
+            sample = pool.sample(index)
+            if sample.images and len(shown) < n:
+                known = truth.get(sample.id)
+                turns = sample.turns[1:] if known else sample.turns[:4]
+                words = "\n".join(turn.text.replace(IMAGE_MARK, "").strip() for turn in turns)
+                copied = f"\n(a copy, {known['copy']})" if known and known["copy"] != "new" else ""
+                shown.append((Path(sample.images[0].path), words + copied, marks[known["words"]] if known else ""))
+            if len(shown) == n:
+                break
+        return pages.gallery(shown)
 
     scores = [row["score"] for row in results["tasks"].values()]
     facts = [
@@ -241,7 +245,7 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
             "What this is",
             [
                 pages.paragraphs(
-                    "A small vision-language model was made from nothing but drawings: a noisy web of image-text pairs "
+                    "A small vision-language model was made from drawings alone: a noisy web of image-text pairs "
                     "was drawn, a small clean part of it was chosen, a connector was aligned on that part, the whole "
                     "was tuned on conversations, and then examined on scenes that no step had seen. The same commands "
                     "do the same with real pictures and real backbones."
@@ -252,23 +256,25 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
         pages.Section(
             "1. The web that was drawn",
             [
-                pictures(root / "world" / "web.json", root / "world", 8),
-                pages.paragraphs("What is wrong with which pair stands in `world/web_truth.jsonl`; no step reads it."),
+                pictures(root / "world" / "web.json", 10),
+                pages.paragraphs(
+                    "The badges come from `world/web_truth.jsonl`, which no station reads: the scorer has to find out."
+                ),
             ],
             "Almost half of the captions belong elsewhere, some say nothing, and a fifth of the pictures are copies.",
         ),
         pages.Section(
             "2. What was chosen",
             [
-                pictures(root / "coreset" / "coreset.json", root / "world", 8),
-                pages.paragraphs(_purity(root)),
+                pictures(root / "coreset" / "coreset.json", 10),
+                pages.paragraphs(_purity(root, truth)),
                 pages.link("How it was chosen, with pictures at every cut", "coreset/report.html"),
             ],
             "Near copies were put together, and pairs whose words fit their picture best were kept.",
         ),
         pages.Section(
             "3. What tuning looks like",
-            pictures(root / "world" / "tune.json", root / "world", 4),
+            pictures(root / "world" / "tune.json", 5),
             "Conversations about clean scenes; only the answers are learned.",
         ),
         pages.Section(
@@ -288,13 +294,11 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
     atomic_write(root / "report.html", pages.page("A small vision-language model, from data to answers", sections))
 
 
-def _purity(root: Path) -> str:
+def _purity(root: Path, truth: dict[str, dict[str, Any]]) -> str:
     """How many of the kept pairs fit, against the whole web: the truth file makes it countable here."""
-    from leveret.runs import read_jsonl
-
-    truth = {row["id"]: row["words"] == "fits" for row in read_jsonl(root / "world" / "web_truth.jsonl")}
-    kept = [truth[row["id"]] for row in read_json(root / "coreset" / "coreset.json")]
+    fits = [row["words"] == "fits" for row in truth.values()]
+    kept = [truth[row["id"]]["words"] == "fits" for row in read_json(root / "coreset" / "coreset.json")]
     return (
-        f"Of the whole web {sum(truth.values()) / len(truth):.0%} of the captions fit their picture; of the "
+        f"Of the whole web {sum(fits) / len(fits):.0%} of the captions fit their picture; of the "
         f"{len(kept):,} pairs that were kept {sum(kept) / len(kept):.0%} do."
     )
