@@ -221,7 +221,8 @@ def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
 
     def pictures(source: Path, n: int) -> Any:
         """The first `n` samples with a picture; web pairs with a badge that says whether their words are right."""
-        pool, shown = open_source(source, root / "world"), []
+        pool = open_source(source, root / "world")
+        shown: list[tuple[Path, str, str]] = []
         for index in range(len(pool)):
             sample = pool.sample(index)
             if sample.images and len(shown) < n:
