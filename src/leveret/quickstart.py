@@ -199,15 +199,29 @@ def _say_results(root: Path, results: dict[str, Any]) -> None:
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in results["seconds"].items() if name != "total")
     console.print(f"\n{results['seconds']['total']:.0f} s in all: {spent}.")
     console.print(f"\nEverything is in [bold]{root}[/]. Next:")
+    called = _program()
     nexts = {
         f"open {root / 'report.html'}": "what happened, with pictures",
-        f"leveret chat {root} PICTURE": "ask about any picture",
-        f"leveret show {root / 'world' / 'tune.json'} --model {root}": "one sample at every seam",
-        "leveret train bunny/v1.0-3b --dry-run": "the same kind of recipe with SigLIP and Phi-2",
+        f"{called} chat {root} {root / 'world/images/test/000003.jpg'}": "ask about any picture",
+        f"{called} show {root / 'world/tune.json'} --model {root}": "one sample at every seam",
+        f"{called} train bunny/v1.0-3b --dry-run": "the same kind of recipe with SigLIP and Phi-2",
     }
     width = max(map(len, nexts))
     for command, what in nexts.items():
         console.print(f"  {command:<{width}}  [dim]{what}[/]", highlight=False)
+
+
+def _program() -> str:
+    """How to call leveret from here: by name where it is on PATH (it is not after `make quickstart`), else by path."""
+    import os
+    import shutil
+    import sys
+
+    called = Path(sys.argv[0])
+    if called.name != "leveret" or shutil.which("leveret"):
+        return "leveret"
+    near = os.path.relpath(called)
+    return str(called) if near.startswith("..") else near
 
 
 def _report(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
