@@ -10,6 +10,7 @@ The order is answer, then judge: nothing is lost when the scoring or the page fa
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,6 +121,8 @@ def evaluate(
     ]
     for swapped in (False, True):
         _ask([desk for desk in desks if desk.blind is swapped], model, engine, folder)
+    for desk in desks:
+        desk.settle()
 
     start = time.perf_counter()
     texts = {(desk.row.id, desk.blind): desk.texts() for desk in desks}
@@ -187,9 +190,15 @@ def _fingerprint(model: Any) -> str:
 
 def _engine(model: Any) -> Answers:
     from leveret.generate import Engine, Model, load
+    from leveret.model.threads import threads_for
 
     if isinstance(model, (str, Path)):
         model = load(model)
+    vlm = model.vlm if isinstance(model, Model) else model
+    # In float32 an answer does not depend on its company in a batch, so a run that was stopped and continued gives the
+    # same answers. Small models on the CPU lose little by it; large ones keep the precision they were loaded with.
+    if threads_for(vlm) == 1:
+        return Engine(vlm, precision="fp32")
     return model.engine if isinstance(model, Model) else Engine(model)
 
 
@@ -242,6 +251,14 @@ class _Desk:
         }
         append_jsonl(self.path, record)
         self.done.add(name)
+
+    def settle(self) -> None:
+        """Put the answers in the questions' order: however often the run was stopped, the file is the same bytes."""
+        if not self.path.exists():
+            return
+        place = {name: number for number, name in enumerate(self.items)}
+        answers = sorted(read_jsonl(self.path), key=lambda answer: place.get(str(answer["question_id"]), len(place)))
+        atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
     def texts(self) -> dict[str, str] | None:
         """question_id -> text of the questions asked; None where there was no other picture to show."""
