@@ -318,8 +318,17 @@ def score(
         result = station(task, answers, data, split=split, scorer=scorer, allow_missing=allow_missing)
     low, high = result["ci95"]
     lines = [f"{task}: {result['score']:.4f}  (95 % interval {low:.4f} - {high:.4f}, n = {result['n']:,})"]
-    lines += [f"  {name}: {value}" for name, value in result.get("metrics", {}).items()]
+    odd = {name: result.get(name) for name in ("unparsable", "missing") if result.get(name)}
+    lines += [f"  {name}: {count:,} of {result['n']:,}" for name, count in odd.items()]
+    lines += [f"  {name}: {_figure(value)}" for name, value in result.get("metrics", {}).items()]
     _report(json, result, "\n".join(lines))
+
+
+def _figure(value: Any) -> str:
+    """A metric for reading: rounded, and a table of them on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_figure(item)}" for name, item in value.items())
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 # --- verbs that look ------------------------------------------------------------------------------------------------
@@ -572,7 +581,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     # Idle OpenMP threads sleep instead of spinning: no slower alone, and many times faster when cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # a second Ctrl-C while the first was being told
+        code = 4
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nor may one cut short the end, and with it the exit code
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -400,7 +400,7 @@ def _axes(
     if x_name:
         labels.append(Markup('<text x="50%" y="{}" text-anchor="middle">{}</text>').format(height + 36, x_name))
     if y_name:
-        labels.append(Markup('<text x="100%" y="-6" text-anchor="end">{}</text>').format(y_name))
+        labels.append(Markup('<text x="0" y="-6">{}</text>').format(y_name))
     return _join(grid), _join(labels)
 
 

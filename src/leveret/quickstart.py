@@ -168,14 +168,14 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
             WHY.get(kind, ""),
             f"{row['score']:.3f}",
             f"{row['ci95'][0]:.3f} - {row['ci95'][1]:.3f}",
-            *("-" if row[name] is None else f"{row[name]:.3f}" for name in ("blind", "majority")),
+            *("-" if row[name] is None else f"{row[name]:.3f}" for name in ("majority", "blind")),
             f"{row['n']:,}",
         ]
         for kind, row in results["tasks"].items()
     ]
 
 
-HEADER = ("task", "what is asked", "score", "95 % interval", "blind", "majority", "n")
+HEADER = ("task", "what is asked", "score", "95 % interval", "majority", "blind", "n")
 LEGEND = (
     "blind: the same model and question with another scene's picture. "
     "majority: the best constant answer per question template, chosen on the training split."

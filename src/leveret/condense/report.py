@@ -213,7 +213,8 @@ def _groups(stage: Stage, ledger: Ledger, gallery: Pictures, config: Any) -> pag
         body.append("No two samples are near copies of each other.")
     lead = (
         f"Samples whose vectors have a cosine above {config.threshold:g} are copies of each other, and so are copies "
-        f"of copies. One of each group stays. The largest groups first, then some of the others."
+        "of copies. One of each group stays. The largest groups come first: they are chains, whose ends may differ "
+        "(what the rule costs; a higher threshold makes them shorter). Then some of the others."
     )
     return pages.Section("Copies", body, lead)
 

@@ -15,7 +15,7 @@ from leveret.images import ImageFault
 from leveret.model.checkpoint import load as load_vlm
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, ImageRef, Turn
-from leveret.runs import EnvironmentFault
+from leveret.runs import EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,7 +39,8 @@ class Model:
 
         image  a path, a PIL image, an image file's bytes, or an ImageRef.
 
-        Raises ImageFault or another DataError when the image or the question is refused.
+        Raises ImageFault or another DataError when the image or the question is refused, RecipeError when there is no
+        question.
         """
         refs, turns = opening(image, question)
         return self.engine.answer([Request("", refs, turns, max_new_tokens=max_new_tokens)])[0].text
@@ -84,6 +85,8 @@ def opening(image: Picture, question: str) -> tuple[tuple[ImageRef, ...], tuple[
     """The images and the one turn that ask `question`; its own `<image>` marks, if it has any, are kept."""
     from leveret.inputs.chat import literal
 
+    if not question.strip():
+        raise RecipeError("the question is empty: give it some words")
     ref = reference(image)
     if ref is None:
         return (), (Turn("user", question),)

@@ -29,6 +29,10 @@ class Chunk:
     supervised: list[tuple[int, int]]
 
 
+_LONE = re.compile("[\ud800-\udfff]")
+"""Halves of surrogate pairs: what Python makes of bytes that are no UTF-8, and no tokenizer can read."""
+
+
 class Reader:
     """A tokenizer made ready: private copies, so that nobody's padding, truncation or trimmed offsets show here."""
 
@@ -67,6 +71,10 @@ class Reader:
         """Ids and labels of one chunk."""
         if not chunk.text:
             return [], []
+        if not chunk.text.isascii() and _LONE.search(chunk.text):
+            raise DataError(
+                "the text is not valid Unicode (bytes that are no UTF-8 were read into it): mend its encoding"
+            )
         if any(said and self._special.search(text) for text, said in chunk.pieces):
             ids, offsets = self._spelled(chunk.pieces)
         else:

@@ -23,7 +23,7 @@ from leveret.generate.model import Model, load, reference
 from leveret.images import ImageFault, decode, read_bytes
 from leveret.inputs.chat import literal
 from leveret.records import IMAGE_MARK, ImageRef, Turn
-from leveret.runs import DataError, UserError, atomic_write, closest, write_json
+from leveret.runs import DataError, RecipeError, UserError, atomic_write, closest, write_json
 
 PROMPT = "> "
 
@@ -62,7 +62,8 @@ def chat(
     else:
         for line in sys.stdin:
             if line.strip():
-                talk.turns = []
+                if not line.startswith("/"):  # each question is a conversation of its own; commands look at the last
+                    talk.turns = []
                 talk.say(line.rstrip("\r\n"))
             if talk.over:
                 break
@@ -124,7 +125,9 @@ class Talk:
         """Write the answer as it is made, and remember both. Ctrl-C stops it; what was said till then is kept."""
         text = literal(question.strip())
         if not text:
-            raise DataError("the question is empty: give some words after -p")
+            raise RecipeError("the question is empty: give it some words")
+        if self.image is None and not self.turns:
+            self.note("(no picture: answered from the words alone)")
         if self.image is not None and not self.turns:
             text = f"{IMAGE_MARK}\n{text}"
         turns = [*self.turns, Turn("user", text)]
@@ -197,7 +200,7 @@ class Command:
 
 def _image(talk: Talk, path: str) -> None:
     if not path:
-        raise DataError("/image needs the path of an image: /image photo.jpg")
+        raise RecipeError("/image needs the path of an image: /image photo.jpg")
     talk.note(talk.show(path))
 
 
