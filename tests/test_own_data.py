@@ -491,7 +491,7 @@ TEACH = ("train", "world", "stages.align.data=photos", "stages.tune.data=my.json
         (["chat", "rnu", "photos/1.jpg", "-p", "What?"], 3, "rnu is not a model: it does not exist"),
         (["chat", "photos", "photos/1.jpg", "-p", "What?"], 3, "photos is not a model"),
         (["chat", "run", "photos", "-p", "What?"], 3, "image photos: not a file"),
-        (["chat", "run", "photos/1.jpg", "-p", " "], 3, "the question is empty"),
+        (["chat", "run", "photos/1.jpg", "-p", " "], 2, "the question is empty"),
         *(
             (["chat", "run", f"bad/{name}", "-p", "What?"], 3, f"image bad/{name}: {reason.removeprefix('image ')}")
             for name, reason in BROKEN.items()

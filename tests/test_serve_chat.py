@@ -24,7 +24,7 @@ from leveret.generate.model import Model
 from leveret.images import ImageFault
 from leveret.model.checkpoint import save
 from leveret.records import ImageRef, Sample, Turn
-from leveret.runs import DataError, EnvironmentFault
+from leveret.runs import DataError, EnvironmentFault, RecipeError
 from leveret.serve.chat import COMMANDS, Talk, as_path, chat, shown
 
 
@@ -221,3 +221,21 @@ def test_a_terminal(folder: Path, photo: Path, tmp_path: Path) -> None:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def test_what_cannot_be_asked_is_one_clear_line(model: Model) -> None:
+    with pytest.raises(DataError, match="not valid Unicode"):
+        model.ask(None, "what is \udcff this?")
+    with pytest.raises(RecipeError, match="question is empty"):
+        model.ask(None, "  ")
+
+
+def test_save_in_a_pipe_writes_the_last_question(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = f"is there a square\nhow many\n/save {tmp_path / 'talk.json'}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    chat(folder, max_new_tokens=4)
+    said = json.loads((tmp_path / "talk.json").read_text())
+    assert "how many" in json.dumps(said) and "is there a square" not in json.dumps(said)
+    assert "no picture" in capsys.readouterr().err

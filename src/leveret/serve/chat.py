@@ -200,7 +200,7 @@ class Command:
 
 def _image(talk: Talk, path: str) -> None:
     if not path:
-        raise RecipeError("/image needs the path of an image: /image photo.jpg")
+        raise DataError("/image needs the path of an image: /image photo.jpg")
     talk.note(talk.show(path))
 
 
