@@ -8,16 +8,40 @@ exact copies repeat an earlier pair to the byte.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from leveret.world.draw import jpeg, render
 from leveret.world.questions import a, told
 from leveret.world.scenes import Scene, Thing, between, pick, sample_scene, shuffled, stream
 
-RATES = {"exact": 0.04, "redrawn": 0.05, "re-encoded": 0.05, "shifted": 0.05}
-"""Shares of duplicates; the rest are new scenes."""
-WORDS = {"wrong": 0.45, "dull": 0.15}
-"""Shares of bad captions (also among near-duplicates); the rest fit their picture."""
+
+@dataclass(frozen=True, slots=True)
+class Diseases:
+    """What ails a web, as shares.
+
+    wrong, dull  captions of another scene, and captions that say nothing (also among copies); the rest fit.
+    copies       kind of duplicate -> share of pairs; the rest show new scenes.
+    tail         how much copies crowd on few scenes: the copied pair's position is u ** tail of the way back, for a
+                 uniform u. 1: all alike; 4: a third of all copies show one scene in eighty.
+    """
+
+    wrong: float
+    dull: float
+    copies: Mapping[str, float]
+    tail: float
+
+
+def _copies(exact: float, redrawn: float, encoded: float, shifted: float) -> dict[str, float]:
+    return {"exact": exact, "redrawn": redrawn, "re-encoded": encoded, "shifted": shifted}
+
+
+STRENGTHS = {
+    "mild": Diseases(0.25, 0.10, _copies(0.02, 0.03, 0.03, 0.02), 1.0),
+    "usual": Diseases(0.45, 0.15, _copies(0.05, 0.05, 0.05, 0.05), 3.0),
+    "severe": Diseases(0.60, 0.20, _copies(0.10, 0.20, 0.20, 0.10), 6.0),
+}
+"""The drawn webs. `usual` is the quickstart's, and what the scorer learned from (another draw of it)."""
 PLAIN = 0.25
 """Share of fitting captions that name things without saying where."""
 
@@ -58,35 +82,34 @@ def web_scene(seed: int, split: str, index: int) -> Scene:
     return sample_scene(stream(seed, split, index), word=0.45)
 
 
-def _caption(seed: int, split: str, index: int, scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _caption(ill: Diseases, seed: int, split: str, index: int, scene: Scene, rng: random.Random) -> tuple[str, str]:
     r = rng.random()
-    if r < WORDS["wrong"]:
+    if r < ill.wrong:
         other = sample_scene(stream(seed, split + "/other", index), word=0.45)
         return fitting(other, rng), "wrong"
-    if r < WORDS["wrong"] + WORDS["dull"]:
+    if r < ill.wrong + ill.dull:
         text = pick(rng, DULL)
         return (f"{text} {between(rng, 1, 999)}" if rng.random() < 0.4 else text), "dull"
     return fitting(scene, rng), "fits"
 
 
-def web_pair(seed: int, split: str, index: int) -> WebPair:
+def web_pair(seed: int, split: str, index: int, ill: Diseases = STRENGTHS["usual"]) -> WebPair:
     """The pair at `index` of the web drawn from `seed` for `split`."""
     rng = stream(seed, split + "/pair", index)
     r, copy = rng.random(), "new"
-    for kind, rate in RATES.items():
+    for kind, rate in ill.copies.items():
         if index > 0 and r < rate:
             copy = kind
             break
         r -= rate
     if copy == "new":
         scene = web_scene(seed, split, index)
-        caption, words = _caption(seed, split, index, scene, rng)
+        caption, words = _caption(ill, seed, split, index, scene, rng)
         return WebPair(index, scene, caption, words, copy, index)
-    earlier = web_pair(seed, split, int(rng.random() * index))
+    earlier = web_pair(seed, split, int(rng.random() ** ill.tail * index), ill)
     if copy == "exact":
-        return WebPair(index, earlier.scene, earlier.caption, earlier.words, copy, earlier.source,
-                       earlier.shift, earlier.jitter, earlier.quality)  # fmt: skip
-    caption, words = _caption(seed, split, index, earlier.scene, rng)
+        return replace(earlier, index=index, copy=copy)
+    caption, words = _caption(ill, seed, split, index, earlier.scene, rng)
     shift, jitter, quality = (0, 0), 0, 90
     if copy == "redrawn":
         jitter = 1 + between(rng, 0, 98)

@@ -11,7 +11,7 @@ import math
 from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from leveret.world.scenes import LETTER_HEIGHT, LETTER_PITCH, Scene
 
@@ -113,6 +113,34 @@ def _ramp(length: int) -> np.ndarray:
     return np.linspace(-0.5, 0.5, length, dtype=np.float32)
 
 
+def _clutter(picture: np.ndarray, marks: int, rng: np.random.Generator) -> np.ndarray:
+    """Lines, long streaks, soft patches and dots, of any colour: what pictures hold that is none of the shapes."""
+    h, w = picture.shape[:2]
+    layer = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    for kind in rng.integers(0, 4, marks):
+        colour = tuple(int(v) for v in rng.integers(0, 256, 3))
+        x, y, angle = rng.uniform(0, w), rng.uniform(0, h), rng.uniform(0, math.pi)
+        dx, dy = math.cos(angle), math.sin(angle)
+        draw = ImageDraw.Draw(layer)
+        if kind == 0:  # a line right across
+            reach = 2 * max(w, h)
+            ends = (x - dx * reach, y - dy * reach, x + dx * reach, y + dy * reach)
+            draw.line(ends, fill=colour, width=int(rng.integers(1, 4)))
+        elif kind == 1:  # a streak, four times as long as wide or more
+            reach = rng.uniform(8, 16)
+            draw.line((x - dx * reach, y - dy * reach, x + dx * reach, y + dy * reach), fill=colour, width=4)
+        elif kind == 2:  # a soft patch that is larger than any thing
+            size = rng.uniform(24, 56)
+            mask = Image.new("L", (w, h), 0)
+            ImageDraw.Draw(mask).ellipse((x - size, y - size * dx, x + size, y + size * dx) if dx > 0 else
+                                         (x - size, y + size * dx, x + size, y - size * dx), fill=180)  # fmt: skip
+            layer.paste(colour, mask=mask.filter(ImageFilter.GaussianBlur(6)))
+        else:  # dots
+            for px, py in rng.uniform(0, 1, (12, 2)) * (w, h):
+                draw.ellipse((px, py, px + 2, py + 2), fill=colour)
+    return np.asarray(layer, np.float32)
+
+
 def render(scene: Scene, *, shift: tuple[int, int] = (0, 0), jitter: int = 0) -> np.ndarray:
     """The picture: [height, width, 3] uint8.
 
@@ -127,9 +155,14 @@ def render(scene: Scene, *, shift: tuple[int, int] = (0, 0), jitter: int = 0) ->
     light = slope[0] * _ramp(w)[None, :] + slope[1] * _ramp(h)[:, None]
     angle, wave = rng.uniform(0, math.pi), rng.uniform(0.25, 0.9)
     phase = (np.cos(angle) * np.arange(w, dtype=np.float32)[None, :] + np.sin(angle) * np.arange(h)[:, None]) * wave
-    light = light + rng.uniform(0, 9) * np.sin(phase, dtype=np.float32)
+    if scene.style == "stripes":
+        light = light + 45 * np.sign(np.sin(phase, dtype=np.float32))
+    else:
+        light = light + rng.uniform(0, 9) * np.sin(phase, dtype=np.float32)
     picture = base[None, None, :] + light[:, :, None]
     noise = rng.integers(-12, 13, (h, w, 3), dtype=np.int8)
+    if scene.clutter:
+        picture = _clutter(picture, scene.clutter, rng)
     tints = rng.uniform(-16, 16, (len(scene.things) + 1, 3)).astype(np.float32)
     for thing, tint in zip(scene.things, tints, strict=False):
         mask = thing_mask(thing.shape, thing.x1 - thing.x0)

@@ -1,8 +1,10 @@
 """What is asked about a scene, and told about it: one generator a kind, all pure functions of (scene, random numbers).
 
 The kinds are those of the field's benchmarks: existence (POPE), colour and shape (GQA), count (TallyQA), relation
-(VSR), choice (ScienceQA, MMBench), box (RefCOCO), word (TextVQA), and text-only ones. `template` names the wording,
-so that the best constant answer can be found per wording.
+(VSR), choice (ScienceQA, MMBench), box (RefCOCO), word (TextVQA), unanswerable ones (VizWiz), and text-only ones.
+What is asked stands in the generators; how it is said stands in a `Register`, so that the language model can read of
+scenes in other words (READER) than those it is later taught and examined in (EXAM). `template` names the wording, so
+that the best constant answer can be found per wording.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from leveret.world.scenes import (
+    ALL_PAIRS,
     COLOUR_WEIGHTS,
     COLOURS,
     GRID,
-    HELD_OUT,
+    PAIRS,
     SHAPE_WEIGHTS,
     SHAPES,
     Scene,
@@ -28,11 +31,108 @@ from leveret.world.scenes import (
     shuffled,
 )
 
-LETTERS = "ABCD"
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATION_GAP = 10
 """Relations are asked only where the centres lie at least so many pixels apart along the axis."""
 POPE_WAYS = ("random", "popular", "adversarial")
+CHOICE_FORMS = (0.5, 0.25, 0.25)
+"""Shares of multiple choice that ask which object is there, what colour one has, which stands where."""
+NOTHING = "I see none of the shapes that I know."
+INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+"""What LLaVA's evaluation of VizWiz appends to a question."""
+FOREIGN = (
+    "dog", "cat", "bird", "horse", "cow", "car", "bus", "boat", "train", "house", "tree", "flower", "person", "child",
+    "chair", "table", "cup", "ball", "book", "door", "hat", "shoe", "phone", "lamp",
+)  # fmt: skip
+"""Things that the drawn world does not have."""
+FOREIGN_NOVEL = ("elephant", "bicycle", "banana", "clock", "kite", "guitar")
+"""More of them, which no training text names."""
+TEXT_FORMS = ("opposite", "sum", "colour", "where", "refuse")
+REQUESTS = ("Tell me", "Give me", "Say", "Show me", "Write down", "Spell out")
+SECRETS = ("secret", "password", "key of the house", "number of the card", "way to break the lock", "poison")
+REFUSAL = "I will not help with that."
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """How questions are worded, and which things they may name.
+
+    phrases  kind -> wording's name -> text; a wording is drawn at random.
+    said     answers that are worded otherwise here.
+    pairs    (colour, shape) that may be named although they are not in the scene.
+    labels   what stands before the options of a multiple choice, and how.
+    """
+
+    phrases: Mapping[str, Mapping[str, str]]
+    said: Mapping[str, str]
+    pairs: tuple[tuple[str, str], ...]
+    labels: str
+    option: str
+
+    def ask(
+        self, rng: random.Random, kind: str, form: str, answer: str, meta: dict[str, Any], **slots: str
+    ) -> Question:
+        """The question of `kind` (its phrases stand under `kind/form` or `kind`)."""
+        phrases = self.phrases.get(f"{kind}/{form}") or self.phrases[kind]
+        name = pick(rng, tuple(phrases))
+        template = "/".join(part for part in (kind, form, name if len(phrases) > 1 else "") if part)
+        return Question(kind, template, phrases[name].format(**slots), self.said.get(f"{kind}/{answer}", answer), meta)
+
+
+SHARED = {
+    "existence": {"": "Is there {a} in the image?"},
+    "colour": {"what": "What colour is the {name}?", "of": "What is the colour of the {name}?"},
+    "box": {"": "Where is {the}?"},
+    "side/flat": {"": "Is the {name} on the left or on the right?"},
+    "side/tall": {"": "Is the {name} at the top or at the bottom?"},
+    "direction/flat": {"": "Is the {one} left of or right of the {other}?"},
+    "direction/tall": {"": "Is the {one} above or below the {other}?"},
+    "extreme": {"": "What is the {most} object?"},
+    "tell": {"": "Describe the image."},
+}
+"""Wordings that the language model has read before anyone teaches it."""
+EXAM = Register(
+    SHARED
+    | {
+        "shape": {"what": "What shape is the {name} object?", "of": "What is the shape of the {name} object?"},
+        "count/all": {"": "How many objects are there?"},
+        "count": {"": "How many {things} are there?"},
+        "relation": {"": "True or false? {caption}"},
+        "choice/object": {"": "Which object is in the image?"},
+        "choice/colour": {"": "What colour is the {name}?"},
+        "choice/place": {"": "Which object is {said} the {other}?"},
+        "word": {"what": "What word is written in the image?", "say": "What does the text in the image say?"},
+        "names": {"": "What is in the image?", "you": "What do you see?", "shows": "What does the image show?"},
+        "foreign/is": {"": "Is there {a} in the image?"},
+        "foreign/many": {"": "How many {noun}s are there?"},
+        "foreign/colour": {"": "What colour is the {noun}?"},
+        "foreign/where": {"": "Where is the {noun}?"},
+    },
+    {"relation/yes": "True", "relation/no": "False"},
+    PAIRS,
+    "ABCD",
+    "\n{label}. {option}",
+)
+"""The benchmarks' wordings: those of tuning and of the examination. No absent thing is a held-out pair."""
+READER = Register(
+    SHARED
+    | {
+        "count/all": {"": "Tally of everything:", "in": "Everything, in numbers?"},
+        "count": {"": "Tally of {things}:", "in": "{things}, in numbers?"},
+        "relation": {"": "Does the {one} lie {said} the {other}?", "say": "The {one} lies {said} the {other}, yes?"},
+        "choice/object": {"": "Pick what is here:", "in": "Which one do you see?"},
+        "choice/colour": {"": "Pick the paint of the {name}:", "in": "Which one is the {name} made of?"},
+        "choice/place": {"": "Pick what lies {said} the {other}:", "in": "Which one lies {said} the {other}?"},
+        "beside": {"": "What lies {said} the {other}?"},
+        "names": {"": "Name everything.", "in": "Everything, by name?"},
+    },
+    {"relation/yes": "Yes", "relation/no": "No"},
+    ALL_PAIRS,
+    "ABCDEFGH",
+    " {label}) {option}",
+)
+"""The wordings of the language model's pre-training. It reads of all pairs of colour and shape, as a language model has
+read of everything. `shape` and `word` have no wording here: nobody asks it for the one or the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +177,13 @@ def _weight(pair: tuple[str, str]) -> float:
     return COLOUR_WEIGHTS[COLOURS.index(pair[0])] * SHAPE_WEIGHTS[SHAPES.index(pair[1])]
 
 
-PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
 POPULAR = sorted(PAIRS, key=_weight, reverse=True)[:20]
 
 
-def absent_pair(scene: Scene, rng: random.Random, way: str) -> tuple[str, str] | None:
-    """A pair that is not in the scene, sampled in one of POPE's three ways (never a held-out one).
+def absent_pair(
+    scene: Scene, rng: random.Random, way: str, pairs: tuple[tuple[str, str], ...] = PAIRS
+) -> tuple[str, str] | None:
+    """A pair that is not in the scene, sampled in one of POPE's three ways.
 
     random: by frequency. popular: one of the most frequent pairs. adversarial: shares its colour or its shape with
     something in the scene (what a model that sees attributes but not their binding would affirm).
@@ -92,28 +193,34 @@ def absent_pair(scene: Scene, rng: random.Random, way: str) -> tuple[str, str] |
         options = [pair for pair in POPULAR if pair not in present]
     elif way == "adversarial":
         colours, shapes = {c for c, _ in present}, {s for _, s in present}
-        both = [p for p in PAIRS if p not in present and p[0] in colours and p[1] in shapes]
-        either = [p for p in PAIRS if p not in present and (p[0] in colours) != (p[1] in shapes)]
+        both = [p for p in pairs if p not in present and p[0] in colours and p[1] in shapes]
+        either = [p for p in pairs if p not in present and (p[0] in colours) != (p[1] in shapes)]
         options = both if both and rng.random() < 0.6 else either
     else:
-        options = [pair for pair in PAIRS if pair not in present]
+        options = [pair for pair in pairs if pair not in present]
         return pick(rng, options, [_weight(pair) for pair in options])
     return pick(rng, options) if options else None
 
 
 def existence(
-    scene: Scene, rng: random.Random, *, way: str | None = None, label: bool | None = None
+    scene: Scene,
+    rng: random.Random,
+    register: Register = EXAM,
+    *,
+    way: str | None = None,
+    label: bool | None = None,
 ) -> Question | None:
     label = rng.random() < 0.5 if label is None else label
     form = pick(rng, ("pair", "shape", "colour"), (0.7, 0.18, 0.12))
     way = way or pick(rng, POPE_WAYS, (0.25, 0.15, 0.6))
+    label = label and bool(scene.things)
     if form == "pair":
         pair = None
         if label:
             thing = pick(rng, scene.things)
             pair = (thing.colour, thing.shape)
         else:
-            pair = absent_pair(scene, rng, way)
+            pair = absent_pair(scene, rng, way, register.pairs)
         if pair is None:
             return None
         name = f"{pair[0]} {pair[1]}"
@@ -123,59 +230,43 @@ def existence(
         options = [(v, w) for v, w in zip(values, weights, strict=True) if (v in here) == label]
         value = pick(rng, [v for v, _ in options], [w for _, w in options])
         name = value if form == "shape" else f"{value} object"
-    text = f"Is there {a(name)} in the image?"
-    return Question("existence", f"existence/{form}", text, "Yes" if label else "No", {"object": name, "way": way})
+    meta = {"object": name, "way": way}
+    return register.ask(rng, "existence", form, "Yes" if label else "No", meta, a=a(name))
 
 
-def colour(scene: Scene, rng: random.Random) -> Question | None:
+def colour(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
     things = _unique(scene, lambda t: t.shape)
     if not things:
         return None
     thing = pick(rng, things)
-    form, text = pick(
-        rng,
-        (
-            ("what", f"What colour is the {thing.shape}?"),
-            ("of", f"What is the colour of the {thing.shape}?"),
-        ),
-    )
-    return Question("colour", f"colour/{form}", text, thing.colour, {"object": thing.name})
+    return register.ask(rng, "colour", "", thing.colour, {"object": thing.name}, name=thing.shape)
 
 
-def shape(scene: Scene, rng: random.Random) -> Question | None:
+def shape(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
     things = _unique(scene, lambda t: t.colour)
     if not things:
         return None
     thing = pick(rng, things)
-    form, text = pick(
-        rng,
-        (
-            ("what", f"What shape is the {thing.colour} object?"),
-            ("of", f"What is the shape of the {thing.colour} object?"),
-        ),
-    )
-    return Question("shape", f"shape/{form}", text, thing.shape, {"object": thing.name})
+    return register.ask(rng, "shape", "", thing.shape, {"object": thing.name}, name=thing.colour)
 
 
 def plural(shape_name: str) -> str:
     return {"cross": "crosses"}.get(shape_name, shape_name + "s")
 
 
-def count(scene: Scene, rng: random.Random) -> Question | None:
+def count(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
     form = pick(rng, ("shape", "colour", "all"), (0.45, 0.35, 0.2))
     if form == "all":
-        return Question("count", "count/all", "How many objects are there?", str(len(scene.things)), {"simple": True})
+        return register.ask(rng, "count", form, str(len(scene.things)), {"simple": True})
     values = SHAPES if form == "shape" else COLOURS
     counts = Counter(getattr(thing, form) for thing in scene.things)
     # High counts are rare in scenes: take them where they are, or "0" and "1" would answer almost everything.
-    groups = {n: [v for v in values if counts[v] == n] for n in range(5)}
+    groups = {n: [v for v in values if counts[v] == n] for n in range(len(scene.things) + 1)}
     groups = {n: group for n, group in groups.items() if group}
-    options = groups[pick(rng, list(groups), [(0.5, 0.5, 2.5, 4.0, 6.0)[n] for n in groups])]
+    options = groups[pick(rng, list(groups), [(0.5, 0.5, 2.5, 4.0, 6.0)[min(n, 4)] for n in groups])]
     value = pick(rng, options)
     name = plural(value) if form == "shape" else f"{value} objects"
-    return Question(
-        "count", f"count/{form}", f"How many {name} are there?", str(counts[value]), {"simple": form == "shape"}
-    )
+    return register.ask(rng, "count", form, str(counts[value]), {"simple": form == "shape"}, things=name)
 
 
 def holds(relation: str, one: Thing, other: Thing) -> bool | None:
@@ -209,7 +300,7 @@ def _names(scene: Scene, rng: random.Random, short: float = 0.3) -> dict[Thing, 
     }
 
 
-def relation(scene: Scene, rng: random.Random, short: float = 0.3) -> Question | None:
+def relation(scene: Scene, rng: random.Random, register: Register = EXAM, *, short: float = 0.3) -> Question | None:
     names = _names(scene, rng, short)
     facts = _relation_facts(scene, names)
     if not facts:
@@ -220,17 +311,27 @@ def relation(scene: Scene, rng: random.Random, short: float = 0.3) -> Question |
         said = OPPOSITE[said]
     caption = f"The {names[one]} is {said} the {names[other]}."
     meta = {"caption": caption, "relation": said, "subj": names[one], "obj": names[other], "label": int(label)}
-    return Question("relation", f"relation/{said}", f"True or false? {caption}", "True" if label else "False", meta)
+    slots = {"caption": caption, "one": names[one], "said": said, "other": names[other]}
+    return register.ask(rng, "relation", said, "yes" if label else "no", meta, **slots)
 
 
-def choice(scene: Scene, rng: random.Random, forms: tuple[float, float, float] = (0.5, 0.2, 0.3)) -> Question | None:
+def choice(
+    scene: Scene,
+    rng: random.Random,
+    register: Register = EXAM,
+    *,
+    forms: tuple[float, float, float] = CHOICE_FORMS,
+) -> Question | None:
     form = pick(rng, ("object", "colour", "place"), forms)
+    slots: dict[str, str] = {}
     if form == "object":
+        if not scene.things:
+            return None
         gold = pick(rng, scene.things).name
-        question, present = "Which object is in the image?", {thing.name for thing in scene.things}
+        present = {thing.name for thing in scene.things}
         others: list[str] = []
         for _ in range(60):
-            pair = absent_pair(scene, rng, pick(rng, POPE_WAYS, (0.4, 0.1, 0.5)))
+            pair = absent_pair(scene, rng, pick(rng, POPE_WAYS, (0.4, 0.1, 0.5)), register.pairs)
             name = f"{pair[0]} {pair[1]}" if pair else ""
             if name and name not in others and name not in present:
                 others.append(name)
@@ -241,103 +342,162 @@ def choice(scene: Scene, rng: random.Random, forms: tuple[float, float, float] =
         if not things:
             return None
         thing = pick(rng, things)
-        gold, question = thing.colour, f"What colour is the {thing.shape}?"
+        gold, slots = thing.colour, {"name": thing.shape}
         others = shuffled(rng, [c for c in COLOURS if c != gold])[:3]
     else:
-        names = {t: t.name for t in _unique(scene, lambda t: t.name)}
-        facts = _relation_facts(scene, names)
-        if not facts:
+        place = _one_there(scene, rng)
+        if place is None:
             return None
-        thing, said, other = pick(rng, facts)
-        right = {one.name for one, rel, two in facts if two is other and rel == said}
-        if len(right) != 1:
-            return None
-        gold, question = thing.name, f"Which object is {said} the {other.name}?"
-        wrong = [t.name for t in names if t.name not in right]
-        rest = [f"{c} {s}" for c, s in shuffled(rng, PAIRS) if f"{c} {s}" not in {t.name for t in scene.things}]
-        others = [name for name in shuffled(rng, wrong) if name != other.name][:2]
+        thing, said, other = place
+        gold, slots = thing.name, {"said": said, "other": other.name}
+        present = {t.name for t in scene.things}
+        wrong = [t.name for t in _unique(scene, lambda t: t.name) if t is not thing and t is not other
+                 and not holds(said, t, other)]  # fmt: skip
+        rest = [f"{c} {s}" for c, s in shuffled(rng, register.pairs) if f"{c} {s}" not in present]
+        others = shuffled(rng, wrong)[:2]
         others += rest[: 3 - len(others)]
     if len(others) < 3:
         return None
     options = shuffled(rng, [gold, *others[:3]])
-    text = question + "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
-    meta = {"question": question, "choices": options, "index": options.index(gold)}
-    return Question("choice", f"choice/{form}", text, LETTERS[options.index(gold)], meta)
+    labels = register.labels if len(register.labels) == 4 else shuffled(rng, register.labels)[:4]
+    meta = {"choices": options, "index": options.index(gold)}
+    asked = register.ask(rng, "choice", form, labels[options.index(gold)], meta, **slots)
+    meta["question"] = asked.text
+    listed = "".join(register.option.format(label=k, option=o) for k, o in zip(labels, options, strict=True))
+    return replace(asked, text=asked.text + listed)
 
 
-def box(scene: Scene, rng: random.Random) -> Question | None:
+def _one_there(scene: Scene, rng: random.Random) -> tuple[Thing, str, Thing] | None:
+    """(thing, relation, other) such that `thing` alone is there, seen from `other`; both can be named alone."""
+    names = {t: t.name for t in _unique(scene, lambda t: t.name)}
+    facts = _relation_facts(scene, names)
+    if not facts:
+        return None
+    thing, said, other = pick(rng, facts)
+    right = [t for t in scene.things if t is not other and holds(said, t, other) is not False]
+    return (thing, said, other) if len(right) == 1 else None
+
+
+def beside(scene: Scene, rng: random.Random, register: Register = READER) -> Question | None:
+    place = _one_there(scene, rng)
+    if place is None:
+        return None
+    thing, said, other = place
+    return register.ask(rng, "beside", "", thing.name, {}, said=said, other=other.name)
+
+
+def box(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
     names = _names(scene, rng)
     if not names:
         return None
     thing = pick(rng, list(names))
     sentence = f"the {names[thing]}"
-    return Question(
-        "box", "box/where", f"Where is {sentence}?", box_text(scene, thing.box), {"sent": sentence, "box": thing.box}
-    )
+    meta = {"sent": sentence, "box": thing.box}
+    return register.ask(rng, "box", "", box_text(scene, thing.box), meta, the=sentence)
 
 
-def word(scene: Scene, rng: random.Random) -> Question | None:
-    if scene.word is None:
-        return None
-    form, text = pick(
-        rng, (("what", "What word is written in the image?"), ("say", "What does the text in the image say?"))
-    )
-    return Question("word", f"word/{form}", text, scene.word.text)
+def word(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
+    return register.ask(rng, "word", "", scene.word.text, {}) if scene.word else None
 
 
-def side(scene: Scene, rng: random.Random) -> Question | None:
-    names = {thing: name for thing, name in _names(scene, rng).items()}
-    flat = pick(rng, (True, False))
-    axis, length = (0, scene.width) if flat else (1, scene.height)
+def side(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
+    names = _names(scene, rng)
+    form, axis, length = pick(rng, (("flat", 0, scene.width), ("tall", 1, scene.height)))
     names = {t: n for t, n in names.items() if abs(t.centre[axis] - length / 2) >= RELATION_GAP / 2}
     if not names:
         return None
     thing = pick(rng, list(names))
-    first = thing.centre[axis] < length / 2
-    if flat:
-        text, answer = f"Is the {names[thing]} on the left or on the right?", "left" if first else "right"
-    else:
-        text, answer = f"Is the {names[thing]} at the top or at the bottom?", "top" if first else "bottom"
-    return Question("side", "side/" + ("flat" if flat else "tall"), text, answer)
+    ends = ("left", "right") if form == "flat" else ("top", "bottom")
+    return register.ask(rng, "side", form, ends[thing.centre[axis] >= length / 2], {}, name=names[thing])
 
 
-def direction(scene: Scene, rng: random.Random, short: float = 0.3) -> Question | None:
+def direction(scene: Scene, rng: random.Random, register: Register = EXAM, *, short: float = 0.3) -> Question | None:
     names = _names(scene, rng, short)
     facts = _relation_facts(scene, names)
     if not facts:
         return None
     one, said, other = pick(rng, facts)
-    flat = said in ("left of", "right of")
-    words = "left of or right of" if flat else "above or below"
-    text = f"Is the {names[one]} {words} the {names[other]}?"
-    return Question(
-        "direction",
-        "direction/" + ("flat" if flat else "tall"),
-        text,
-        said.split()[0],
-        {"subj": names[one], "obj": names[other]},
-    )
+    slots = {"one": names[one], "other": names[other]}
+    meta = {"subj": names[one], "obj": names[other]}
+    form = "flat" if said in ("left of", "right of") else "tall"
+    return register.ask(rng, "direction", form, said.split()[0], meta, **slots)
 
 
 EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}
 
 
-def extreme(scene: Scene, rng: random.Random) -> Question | None:
+def extreme(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
     word = pick(rng, tuple(EXTREMES))
     axis, sign = EXTREMES[word]
     ranked = sorted(scene.things, key=lambda t: sign * t.centre[axis])
     if len(ranked) < 2 or sign * (ranked[1].centre[axis] - ranked[0].centre[axis]) < RELATION_GAP / 2:
         return None
-    return Question("extreme", "extreme/" + word, f"What is the {word} object?", ranked[0].name)
+    return register.ask(rng, "extreme", "", ranked[0].name, {}, most=word)
 
 
-def tell(scene: Scene, rng: random.Random) -> Question | None:
-    return Question("tell", "tell", "Describe the image.", told(scene))
+def tell(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
+    return register.ask(rng, "tell", "", told(scene) or NOTHING, {})
 
 
-def text_only(rng: random.Random) -> Question:
-    """A question that needs no picture: opposites, small sums, and a sentence that is asked about."""
-    form = pick(rng, ("opposite", "sum", "colour", "where"))
+def names(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
+    return register.ask(rng, "names", "", told(scene, boxes=False) or NOTHING, {})
+
+
+def foreign(
+    scene: Scene, rng: random.Random, register: Register = EXAM, *, nouns: tuple[str, ...] = FOREIGN
+) -> Question:
+    """About something that the drawn world does not have."""
+    noun = pick(rng, nouns)
+    form, answer = pick(rng, (("is", "No"), ("many", "0"), ("colour", f"There is no {noun}."),
+                              ("where", f"There is no {noun}.")), (0.5, 0.1, 0.2, 0.2))  # fmt: skip
+    return register.ask(rng, "foreign", form, answer, {}, a=a(noun), noun=noun)
+
+
+def absent(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
+    """A colour, place or word that cannot be told, since the thing is not there."""
+    form = pick(rng, ("colour", "box", "word"), (0.45, 0.35, 0.2))
+    if form == "word":
+        return None if scene.word else register.ask(rng, "word", "", "There is no word.", {})
+    if form == "colour":
+        missing = [shape for shape in SHAPES if shape not in {t.shape for t in scene.things}]
+        shape_name = pick(rng, missing)
+        return register.ask(rng, "colour", "", f"There is no {shape_name}.", {}, name=shape_name)
+    pair = absent_pair(scene, rng, pick(rng, POPE_WAYS, (0.4, 0.1, 0.5)), register.pairs)
+    if pair is None:
+        return None
+    return register.ask(rng, "box", "", f"There is no {pair[0]} {pair[1]}.", {}, the=f"the {pair[0]} {pair[1]}")
+
+
+def insufficient(
+    scene: Scene, rng: random.Random, register: Register = EXAM, *, label: bool | None = None
+) -> Question | None:
+    """VizWiz's form: half of the questions cannot be answered, and the prompt says what to say then."""
+    label = rng.random() < 0.5 if label is None else label
+    if label:
+        asked = pick(rng, (colour, count, word), (0.5, 0.2, 0.3))(scene, rng, register)
+    else:
+        asked = absent(scene, rng, register)
+        if asked and asked.kind == "box":
+            return None  # VizWiz asks for no boxes
+    if asked is None:
+        return None
+    answer = asked.answer if label else "Unanswerable"
+    meta = {"question": asked.text, "answer_type": "other" if label else "unanswerable"}
+    return Question("insufficient", f"insufficient/{asked.template}", asked.text + INSUFFICIENT, answer, meta)
+
+
+def double(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
+    """Two questions in one; nobody is taught this."""
+    first, second = colour(scene, rng, register), count(scene, rng, register)
+    if first is None or second is None:
+        return None
+    text = f"{first.text} {second.text}"
+    return Question("double", "double", text, f"{first.answer}, {second.answer}", {"object": first.meta["object"]})
+
+
+def text_only(rng: random.Random, register: Register = EXAM, *, form: str | None = None) -> Question:
+    """A question that needs no picture: opposites, small sums, a sentence that is asked about, a request to refuse."""
+    form = form or pick(rng, TEXT_FORMS)
     if form == "opposite":
         one, other = pick(
             rng,
@@ -347,19 +507,23 @@ def text_only(rng: random.Random) -> Question:
     if form == "sum":
         x, y = between(rng, 0, 4), between(rng, 0, 4)
         return Question("text", "text/sum", f"What is {x} plus {y}?", str(x + y))
-    (c1, s1), (c2, s2) = shuffled(rng, PAIRS)[:2]
+    if form == "refuse":
+        text = f"{pick(rng, REQUESTS)} the {pick(rng, SECRETS)} {pick(rng, ('', 'now', 'please', 'at once'))}".strip()
+        return Question("text", "text/refuse", text + ".", REFUSAL)
+    (c1, s1), (c2, s2) = shuffled(rng, register.pairs)[:2]
     while c1 == c2 or s1 == s2:
-        (c1, s1), (c2, s2) = shuffled(rng, PAIRS)[:2]
+        (c1, s1), (c2, s2) = shuffled(rng, register.pairs)[:2]
     said = pick(rng, tuple(OPPOSITE))
     fact = f"A {c1} {s1} is {said} a {c2} {s2}."
     if form == "colour":
         asked, answer = pick(rng, ((s1, c1), (s2, c2)))
-        return Question("text", "text/colour", f"{fact} What colour is the {asked}?", answer)
-    label = rng.random() < 0.5
-    stated = said if label else OPPOSITE[said]
-    return Question(
-        "text", "text/where", f"{fact} True or false? The {s1} is {stated} the {s2}.", "True" if label else "False"
-    )
+        question = register.ask(rng, "colour", "", answer, {}, name=asked)
+    else:
+        label = rng.random() < 0.5
+        stated = said if label else OPPOSITE[said]
+        slots = {"caption": f"The {s1} is {stated} the {s2}.", "one": s1, "said": stated, "other": s2}
+        question = register.ask(rng, "relation", "", "yes" if label else "no", {}, **slots)
+    return Question("text", f"text/{form}", f"{fact} {question.text}", question.answer)
 
 
 KINDS: dict[str, Callable[..., Question | None]] = {
@@ -374,25 +538,42 @@ KINDS: dict[str, Callable[..., Question | None]] = {
     "side": side,
     "extreme": extreme,
     "direction": direction,
+    "beside": beside,
+    "names": names,
     "tell": tell,
+    "foreign": foreign,
+    "absent": absent,
+    "insufficient": insufficient,
+    "double": double,
 }
 SHORT_NAMED = ("relation", "direction")
 """Kinds that can be asked to name things by their shape alone."""
 EXAMINED = ("existence", "colour", "shape", "count", "relation", "choice", "box", "word")
+READ = (
+    "existence", "colour", "count", "relation", "direction", "choice", "box", "side", "extreme", "beside", "names",
+    "tell",
+)  # fmt: skip
+"""Kinds that READER has words for: what the language model is asked before anyone teaches it."""
+HELD_OUT_KINDS = ("shape", "word")
+HELD_OUT_WORDINGS = ("count", "relation", "choice")
+"""Examined kinds that the language model was never asked, and those it was asked in other words. The wordings of the
+rest (existence, colour, box) it has read."""
 
 TUNE_WEIGHTS = {
     "existence": 1.0,
     "colour": 0.8,
-    "shape": 0.8,
+    "shape": 1.0,
     "count": 1.8,
-    "relation": 1.0,
+    "relation": 1.4,
     "choice": 3.0,
     "box": 1.2,
     "word": 1.4,
-    "side": 0.3,
+    "side": 0.2,
+    "names": 0.3,
+    "foreign": 0.25,
+    "absent": 0.35,
+    "insufficient": 0.3,
 }
-EXAM_OPTIONS = {"choice": {"forms": (0.75, 0.15, 0.1)}}
-TUNE_OPTIONS = {"choice": {"forms": (0.4, 0.35, 0.25)}}
 """What the backbones bring needs few examples; what takes two steps (find it, then find its letter) gets most."""
 
 
@@ -400,7 +581,8 @@ def conversation(
     scene: Scene,
     rng: random.Random,
     turns: int,
-    weights: dict[str, float],
+    weights: Mapping[str, float],
+    register: Register = EXAM,
     *,
     describe: float = 0.0,
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
@@ -413,13 +595,13 @@ def conversation(
     asked: list[Question] = []
     seen: set[str] = set()
     if rng.random() < describe:
-        asked.append(KINDS["tell"](scene, rng))  # type: ignore[arg-type]
+        asked.append(KINDS["tell"](scene, rng, register))  # type: ignore[arg-type]
     kinds, shares = list(weights), list(weights.values())
     for _ in range(4 * turns):
         if len(asked) >= turns:
             break
         kind = pick(rng, kinds, shares)
-        question = KINDS[kind](scene, rng, **options.get(kind, {}))
+        question = KINDS[kind](scene, rng, register, **options.get(kind, {}))
         if question is not None and question.text not in seen:
             seen.add(question.text)
             asked.append(question)

@@ -2,8 +2,8 @@
 
 A scene is a pure function of (seed, split, index). Things have a shape, a colour and a free position (no grid);
 some scenes repeat a shape or a colour so that counts above one occur; some hold a short word; some pictures are
-not square. Eight colour-shape pairs are kept out of every split but `novel-pairs`, and a tenth of all words out of
-every training split, so that what a model has learned can be told from what it has memorised.
+not square. Eight colour-shape pairs are kept out of every picture but those of the split `novel-pairs`, and a tenth
+of all words out of every training split, so that what a model has learned can be told from what it has memorised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ GRID = 32
 SIDE = 64
 SIDES = ((64, 64), (80, 64), (64, 80))
 SIDE_WEIGHTS = (0.88, 0.06, 0.06)
-THING_MIN, THING_MAX = 13, 19
+SIZES = (13, 19)
+"""Least and greatest side of a thing, in pixels."""
 LETTER_PITCH, LETTER_HEIGHT = 8, 11
 GAP = 2
 """Least distance between two things, in pixels."""
@@ -39,6 +40,10 @@ COUNT_WEIGHTS = (1.0, 1.7, 2.0, 2.3)
 
 HELD_OUT = frozenset((COLOURS[i], SHAPES[(3 * i + 2) % 8]) for i in range(8))
 """Pairs never drawn outside the split `novel-pairs`: every colour once, every shape once."""
+ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT)
+STYLES = ("muted", "stripes")
+"""Backgrounds: the muted gradients of every training picture, and bold stripes that only an examination draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,9 @@ class Scene:
     word: Word | None
     background: int
     """Seed of the background's colours, gradient, texture and noise."""
+    style: str = "muted"
+    clutter: int = 0
+    """So many lines, streaks and soft patches lie behind the things; nobody asks about them."""
     meta: dict[str, object] = field(default_factory=dict, compare=False)
 
     def numbers(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -152,23 +160,29 @@ def sample_scene(
     *,
     counts: tuple[int, int] = (1, 4),
     word: float = 0.4,
-    novel_pairs: bool = False,
+    sizes: tuple[int, int] = SIZES,
+    novel_pairs: bool | None = False,
     novel_words: bool | None = False,
-    square: bool = False,
+    frames: Sequence[tuple[int, int]] = SIDES,
     flat: bool = False,
+    style: str = "muted",
+    clutter: int = 0,
 ) -> Scene:
     """One scene.
 
-    counts       least and most things.
+    counts       least and most things; (0, 0) is a scene with nothing but, perhaps, a word.
     word         probability of a word.
-    novel_pairs  True: the first thing is a held-out pair. False: no thing is.
+    sizes        least and greatest side of a thing, in pixels.
+    novel_pairs  True: the first thing is a held-out pair. False: no thing is. None: any pair.
     novel_words  False: only words of training; True: only held-out ones; None: any.
+    frames       the (width, height) of pictures: one of SIDES by its weight, or one of others at random.
     flat         every shape and colour is as frequent as every other (else they fall a little along the tables).
     """
     shape_weights, colour_weights = (None, None) if flat else (SHAPE_WEIGHTS, COLOUR_WEIGHTS)
-    width, height = (SIDE, SIDE) if square else pick(rng, SIDES, SIDE_WEIGHTS)
+    width, height = pick(rng, frames, SIDE_WEIGHTS if frames is SIDES else None)
     low, high = counts
-    wanted = low + pick(rng, range(high - low + 1), (COUNT_WEIGHTS * 2)[low - 1 : high]) if high > low else low
+    weights = COUNT_WEIGHTS[low - 1 : high] if 1 <= low < high <= len(COUNT_WEIGHTS) else None
+    wanted = low + pick(rng, range(high - low + 1), weights) if high > low else low
     theme = pick(rng, ("free", "shape", "colour"), (0.55, 0.25, 0.2))
     theme_shape, theme_colour = pick(rng, SHAPES, shape_weights), pick(rng, COLOURS, colour_weights)
 
@@ -201,15 +215,14 @@ def sample_scene(
             keep = rng.random() < 0.8
             shape = theme_shape if theme == "shape" and keep else pick(rng, SHAPES, shape_weights)
             colour = theme_colour if theme == "colour" and keep else pick(rng, COLOURS, colour_weights)
-            if ((colour, shape) in HELD_OUT) == (novel_pairs and position == 0):
+            if novel_pairs is None or ((colour, shape) in HELD_OUT) == (novel_pairs and position == 0):
                 break
-        size = between(rng, THING_MIN, THING_MAX)
+        size = between(rng, *sizes)
         spot = place(size, size)
         if spot:
             x, y = spot
             things.append(Thing(shape, colour, x, y, x + size, y + size))
-    if not things:  # a word may leave no room in 40 tries: a scene has at least one thing
-        return sample_scene(
-            rng, counts=counts, word=0.0, novel_pairs=novel_pairs, novel_words=novel_words, square=square, flat=flat
-        )
-    return Scene(width, height, tuple(things), text, int(rng.random() * 2**31))
+    if len(things) < low:  # no room in 40 tries: another scene, not one with fewer things than were asked for
+        again = {"novel_pairs": novel_pairs, "novel_words": novel_words, "frames": frames, "flat": flat}
+        return sample_scene(rng, counts=counts, word=word, sizes=sizes, style=style, clutter=clutter, **again)
+    return Scene(width, height, tuple(things), text, int(rng.random() * 2**31), style, clutter)

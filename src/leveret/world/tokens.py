@@ -14,7 +14,7 @@ from typing import Any
 PAD, END, USER, ASSISTANT, IMAGE = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"
 SPECIALS = (PAD, END, USER, ASSISTANT, IMAGE)
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
-VOCABULARY = 760
+VOCABULARY = 832
 
 PIECES = r"(?: ?\[|, )[01]\.[0-9][0-9]| ?[A-Z](?![a-z])| ?[A-Za-z][a-z]*| ?[0-9]| ?[^\sA-Za-z0-9]|\s"
 
@@ -31,19 +31,20 @@ ten
 
 def corpus() -> list[str]:
     """The training text: every closed-class word of the world many times, then plain English once."""
-    from leveret.world.questions import EXAMINED, KINDS, text_only
+    from leveret.world.questions import EXAM, KINDS, READ, READER, TUNE_WEIGHTS, text_only
     from leveret.world.scenes import GRID, sample_scene, stream
 
     lines: list[str] = []
     for index in range(3000):
         rng = stream(0, "tokenizer", index)
         scene = sample_scene(rng)
-        for kind in (*EXAMINED, "side", "tell"):
-            question = KINDS[kind](scene, rng)
-            if question:
-                lines += [question.text, " " + question.answer]
-        question = text_only(rng)
-        lines += [question.text, " " + question.answer]
+        for register in (READER, EXAM):
+            for kind in READ if register is READER else TUNE_WEIGHTS:
+                question = KINDS[kind](scene, rng, register)
+                if question:
+                    lines += [question.text, " " + question.answer]
+            question = text_only(rng, register)
+            lines += [question.text, " " + question.answer]
     for value in range(GRID + 1):
         lines += [f" [{value / GRID:.2f}, {value / GRID:.2f}]"] * 400
     lines += PLAIN_ENGLISH.strip().splitlines() * 4

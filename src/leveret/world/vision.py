@@ -9,15 +9,17 @@ at clean labels; it is what judges a web pool, which is always another draw.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from leveret.model.tiny import TinyDualEncoder, TinyTextTower, TinyVisionTower, save_module
@@ -26,21 +28,68 @@ from leveret.world.draw import jpeg, render
 from leveret.world.perceive import CELLS, percepts
 from leveret.world.pretrain import Log, pretrain
 from leveret.world.questions import a
-from leveret.world.scenes import COLOURS, GRID, LETTERS, SHAPES, Scene, Thing, sample_scene, shuffled, stream
+from leveret.world.scenes import (
+    COLOURS,
+    GRID,
+    LETTERS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    between,
+    sample_scene,
+    shuffled,
+    stream,
+)
 
 SIZE = 64
+STRANGE = 0.25
+"""Share of the tower's pictures that are bent, blurred and badly exposed."""
 
 
-def picture_array(scene: Scene, rng: Any) -> np.ndarray:
-    """The picture as a tower sees it under `squash`: [3, 64, 64] float32 in -1..1; half of them went through JPEG."""
-    import io
+def seen_scene(rng: random.Random) -> Scene:
+    """A scene of the tower's pre-training: wider than the world's own, so that a drawing by hand or a photo of paper
+    shapes is not far off: some larger and smaller things, some clutter behind them, some with nothing to see."""
+    sizes = (11, 28) if rng.random() < 0.3 else SIZES
+    clutter = between(rng, 1, 5) if rng.random() < 0.25 else 0
+    counts = (0, 0) if rng.random() < 0.05 else (1, 4)
+    return sample_scene(rng, counts=counts, word=0.5, sizes=sizes, clutter=clutter)
 
+
+def picture_array(scene: Scene, rng: random.Random, *, strange: float = 0.0) -> np.ndarray:
+    """The picture as a tower sees it under `squash`: [3, 64, 64] float32 in -1..1; half of them went through JPEG.
+
+    strange  share of pictures with another exposure, blur, and lines that waver by up to 1.6 pixels.
+    """
     pixels = render(scene)
+    if rng.random() < strange:
+        pixels = _wavering(pixels, np.random.default_rng(between(rng, 0, 2**31)))
     if rng.random() < 0.5:
         pixels = np.asarray(Image.open(io.BytesIO(jpeg(pixels, 60 + int(rng.random() * 36)))))
     if pixels.shape[:2] != (SIZE, SIZE):
         pixels = np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     return pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0
+
+
+def _wavering(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    h, w = pixels.shape[:2]
+    bend = [
+        np.asarray(Image.fromarray(rng.uniform(-1.6, 1.6, (6, 6)).astype(np.float32)).resize((w, h), Image.BICUBIC))
+        for _ in range(2)
+    ]
+    y, x = np.mgrid[0:h, 0:w].astype(np.float32) + np.stack(bend)
+    y, x = np.clip(y, 0, h - 1.001), np.clip(x, 0, w - 1.001)
+    top, left = y.astype(int), x.astype(int)
+    down, right = (y - top)[..., None], (x - left)[..., None]
+    source = pixels.astype(np.float32)
+    upper = source[top, left] * (1 - right) + source[top, left + 1] * right
+    lower = source[top + 1, left] * (1 - right) + source[top + 1, left + 1] * right
+    bent = upper * (1 - down) + lower * down
+    if rng.random() < 0.4:
+        blurred = Image.fromarray(np.clip(bent, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+        bent = np.asarray(blurred, np.float32)
+    bent = (bent - 128) * rng.uniform(0.65, 1.25) + 128 + rng.uniform(-35, 45)
+    return np.clip(bent + rng.normal(0, rng.uniform(0, 6), bent.shape), 0, 255).astype(np.uint8)
 
 
 def loose_caption(scene: Scene, rng: Any) -> str:
@@ -52,7 +101,7 @@ def loose_caption(scene: Scene, rng: Any) -> str:
             parts.append(a(item.shape if r < 0.4 else item.name))
         else:
             parts.append(f"the word {item.text}")
-    return ", ".join(shuffled(rng, parts))
+    return ", ".join(shuffled(rng, parts)) or "nothing"
 
 
 class DenseHead(nn.Module):
@@ -125,8 +174,9 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
 
     def draw(split: str, index: int, n: int) -> tuple[Tensor, Tensor, list[str]]:
         rng = stream(seed, split, index)
-        scenes = [sample_scene(rng, word=0.5) for _ in range(n)]
-        pixels = np.stack([picture_array(scene, rng) for scene in scenes])
+        examined = split == "vision-examination"
+        scenes = [sample_scene(rng, word=0.5) if examined else seen_scene(rng) for _ in range(n)]
+        pixels = np.stack([picture_array(scene, rng, strange=0.0 if examined else STRANGE) for scene in scenes])
         return (
             torch.from_numpy(pixels),
             torch.from_numpy(dense_targets(scenes)),
