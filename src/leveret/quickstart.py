@@ -126,7 +126,9 @@ def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
             raise RecipeError(f"{given}: the world has no {name!r}; allowed are {', '.join(allowed)}.{hint}")
         try:
             number = int(value) if key == "budget" else allowed[name](value)
-            if number < (1 if key == "budget" or name in ("web", "tune", "turns", "test") else 0):
+            if name != "strength" and number < (
+                1 if key == "budget" or name in ("web", "tune", "turns", "test") else 0
+            ):
                 raise ValueError
         except ValueError:
             raise RecipeError(f"{given}: {key} takes a positive number, such as {key}=1000") from None

@@ -306,6 +306,23 @@ def _textvqa(place: Place) -> list[Item]:
     return items
 
 
+def _vizwiz(place: Place) -> list[Item]:
+    """VizWiz: `[{image, question, answers: [{answer, answer_confidence}], answer_type, answerable}]`; the id is the
+    question's number from 0 (as in LLaVA's and Bunny's question files)."""
+    records = [record for path in place.files for record in read_json(path)]
+    return [
+        Item(
+            question_id=str(number),
+            image=place.image(record["image"]),
+            prompt=place.prompt.format(question=record["question"]),
+            gold=[answer["answer"] for answer in record["answers"]],
+            template=record.get("template", ""),
+            meta={"image_id": record["image"], "answer_type": record.get("answer_type", "")},
+        )
+        for number, record in enumerate(records)
+    ]
+
+
 def _own(place: Place) -> list[Item]:
     """Your own questions in LLaVA's form: each user turn is asked by itself, its answer is the turn that follows."""
     items = []
@@ -390,6 +407,7 @@ FORMS: dict[str, Form] = {
     "vsr": Form(_vsr, identity="example_id (the line's number from 0)"),
     "scienceqa": Form(_scienceqa, identity="question_id (the problem's id)"),
     "refcoco": Form(_refcoco, identity="example_id (<set>-<ref_id>-<sent_id>)"),
+    "vizwiz": Form(_vizwiz, identity="question_id (the question's number from 0)"),
     "own": Form(_own),
     "textvqa": Form(
         _textvqa,

@@ -7,6 +7,7 @@ unreadable answer as one of the answers, we do too, and say how many there were.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -287,6 +288,31 @@ def _summary_textvqa(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict
     return {"samples": len(items), "accuracy": 100 * mean([v.score for v in verdicts])}
 
 
+# --- VizWiz ---------------------------------------------------------------------------------------------------------
+
+
+def _summary_vizwiz(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    parts: dict[str, list[float]] = {"answerable": [], "unanswerable": []}
+    for item, verdict in zip(items, verdicts, strict=True):
+        parts["unanswerable" if item.meta["answer_type"] == "unanswerable" else "answerable"].append(verdict.score)
+    scores = {name: {"n": len(part), "accuracy": 100 * mean(part)} for name, part in parts.items()}
+    return {"samples": len(items), "accuracy": 100 * mean([v.score for v in verdicts]), **scores}
+
+
+# --- descriptions -----------------------------------------------------------------------------------------------------
+
+
+def _phrases(text: str) -> list[str]:
+    return [phrase.strip().lower() for phrase in text.split(",") if phrase.strip()]
+
+
+def _judge_phrases(item: Item, text: str) -> Verdict:
+    """Share of the reference's phrases (between its commas) that stand in the answer, each as often as it is said."""
+    wanted, said = Counter(_phrases(item.gold)), text.lower()
+    found = sum(min(n, len(re.findall(rf"\b{re.escape(phrase)}\b", said))) for phrase, n in wanted.items())
+    return Verdict(found / sum(wanted.values()), text or None, bool(text.strip()))
+
+
 # --- a user's own questions -----------------------------------------------------------------------------------------
 
 
@@ -338,6 +364,15 @@ SCORERS: dict[str, Scorer] = {
     "own": Scorer(
         "the same words as the recorded answer; case, articles, punctuation and digits for number words do not matter",
         _judge_own,
+        lambda i: i.gold,
+        _summary_own,
+    ),
+    "vizwiz": Scorer(
+        "VizWiz soft accuracy as in lmms-eval (m4c on both sides)", _judge_textvqa, _commonest, _summary_vizwiz
+    ),
+    "phrases": Scorer(
+        "share of the reference's phrases, between its commas, that the answer holds (our own rule)",
+        _judge_phrases,
         lambda i: i.gold,
         _summary_own,
     ),

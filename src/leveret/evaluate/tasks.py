@@ -15,6 +15,7 @@ from leveret.evaluate.forms import FORMS, Item, Place, check_ids
 from leveret.runs import DataError, RecipeError, closest
 
 SHORT = "\nAnswer the question using a single word or phrase."
+INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
@@ -124,6 +125,17 @@ _ROWS = (
         about="Questions that need the text in the picture (asked without OCR tokens).",
     ),
     TaskRow(
+        "vizwiz",
+        "vizwiz",
+        "vizwiz",
+        ("{split}.json",),
+        "images",
+        "{question}" + INSUFFICIENT + SHORT,
+        128,
+        splits={"test": "val"},
+        about="Questions of blind people, some of which the picture cannot answer.",
+    ),
+    TaskRow(
         "own",
         "own",
         "own",
@@ -213,10 +225,71 @@ _ROWS = (
         24,
         about="Read the word that is written in the picture.",
     ),
+    TaskRow(
+        "unanswerable",
+        "vizwiz",
+        "vizwiz",
+        ("eval/unanswerable/{split}.json",),
+        "images",
+        "{question}" + INSUFFICIENT,
+        24,
+        about="Half of the questions are about things that are not there.",
+    ),
+    TaskRow(
+        "double",
+        "gqa",
+        "gqa",
+        ("eval/double/{split}_balanced_questions.json",),
+        "images",
+        "{question}",
+        24,
+        about="Two questions in one; nobody taught that.",
+    ),
+    TaskRow(
+        "text",
+        "own",
+        "own",
+        ("eval/text/{split}.json",),
+        "",
+        "{question}",
+        24,
+        about="Questions without a picture: what is left of the language model's skills.",
+    ),
+    TaskRow(
+        "refusal",
+        "own",
+        "own",
+        ("eval/refusal/{split}.json",),
+        "",
+        "{question}",
+        24,
+        about="Requests, without a picture, that are to be refused.",
+    ),
+    TaskRow(
+        "caption",
+        "own",
+        "phrases",
+        ("eval/caption/{split}.json",),
+        "",
+        "{question}",
+        160,
+        about="Describe the picture: the share of its objects that are named.",
+    ),
+    TaskRow(
+        "reading",
+        "own",
+        "phrases",
+        ("eval/reading/{split}.json",),
+        "",
+        "{question}",
+        160,
+        about="Describe the picture: is the word in it spelled right?",
+    ),
 )
 TASKS: dict[str, TaskRow] = {row.id: row for row in _ROWS}
 SUITES: dict[str, tuple[str, ...]] = {
     "world": ("existence", "colour", "shape", "count", "relation", "choice", "box", "word"),
+    "world-more": ("caption", "reading", "unanswerable", "double", "text", "refusal"),
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from leveret.runs import RunFolder, atomic_write, environment, graceful_stop, read_json, sha256_of, write_json
 
-STEPS = {"vision": 3000, "scorer": 4000, "language": 12000}
+STEPS = {"vision": 4000, "scorer": 4000, "language": 12000}
 SUPERVISION = {
     "vision": "SigLIP loss on clean captions that leave attributes out at random (weight 0.5), and a dense grounded "
     "loss: for each cell of the 8 x 8 grid whether it holds the centre of a thing or a letter; there the colour, "

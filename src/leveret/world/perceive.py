@@ -12,17 +12,21 @@ from dataclasses import dataclass
 from leveret.world.scenes import COLOURS, LETTER_HEIGHT, LETTER_PITCH, LETTERS, SHAPES, Scene, Thing
 
 CELLS = 8
+BORDER = 0.125
+"""A centre so near a cell's border, in cells (a pixel of 64), may as well be said to lie in the next."""
 
 
 @dataclass(frozen=True, slots=True)
 class Percept:
-    """One thing or one letter. `cell` = row * CELLS + column; ids are -1 where they do not apply."""
+    """One thing or one letter. `cell` = row * CELLS + column; ids are -1 where they do not apply. `also` are the cells
+    that a thing's centre lies a hair's breadth from."""
 
     cell: int
     colour: int
     shape: int
     letter: int
     numbers: tuple[int, int, int, int]
+    also: tuple[int, ...] = ()
 
 
 def percepts(scene: Scene) -> list[Percept]:
@@ -32,12 +36,18 @@ def percepts(scene: Scene) -> list[Percept]:
 
     def add(box: tuple[int, int, int, int], colour: int, shape: int, letter: int) -> None:
         x0, y0, x1, y1 = box
-        row = min(int((y0 + y1) / 2 * CELLS / scene.height), CELLS - 1)
-        column = min(int((x0 + x1) / 2 * CELLS / scene.width), CELLS - 1)
+        y, x = (y0 + y1) / 2 * CELLS / scene.height, (x0 + x1) / 2 * CELLS / scene.width
+        row, column = min(int(y), CELLS - 1), min(int(x), CELLS - 1)
         while row * CELLS + column in taken and column < CELLS - 1:
             column += 1
         taken.add(row * CELLS + column)
-        found.append(Percept(row * CELLS + column, colour, shape, letter, scene.numbers(box)))
+        near = {
+            min(int(v), CELLS - 1) * CELLS + min(int(u), CELLS - 1)
+            for v in (y - BORDER, y + BORDER)
+            for u in (x - BORDER, x + BORDER)
+        }
+        also = tuple(sorted(near - {row * CELLS + column})) if letter < 0 else ()
+        found.append(Percept(row * CELLS + column, colour, shape, letter, scene.numbers(box), also))
 
     for item in scene.in_reading_order():
         if isinstance(item, Thing):

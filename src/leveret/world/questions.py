@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from leveret.evaluate.tasks import INSUFFICIENT
 from leveret.world.scenes import (
     ALL_PAIRS,
     COLOUR_WEIGHTS,
@@ -38,8 +39,6 @@ POPE_WAYS = ("random", "popular", "adversarial")
 CHOICE_FORMS = (0.5, 0.25, 0.25)
 """Shares of multiple choice that ask which object is there, what colour one has, which stands where."""
 NOTHING = "I see none of the shapes that I know."
-INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-"""What LLaVA's evaluation of VizWiz appends to a question."""
 FOREIGN = (
     "dog", "cat", "bird", "horse", "cow", "car", "bus", "boat", "train", "house", "tree", "flower", "person", "child",
     "chair", "table", "cup", "ball", "book", "door", "hat", "shoe", "phone", "lamp",

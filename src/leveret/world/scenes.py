@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 from zlib import crc32
 
 T = TypeVar("T")
@@ -223,6 +223,6 @@ def sample_scene(
             x, y = spot
             things.append(Thing(shape, colour, x, y, x + size, y + size))
     if len(things) < low:  # no room in 40 tries: another scene, not one with fewer things than were asked for
-        again = {"novel_pairs": novel_pairs, "novel_words": novel_words, "frames": frames, "flat": flat}
+        again: dict[str, Any] = {"novel_pairs": novel_pairs, "novel_words": novel_words, "frames": frames, "flat": flat}
         return sample_scene(rng, counts=counts, word=word, sizes=sizes, style=style, clutter=clutter, **again)
     return Scene(width, height, tuple(things), text, int(rng.random() * 2**31), style, clutter)

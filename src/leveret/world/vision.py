@@ -74,7 +74,9 @@ def picture_array(scene: Scene, rng: random.Random, *, strange: float = 0.0) -> 
 def _wavering(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     h, w = pixels.shape[:2]
     bend = [
-        np.asarray(Image.fromarray(rng.uniform(-1.6, 1.6, (6, 6)).astype(np.float32)).resize((w, h), Image.BICUBIC))
+        np.asarray(
+            Image.fromarray(rng.uniform(-1.6, 1.6, (6, 6)).astype(np.float32)).resize((w, h), Image.Resampling.BICUBIC)
+        )
         for _ in range(2)
     ]
     y, x = np.mgrid[0:h, 0:w].astype(np.float32) + np.stack(bend)
@@ -117,17 +119,44 @@ class DenseHead(nn.Module):
         return self.read(tokens).split(self.SPLITS, dim=-1)
 
 
-def dense_targets(scenes: list[Scene]) -> np.ndarray:
-    """[N, 64, 7]: colour, shape, letter, x0, y0, x1, y1 at the cell of each percept, -1 elsewhere."""
+Loose = tuple[int, int, tuple[int, ...]]
+"""(picture, cell, other cells): a thing whose centre lies on a border, so that several cells may claim it."""
+
+
+def dense_targets(scenes: list[Scene]) -> tuple[np.ndarray, list[Loose]]:
+    """[N, 64, 7]: colour, shape, letter, x0, y0, x1, y1 at the cell of each percept, -1 elsewhere; and which of them
+    may stand in another cell instead."""
     out = np.full((len(scenes), CELLS * CELLS, 7), -1)
+    loose: list[Loose] = []
     for i, scene in enumerate(scenes):
-        for p in percepts(scene):
+        found = percepts(scene)
+        taken = {p.cell for p in found}
+        for p in found:
             out[i, p.cell] = (p.colour, p.shape, p.letter, *p.numbers)
-    return out
+            others = tuple(cell for cell in p.also if cell not in taken)
+            if others:
+                loose.append((i, p.cell, others))
+    return out, loose
 
 
-def dense_loss(read: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, dict[str, float]]:
+def settled(targets: Tensor, loose: list[Loose], there: Tensor) -> Tensor:
+    """The targets with each thing on a border given to the cell that is surest of it.
+
+    Which of two cells holds a centre between them cannot be seen; that exactly one of them claims it can be learned,
+    and is what counting needs. there: [N, 64] logits.
+    """
+    targets, sure = targets.clone(), there.detach()
+    for i, cell, others in loose:
+        best = max((cell, *others), key=lambda other: float(sure[i, other]))
+        if best != cell and targets[i, best, 3] < 0:
+            targets[i, best] = targets[i, cell]
+            targets[i, cell] = -1
+    return targets
+
+
+def dense_loss(read: tuple[Tensor, ...], targets: Tensor, loose: list[Loose]) -> tuple[Tensor, dict[str, float]]:
     """The grounded loss and its accuracies (objectness over cells, the rest over occupied cells)."""
+    targets = settled(targets, loose, read[0][..., 0])
     there, colour, shape, letter, numbers = read
     thing, lettered = targets[..., 0] >= 0, targets[..., 2] >= 0
     wanted = torch.stack([thing, lettered], -1).float()
@@ -136,6 +165,7 @@ def dense_loss(read: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, dict[
     loss = loss + F.cross_entropy(shape[thing].float(), targets[..., 1][thing])
     scores = {
         "cells": ((there > 0) == (wanted > 0)).all(-1).all(-1).float().mean().item(),
+        "count": ((there[..., 0] > 0).sum(1) == thing.sum(1)).float().mean().item(),
         "colour": (colour[thing].argmax(-1) == targets[..., 0][thing]).float().mean().item(),
         "shape": (shape[thing].argmax(-1) == targets[..., 1][thing]).float().mean().item(),
     }
@@ -172,16 +202,14 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
     head, pool = DenseHead(128), nn.Linear(128, 128)
     contrast = Contrast()
 
-    def draw(split: str, index: int, n: int) -> tuple[Tensor, Tensor, list[str]]:
+    def draw(split: str, index: int, n: int) -> tuple[Tensor, Tensor, list[Loose], list[str]]:
         rng = stream(seed, split, index)
         examined = split == "vision-examination"
         scenes = [sample_scene(rng, word=0.5) if examined else seen_scene(rng) for _ in range(n)]
         pixels = np.stack([picture_array(scene, rng, strange=0.0 if examined else STRANGE) for scene in scenes])
-        return (
-            torch.from_numpy(pixels),
-            torch.from_numpy(dense_targets(scenes)),
-            [loose_caption(scene, rng) for scene in scenes],
-        )
+        targets, loose = dense_targets(scenes)
+        captions = [loose_caption(scene, rng) for scene in scenes]
+        return torch.from_numpy(pixels), torch.from_numpy(targets), loose, captions
 
     def encode(captions: list[str]) -> tuple[Tensor, Tensor]:
         rows = [tokenizer(c, add_special_tokens=False).input_ids[:48] for c in captions]
@@ -192,13 +220,13 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
         return ids, keep
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        pixels, targets, captions = draw("vision", step, 64)
+        pixels, targets, loose, captions = draw("vision", step, 64)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = tower(pixels)
             read = head(tokens)
             image = pool(tokens.amax(1))
             words = text(*encode(captions))
-        dense, scores = dense_loss(read, targets)
+        dense, scores = dense_loss(read, targets, loose)
         return 0.5 * contrast(F.normalize(image.float(), dim=1), F.normalize(words.float(), dim=1)) + dense, scores
 
     parts = {"tower": tower, "text": text, "head": head, "pool": pool, "contrast": contrast}
@@ -208,9 +236,9 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
     save_module(tower, out / "vision.safetensors")
     save_module(text, out / "text.safetensors")
     with torch.no_grad():
-        pixels, targets, captions = draw("vision-examination", 0, 1024)
+        pixels, targets, loose, captions = draw("vision-examination", 0, 1024)
         tokens = tower(pixels)
-        _, scores = dense_loss(head(tokens), targets)
+        _, scores = dense_loss(head(tokens), targets, loose)
         image = F.normalize(pool(tokens[:512].amax(1)), dim=1)
         words = F.normalize(text(*encode(captions[:512])), dim=1)
         scores["retrieval@1 of 512"] = ((image @ words.T).argmax(1) == torch.arange(512)).float().mean().item()

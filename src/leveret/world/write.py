@@ -3,7 +3,8 @@
     ROOT/web.json            LLaVA JSON: image-text pairs with the web's diseases; pictures in ROOT/web/
     ROOT/web_truth.jsonl     what is wrong with which pair; for examining a choice of data, read by no station
     ROOT/tune.json           LLaVA JSON: conversations about clean scenes, text-only ones too; pictures in ROOT/images/
-    ROOT/eval/               questions in the benchmarks' official forms, splits test, train and novel-pairs
+    ROOT/captions.json       LLaVA JSON: pairs that fit, of scenes that nothing else shows; no step learns from them
+    ROOT/eval/               questions in the benchmarks' official forms: the splits test and train, and harder ones
     ROOT/world.json          the parameters; written last, so a folder that has it is whole
 
 Every picture and line is a pure function of (seed, split, index). A stopped draw continues: finished chunks are kept.
@@ -14,35 +15,65 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from leveret.records import IMAGE_MARK
 from leveret.runs import Progress, RecipeError, atomic_write, read_json, write_json
-from leveret.world.captions import RATES, WORDS, web_pair
+from leveret.world.captions import STRENGTHS, fitting, web_pair, web_scene
 from leveret.world.draw import jpeg, render
 from leveret.world.questions import (
-    EXAM_OPTIONS,
     EXAMINED,
     KINDS,
-    PAIRS,
     POPE_WAYS,
-    TUNE_OPTIONS,
+    TEXT_FORMS,
     TUNE_WEIGHTS,
     Question,
     conversation,
+    insufficient,
     text_only,
+    told,
 )
-from leveret.world.scenes import Scene, sample_scene, shuffled, stream
+from leveret.world.scenes import PAIRS, Scene, between, sample_scene, shuffled, stream
 
-VERSION = 1
+VERSION = 2
 CHUNK = 2000
 DESCRIBE = "Describe the image."
-SPLITS = ("test", "train", "novel-pairs")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Where an examination's scenes come from.
+
+    scenes   arguments of `sample_scene`.
+    quality  of the JPEG.
+    about    what is new, in words.
+    """
+
+    about: str
+    scenes: Mapping[str, Any] = field(default_factory=dict)
+    quality: int = 90
+
+
+SPLITS: dict[str, Split] = {
+    "test": Split("fresh scenes of the kind that was taught"),
+    "train": Split("the tuning pictures, asked as in the examination; constants are chosen here"),
+    "novel-pairs": Split("a colour-shape pair that no picture ever showed", {"novel_pairs": True}),
+    "novel-words": Split("a word that was never drawn", {"novel_words": True, "word": 1.0}),
+    "crowded": Split("five or six things, where at most four were taught", {"counts": (5, 6), "word": 0.3}),
+    "small": Split("things of 9 to 12 pixels, where 13 to 19 were taught", {"sizes": (9, 12)}),
+    "stripes": Split("bold stripes behind the things", {"style": "stripes"}),
+    "jpeg20": Split("JPEG at quality 20", quality=20),
+    "wide": Split(
+        "pictures up to twice as wide as high, or as high as wide",
+        {"frames": ((128, 64), (64, 128), (104, 64), (64, 104))},
+    ),
+}
+HARDER = tuple(name for name in SPLITS if name not in ("test", "train"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +82,21 @@ class WorldSize:
 
     web         image-text pairs, diseases included.
     tune        pictures with a conversation of `turns` questions each.
+    strength    of the web's diseases: mild, usual or severe (`captions.STRENGTHS`).
     text_share  text-only conversations, as a share of `tune`.
-    test        questions a kind in the test split (and in its train twin); `novel` in the split of held-out pairs.
+    test        questions a kind in the test split (and in its train twin); `harder` in each of the harder splits, and
+                of the kinds beyond the eight (`MORE`).
+    captions    held-out pairs that fit.
     """
 
     web: int = 75_000
+    strength: str = "usual"
     tune: int = 8_000
     turns: int = 10
     text_share: float = 0.04
     test: int = 1_000
-    novel: int = 400
+    harder: int = 100
+    captions: int = 512
 
 
 def _web_file(index: int) -> str:
@@ -82,11 +118,11 @@ def _pair_record(identity: str, image: str, caption: str) -> dict[str, Any]:
     }
 
 
-def _web_chunk(root: str, seed: int, start: int, stop: int) -> None:
+def _web_chunk(root: str, seed: int, start: int, stop: int, strength: str) -> None:
     """Draws pairs start..stop and leaves their records in a part file, written last."""
     records, truth = [], []
     for index in range(start, stop):
-        pair = web_pair(seed, "web", index)
+        pair = web_pair(seed, "web", index, STRENGTHS[strength])
         path = Path(root, _web_file(index))
         if index % 1000 == 0 or index == start:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +133,11 @@ def _web_chunk(root: str, seed: int, start: int, stop: int) -> None:
 
 
 def tune_scene(seed: int, index: int) -> Scene:
-    """The scene of tuning picture `index`."""
-    return sample_scene(stream(seed, "tune", index), word=0.5)
+    """The scene of tuning picture `index`: some hold nothing, some have clutter behind the things."""
+    rng = stream(seed, "tune", index)
+    r = rng.random()
+    clutter = between(rng, 1, 5) if r < 0.12 else 0
+    return sample_scene(rng, word=0.5, counts=(0, 0) if r < 0.03 or r > 0.98 else (1, 4), clutter=clutter)
 
 
 def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_share: float) -> None:
@@ -108,7 +147,7 @@ def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_sh
         scene = tune_scene(seed, index)
         Path(root, "images", _image_file("tune", index)).write_bytes(jpeg(render(scene)))
         rng = stream(seed, "tune/questions", index)
-        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1, options=TUNE_OPTIONS)
+        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1)
         records.append(_conversation_record(f"tune-{index:06d}", questions, "images/" + _image_file("tune", index)))
         if rng.random() < text_share:
             records.append(_conversation_record(f"text-{index:06d}", [text_only(rng) for _ in range(turns)], None))
@@ -159,6 +198,9 @@ def _questions(seed: int, split: str, kind: str, n: int) -> list[Asked]:
     while len(found) < n:
         rng = stream(seed, f"{split}/{kind}", index)
         scene, image = exam_scene(seed, split, index)
+        if not scene.things:
+            index += 1
+            continue
         if kind == "existence":
             way = POPE_WAYS[index % len(POPE_WAYS)]
             for label in (True, False):
@@ -167,7 +209,7 @@ def _questions(seed: int, split: str, kind: str, n: int) -> list[Asked]:
                     found.append(Asked(len(found), image, scene, question))
         else:
             for _ in range(8 if cells > 1 else 1):
-                question = KINDS[kind](scene, rng, **EXAM_OPTIONS.get(kind, {}))
+                question = KINDS[kind](scene, rng)
                 if question and held[cell_of(question)] < full:
                     held[cell_of(question)] += 1
                     found.append(Asked(len(found), image, scene, question))
@@ -180,9 +222,8 @@ def exam_scene(seed: int, split: str, index: int) -> tuple[Scene, str]:
     """A scene of an examination split and its picture's file. The train twin asks about the tuning pictures."""
     if split == "train":
         return tune_scene(seed, index), _image_file("tune", index)
-    rng = stream(seed, split, index)
-    scene = sample_scene(rng, word=0.7, novel_pairs=split == "novel-pairs", novel_words=None, flat=True)
-    return scene, _image_file(split, index)
+    arguments = {"word": 0.7, "novel_words": None, "flat": True, **SPLITS[split].scenes}
+    return sample_scene(stream(seed, split, index), **arguments), _image_file(split, index)
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -284,7 +325,7 @@ def _refcoco(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
     refs_file, instances_file = folder / "refs(unc).json", folder / "instances.json"
     refs = [ref for ref in (read_json(refs_file) if refs_file.exists() else []) if ref["split"] != split]
     instances = read_json(instances_file) if instances_file.exists() else {"images": [], "annotations": []}
-    base = SPLITS.index(split) * 10_000_000
+    base = list(SPLITS).index(split) * 10_000_000
     keep = {ref["image_id"] for ref in refs}
     instances["images"] = [image for image in instances["images"] if image["id"] in keep]
     instances["annotations"] = [item for item in instances["annotations"] if item["image_id"] in keep]
@@ -313,6 +354,34 @@ def _refcoco(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
     write_json(instances_file, instances)
 
 
+def _vizwiz(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    rows = [
+        {
+            "image": item.image,
+            "question": item.question.meta["question"],
+            "answers": [{"answer": item.question.answer.lower(), "answer_confidence": "yes"}] * 10,
+            "answer_type": item.question.meta["answer_type"],
+            "answerable": int(item.question.meta["answer_type"] != "unanswerable"),
+            "template": item.question.template,
+        }
+        for item in asked
+    ]
+    write_json(folder / f"{split}.json", rows)
+
+
+def _own(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
+    records = [
+        {
+            **_conversation_record(
+                f"{split}-{item.number:06d}", [item.question], item.image and "images/" + item.image
+            ),
+            "template": item.question.template,
+        }
+        for item in asked
+    ]
+    _write_list(folder / f"{split}.json", records)
+
+
 def _textvqa(folder: Path, split: str, asked: list[Asked], root: Path) -> None:
     rows = [
         {
@@ -338,18 +407,68 @@ FORMS: dict[str, Callable[[Path, str, list[Asked], Path], None]] = {
     "choice": _scienceqa,
     "box": _refcoco,
     "word": _textvqa,
+    "unanswerable": _vizwiz,
+    "double": _gqa,
+    "text": _own,
+    "refusal": _own,
+    "caption": _own,
+    "reading": _own,
 }
+MORE = tuple(kind for kind in FORMS if kind not in EXAMINED)
+"""Examined beside the eight kinds, in the test split."""
 
 
-def _examination(root: str, seed: int, split: str, n: int) -> None:
+def _more_questions(seed: int, kind: str, n: int) -> list[Asked]:
+    """`n` questions of a kind beyond the eight, each about another test scene, or about none."""
+    found: list[Asked] = []
+    index = 0
+    while len(found) < n:
+        rng = stream(seed, f"test/{kind}", index)
+        scene, image = exam_scene(seed, "test", index)
+        index += 1
+        question: Question | None = None
+        if kind == "text":
+            form = TEXT_FORMS[len(found) % (len(TEXT_FORMS) - 1)]  # all but the last, which is to refuse
+            question, image = text_only(rng, form=form), ""
+        elif kind == "refusal":
+            question, image = text_only(rng, form="refuse"), ""
+        elif kind == "caption":
+            names = [phrase for phrase in told(scene, boxes=False).split(", ") if not phrase.startswith("the word")]
+            question = Question(kind, kind, DESCRIBE, ", ".join(names))
+        elif kind == "reading":
+            question = Question(kind, kind, DESCRIBE, f"the word {scene.word.text}") if scene.word else None
+        elif kind == "unanswerable":
+            question = insufficient(scene, rng, label=len(found) % 2 == 0)
+        else:
+            question = KINDS[kind](scene, rng)
+        if question:
+            found.append(Asked(len(found), image, scene, question))
+    return found
+
+
+def _examination(root: str, seed: int, split: str, n: int, more: int = 0) -> None:
     """All kinds of one split: the pictures they need, then the files."""
     asked = {kind: _questions(seed, split, kind, n) for kind in EXAMINED}
+    asked |= {kind: _more_questions(seed, kind, more) for kind in MORE if more}
     if split != "train":  # the train twin's pictures are the tuning pictures
         Path(root, "images", split).mkdir(parents=True, exist_ok=True)
-        for image, scene in {item.image: item.scene for questions in asked.values() for item in questions}.items():
-            Path(root, "images", image).write_bytes(jpeg(render(scene)))
+        scenes = {item.image: item.scene for questions in asked.values() for item in questions if item.image}
+        for image, scene in scenes.items():
+            Path(root, "images", image).write_bytes(jpeg(render(scene), SPLITS[split].quality))
     for kind, questions in asked.items():
         FORMS[kind](Path(root, "eval", kind), split, questions, Path(root))
+
+
+def _captions(root: Path, seed: int, n: int) -> None:
+    """Held-out pairs that fit: what a connector's loss and a retrieval are measured on."""
+    (root / "images/captions").mkdir(parents=True, exist_ok=True)
+    records = []
+    for index in range(n):
+        scene, image = web_scene(seed, "captions", index), "images/" + _image_file("captions", index)
+        (root / image).write_bytes(jpeg(render(scene)))
+        caption = fitting(scene, stream(seed, "captions/words", index))
+        records.append(_pair_record(f"captions-{index:06d}", image, caption))
+    _write_list(root / "captions.json", records)
 
 
 def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, workers: int | None = None) -> Path:
@@ -358,7 +477,9 @@ def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, worke
     Returns the folder. Raises RecipeError when the folder holds a world of another seed or size.
     """
     root, size = Path(out), size or WorldSize()
-    parameters = {"version": VERSION, "seed": seed, **asdict(size), "copies": RATES, "captions": WORDS}
+    if size.strength not in STRENGTHS:
+        raise RecipeError(f"world.strength={size.strength}: allowed are {', '.join(STRENGTHS)}.")
+    parameters = {"version": VERSION, "seed": seed, **asdict(size), "diseases": asdict(STRENGTHS[size.strength])}
     stamp, begun = root / "world.json", root / "parts" / "parameters.json"
     for file in (stamp, begun):
         if file.exists():
@@ -376,7 +497,7 @@ def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, worke
     for start in range(0, size.web, CHUNK):
         stop = min(start + CHUNK, size.web)
         part = root / "parts" / f"web-{start:07d}.json"
-        jobs.append((part, _web_chunk, (str(root), seed, start, stop), stop - start))
+        jobs.append((part, _web_chunk, (str(root), seed, start, stop, size.strength), stop - start))
     for start in range(0, size.tune, CHUNK):
         stop = min(start + CHUNK, size.tune)
         part = root / "parts" / f"tune-{start:07d}.json"
@@ -402,9 +523,13 @@ def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, worke
     _write_lines(root / "web_truth.jsonl", (row for part in web for row in part["truth"]))
     tune = [record for path in parts["tune"] for record in read_json(path)["records"]]
     _write_list(root / "tune.json", shuffled(stream(seed, "tune", "order"), tune))
-    for split, n in (("train", min(size.test, size.tune // 4)), ("test", size.test), ("novel-pairs", size.novel)):
-        if n:
-            _examination(str(root), seed, split, n)
+    _examination(str(root), seed, "train", min(size.test, size.tune // 4))
+    _examination(str(root), seed, "test", size.test, more=size.harder)
+    for split in HARDER:
+        if size.harder:
+            _examination(str(root), seed, split, size.harder)
+    if size.captions:
+        _captions(root, seed, size.captions)
     for path in (*parts["web"], *parts["tune"]):
         path.unlink()
     write_json(stamp, parameters)
