@@ -17,7 +17,7 @@ from leveret import quickstart
 from leveret.runs import RecipeError
 
 SMALL = (
-    "world.web=1500 world.tune=120 world.test=24 world.novel=0 budget=60 "
+    "world.web=1500 world.tune=120 world.test=24 world.harder=6 budget=60 "
     "stages.align.steps=24 stages.tune.steps=24 stages.align.save_every=5 stages.tune.save_every=5 "
     "stages.align.batch=8 stages.tune.batch=8 ranks=1"
 ).split()

@@ -1,12 +1,12 @@
 """`leveret world backbones OUT`: trains the tiny backbones from nothing and writes what the package ships.
 
-    OUT/vision.safetensors, text.safetensors   the vision tower and its text tower
-    OUT/scorer.safetensors                     the dual encoder that judges web pairs
-    OUT/language/                              the causal language model and its tokenizer
-    OUT/CARD.md, card.json                     recipe, seed, every supervision used, scores, hashes
-    OUT/state/                                 what a stopped run continues from; not shipped
+    OUT/vision.safetensors    the vision tower
+    OUT/scorer.safetensors    the dual encoder that judges web pairs
+    OUT/language/             the causal language model and its tokenizer
+    OUT/CARD.md, card.json    recipe, seed, every supervision used, scores, hashes
+    OUT/state/                what a stopped run continues from; not shipped
 
-Two processes, one thread each: the language model, and the towers one after the other. About an hour on two cores.
+Two processes, one thread each: the language model, and the towers one after the other. A good hour on two cores.
 """
 
 from __future__ import annotations
@@ -20,19 +20,26 @@ from leveret.runs import RunFolder, atomic_write, environment, graceful_stop, re
 
 STEPS = {"vision": 4000, "scorer": 4000, "language": 12000}
 SUPERVISION = {
-    "vision": "SigLIP loss on clean captions that leave attributes out at random (weight 0.5), and a dense grounded "
-    "loss: for each cell of the 8 x 8 grid whether it holds the centre of a thing or a letter; there the colour, "
-    "shape or letter and the four box coordinates. Fresh clean scenes, half of them through JPEG.",
+    "vision": "SigLIP loss on clean captions that leave attributes out at random (weight 0.5; its text tower is not "
+    "kept), and a dense grounded loss: for each cell of the 8 x 8 grid whether it holds the centre of a thing or a "
+    "letter; there the colour, shape or letter and the four box coordinates. A centre on a border may be claimed by "
+    "either cell, not by both. Fresh clean scenes, some with larger or smaller things, clutter behind them or nothing "
+    "in them; a quarter are bent, blurred and badly exposed; half go through JPEG.",
     "scorer": "SigLIP loss alone, on a noisy draw of the web (the rates of wrong, dull and duplicated captions are "
-    "those of world/captions.py). Never the pool it judges, never a label of what is noise.",
-    "language": "Next tokens of conversations about told scenes. 80 % compound rows: a scene is 16 positions, one a "
-    "thing or a letter, each the sum of the model's own word embeddings of its colour, shape or letter and of learned "
-    "coordinate embeddings; 13 % scenes told in words; 7 % text-only. From step 6,500 on 15 % of the rows ask "
-    "relations of things whose coordinates are added at the very words that name them, as are a quarter of the "
-    "other relations asked. It has seen the wordings of the questions, and no picture. Loss weights: first answer "
-    "token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
+    "the usual ones of world/captions.py). Never the pool it judges, never a label of what is noise.",
+    "language": "Next tokens of conversations about told scenes. 80 % compound rows: a scene is 16 (or, in a quarter "
+    "of the batches, 64) positions, one a thing or a letter, each the sum of the model's own word embeddings of its "
+    "colour, shape or letter and of learned coordinate embeddings, with noise; 13 % scenes told in words; 7 % "
+    "text-only. In 8 % of the rows, and in a quarter of the other relations, the coordinates are added at the very "
+    "words that name the things. What is asked, and in which words, is the READER of world/questions.py: of the "
+    "examined kinds it reads `existence`, `colour` and `box` in the examination's words, `count`, `relation` and "
+    "`choice` in other words, `shape` and `word` not at all. No picture. Phases: world/language.py. Loss weights: "
+    "first answer token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
 }
-WITHHELD = "Held-out colour-shape pairs and a tenth of all words are in no row and no picture of any of this."
+WITHHELD = (
+    "Eight colour-shape pairs are in no picture that any of this saw; the language model has read their names, as it "
+    "has read those of all others. A tenth of all words is in no row and in no picture."
+)
 
 
 def _job(name: str, out: str, seed: int, steps: int) -> None:
@@ -93,7 +100,7 @@ def build(out: str | Path, *, seed: int = 0, steps: dict[str, int] | None = None
 
 def shipped(folder: Path) -> list[Path]:
     """The files of a backbones folder that belong into the package."""
-    files = [folder / f"{name}.safetensors" for name in ("vision", "text", "scorer")]
+    files = [folder / f"{name}.safetensors" for name in ("vision", "scorer")]
     return files + sorted(path for path in (folder / "language").iterdir() if path.is_file())
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,8 @@ from leveret.world.tokens import ASSISTANT, END, USER
 SLOTS = (16, 64)
 """Positions of a scene in a compound row: few, so that rows are short, and as many as a vision tower's tokens, so that
 the model is not surprised by them. WIDE is the share of batches with the latter, things in their own cells."""
-WIDE = 0.25
-NOISE = 0.15
-"""What is added to each compound, in its own root mean square: a connector will not hit it exactly."""
+NOISE, WIDE = 0.15, 0.25
+"""NOISE is added to each compound, in its own root mean square: a connector will not hit it exactly."""
 BATCH = 16
 EXAMINE_EVERY = 500
 WEIGHTS = {
@@ -56,6 +57,20 @@ WEIGHTS = {
     "beside": 1.3,
     "names": 1.2,
 }
+BINDING = WEIGHTS | {"existence": 2.0, "colour": 3.0, "direction": 2.0, "relation": 2.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What holds from a step on: weights of the kinds, noise on compounds, share of batches with wide scenes."""
+
+    start: int
+    weights: Mapping[str, float]
+    noise: float
+    wide: float
+
+
+PHASES = (Phase(0, WEIGHTS, NOISE, WIDE), Phase(4500, BINDING, 0.0, 0.0), Phase(8000, WEIGHTS, NOISE, WIDE))
 """What is asked, how often. That a said relation holds is an exclusive-or of the said direction and the real one: it is
 learned only by a model that can tell the direction itself, which is therefore asked for too."""
 OPTIONS = {"relation": {"short": 0.6}, "direction": {"short": 0.6}}
@@ -146,6 +161,7 @@ class Writer:
         slots  positions of a compound scene.
         hints  turn -> names in its question and the coordinates that are added at each name's last word.
         """
+        scene = scene if turns else None
         ids: list[int] = []
         weights: list[float] = []
         hinted: list[tuple[int, Numbers]] = []
@@ -204,7 +220,7 @@ class Writer:
             questions = conversation(scene, rng, 10, HINTED, READER, options=OPTIONS)
             turns = [(q.text, q.answer) for q in questions]
             return self.row(None, None, turns, {i: _places(scene, q) for i, q in enumerate(questions)}, slots)
-        questions = conversation(scene, rng, 10, WEIGHTS, READER, describe=DESCRIBE, options=OPTIONS)
+        questions = conversation(scene, rng, 10, phase_at(step).weights, READER, describe=DESCRIBE, options=OPTIONS)
         hints = {
             i: _places(scene, q)
             for i, q in enumerate(questions)
@@ -214,7 +230,7 @@ class Writer:
         return self.row(scene, None if kind < COMPOUND else _in_words(scene), turns, hints, slots)
 
     def training_batch(self, rng: random.Random, step: int) -> dict[str, Tensor]:
-        slots = SLOTS[rng.random() < WIDE]
+        slots = SLOTS[rng.random() < phase_at(step).wide]
         return self.batch([self.training_row(rng, step, slots) for _ in range(BATCH)])
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -235,6 +251,10 @@ class Writer:
             "numbers": torch.from_numpy(np.stack([row["numbers"] for row in rows])),
             "compound": torch.tensor([row["compound"] for row in rows]),
         }
+
+
+def phase_at(step: int) -> Phase:
+    return next(phase for phase in reversed(PHASES) if step >= phase.start)
 
 
 def _in_words(scene: Scene) -> str:
@@ -264,16 +284,16 @@ def build_language(vocabulary: int, eos: int, pad: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def _logits(model: Any, scenes: ToldScene, batch: dict[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+def _logits(model: Any, scenes: ToldScene, batch: dict[str, Tensor], noise: float = 0.0, seed: int = 0) -> Tensor:
     table = model.get_input_embeddings().weight
     embeds = table[batch["ids"]]
     if len(batch["hint_at"]):
         rows, at = batch["hint_at"].T
         embeds = embeds.index_put((rows, at), scenes.coordinates(batch["hint_numbers"]) / 2, accumulate=True)
     told_as = scenes(batch["words"], table, batch["numbers"]).to(embeds.dtype)
-    if noise is not None:
+    if noise:
         size = told_as.detach().square().mean(-1, keepdim=True).sqrt()
-        told_as = told_as + NOISE * size * torch.randn(told_as.shape, generator=noise)
+        told_as = told_as + noise * size * torch.randn(told_as.shape, generator=torch.Generator().manual_seed(seed))
     end = 1 + batch["words"].shape[1]
     compound = batch["compound"][:, None, None]
     embeds = torch.cat([embeds[:, :1], torch.where(compound, told_as, embeds[:, 1:end]), embeds[:, end:]], 1)
@@ -336,7 +356,7 @@ def train_language(
         rng = stream(seed, "language", step)
         item = writer.training_batch(rng, step)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = _logits(model, scenes, item, torch.Generator().manual_seed(1_000_003 * seed + step))
+            logits = _logits(model, scenes, item, phase_at(step).noise, 1_000_003 * seed + step)
         weights = item["weights"][:, 1:].flatten()
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), item["ids"][:, 1:].flatten(), reduction="none")
         figures = {}

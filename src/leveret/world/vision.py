@@ -194,7 +194,7 @@ class Contrast(nn.Module):
 
 
 def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log) -> dict[str, float]:
-    """Trains the vision tower and its text tower; writes `vision.safetensors` and `text.safetensors` into `out`."""
+    """Trains the vision tower, and a text tower that is not kept; writes `out/vision.safetensors`."""
     torch.manual_seed(seed)
     tower = TinyVisionTower({"size": SIZE, "width": 128, "layers": 2, "heads": 4})
     vocabulary = 8 * math.ceil(len(tokenizer) / 8)
@@ -234,7 +234,6 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
     tower.eval()
     out.mkdir(parents=True, exist_ok=True)
     save_module(tower, out / "vision.safetensors")
-    save_module(text, out / "text.safetensors")
     with torch.no_grad():
         pixels, targets, loose, captions = draw("vision-examination", 0, 1024)
         tokens = tower(pixels)
