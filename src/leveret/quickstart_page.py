@@ -17,7 +17,7 @@ WHY = {
     "box": "where is it? (IoU of at least 0.5)",
     "word": "read the drawn word",
 }
-READ = {"shape": "never asked", "word": "never asked", "count": "other words", "relation": "other words",
+READ = {"colour": "never asked", "word": "never asked", "count": "other words", "relation": "other words",
         "choice": "other words"}  # fmt: skip
 """What the language model had read of a kind before tuning; the rest it had read as it is examined."""
 MORE = {
@@ -85,7 +85,9 @@ def say(root: Path, results: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
 
     def show(title: str, header: tuple[str, ...], rows: list[list[str]], bold: int) -> None:
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+        table = Table(
+            title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False
+        )
         for position, name in enumerate(header):
             table.add_column(name, justify="right" if position else "left", no_wrap=True)
         for row in rows:

@@ -32,8 +32,8 @@ SUPERVISION = {
     "colour, shape or letter and of learned coordinate embeddings, with noise; 13 % scenes told in words; 7 % "
     "text-only. In 8 % of the rows, and in a quarter of the other relations, the coordinates are added at the very "
     "words that name the things. What is asked, and in which words, is the READER of world/questions.py: of the "
-    "examined kinds it reads `existence`, `colour` and `box` in the examination's words, `count`, `relation` and "
-    "`choice` in other words, `shape` and `word` not at all. No picture. Phases: world/language.py. Loss weights: "
+    "examined kinds it reads `existence`, `shape` and `box` in the examination's words, `count`, `relation` and "
+    "`choice` in other words, `colour` and `word` not at all. No picture. Phases: world/language.py. Loss weights: "
     "first answer token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
 }
 WITHHELD = (

@@ -151,6 +151,8 @@ def render(scene: Scene, *, shift: tuple[int, int] = (0, 0), jitter: int = 0) ->
     rng = np.random.Generator(np.random.PCG64(scene.background + 7919 * jitter))
     base = rng.uniform(70, 190, 3).astype(np.float32)
     base = 0.45 * base + 0.55 * base.mean()  # muted
+    if scene.style == "paper":
+        base = 232 + 0.15 * (base - 130)
     slope = rng.uniform(-45, 45, 2).astype(np.float32)
     light = slope[0] * _ramp(w)[None, :] + slope[1] * _ramp(h)[:, None]
     angle, wave = rng.uniform(0, math.pi), rng.uniform(0.25, 0.9)
@@ -169,7 +171,7 @@ def render(scene: Scene, *, shift: tuple[int, int] = (0, 0), jitter: int = 0) ->
         patch = picture[thing.y0 : thing.y1, thing.x0 : thing.x1]
         patch += mask * (np.asarray(PALETTE[thing.colour], np.float32) + tint - patch)
     if scene.word:
-        ink = np.float32(18.0 if scene.word.dark else 240.0)
+        ink = np.float32(18.0 if scene.word.dark or scene.style == "paper" else 240.0)
         for i, letter in enumerate(scene.word.text):
             x = scene.word.x0 + i * LETTER_PITCH
             patch = picture[scene.word.y0 : scene.word.y0 + LETTER_HEIGHT, x : x + LETTER_PITCH]

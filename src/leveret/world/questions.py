@@ -80,7 +80,7 @@ class Register:
 
 SHARED = {
     "existence": {"": "Is there {a} in the image?"},
-    "colour": {"what": "What colour is the {name}?", "of": "What is the colour of the {name}?"},
+    "shape": {"what": "What shape is the {name} object?", "of": "What is the shape of the {name} object?"},
     "box": {"": "Where is {the}?"},
     "side/flat": {"": "Is the {name} on the left or on the right?"},
     "side/tall": {"": "Is the {name} at the top or at the bottom?"},
@@ -93,7 +93,7 @@ SHARED = {
 EXAM = Register(
     SHARED
     | {
-        "shape": {"what": "What shape is the {name} object?", "of": "What is the shape of the {name} object?"},
+        "colour": {"what": "What colour is the {name}?", "of": "What is the colour of the {name}?"},
         "count/all": {"": "How many objects are there?"},
         "count": {"": "How many {things} are there?"},
         "relation": {"": "True or false? {caption}"},
@@ -120,7 +120,6 @@ READER = Register(
         "count": {"": "Tally of {things}:", "in": "{things}, in numbers?"},
         "relation": {"": "Does the {one} lie {said} the {other}?", "say": "The {one} lies {said} the {other}, yes?"},
         "choice/object": {"": "Pick what is here:", "in": "Which one do you see?"},
-        "choice/colour": {"": "Pick the paint of the {name}:", "in": "Which one is the {name} made of?"},
         "choice/place": {"": "Pick what lies {said} the {other}:", "in": "Which one lies {said} the {other}?"},
         "beside": {"": "What lies {said} the {other}?"},
         "names": {"": "Name everything.", "in": "Everything, by name?"},
@@ -131,7 +130,7 @@ READER = Register(
     " {label}) {option}",
 )
 """The wordings of the language model's pre-training. It reads of all pairs of colour and shape, as a language model has
-read of everything. `shape` and `word` have no wording here: nobody asks it for the one or the other."""
+read of everything. `colour` and `word` have no wording here: nobody asks it for the one or the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +321,8 @@ def choice(
     forms: tuple[float, float, float] = CHOICE_FORMS,
 ) -> Question | None:
     form = pick(rng, ("object", "colour", "place"), forms)
+    if f"choice/{form}" not in register.phrases:
+        form = "object"
     slots: dict[str, str] = {}
     if form == "object":
         if not scene.things:
@@ -516,7 +517,10 @@ def text_only(rng: random.Random, register: Register = EXAM, *, form: str | None
     fact = f"A {c1} {s1} is {said} a {c2} {s2}."
     if form == "colour":
         asked, answer = pick(rng, ((s1, c1), (s2, c2)))
-        question = register.ask(rng, "colour", "", answer, {}, name=asked)
+        if "colour" in register.phrases:
+            question = register.ask(rng, "colour", "", answer, {}, name=asked)
+        else:
+            question = register.ask(rng, "shape", "", asked, {}, name=answer)
     else:
         label = rng.random() < 0.5
         stated = said if label else OPPOSITE[said]
@@ -549,14 +553,14 @@ SHORT_NAMED = ("relation", "direction")
 """Kinds that can be asked to name things by their shape alone."""
 EXAMINED = ("existence", "colour", "shape", "count", "relation", "choice", "box", "word")
 READ = (
-    "existence", "colour", "count", "relation", "direction", "choice", "box", "side", "extreme", "beside", "names",
+    "existence", "shape", "count", "relation", "direction", "choice", "box", "side", "extreme", "beside", "names",
     "tell",
 )  # fmt: skip
 """Kinds that READER has words for: what the language model is asked before anyone teaches it."""
-HELD_OUT_KINDS = ("shape", "word")
+HELD_OUT_KINDS = ("colour", "word")
 HELD_OUT_WORDINGS = ("count", "relation", "choice")
 """Examined kinds that the language model was never asked, and those it was asked in other words. The wordings of the
-rest (existence, colour, box) it has read."""
+rest (existence, shape, box) it has read."""
 
 TUNE_WEIGHTS = {
     "existence": 1.0,

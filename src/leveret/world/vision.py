@@ -53,7 +53,8 @@ def seen_scene(rng: random.Random) -> Scene:
     sizes = (11, 28) if rng.random() < 0.3 else SIZES
     clutter = between(rng, 1, 5) if rng.random() < 0.25 else 0
     counts = (0, 0) if rng.random() < 0.05 else (1, 4)
-    return sample_scene(rng, counts=counts, word=0.5, sizes=sizes, clutter=clutter)
+    style = "paper" if rng.random() < 0.15 else "muted"
+    return sample_scene(rng, counts=counts, word=0.5, sizes=sizes, clutter=clutter, style=style)
 
 
 def picture_array(scene: Scene, rng: random.Random, *, strange: float = 0.0) -> np.ndarray:
