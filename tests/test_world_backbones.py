@@ -49,7 +49,7 @@ def test_the_rate_rises_holds_and_falls() -> None:
 
 def test_a_training_row_is_a_whole_conversation_and_pure() -> None:
     writer = language.Writer(tokens.build())
-    for step in (0, 5600, 6600, 7100):
+    for step in (0, 5600, 6600, 11900):
         row = writer.training_row(stream(0, "rows", step), step)
         again = writer.training_row(stream(0, "rows", step), step)
         if not row["ids"]:
@@ -57,6 +57,18 @@ def test_a_training_row_is_a_whole_conversation_and_pure() -> None:
         assert row["ids"] == again["ids"] and len(row["ids"]) == len(row["weights"])
         assert row["ids"][0] == writer.user and row["ids"][-1] == writer.end
         assert max(row["weights"]) == language.FIRST
+
+
+def test_compound_scenes_come_short_and_as_wide_as_a_tower_and_empty_rows_weigh_nothing() -> None:
+    writer = language.Writer(tokens.build())
+    sizes = {writer.training_batch(stream(0, "wide", i), 9000)["words"].shape[1] for i in range(24)}
+    assert sizes == set(language.SLOTS)
+    assert {writer.training_batch(stream(0, "wide", i), 0)["words"].shape[1] for i in range(24)} == {16}
+    scene = language.sample_scene(stream(0, "empty", 0))
+    row = writer.row(scene, None, [])
+    assert row["ids"] == [] and row["weights"] == [] and not row["compound"]
+    batch = writer.batch([row, writer.row(scene, None, [("a", "b")])])
+    assert batch["weights"][0].sum() == 0 < batch["weights"][1].sum()
 
 
 def test_hints_stand_at_the_words_that_name_the_things() -> None:
