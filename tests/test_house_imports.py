@@ -22,11 +22,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("evaluate", "serve"),
     ("world",),
     ("study",),
-    ("show", "doctor", "quickstart", "cli"),
+    ("show", "doctor", "quickstart_page", "quickstart", "cli"),
 )
 # The last row: the command line calls the others; the world is reached by these alone.
-ALSO = {("cli", "show"), ("cli", "doctor"), ("cli", "quickstart")}
-MAY_IMPORT_WORLD = {"study", "quickstart", "cli"}
+ALSO = {("quickstart", "quickstart_page"), ("cli", "show"), ("cli", "doctor"), ("cli", "quickstart")}
+MAY_IMPORT_WORLD = {"study", "quickstart_page", "quickstart", "cli"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

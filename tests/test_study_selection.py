@@ -1,4 +1,4 @@
-"""Does choosing data pay: arms hold what they say, figures are made once, intervals are Student's, the page is whole."""
+"""Does choosing data pay: arms hold what they say, figures are made once, intervals are right, the page is whole."""
 
 from __future__ import annotations
 

@@ -122,14 +122,18 @@ def quickstart(
     overrides: Overrides = None,
     out: Out = Path("runs/quickstart"),
     seed: Annotated[int, typer.Option(help="The world, and every draw.")] = 0,
+    full: Annotated[
+        bool, typer.Option(help="Then compare ways of choosing data: hours; study.seeds=0 makes it less.")
+    ] = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """The whole loop in minutes, on a world it draws."""
     from leveret import quickstart as station
 
+    given = tuple(overrides or ())
     with _reporting(json):
-        folder = station.run(out, seed=seed, overrides=tuple(overrides or ()), dry_run=dry_run)
+        folder = station.run(out, seed=seed, overrides=given, full=full, dry_run=dry_run)
     results = folder / "results.json"
     found = jsonlib.loads(results.read_text("utf-8")) if results.is_file() and not dry_run else {}
     _report(json, {"out": str(folder), **found})
@@ -411,6 +415,8 @@ def world_draw(
     web: Annotated[int | None, typer.Option(min=1, help="Image-text pairs of the web pool.")] = None,
     tune: Annotated[int | None, typer.Option(min=1, help="Conversations to tune with.")] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Questions a task in the examination.")] = None,
+    harder: Annotated[int | None, typer.Option(min=0, help="Questions a task on each kind of harder picture.")] = None,
+    strength: Annotated[str, typer.Option(help="Of the web's diseases: mild, usual or severe.")] = "usual",
     workers: Workers = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -420,8 +426,9 @@ def world_draw(
 
     from leveret.world.write import WorldSize, draw
 
-    given = {name: value for name, value in {"web": web, "tune": tune, "test": test}.items() if value is not None}
-    size = WorldSize(**given)  # type: ignore[arg-type]
+    counts = {"web": web, "tune": tune, "test": test, "harder": harder}
+    given = {name: value for name, value in counts.items() if value is not None}
+    size = WorldSize(strength=strength, **given)  # type: ignore[arg-type]
     if dry_run:
         return _plan(json, {"out": str(out), "seed": seed, **asdict(size)})
     with _reporting(json):

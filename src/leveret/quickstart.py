@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.runs import RunFolder, read_json, write_json
+from leveret.runs import RecipeError, RunFolder, read_json, write_json
 
 if TYPE_CHECKING:
     from leveret.world.write import WorldSize
@@ -28,11 +28,14 @@ def run(
     *,
     seed: int = 0,
     overrides: Sequence[str] = (),
+    full: bool = False,
     dry_run: bool = False,
 ) -> Path:
     """Runs, or continues, the quickstart in `out`; returns that folder.
 
-    overrides  `world.FIELD=n` (sizes of world.write.WorldSize), `budget=n` (pairs the coreset keeps); anything else
+    full       then compare ways of choosing data, over seeds (`study.selection`), in `out/selection`.
+    overrides  `world.FIELD=n` (sizes of world.write.WorldSize), `budget=n` (pairs the coreset keeps),
+               `study.FIELD=value` (a field of study.Plan, for `full`); anything else
                changes the train recipe `world`, e.g. `stages.tune.steps=100`.
 
     `out/results.json` holds {"tasks": {kind: {"score", "n", "ci95", "majority", "blind"}}, "seconds": {step: s},
@@ -40,13 +43,22 @@ def run(
     eight kinds after tuning; the same and six more before aligning, after it and after tuning; and the harder splits.
     Raises RecipeError for an unknown or unusable override, and when `out` holds another quickstart.
     """
+    from leveret.study import Plan
     from leveret.train.run import read as read_recipe
 
-    size, budget, changes = _settings(overrides)
+    studied = [given.removeprefix("study.") for given in overrides if given.startswith("study.")]
+    if studied and not full:
+        raise RecipeError(f"study.{studied[0]}: the comparison runs only with --full; add it, or leave this out.")
+    plan = Plan.read(studied)
+    size, budget, changes = _settings([given for given in overrides if not given.startswith("study.")])
     read_recipe("world", changes)  # its faults are told now, not after minutes of drawing
     recipe = {"seed": seed, "world": asdict(size), "budget": budget, "overrides": changes}
     if dry_run:
         _say_plan(Path(out), recipe)
+        if full:
+            from leveret.study import describe
+
+            print(describe(plan, Path(out) / "selection"))
         return Path(out)
     folder = RunFolder.open(out, "quickstart", recipe)
     root = folder.path
@@ -120,6 +132,10 @@ def run(
 
     quickstart_page.write(root, results, size.web, budget)
     quickstart_page.say(root, results)
+    if full:
+        from leveret.study import compare
+
+        compare(root / "selection", plan, keep=False)
     return root
 
 
@@ -150,7 +166,7 @@ def _collected(root: Path) -> dict[str, Any]:
 
 def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
     """The world's size, the budget, and what is left for the train recipe."""
-    from leveret.runs import RecipeError, closest
+    from leveret.runs import closest
     from leveret.world.write import WorldSize
 
     sizes: dict[str, Any] = {}

@@ -46,28 +46,6 @@ STYLES = ("muted", "paper", "stripes")
 """Backgrounds: muted gradients (all that is taught about), near white ones (which the tower has seen too), and bold
 stripes, which only an examination draws."""
 
-SIDE = 64
-SIDES = ((64, 64), (80, 64), (64, 80))
-SIDE_WEIGHTS = (0.88, 0.06, 0.06)
-SIZES = (13, 19)
-"""Least and greatest side of a thing, in pixels."""
-LETTER_PITCH, LETTER_HEIGHT = 8, 11
-GAP = 2
-"""Least distance between two things, in pixels."""
-
-# Frequencies fall a little along the tables, so that "popular" (POPE's second way of sampling absent objects) means
-# something.
-SHAPE_WEIGHTS = tuple(1.25 - 0.5 * i / 7 for i in range(8))
-COLOUR_WEIGHTS = tuple(1.25 - 0.5 * i / 7 for i in range(8))
-COUNT_WEIGHTS = (1.0, 1.7, 2.0, 2.3)
-
-HELD_OUT = frozenset((COLOURS[i], SHAPES[(3 * i + 2) % 8]) for i in range(8))
-"""Pairs never drawn outside the split `novel-pairs`: every colour once, every shape once."""
-ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT)
-STYLES = ("muted", "stripes")
-"""Backgrounds: the muted gradients of every training picture, and bold stripes that only an examination draws."""
-
 
 @dataclass(frozen=True, slots=True)
 class Thing:

@@ -1,0 +1,74 @@
+"""What a comparison would cost, told before it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+from leveret.study.measures import MEASURES, train_recipe
+from leveret.study.plan import Cell, Plan
+
+KINDS = 8
+"""Kinds of question in the world suite."""
+DRAW, EMBED = 1 / 2_700, 1 / 2_200
+CHOOSE = 5.0
+ENCODE = 0.7e-3
+ALIGN, TUNE = 4.2e-3, 15.6e-3
+ASK = 2.2e-3
+"""Seconds a picture drawn, a pair embedded, a choice, a pair the encoder learns from, a sample aligned on or tuned on,
+a question: the quickstart's times on two quiet cores of a 2024 server (two processes), one core for the encoder."""
+
+PICTURE, LEARNED = 4.5e-6, 0.03
+"""Gigabytes of disk a picture takes, and all that is taught with one arm."""
+
+
+def seconds(plan: Plan, cells: Collection[Cell]) -> dict[str, float]:
+    """About how long each part of these cells takes, by name."""
+    stages = train_recipe(plan).stages
+    align = (stages["align"].steps or 0) * stages["align"].batch * ALIGN
+    tune = (stages["tune"].steps or 0) * stages["tune"].batch * TUNE
+    worlds = {(cell.strength, cell.seed) for cell in cells}
+    choices = {(cell.strength, cell.seed, cell.arm) for cell in cells}
+    trained = {(cell.strength, cell.seed, cell.arm) for cell in cells if cell.measure != "encoder"}
+    tunings = [cell.length for cell in cells if MEASURES[cell.measure].tunes]
+    return {
+        "draw": len(worlds) * (plan.web + plan.tune) * DRAW,
+        "embed": len(worlds) * plan.web * EMBED,
+        "choose": len(choices) * CHOOSE,
+        "encoder": sum(cell.measure == "encoder" for cell in cells) * plan.encoder_steps * plan.encoder_batch * ENCODE,
+        "align": len(trained) * align,
+        "tune": sum(tunings) * tune,
+        "examine": len(tunings) * KINDS * plan.test * ASK,
+    }
+
+
+def outline(plan: Plan, done: Collection[str] = ()) -> str:
+    """The cells of a plan, what they share, and about how many minutes those that are not `done` take."""
+    cells = plan.cells()
+    left = [cell for cell in cells if cell.name not in done]
+    worlds = {(cell.strength, cell.seed) for cell in left}
+    told = [
+        f"{len(cells)} cells, {len(cells) - len(left)} of them done: {len(plan.strengths)} strengths "
+        f"({', '.join(plan.strengths)}) x {len(plan.seeds)} seeds ({', '.join(map(str, plan.seeds))}) x "
+        f"{len(plan.arms)} arms ({', '.join(plan.arms)}).",
+        *_measures(plan, cells),
+        f"Shared: {len(worlds)} worlds of {plan.web:,} pairs are drawn and embedded once for all arms; "
+        f"each arm's {plan.budget:,} pairs are chosen once for all measures, and aligned on once for loss and suite.",
+    ]
+    parts = seconds(plan, left)
+    minutes = ", ".join(f"{name} {value / 60:.0f}" for name, value in parts.items() if value)
+    room = len(worlds) * ((plan.web + plan.tune) * PICTURE + len(plan.arms) * LEARNED)
+    told.append(f"About {sum(parts.values()) / 60:.0f} min on 2 quiet cores{f' ({minutes})' if minutes else ''}.")
+    told.append(f"About {room:.1f} GB of disk while it runs.")
+    return "\n".join(told)
+
+
+def _measures(plan: Plan, cells: Collection[Cell]) -> list[str]:
+    counts = Counter((cell.measure, cell.length) for cell in cells)
+    lines = []
+    for (measure, length), count in counts.items():
+        own = [cell for cell in cells if (cell.measure, cell.length) == (measure, length)]
+        arms, strengths = (dict.fromkeys(getattr(cell, name) for cell in own) for name in ("arm", "strength"))
+        longer = f" at {length} x the recipe's tune steps" if length else ""
+        lines.append(f"  {measure}{longer}: {count} cells; {', '.join(strengths)}; {', '.join(arms)}")
+    return lines
