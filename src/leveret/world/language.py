@@ -73,6 +73,15 @@ WEIGHTS = {
 """What is asked, how often: first what binding and directions come with, then what is still hard. That a said relation
 holds is an exclusive-or of the said direction and the real one: it is learned only by a model that can tell the
 direction itself, which is therefore asked for too."""
+LAST_WEIGHTS = WEIGHTS | {
+    "existence": 1.2,
+    "shape": 0.5,
+    "relation": 1.0,
+    "direction": 0.8,
+    "box": 5.0,
+    "side": 0.4,
+    "names": 3.0,
+}
 BETWEEN_WEIGHTS = FIRST_WEIGHTS | {
     "existence": 1.7,
     "shape": 1.7,
@@ -100,6 +109,7 @@ PHASES = (
     Phase(0, FIRST_WEIGHTS, 0.0, 0.0, READER),
     Phase(6000, BETWEEN_WEIGHTS, 0.15, WIDE, READER),
     Phase(6165, WEIGHTS, NOISE, WIDE, LISTED),
+    Phase(7500, LAST_WEIGHTS, NOISE, WIDE, LISTED),
 )
 """Binding (which colour goes with which shape) comes first, from clean and short scenes; then the rest. Options under
 random letters, all in one line, were answered at chance for 6,000 steps; since then they are listed under A to D. (The
