@@ -19,7 +19,9 @@ def golden(goldens: Path, folder: str) -> tuple[Path, dict[str, Any]]:
     if not root.is_dir():
         pytest.skip(f"{root} is not here")
     expected = json.loads((root / "expected.json").read_text(encoding="utf-8"))
-    return root, {name: entry["metrics"] for name, entry in expected["scores"].items()} | {"all": expected["scores"]}
+    return root, {name: entry.get("metrics") for name, entry in expected["scores"].items()} | {
+        "all": expected["scores"]
+    }
 
 
 @pytest.mark.parametrize("file", ["predictions.jsonl", "predictions_shuffled.jsonl"])
@@ -85,6 +87,12 @@ def test_textvqa(goldens: Path) -> None:
     assert found["metrics"]["samples"] == expected["official"]["samples"]
 
 
+def test_vizwiz(goldens: Path) -> None:
+    root, expected = golden(goldens, "vizwiz")
+    found = score("vizwiz", root / "predictions.jsonl", root)
+    assert found["score"] * 100 == pytest.approx(expected["lmms_eval"]["overall"], abs=1e-9)
+
+
 def test_refcoco(goldens: Path) -> None:
     root, expected = golden(goldens, "refcoco")
     found = score("refcoco", root / "predictions.jsonl", root)
@@ -115,6 +123,7 @@ def test_tally_qa_integers(goldens: Path) -> None:
         ("pope", "pope", "question_id", lambda r: r["parsed"]),
         ("gqa", "gqa", "question_id", lambda r: float(r["correct"])),
         ("scienceqa", "scienceqa", "question_id", lambda r: float(r["correct"])),
+        ("vizwiz", "vizwiz", "question_id", lambda r: r["lmms_eval"]),
         ("refcoco", "refcoco", "example_id", lambda r: float(r["prismatic"] == "correct")),
     ],
 )

@@ -20,8 +20,14 @@ from PIL import Image, ImageDraw, ImageFilter
 HERE = Path(__file__).parent / "tried"
 Points = Sequence[tuple[float, float]]
 ASKED = {
-    "paper": ("What is in the image?", "How many objects are there?", "What colour is the star?", "Is there a dog in the image?"),
-    "screenshot": ("What is in the image?", "Is the red circle left of or right of the blue square?", "What colour is the heart?"),
+    "paper": (
+        "What is in the image?", "How many objects are there?", "What colour is the star?",
+        "Is there a dog in the image?",
+    ),
+    "screenshot": (
+        "What is in the image?", "Is the red circle left of or right of the blue square?",
+        "What colour is the heart?",
+    ),
     "crayon": ("What do you see?", "How many circles are there?", "Where is the green triangle?"),
     "empty": ("What is in the image?", "How many objects are there?", "What colour is the ring?"),
 }  # fmt: skip
