@@ -18,7 +18,7 @@ WHY = {
     "word": "read the drawn word",
 }
 READ = {"colour": "never asked", "word": "never asked", "count": "other words", "relation": "other words",
-        "choice": "other words"}  # fmt: skip
+        "choice": "other words, the same options"}  # fmt: skip
 """What the language model had read of a kind before tuning; the rest it had read as it is examined."""
 MORE = {
     "caption": "describe it: share of the things named",
