@@ -32,9 +32,12 @@ SUPERVISION = {
     "colour, shape or letter and of learned coordinate embeddings, with noise; 13 % scenes told in words; 7 % "
     "text-only. In 8 % of the rows, and in a quarter of the other relations, the coordinates are added at the very "
     "words that name the things. What is asked, and in which words, is the READER of world/questions.py: of the "
-    "examined kinds it reads `existence`, `shape` and `box` in the examination's words, `count`, `relation` and "
-    "`choice` in other words, `colour` and `word` not at all. No picture. Phases: world/language.py. Loss weights: "
-    "first answer token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
+    "examined kinds it reads `existence`, `shape` and `box` in the examination's words, `count` and `relation` in "
+    "other words and with other answers, `choice` in other words with its options at first under random letters and "
+    "later under A to D as they are examined, `colour` and `word` not at all (though naming everything, which it "
+    "reads, names the word too). No picture. Phases: world/language.py; the run was stopped twice while they were "
+    "written down, so that they are what it did. Loss weights: first answer token 3, the rest of an answer 1, end of "
+    "turn 0.2, all else 0.1.",
 }
 WITHHELD = (
     "Eight colour-shape pairs are in no picture that any of this saw; the language model has read their names, as it "
