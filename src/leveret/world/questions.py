@@ -564,21 +564,23 @@ forms. `choice` it was asked in other words too, but with the examination's opti
 wording; the wordings of the rest (existence, shape, box) it has read."""
 
 TUNE_WEIGHTS = {
-    "existence": 1.0,
-    "colour": 0.8,
-    "shape": 1.0,
-    "count": 1.8,
-    "relation": 1.4,
-    "choice": 3.0,
-    "box": 1.2,
-    "word": 1.4,
+    "existence": 0.8,
+    "colour": 1.2,
+    "shape": 0.4,
+    "count": 2.6,
+    "relation": 1.1,
+    "choice": 2.8,
+    "box": 0.6,
+    "word": 4.5,
     "side": 0.2,
-    "names": 0.3,
+    "names": 0.4,
     "foreign": 0.25,
     "absent": 0.35,
     "insufficient": 0.3,
 }
-"""What the backbones bring needs few examples; what takes two steps (find it, then find its letter) gets most."""
+TUNE_OPTIONS = {"choice": {"forms": (0.25, 0.45, 0.3)}}
+"""What the backbones bring needs few examples; what they were never asked, and what takes two steps (find it, then
+find its letter), gets most."""
 
 
 def conversation(

@@ -31,6 +31,7 @@ from leveret.world.questions import (
     KINDS,
     POPE_WAYS,
     TEXT_FORMS,
+    TUNE_OPTIONS,
     TUNE_WEIGHTS,
     Question,
     conversation,
@@ -133,11 +134,11 @@ def _web_chunk(root: str, seed: int, start: int, stop: int, strength: str) -> No
 
 
 def tune_scene(seed: int, index: int) -> Scene:
-    """The scene of tuning picture `index`: some hold nothing, some have clutter behind the things."""
+    """The scene of tuning picture `index`: most hold a word, some hold nothing, some have clutter behind the things."""
     rng = stream(seed, "tune", index)
     r = rng.random()
     clutter = between(rng, 1, 5) if r < 0.12 else 0
-    return sample_scene(rng, word=0.5, counts=(0, 0) if r < 0.03 or r > 0.98 else (1, 4), clutter=clutter)
+    return sample_scene(rng, word=0.75, counts=(0, 0) if r < 0.03 or r > 0.98 else (1, 4), clutter=clutter)
 
 
 def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_share: float) -> None:
@@ -147,7 +148,7 @@ def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_sh
         scene = tune_scene(seed, index)
         Path(root, "images", _image_file("tune", index)).write_bytes(jpeg(render(scene)))
         rng = stream(seed, "tune/questions", index)
-        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1)
+        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1, options=TUNE_OPTIONS)
         records.append(_conversation_record(f"tune-{index:06d}", questions, "images/" + _image_file("tune", index)))
         if rng.random() < text_share:
             records.append(_conversation_record(f"text-{index:06d}", [text_only(rng) for _ in range(turns)], None))
