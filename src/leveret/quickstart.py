@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BUDGET = 1_500
 """Pairs the coreset keeps; the drawn web is fifty times as large."""
-BRIEF = 200
+BRIEF = 150
 """Questions a kind before and after aligning."""
 
 

@@ -564,19 +564,19 @@ forms. `choice` it was asked in other words too, but with the examination's opti
 wording; the wordings of the rest (existence, shape, box) it has read."""
 
 TUNE_WEIGHTS = {
-    "existence": 0.8,
-    "colour": 1.2,
+    "existence": 0.7,
+    "colour": 1.0,
     "shape": 0.4,
-    "count": 3.4,
-    "relation": 1.1,
-    "choice": 3.0,
+    "count": 3.6,
+    "relation": 1.0,
+    "choice": 3.6,
     "box": 0.6,
-    "word": 4.2,
+    "word": 5.2,
     "side": 0.2,
-    "names": 0.4,
+    "names": 0.5,
     "foreign": 0.25,
-    "absent": 0.35,
-    "insufficient": 0.3,
+    "absent": 0.25,
+    "insufficient": 0.25,
 }
 TUNE_OPTIONS = {"choice": {"forms": (0.25, 0.45, 0.3)}}
 """What the backbones bring needs few examples; what they were never asked, and what takes two steps (find it, then
