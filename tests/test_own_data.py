@@ -307,7 +307,7 @@ def test_pictures_that_fail_while_training_are_counted_at_the_end(spoilt: Path, 
     own, photos = spoilt / "my.json", spoilt / "photos"
     said = run(
         "train", "world", f"stages.align.data={own}", f"stages.align.images={photos}", "--stage", "align",
-        f"stages.tune.data={own}", "ranks=1", "stages.align.cache_features=false", "stages.align.steps=7",
+        f"stages.tune.data={own}", "ranks=1", "stages.align.cache_features=false", "stages.align.steps=13",
         "-o", tmp_path / "run",
     )  # fmt: skip
     assert "align: 200 of 200 samples" in said.err and "align: 6 sample(s) taught nothing: " in said.err

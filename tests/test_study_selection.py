@@ -25,7 +25,7 @@ from leveret.study.findings import gather
 from leveret.study.paired import difference, t_interval
 from leveret.study.selection_report import write_page
 
-SEED, BUDGET = 0, 40
+SEED, BUDGET = 0, 20
 TINY = Plan(
     seeds=(SEED,), strengths=("usual",), measures=("encoder", "loss"), lengths=(2,), web=300, tune=16, test=6,
     captions=24, budget=BUDGET, encoder_steps=6, encoder_batch=16, align_steps=3, tune_steps=1, ranks=1,
