@@ -211,7 +211,7 @@ def test_a_plan_may_grow_and_what_is_large_may_go(out: Path, monkeypatch: pytest
 
 
 def test_another_plan_or_another_recipe_is_refused_by_name(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RecipeError, match=r"plan\.budget: 40 there, 41 now"):
+    with pytest.raises(RecipeError, match=r"plan\.budget: 20 there, 41 now"):
         compare(out, replace(TINY, budget=41))
     with pytest.raises(RecipeError, match=r"train\.stages\.align\.steps: 3 there, 4 now"):
         compare(out, replace(TINY, align_steps=4))
