@@ -132,7 +132,7 @@ def main() -> None:
         model = leveret.load(sys.argv[1])
         for name, questions in ASKED.items():
             for question in questions:
-                print(f"{name:<11} {question:<58} {model.ask(question, HERE / f'{name}.jpg')}")
+                print(f"{name:<11} {question:<58} {model.ask(HERE / f'{name}.jpg', question)}")
 
 
 if __name__ == "__main__":
