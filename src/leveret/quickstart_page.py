@@ -66,12 +66,16 @@ def _stage_rows(results: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _harder_rows(results: dict[str, Any]) -> list[list[str]]:
+def _harder_rows(results: dict[str, Any], *, intervals: bool = False) -> list[list[str]]:
     """Scores on harder pictures, a row a split; the first is the examination's own."""
+
+    def cell(row: dict[str, Any]) -> str:
+        low, high = row["ci95"]
+        return f"{row['score']:.2f} ±{(high - low) / 2:.2f}" if intervals else _figure(row["score"])
+
     found = {"as taught": results["tasks"], **results["harder"]}
     return [
-        [split, _figure(sum(row["score"] for row in rows.values()) / len(rows))]
-        + [_figure(rows[kind]["score"]) for kind in WHY]
+        [split, _figure(sum(row["score"] for row in rows.values()) / len(rows)), *(cell(rows[kind]) for kind in WHY)]
         for split, rows in found.items()
     ]
 
@@ -235,8 +239,11 @@ def _stages_and_harder(results: dict[str, Any]) -> list[Any]:
         pages.Section(
             "6. On harder pictures",
             [
-                pages.table(_harder_rows(results), ("pictures", "mean", *WHY)),
-                pages.paragraphs(f"{n:,} questions a kind. Nothing of this was trained on."),
+                pages.table(_harder_rows(results, intervals=True), ("pictures", "mean", *WHY)),
+                pages.paragraphs(
+                    f"{n:,} questions a kind but for the first row; ± is half of a 95 % interval. Nothing of this was "
+                    "trained on."
+                ),
                 pages.table(about, ("pictures", "what is new")),
             ],
         ),
