@@ -18,7 +18,7 @@ WHY = {
     "word": "read the drawn word",
 }
 READ = {"colour": "never asked", "word": "never asked", "count": "other words", "relation": "other words",
-        "choice": "other words, the same options"}  # fmt: skip
+        "choice": "other words, the same options, no colours"}  # fmt: skip
 """What the language model had read of a kind before tuning; the rest it had read as it is examined."""
 MORE = {
     "caption": "describe it: share of the things named",
@@ -190,7 +190,7 @@ def write(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
                     "The badges come from `world/web_truth.jsonl`, which no station reads: the scorer has to find out."
                 ),
             ],
-            "Almost half of the captions belong elsewhere, some say nothing, and a fifth of the pictures are copies.",
+            _diseases(truth),
         ),
         pages.Section(
             "2. What was chosen",
@@ -248,6 +248,17 @@ def _stages_and_harder(results: dict[str, Any]) -> list[Any]:
             ],
         ),
     ]
+
+
+def _diseases(truth: dict[str, dict[str, Any]]) -> str:
+    """What ails the drawn web, counted."""
+    rows, n = list(truth.values()), max(1, len(truth))
+    wrong, dull = (sum(row["words"] == kind for row in rows) / n for kind in ("wrong", "dull"))
+    copies = sum(row["copy"] != "new" for row in rows) / n
+    return (
+        f"{wrong:.0%} of the captions belong to another picture, {dull:.0%} say nothing, and {copies:.0%} of the "
+        "pictures are copies."
+    )
 
 
 def _purity(root: Path, truth: dict[str, dict[str, Any]]) -> str:

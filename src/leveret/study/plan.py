@@ -105,7 +105,7 @@ class Plan:
             raise RecipeError("this plan cannot run:\n  " + "\n  ".join(faults))
 
     @classmethod
-    def read(cls, overrides: Iterable[str]) -> Plan:
+    def read(cls, overrides: Iterable[str], *, prefix: str = "") -> Plan:
         """The plan that overrides such as `seeds=0,1` or `tune_steps=90` make of the default one.
 
         Raises RecipeError for a field that a plan does not have, or a value that it cannot take.
@@ -116,8 +116,8 @@ class Plan:
             name, _, value = given.partition("=")
             if name not in known:
                 near = closest(name, known)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise RecipeError(f"{given}: a plan has no {name!r}; it has {', '.join(known)}.{hint}")
+                hint = f" Did you mean {prefix}{near[0]}?" if near else ""
+                raise RecipeError(f"{prefix}{given}: the comparison has no {name!r}; it has {', '.join(known)}.{hint}")
             default = known[name]
             try:
                 if isinstance(default, tuple):
@@ -126,7 +126,7 @@ class Plan:
                 else:
                     changed[name] = value if name == "ranks" and value == "auto" else int(value)
             except ValueError:
-                raise RecipeError(f"{given}: {name} takes whole numbers, such as {name}=1") from None
+                raise RecipeError(f"{prefix}{given}: {name} takes whole numbers, such as {name}=1") from None
         return cls(**changed)
 
     def size(self, strength: str) -> WorldSize:

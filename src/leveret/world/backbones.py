@@ -1,4 +1,4 @@
-"""`leveret world backbones OUT`: trains the tiny backbones from nothing and writes what the package ships.
+"""`leveret world backbones -o OUT`: trains the tiny backbones from nothing and writes what the package ships.
 
     OUT/vision.safetensors    the vision tower
     OUT/scorer.safetensors    the dual encoder that judges web pairs
@@ -20,24 +20,28 @@ from leveret.runs import RunFolder, atomic_write, environment, graceful_stop, re
 
 STEPS = {"vision": 4000, "scorer": 4000, "language": 12000}
 SUPERVISION = {
-    "vision": "SigLIP loss on clean captions that leave attributes out at random (weight 0.5; its text tower is not "
-    "kept), and a dense grounded loss: for each cell of the 8 x 8 grid whether it holds the centre of a thing or a "
-    "letter; there the colour, shape or letter and the four box coordinates. A centre on a border may be claimed by "
-    "either cell, not by both. Fresh clean scenes, some with larger or smaller things, clutter behind them or nothing "
-    "in them; a quarter are bent, blurred and badly exposed; half go through JPEG.",
-    "scorer": "SigLIP loss alone, on a noisy draw of the web (the rates of wrong, dull and duplicated captions are "
-    "the usual ones of world/captions.py). Never the pool it judges, never a label of what is noise.",
-    "language": "Next tokens of conversations about told scenes. 80 % compound rows: a scene is 16 (or, in a quarter "
-    "of the batches, 64) positions, one a thing or a letter, each the sum of the model's own word embeddings of its "
-    "colour, shape or letter and of learned coordinate embeddings, with noise; 13 % scenes told in words; 7 % "
-    "text-only. In 8 % of the rows, and in a quarter of the other relations, the coordinates are added at the very "
-    "words that name the things. What is asked, and in which words, is the READER of world/questions.py: of the "
-    "examined kinds it reads `existence`, `shape` and `box` in the examination's words, `count` and `relation` in "
-    "other words and with other answers, `choice` in other words with its options at first under random letters and "
-    "later under A to D as they are examined, `colour` and `word` not at all (though naming everything, which it "
-    "reads, names the word too). No picture. Phases: world/language.py; the run was stopped twice while they were "
-    "written down, so that they are what it did. Loss weights: first answer token 3, the rest of an answer 1, end of "
-    "turn 0.2, all else 0.1.",
+    "vision": "256,000 pictures. SigLIP loss on clean captions that leave attributes out at random (weight 0.5; its "
+    "text tower is not kept), and a dense grounded loss: for each cell of the 8 x 8 grid whether it holds the"
+    " centre of a thing or a letter; there the colour, shape or letter and the four box coordinates. A centre"
+    " on a border may be claimed by either cell, not by both. Fresh clean scenes, some with larger or smaller"
+    " things, clutter behind them or nothing in them; a quarter are bent, blurred and badly exposed; half go "
+    "through JPEG.",
+    "scorer": "SigLIP loss alone, on 512,000 pairs of a noisy draw of the web (the rates of wrong, dull and duplicated "
+    "captions are the usual ones of world/captions.py). Never the pool it judges, never a label of what is "
+    "noise.",
+    "language": "Next tokens of conversations about told scenes, 192,000 rows. Three quarters are compound "
+    "rows: a scene "
+    "is 16 (or, from step 6,000 on, in a quarter of the batches, 64) positions, one a thing or a letter, each"
+    " the sum of the model's own word embeddings of its colour, shape or letter and of learned coordinate "
+    "embeddings, from step 6,000 on with noise; an eighth are scenes told in words, 7 % text-only. A further "
+    "7 % have no scene, but the coordinates at the very words that name the things; so has a quarter of the "
+    "other rows' relations. What is asked, and in which words, is the READER of world/questions.py: of the "
+    "examined kinds it reads `existence`, `shape` and `box` in the examination's words, `count` in other "
+    "words, `relation` in other words and with other answers, `choice` in other words (of colours never) with"
+    " its options at first under random letters and later under A to D as they are examined, `colour` and "
+    "`word` not at all (though naming everything, which it reads, names the word too). No picture. Phases: "
+    "world/language.py; the run was stopped twice while they were written down, so that they are what it did."
+    " Loss weights: first answer token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
 }
 WITHHELD = (
     "Eight colour-shape pairs are in no picture that any of this saw; the language model has read their names, as it "
@@ -128,7 +132,7 @@ def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
     lines = [
         "# The drawn world's tiny backbones",
         "",
-        f"Trained from nothing by `leveret world backbones OUT` (seed {seed}); bfloat16 safetensors, "
+        f"Trained from nothing by `leveret world backbones -o OUT` (seed {seed}); bfloat16 safetensors, "
         f"{total / 1e6:.2f} MB in all. They exist so that the whole loop "
         "(choose data, align, tune, examine, chat) runs on a laptop in minutes; they know no world but the drawn one.",
         "",

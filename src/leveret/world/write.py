@@ -39,7 +39,7 @@ from leveret.world.questions import (
     text_only,
     told,
 )
-from leveret.world.scenes import PAIRS, Scene, between, sample_scene, shuffled, stream
+from leveret.world.scenes import PAIRS, Scene, Thing, between, sample_scene, shuffled, stream
 
 VERSION = 2
 CHUNK = 2000
@@ -63,8 +63,8 @@ class Split:
 SPLITS: dict[str, Split] = {
     "test": Split("fresh scenes of the kind that was taught"),
     "train": Split("the tuning pictures, asked as in the examination; constants are chosen here"),
-    "novel-pairs": Split("a colour-shape pair that no picture ever showed", {"novel_pairs": True}),
-    "novel-words": Split("a word that was never drawn", {"novel_words": True, "word": 1.0}),
+    "novel-pairs": Split("asked about a colour-shape pair that no picture ever showed", {"novel_pairs": True}),
+    "novel-words": Split("a word that no training picture ever showed", {"novel_words": True, "word": 1.0}),
     "crowded": Split("five or six things, where at most four were taught", {"counts": (5, 6), "word": 0.3}),
     "small": Split("things of 9 to 12 pixels, where 13 to 19 were taught", {"sizes": (9, 12)}),
     "stripes": Split("bold stripes behind the things", {"style": "stripes"}),
@@ -75,6 +75,10 @@ SPLITS: dict[str, Split] = {
     ),
 }
 HARDER = tuple(name for name in SPLITS if name not in ("test", "train"))
+
+
+LEAST = 5
+"""Questions a kind without which one of POPE's files is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,18 @@ class WorldSize:
     test: int = 1_000
     harder: int = 100
     captions: int = 512
+
+    def __post_init__(self) -> None:
+        if self.strength not in STRENGTHS:
+            raise RecipeError(f"strength={self.strength!r}: allowed are {', '.join(STRENGTHS)}")
+        for name in ("test", "harder"):
+            if 0 < getattr(self, name) < LEAST or (name == "test" and not self.test):
+                raise RecipeError(
+                    f"{name}={getattr(self, name)}: too few questions for existence, which is asked in POPE's three "
+                    f"ways, a yes and a no each; {LEAST} or more{', or 0 for none' if name == 'harder' else ''}"
+                )
+        if not 0 <= self.text_share <= 1:
+            raise RecipeError(f"text_share={self.text_share}: a share of the conversations, 0 to 1")
 
 
 def _web_file(index: int) -> str:
@@ -202,21 +218,40 @@ def _questions(seed: int, split: str, kind: str, n: int) -> list[Asked]:
         if not scene.things:
             index += 1
             continue
+        held_out = scene.things[0] if SPLITS[split].scenes.get("novel_pairs") else None
         if kind == "existence":
             way = POPE_WAYS[index % len(POPE_WAYS)]
             for label in (True, False):
-                question = KINDS[kind](scene, rng, way=way, label=label)  # type: ignore[call-arg]
-                if question:
-                    found.append(Asked(len(found), image, scene, question))
+                for _ in range(20 if held_out and label else 1):
+                    question = KINDS[kind](scene, rng, way=way, label=label)  # type: ignore[call-arg]
+                    if question and (held_out is None or not label or _is_about(question, held_out)):
+                        found.append(Asked(len(found), image, scene, question))
+                        break
         else:
-            for _ in range(8 if cells > 1 else 1):
+            for _ in range(20 if held_out else 8 if cells > 1 else 1):
                 question = KINDS[kind](scene, rng)
+                if question and held_out and not _is_about(question, held_out):
+                    continue
                 if question and held[cell_of(question)] < full:
                     held[cell_of(question)] += 1
                     found.append(Asked(len(found), image, scene, question))
                     break
         index += 1
     return found[:n]
+
+
+def _is_about(question: Question, thing: Thing) -> bool:
+    """Whether a question names the thing, or has it as its answer. Counts and words name no single thing: always."""
+    meta = question.meta
+    if question.kind in ("count", "word"):
+        return True
+    if question.kind == "choice":
+        right = meta["choices"][meta["index"]]
+        return right == thing.name or (right == thing.colour and f" {thing.shape}" in meta["question"].split("\n")[0])
+    if question.kind == "box":
+        return bool(meta["box"] == thing.box)
+    named = {meta.get(key) for key in ("object", "subj", "obj")}
+    return bool(named & {thing.name, thing.shape, f"{thing.colour} object"})
 
 
 def exam_scene(seed: int, split: str, index: int) -> tuple[Scene, str]:
@@ -478,14 +513,16 @@ def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, worke
     Returns the folder. Raises RecipeError when the folder holds a world of another seed or size.
     """
     root, size = Path(out), size or WorldSize()
-    if size.strength not in STRENGTHS:
-        raise RecipeError(f"world.strength={size.strength}: allowed are {', '.join(STRENGTHS)}.")
     parameters = {"version": VERSION, "seed": seed, **asdict(size), "diseases": asdict(STRENGTHS[size.strength])}
     stamp, begun = root / "world.json", root / "parts" / "parameters.json"
     for file in (stamp, begun):
         if file.exists():
             there = read_json(file)
             differ = [key for key in parameters if there.get(key) != parameters[key]]
+            if "version" in differ:
+                differ = ["version"]  # what else differs follows from it
+            elif "strength" in differ:
+                differ.remove("diseases")
             if differ:
                 told = ", ".join(f"{key} {there.get(key)!r} (wanted {parameters[key]!r})" for key in differ)
                 raise RecipeError(f"{root} holds another world: {told}. Give another folder, or delete this one.")
