@@ -242,6 +242,13 @@ def test_the_interval_resamples_pictures_not_questions() -> None:
     assert interval("accuracy", together, verdicts_of(scores)) == (low, high)
 
 
+def test_a_score_without_a_mistake_claims_no_certainty() -> None:
+    """Clopper and Pearson, n = 100: 0.9638 to 1 and 0 to 0.0362, as in printed tables."""
+    items = [Item(str(k), None, "", "", meta={"image_id": str(k)}) for k in range(100)]
+    assert interval("accuracy", items, verdicts_of([1.0] * 100)) == pytest.approx((0.9638, 1.0), abs=5e-5)
+    assert interval("accuracy", items, verdicts_of([0.0] * 100)) == pytest.approx((0.0, 0.0362), abs=5e-5)
+
+
 def test_f1_is_the_f1_of_the_sums() -> None:
     rng = random.Random(1)
     meta = {"image_id": "1", "group": "random"}

@@ -31,7 +31,9 @@ def interval(
     """95 % bootstrap interval of the headline, resampling pictures, not questions.
 
     Questions on one picture fail together, so they are drawn together: the spread between pictures is what another
-    test set would show. Percentiles 2.5 and 97.5 of `resamples` draws.
+    test set would show. Percentiles 2.5 and 97.5 of `resamples` draws. Where all pictures are right (or all wrong)
+    every draw is the same and would claim certainty; there it is Clopper and Pearson's (1934) exact interval over
+    pictures.
     """
     row = HEADLINES[name]
     columns = row.columns(items, verdicts)
@@ -47,6 +49,9 @@ def interval(
         times = rng.multinomial(len(places), shares, size=min(chunk, resamples - start))
         figures.append(row.figure(times.astype(np.float64) @ sums))
     low, high = np.percentile(np.concatenate(figures), [2.5, 97.5])
+    if low == high and low in (0.0, 1.0):
+        unseen = 1 - 0.025 ** (1 / len(places))
+        low, high = (0.0, unseen) if low == 0 else (1 - unseen, 1.0)
     return float(low), float(high)
 
 
