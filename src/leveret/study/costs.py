@@ -10,10 +10,10 @@ from leveret.study.plan import Cell, Plan
 
 KINDS = 8
 """Kinds of question in the world suite."""
-DRAW, EMBED = 1 / 2_700, 1 / 2_200
+DRAW, EMBED = 1 / 2_800, 1 / 2_450
 CHOOSE = 5.0
 ENCODE = 0.7e-3
-ALIGN, TUNE = 4.2e-3, 15.6e-3
+ALIGN, TUNE = 3.8e-3, 12.7e-3
 ASK = 2.2e-3
 """Seconds a picture drawn, a pair embedded, a choice, a pair the encoder learns from, a sample aligned on or tuned on,
 a question: the quickstart's times on two quiet cores of a 2024 server (two processes), one core for the encoder."""
