@@ -185,9 +185,7 @@ def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
             raise RecipeError(f"{given}: the world has no {name!r}; allowed are {', '.join(allowed)}.{hint}")
         try:
             number = int(value) if key == "budget" else allowed[name](value)
-            if name != "strength" and number < (
-                1 if key == "budget" or name in ("web", "tune", "turns", "test") else 0
-            ):
+            if key == "budget" and number < 1:
                 raise ValueError
         except ValueError:
             least = "a number" if name in ("harder", "captions", "text_share") else "a positive number"

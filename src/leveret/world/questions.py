@@ -559,9 +559,9 @@ READ = (
 """Kinds that READER has words for: what the language model is asked before anyone teaches it."""
 HELD_OUT_KINDS = ("colour", "word")
 HELD_OUT_WORDINGS = ("count", "relation")
-"""Examined kinds that the language model was never asked, and those it was asked in other words and answered in other
-forms. `choice` it was asked in other words too, but with the examination's options under A to D, so it is no test of
-wording; the wordings of the rest (existence, shape, box) it has read."""
+"""Examined kinds that the language model was never asked, and those it was asked in other words (relations it answered
+in another form too). `choice` it was asked in other words too, but with the examination's options under A to D, so it
+is no test of wording; the wordings of the rest (existence, shape, box) it has read."""
 
 TUNE_WEIGHTS = {
     "existence": 0.7,

@@ -106,8 +106,11 @@ class WorldSize:
     def __post_init__(self) -> None:
         if self.strength not in STRENGTHS:
             raise RecipeError(f"strength={self.strength!r}: allowed are {', '.join(STRENGTHS)}")
+        for name, least in (("web", 1), ("tune", 1), ("turns", 1), ("test", 1), ("harder", 0), ("captions", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name}={getattr(self, name)}: a whole number of {least} or more")
         for name in ("test", "harder"):
-            if 0 < getattr(self, name) < LEAST or (name == "test" and not self.test):
+            if 0 < getattr(self, name) < LEAST:
                 raise RecipeError(
                     f"{name}={getattr(self, name)}: too few questions for existence, which is asked in POPE's three "
                     f"ways, a yes and a no each; {LEAST} or more{', or 0 for none' if name == 'harder' else ''}"
@@ -215,28 +218,22 @@ def _questions(seed: int, split: str, kind: str, n: int) -> list[Asked]:
     while len(found) < n:
         rng = stream(seed, f"{split}/{kind}", index)
         scene, image = exam_scene(seed, split, index)
+        index += 1
         if not scene.things:
-            index += 1
             continue
-        held_out = scene.things[0] if SPLITS[split].scenes.get("novel_pairs") else None
+        new = scene.things[0] if SPLITS[split].scenes.get("novel_pairs") else None
+        asked: list[dict[str, Any]] = [{}]
         if kind == "existence":
-            way = POPE_WAYS[index % len(POPE_WAYS)]
-            for label in (True, False):
-                for _ in range(20 if held_out and label else 1):
-                    question = KINDS[kind](scene, rng, way=way, label=label)  # type: ignore[call-arg]
-                    if question and (held_out is None or not label or _is_about(question, held_out)):
-                        found.append(Asked(len(found), image, scene, question))
-                        break
-        else:
-            for _ in range(20 if held_out else 8 if cells > 1 else 1):
-                question = KINDS[kind](scene, rng)
-                if question and held_out and not _is_about(question, held_out):
-                    continue
-                if question and held[cell_of(question)] < full:
+            way = POPE_WAYS[(index - 1) % len(POPE_WAYS)]
+            asked = [{"way": way, "label": label} for label in (True, False)]
+        for options in asked:
+            about = new if options.get("label", True) else None
+            for _ in range(20 if about else 8 if cells > 1 else 1):
+                question = KINDS[kind](scene, rng, **options)
+                if question and (about is None or _is_about(question, about)) and held[cell_of(question)] < full:
                     held[cell_of(question)] += 1
                     found.append(Asked(len(found), image, scene, question))
                     break
-        index += 1
     return found[:n]
 
 
