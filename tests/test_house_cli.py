@@ -101,7 +101,7 @@ HubError.__module__ = "huggingface_hub.errors"
             3,
             "no such file or directory: a.json",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 5, "not allowed: /root/x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 5, "not allowed: /data/x"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 5, "pip install 'leveret[track]'"),
         (ModuleNotFoundError("No module named 'peft'", name="peft.utils"), 5, "'peft' is not installed"),
         (HubError("offline mode\nmore"), 5, "model hub"),

@@ -55,6 +55,12 @@ def test_unusable_settings_are_refused_before_anything_is_drawn(tmp_path: Path) 
     for given, named in (
         ("world.wbe=5", "world.web"),
         ("world.web=no", "positive number"),
+        ("world.web=0", "1 or more"),
+        ("world.harder=-1", "0 or more"),
+        ("world.harder=3", "5 or more"),
+        ("world.strength=awful", "allowed are mild"),
+        ("world.text_share=2", "0 to 1"),
+        ("budget=99999999", "more than the web holds"),
         ("stages.tune.stepz=3", "steps"),
     ):
         with pytest.raises(RecipeError, match=named):
