@@ -203,6 +203,8 @@ def test_unknown_names_and_absent_files(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n')
     with pytest.raises(DataError, match="not in the form 'vsr'"):
         load_items("vsr", tmp_path)
+    with pytest.raises(DataError, match="There are the splits test, train"):
+        load_items("existence", tiny_world(tmp_path / "world", scenes=3), "tests")
     (tmp_path / "test.jsonl").write_text('{"image": "../../etc/x.jpg", "caption": "x", "label": 1}\n')
     with pytest.raises(DataError, match="leads out of the image folder"):
         load_items("vsr", tmp_path)

@@ -57,6 +57,8 @@ def test_ask_takes_a_picture_in_every_form(model: Model, photo: Path) -> None:
     assert model.ask(None, "is there a square", max_new_tokens=8) != ""
     with pytest.raises(ImageFault):
         model.ask(b"no picture", "is there a square")
+    with pytest.raises(RecipeError, match=r"ask\(image, question\)"):
+        model.ask("is there a square", photo)  # type: ignore[arg-type]
 
 
 def test_load_refuses_what_is_not_there(tmp_path: Path, folder: Path) -> None:

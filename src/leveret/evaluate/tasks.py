@@ -7,6 +7,7 @@ A benchmark's row reads its official files under `root`; a row of the drawn worl
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -305,6 +306,20 @@ def task_row(task: str | TaskRow) -> TaskRow:
     return row
 
 
+def splits_there(row: TaskRow, root: Path) -> list[str]:
+    """The splits that a task's files in `root` are of, by our names; nothing where no file name tells the split."""
+    ours = {official: name for name, official in row.splits.items()}
+    found = set()
+    for pattern in row.files:
+        if "{split}" in pattern:
+            name = re.escape(pattern).replace(re.escape("{split}"), "([^/]+?)").replace(re.escape("*"), "[^/]*")
+            for path in root.glob(pattern.format(split="*")):
+                match = re.fullmatch(name, path.relative_to(root).as_posix())
+                if match:
+                    found.add(ours.get(match[1], match[1]))
+    return sorted(found)
+
+
 def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> list[Item]:
     """Every question of a task's split, in the order of its files.
 
@@ -320,10 +335,9 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
         pickled = " (the pickled refs*.p are not read: save their list as JSON beside them)" * (row.form == "refcoco")
         own = "your questions in LLaVA's form, and the pictures as they name them"
         wanted = own if row.form == "own" else "the task's official files (for your own questions: --suite own)"
-        raise DataError(
-            f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}{pickled}. "
-            f"Give the folder that holds {wanted}."
-        )
+        there = splits_there(row, root)
+        mend = f"There are the splits {', '.join(there)}." if there else f"Give the folder that holds {wanted}."
+        raise DataError(f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}{pickled}. {mend}")
     place = Place(files=files, root=root, images=row.images, split=official, prompt=row.prompt)
     try:
         items = FORMS[row.form].load(place)

@@ -85,6 +85,8 @@ def opening(image: Picture, question: str) -> tuple[tuple[ImageRef, ...], tuple[
     """The images and the one turn that ask `question`; its own `<image>` marks, if it has any, are kept."""
     from leveret.inputs.chat import literal
 
+    if not isinstance(question, str):
+        raise RecipeError(f"the question is a {type(question).__name__}: ask(image, question), in this order")
     if not question.strip():
         raise RecipeError("the question is empty: give it some words")
     ref = reference(image)
