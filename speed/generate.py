@@ -59,13 +59,13 @@ def world_sized(vocabulary: int = 760) -> Any:
     )  # fmt: skip
     recipe = ModelRecipe(
         vision=VisionRecipe(tower="world/vision"),
-        connector=ConnectorRecipe(kind="mlp2x_gelu_2d"),
+        connector=ConnectorRecipe(kind="residual_2d"),
         language=LanguageRecipe(name="world/language"),
         chat="tiny",
     )
     return VLM(
         {tower.view.name: tower},
-        build_connector("mlp2x_gelu_2d", tower.width, 128, tower.tokens),
+        build_connector("residual_2d", tower.width, 128, tower.tokens),
         LlamaForCausalLM(config),
         spec=ImageSpec((tower.view,), tower.tokens),
         recipe=recipe,

@@ -23,7 +23,7 @@ def learn(lr: float = 1e-3, **more: object) -> SimpleNamespace:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_exact(dtype: torch.dtype, tmp_path: Path) -> None:
-    vlm = tiny_vlm(connector="mlp2x_gelu_2d").cast(dtype)
+    vlm = tiny_vlm(connector="residual_2d").cast(dtype)
     batch = tiny_batch(vlm)
     folder = save(vlm, tmp_path / "run" / "model")
     back = load(folder)

@@ -263,7 +263,7 @@ def test_the_drawn_worlds_backbones_compose_and_come_back(tmp_path: Path) -> Non
 
     recipe = ModelRecipe(
         vision=VisionRecipe(tower="world/vision"),
-        connector=ConnectorRecipe(kind="mlp2x_gelu_2d"),
+        connector=ConnectorRecipe(kind="residual_2d"),
         language=LanguageRecipe(name="world/language"),
         chat="tiny",
     )

@@ -287,12 +287,28 @@ def test_families_of_language_models(family: str, tmp_path: Path) -> None:
 
 def test_connector_of_the_drawn_world_knows_places() -> None:
     """Two equal patches at two places are told apart by their row and column."""
-    vlm = tiny_vlm(connector="mlp2x_gelu_2d")
+    vlm = tiny_vlm(connector="residual_2d")
     same = torch.ones(1, vlm.spec.tokens, 16)
     out = vlm.connector(same)[0]
     row, column = vlm.connector.row.weight, vlm.connector.column.weight  # type: ignore[union-attr]
     torch.testing.assert_close(out[3] - out[0], row[1] + column[1] - row[0] - column[0])
     torch.testing.assert_close(out[1] - out[0], column[1] - column[0])
+
+
+def test_the_connectors_input_is_dropped_only_while_it_learns() -> None:
+    """What is dropped follows torch's seed; an answer, and a stage that leaves the connector as it is, drop nothing."""
+    vlm = tiny_vlm()
+    batch = tiny_batch(vlm, (80, 72))
+    whole = vlm.embed(batch)
+    vlm.recipe = vlm.recipe.model_copy(update={"connector": ConnectorRecipe(dropout=0.5)})
+    assert torch.equal(vlm.eval().embed(batch), whole)
+    vlm.train()
+    torch.manual_seed(1)
+    one, two = vlm.embed(batch), vlm.embed(batch)
+    torch.manual_seed(1)
+    assert torch.equal(vlm.embed(batch), one) and not torch.equal(one, two) and not torch.equal(one, whole)
+    vlm.connector.eval()
+    assert torch.equal(vlm.embed(batch), whole)
 
 
 def test_a_recipe_decides_the_connector() -> None:

@@ -8,13 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from leveret.runs import sha256_of
-from leveret.world import language, tokens
+from leveret.world import language, tokens, vision
+from leveret.world.draw import PALETTE, rgb
 from leveret.world.pretrain import pretrain, rate_at
-from leveret.world.scenes import stream
+from leveret.world.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Thing, stream
 
 WEIGHTS = Path(str(files("leveret") / "world" / "weights"))
 
@@ -81,6 +83,34 @@ def test_hints_stand_at_the_words_that_name_the_things() -> None:
             assert piece.strip() in language.SHAPES and len(numbers) == 4
             seen += 1
     assert seen > 20
+
+
+def test_the_towers_nameless_things_keep_away_from_held_out_pairs() -> None:
+    """It is shown colours and shapes that have no name, but nothing that comes near a pair it must not know."""
+    things = [thing for i in range(1500) for thing in vision.seen_scene(stream(0, "seen", i)).things]
+    mixed = [thing for thing in things if thing.colour not in COLOURS]
+    odd = [thing for thing in things if thing.shape not in SHAPES]
+    assert 0.1 < len(mixed) / len(things) < 0.3 and 0.04 < len(odd) / len(things) < 0.14
+    assert all(thing.shape in SHAPES for thing in mixed) and all(thing.colour in COLOURS for thing in odd)
+    for thing in mixed:
+        away = {name: np.abs(np.subtract(rgb(thing.colour), PALETTE[name])) for name in COLOURS}
+        nearest = min(away, key=lambda name: float((away[name] ** 2).sum()))
+        assert (nearest, thing.shape) not in HELD_OUT and (away[nearest] ** 2).sum() > vision.APART**2
+    assert not HELD_OUT & {(thing.colour, thing.shape) for thing in things}
+
+
+def test_the_dense_targets_of_what_has_no_name() -> None:
+    """A polygon has a colour and a box but is no shape to be counted; a mixed colour is no answer."""
+    things = (Thing("nameless-7", "red", 2, 2, 18, 18), Thing("ring", "#102030", 34, 34, 50, 50))
+    (targets,), loose = vision.dense_targets([Scene(64, 64, things, None, 1)])
+    (polygon,), (ring,) = (np.flatnonzero(targets[:, column] >= 0) for column in (0, 1))
+    assert targets[polygon, :3].tolist() == [COLOURS.index("red"), -1, -1]
+    assert targets[ring, :3].tolist() == [-1, SHAPES.index("ring"), -1] and not loose
+    assert targets[polygon, 3:7].tolist() == [1, 1, 9, 9] and targets[ring, 7:10].tolist() == [16, 32, 48]
+    cover = targets[ring, 10:].reshape(vision.LOOK, vision.LOOK)
+    assert cover[0, 0] == 0 and cover[4, 4] < 30 and cover[0, 4] > 100
+    assert not np.array_equal(targets[polygon, 10:], targets[ring, 10:])
+    assert vision.loose_caption(Scene(64, 64, things[:1], None, 1), stream(0, "c", 0)) == "a red object"
 
 
 def test_shipped_weights_are_those_of_the_card_and_under_four_megabytes() -> None:

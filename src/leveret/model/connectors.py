@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leveret.model.tables import find_row
@@ -28,33 +29,38 @@ class ConnectorRow:
     tokens: Callable[[int], int] = lambda count: count
 
 
-class GridMLP(nn.Sequential):
-    """An MLP that also tells the language model where on the image's grid each token stood.
+class Residual2d(nn.Module):
+    """A linear layer, an MLP beside it, and where on the image's grid each token stood.
 
-    LayerNorm, Linear to 2 D, GELU, Linear to D, then one learned vector per row and one per column of the token grid
-    are added. The language model's own positions run along the sequence and say nothing about rows and columns; on
-    small models this is what makes places learnable.
+    LayerNorm, then the sum of Linear to D and of an MLP (to 2 D, GELU, to D) that starts at nothing, then one learned
+    vector per row and one per column of the token grid. The linear way carries what adds up (a colour and a shape that
+    it never met together), the MLP mends what does not; an MLP alone learns the pairs it meets by heart. The language
+    model's own positions run along the sequence and say nothing about rows and columns; on small models this is what
+    makes places learnable.
     """
 
     def __init__(self, in_width: int, out_width: int, tokens: int) -> None:
         side = isqrt(tokens)
         if side * side != tokens:
             raise RecipeError(
-                f"model.connector.kind: mlp2x_gelu_2d needs a square grid of tokens, but the tower gives {tokens}; "
+                f"model.connector.kind: residual_2d needs a square grid of tokens, but the tower gives {tokens}; "
                 "choose mlp2x_gelu"
             )
-        hidden = 2 * out_width
-        super().__init__(nn.LayerNorm(in_width), nn.Linear(in_width, hidden), nn.GELU(), nn.Linear(hidden, out_width))
+        super().__init__()
+        self.norm = nn.LayerNorm(in_width)
+        self.straight = nn.Linear(in_width, out_width)
+        self.up, self.down = nn.Linear(in_width, 2 * out_width), nn.Linear(2 * out_width, out_width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
         self.side = side
-        self.row = nn.Embedding(side, out_width)
-        self.column = nn.Embedding(side, out_width)
+        self.row, self.column = nn.Embedding(side, out_width), nn.Embedding(side, out_width)
 
     def forward(self, input: Tensor) -> Tensor:
-        for layer in list(self)[:4]:
-            input = layer(input)
+        input = self.norm(input)
+        output = self.straight(input) + self.down(F.gelu(self.up(input)))
         # token t stands in row t // side, column t % side
         grid = self.row.weight.repeat_interleave(self.side, dim=0) + self.column.weight.repeat(self.side, 1)
-        return input + grid.to(input.dtype)
+        return output + grid.to(output.dtype)
 
 
 def _mlp(depth: int) -> Callable[[int, int, int], nn.Module]:
@@ -86,7 +92,7 @@ CONNECTORS: dict[str, ConnectorRow] = {
     "linear": ConnectorRow(_linear),
     "mlp2x_gelu": ConnectorRow(_mlp(2)),
     "mlp3x_gelu": ConnectorRow(_mlp(3)),
-    "mlp2x_gelu_2d": ConnectorRow(GridMLP),
+    "residual_2d": ConnectorRow(Residual2d),
     "identity": ConnectorRow(_identity),
 }
 

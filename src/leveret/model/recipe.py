@@ -39,6 +39,13 @@ class ConnectorRecipe(_Strict):
     """What turns the tower's tokens into the language model's."""
 
     kind: str = Field(default="mlp2x_gelu", description="A row of CONNECTORS.")
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="While the connector learns, this share of its input numbers is dropped: what one number says of a "
+        "pair of attributes it cannot lean on, so it composes better.",
+    )
 
 
 class LanguageRecipe(_Strict):

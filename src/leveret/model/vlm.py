@@ -121,7 +121,10 @@ class VLM(nn.Module):
         embeddings = self.language.get_input_embeddings()(batch.input_ids)
         features = batch.features if batch.features is not None else self.see(batch.pixels) if batch.pixels else None
         images = 0 if features is None else len(features)
-        visual = None if features is None or not images else self.connector(features.to(self.dtype))
+        visual = None
+        if features is not None and images:
+            dropped = F.dropout(features.to(self.dtype), self.recipe.connector.dropout, self.connector.training)
+            visual = self.connector(dropped)
         tokens = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if (marked := int(batch.image_mask.sum())) != tokens:
             raise ValueError(

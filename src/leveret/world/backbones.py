@@ -18,13 +18,15 @@ from typing import Any
 
 from leveret.runs import RunFolder, atomic_write, environment, graceful_stop, read_json, sha256_of, write_json
 
-STEPS = {"vision": 4000, "scorer": 4000, "language": 12000}
+STEPS = {"vision": 6500, "scorer": 4000, "language": 12000}
 SUPERVISION = {
-    "vision": "256,000 pictures. SigLIP loss on clean captions that leave attributes out at random (weight 0.5; its "
+    "vision": "416,000 pictures. SigLIP loss on clean captions that leave attributes out at random (weight 0.5; its "
     "text tower is not kept), and a dense grounded loss: for each cell of the 8 x 8 grid whether it holds the"
-    " centre of a thing or a letter; there the colour, shape or letter and the four box coordinates. A centre"
+    " centre of a shape that has a name or of a letter; there the colour, shape or letter, the four box coordinates "
+    "and a thing's look (red, green, blue, and its coverage at 8 x 8 points of its box). A centre"
     " on a border may be claimed by either cell, not by both. Fresh clean scenes, some with larger or smaller"
-    " things, clutter behind them or nothing in them; a quarter are bent, blurred and badly exposed; half go "
+    " things, clutter behind them or nothing in them; in two fifths a fifth of the things are polygons without a name "
+    "and half of them have a colour without a name; a quarter are bent, blurred and badly exposed; half go "
     "through JPEG.",
     "scorer": "SigLIP loss alone, on 512,000 pairs of a noisy draw of the web (the rates of wrong, dull and duplicated "
     "captions are the usual ones of world/captions.py). Never the pool it judges, never a label of what is "
@@ -60,11 +62,14 @@ def _job(name: str, out: str, seed: int, steps: int) -> None:
     train = {"vision": vision.train_vision, "scorer": vision.train_scorer, "language": language.train_language}[name]
     lines = folder / "metrics.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    began, file = time.time(), lines.open("a", encoding="utf-8")
+    file = lines.open("a", encoding="utf-8")
+    began: tuple[float, int] | None = None  # of this call: a run that continues starts at a later step
 
     def log(step: int, steps: int, **figures: float) -> None:
+        nonlocal began
+        began = began or (time.time(), step - 1)
         if step % 50 == 0 or step == steps or "existence" in figures:
-            rate = (time.time() - began) / max(step, 1)
+            rate = (time.time() - began[0]) / (step - began[1])
             shown = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
             file.write(f"{step}/{steps} {shown}\n")
             file.flush()

@@ -11,9 +11,9 @@ import math
 from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-from leveret.world.scenes import LETTER_HEIGHT, LETTER_PITCH, Scene
+from leveret.world.scenes import LETTER_HEIGHT, LETTER_PITCH, NAMELESS, Scene
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 36),
@@ -81,11 +81,23 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, n: int) -> None:
         draw.ellipse((0, 0, 0.54 * n, 0.56 * n), fill=255)
         draw.ellipse((0.46 * n, 0, n - 1, 0.56 * n), fill=255)
         draw.polygon(_polygon([(0.04, 0.4), (0.96, 0.4), (0.5, 1.0)], n), fill=255)
+    elif shape.startswith(NAMELESS):
+        # Three to nine corners around the middle, at any distance from it; stretched to fill the box to its edges.
+        rng = np.random.Generator(np.random.PCG64(int(shape.removeprefix(NAMELESS))))
+        turns = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(3, 10))))
+        corners = rng.uniform(0.25, 1, len(turns))[:, None] * np.stack([np.cos(turns), np.sin(turns)], 1)
+        corners = (corners - corners.min(0)) / np.maximum(np.ptp(corners, 0), 1e-3)
+        draw.polygon(_polygon([(float(x), float(y)) for x, y in corners], n), fill=255)
     else:
         raise AssertionError(f"no mask for shape {shape!r}")
 
 
-@cache
+def rgb(colour: str) -> tuple[int, ...]:
+    """Red, green and blue, 0 to 255, of a colour of the world or of one without a name (`#rrggbb`)."""
+    return PALETTE.get(colour) or ImageColor.getrgb(colour)
+
+
+@lru_cache(maxsize=4096)
 def thing_mask(shape: str, size: int) -> np.ndarray:
     """Coverage of a shape in its box: [size, size, 1] float32 in 0..1."""
     big = Image.new("L", (size * OVER, size * OVER), 0)
@@ -169,7 +181,7 @@ def render(scene: Scene, *, shift: tuple[int, int] = (0, 0), jitter: int = 0) ->
     for thing, tint in zip(scene.things, tints, strict=False):
         mask = thing_mask(thing.shape, thing.x1 - thing.x0)
         patch = picture[thing.y0 : thing.y1, thing.x0 : thing.x1]
-        patch += mask * (np.asarray(PALETTE[thing.colour], np.float32) + tint - patch)
+        patch += mask * (np.asarray(rgb(thing.colour), np.float32) + tint - patch)
     if scene.word:
         ink = np.float32(18.0 if scene.word.dark or scene.style == "paper" else 240.0)
         for i, letter in enumerate(scene.word.text):

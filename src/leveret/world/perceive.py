@@ -18,8 +18,8 @@ BORDER = 0.125
 
 @dataclass(frozen=True, slots=True)
 class Percept:
-    """One thing or one letter. `cell` = row * CELLS + column; ids are -1 where they do not apply. `also` are the cells
-    that a thing's centre lies a hair's breadth from."""
+    """One thing or one letter. `cell` = row * CELLS + column; ids are -1 where they do not apply, and for what has no
+    name. `also` are the cells that a thing's centre lies a hair's breadth from. `thing` is None for a letter."""
 
     cell: int
     colour: int
@@ -27,6 +27,7 @@ class Percept:
     letter: int
     numbers: tuple[int, int, int, int]
     also: tuple[int, ...] = ()
+    thing: Thing | None = None
 
 
 def percepts(scene: Scene) -> list[Percept]:
@@ -34,7 +35,7 @@ def percepts(scene: Scene) -> list[Percept]:
     taken: set[int] = set()
     found: list[Percept] = []
 
-    def add(box: tuple[int, int, int, int], colour: int, shape: int, letter: int) -> None:
+    def add(box: tuple[int, int, int, int], letter: int, thing: Thing | None = None) -> None:
         x0, y0, x1, y1 = box
         y, x = (y0 + y1) / 2 * CELLS / scene.height, (x0 + x1) / 2 * CELLS / scene.width
         row, column = min(int(y), CELLS - 1), min(int(x), CELLS - 1)
@@ -46,14 +47,19 @@ def percepts(scene: Scene) -> list[Percept]:
             for v in (y - BORDER, y + BORDER)
             for u in (x - BORDER, x + BORDER)
         }
-        also = tuple(sorted(near - {row * CELLS + column})) if letter < 0 else ()
-        found.append(Percept(row * CELLS + column, colour, shape, letter, scene.numbers(box), also))
+        also = tuple(sorted(near - {row * CELLS + column})) if thing else ()
+        colour, shape = (_index(COLOURS, thing.colour), _index(SHAPES, thing.shape)) if thing else (-1, -1)
+        found.append(Percept(row * CELLS + column, colour, shape, letter, scene.numbers(box), also, thing))
 
     for item in scene.in_reading_order():
         if isinstance(item, Thing):
-            add(item.box, COLOURS.index(item.colour), SHAPES.index(item.shape), -1)
+            add(item.box, -1, item)
         else:
             for i, letter in enumerate(item.text):
                 x = item.x0 + i * LETTER_PITCH
-                add((x, item.y0, x + LETTER_PITCH, item.y0 + LETTER_HEIGHT), -1, -1, LETTERS.index(letter))
+                add((x, item.y0, x + LETTER_PITCH, item.y0 + LETTER_HEIGHT), LETTERS.index(letter))
     return sorted(found, key=lambda percept: percept.cell)
+
+
+def _index(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else -1

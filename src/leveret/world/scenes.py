@@ -47,9 +47,17 @@ STYLES = ("muted", "paper", "stripes")
 stripes, which only an examination draws."""
 
 
+NAMELESS = "nameless-"
+"""`nameless-N` is a shape without a name: polygon N of `draw.thing_mask`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One drawn object; the box is in pixels, right and bottom edges exclusive."""
+    """One drawn object; the box is in pixels, right and bottom edges exclusive.
+
+    shape, colour  of SHAPES and COLOURS. What the vision tower is shown beside the world's own scenes may have a shape
+                   or a colour without a name: `nameless-N`, `#rrggbb`.
+    """
 
     shape: str
     colour: str

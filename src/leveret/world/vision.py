@@ -2,7 +2,9 @@
 
 The tower learns from a SigLIP loss and, beside it, a dense grounded one (as SigLIP 2 and LocCa have): at the cell of
 a thing's centre its colour, shape and coordinates, at a letter's its letter. One linear layer reads all of it, so
-what it reads is also the probe of what the 64 tokens hold.
+what it reads is also the probe of what the 64 tokens hold. It also tells how the thing looks, in numbers, and some
+things have a colour or a shape without a name: a tower that only learned names took a colour for another where it had
+never met it on that shape.
 The scorer is apart: a small dual encoder trained with the SigLIP loss alone on a noisy draw of the web, with no look
 at clean labels; it is what judges a web pool, which is always another draw.
 """
@@ -13,6 +15,9 @@ import io
 import json
 import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +29,16 @@ from torch import Tensor, nn
 
 from leveret.model.tiny import TinyDualEncoder, TinyTextTower, TinyVisionTower, save_module
 from leveret.world.captions import web_pair
-from leveret.world.draw import jpeg, render
+from leveret.world.draw import PALETTE, jpeg, render, rgb, thing_mask
 from leveret.world.perceive import CELLS, percepts
 from leveret.world.pretrain import Log, pretrain
 from leveret.world.questions import a
 from leveret.world.scenes import (
     COLOURS,
     GRID,
+    HELD_OUT,
     LETTERS,
+    NAMELESS,
     SHAPES,
     SIZES,
     Scene,
@@ -45,6 +52,12 @@ from leveret.world.scenes import (
 SIZE = 64
 STRANGE = 0.25
 """Share of the tower's pictures that are bent, blurred and badly exposed."""
+NAMELESS_SCENES = 0.4
+"""Share of them in which things may have a shape or a colour without a name."""
+APART = 60
+"""Least distance of such a colour from every colour with a name, in RGB of 0 to 255."""
+LOOK = 8
+"""A thing's look is its colour and its coverage at LOOK x LOOK points of its box."""
 
 
 def seen_scene(rng: random.Random) -> Scene:
@@ -54,7 +67,29 @@ def seen_scene(rng: random.Random) -> Scene:
     clutter = between(rng, 1, 5) if rng.random() < 0.25 else 0
     counts = (0, 0) if rng.random() < 0.05 else (1, 4)
     style = "paper" if rng.random() < 0.15 else "muted"
-    return sample_scene(rng, counts=counts, word=0.5, sizes=sizes, clutter=clutter, style=style)
+    scene = sample_scene(rng, counts=counts, word=0.5, sizes=sizes, clutter=clutter, style=style)
+    if rng.random() >= NAMELESS_SCENES:
+        return scene
+    return replace(scene, things=tuple(_nameless(thing, rng) for thing in scene.things))
+
+
+def _nameless(thing: Thing, rng: random.Random) -> Thing:
+    """The thing with another shape (a fifth) or another colour (half) that has no name, or as it is.
+
+    A colour without a name is far from all that have one, and nearest to none that the shape is kept apart from: no
+    picture comes near a held-out pair.
+    """
+    r = rng.random()
+    if r < 0.2:
+        return replace(thing, shape=f"{NAMELESS}{between(rng, 0, 99_999)}")
+    while r < 0.7:
+        grey = between(rng, 0, 255)
+        mixed = (grey,) * 3 if rng.random() < 0.3 else tuple(between(rng, 0, 255) for _ in range(3))
+        away = {name: sum((x - y) ** 2 for x, y in zip(mixed, PALETTE[name], strict=True)) for name in COLOURS}
+        nearest = min(away, key=lambda name: away[name])
+        if away[nearest] > APART**2 and (nearest, thing.shape) not in HELD_OUT:
+            return replace(thing, colour="#{:02x}{:02x}{:02x}".format(*mixed))
+    return thing
 
 
 def picture_array(scene: Scene, rng: random.Random, *, strange: float = 0.0) -> np.ndarray:
@@ -101,16 +136,20 @@ def loose_caption(scene: Scene, rng: Any) -> str:
     for item in scene.in_reading_order():
         r = rng.random()
         if isinstance(item, Thing):
-            parts.append(a(item.shape if r < 0.4 else item.name))
+            if item.shape not in SHAPES:
+                parts.append(a(f"{item.colour} object"))
+            else:
+                parts.append(a(item.shape if r < 0.4 or item.colour not in COLOURS else item.name))
         else:
             parts.append(f"the word {item.text}")
     return ", ".join(shuffled(rng, parts)) or "nothing"
 
 
 class DenseHead(nn.Module):
-    """One linear layer over the tokens: is there a thing, a letter; colour, shape, letter; four coordinates."""
+    """One linear layer over the tokens: is there a shape with a name, a letter; colour, shape, letter; four
+    coordinates; red, green and blue; coverage."""
 
-    SPLITS = (2, len(COLOURS), len(SHAPES), len(LETTERS), 4 * (GRID + 1))
+    SPLITS = (2, len(COLOURS), len(SHAPES), len(LETTERS), 4 * (GRID + 1), 3, LOOK * LOOK)
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -125,15 +164,18 @@ Loose = tuple[int, int, tuple[int, ...]]
 
 
 def dense_targets(scenes: list[Scene]) -> tuple[np.ndarray, list[Loose]]:
-    """[N, 64, 7]: colour, shape, letter, x0, y0, x1, y1 at the cell of each percept, -1 elsewhere; and which of them
-    may stand in another cell instead."""
-    out = np.full((len(scenes), CELLS * CELLS, 7), -1)
+    """[N, 64, 7 + 3 + LOOK * LOOK]: colour, shape, letter, x0, y0, x1, y1 and a thing's look (0 to 255) at the cell of
+    each percept, -1 elsewhere; and which of them may stand in another cell instead."""
+    out = np.full((len(scenes), CELLS * CELLS, 7 + 3 + LOOK * LOOK), -1)
     loose: list[Loose] = []
     for i, scene in enumerate(scenes):
         found = percepts(scene)
         taken = {p.cell for p in found}
         for p in found:
-            out[i, p.cell] = (p.colour, p.shape, p.letter, *p.numbers)
+            out[i, p.cell, :7] = (p.colour, p.shape, p.letter, *p.numbers)
+            if p.thing:
+                out[i, p.cell, 7:10] = rgb(p.thing.colour)
+                out[i, p.cell, 10:] = 255 * thing_mask(p.thing.shape, LOOK).ravel()
             others = tuple(cell for cell in p.also if cell not in taken)
             if others:
                 loose.append((i, p.cell, others))
@@ -158,24 +200,27 @@ def settled(targets: Tensor, loose: list[Loose], there: Tensor) -> Tensor:
 def dense_loss(read: tuple[Tensor, ...], targets: Tensor, loose: list[Loose]) -> tuple[Tensor, dict[str, float]]:
     """The grounded loss and its accuracies (objectness over cells, the rest over occupied cells)."""
     targets = settled(targets, loose, read[0][..., 0])
-    there, colour, shape, letter, numbers = read
-    thing, lettered = targets[..., 0] >= 0, targets[..., 2] >= 0
-    wanted = torch.stack([thing, lettered], -1).float()
+    there, colour, shape, letter, numbers, ink, cover = read
+    coloured, shaped, lettered = (targets[..., i] >= 0 for i in range(3))
+    thing = coloured | shaped
+    wanted = torch.stack([shaped, lettered], -1).float()
     loss = 8 * F.binary_cross_entropy_with_logits(there.float(), wanted)
-    loss = loss + F.cross_entropy(colour[thing].float(), targets[..., 0][thing])
-    loss = loss + F.cross_entropy(shape[thing].float(), targets[..., 1][thing])
+    loss = loss + F.cross_entropy(colour[coloured].float(), targets[..., 0][coloured])
+    loss = loss + F.cross_entropy(shape[shaped].float(), targets[..., 1][shaped])
+    for said, truth in ((ink, targets[..., 7:10]), (cover, targets[..., 10:])):
+        loss = loss + 4 * F.mse_loss(said[thing].float(), truth[thing] / 127.5 - 1)
     scores = {
         "cells": ((there > 0) == (wanted > 0)).all(-1).all(-1).float().mean().item(),
-        "count": ((there[..., 0] > 0).sum(1) == thing.sum(1)).float().mean().item(),
-        "colour": (colour[thing].argmax(-1) == targets[..., 0][thing]).float().mean().item(),
-        "shape": (shape[thing].argmax(-1) == targets[..., 1][thing]).float().mean().item(),
+        "count": ((there[..., 0] > 0).sum(1) == shaped.sum(1)).float().mean().item(),
+        "colour": (colour[coloured].argmax(-1) == targets[..., 0][coloured]).float().mean().item(),
+        "shape": (shape[shaped].argmax(-1) == targets[..., 1][shaped]).float().mean().item(),
     }
     if lettered.any():
         loss = loss + F.cross_entropy(letter[lettered].float(), targets[..., 2][lettered])
         scores["letter"] = (letter[lettered].argmax(-1) == targets[..., 2][lettered]).float().mean().item()
     occupied = thing | lettered
     guess = numbers[occupied].float().unflatten(-1, (4, GRID + 1))
-    truth = targets[..., 3:][occupied]
+    truth = targets[..., 3:7][occupied]
     loss = loss + 0.5 * F.cross_entropy(guess.flatten(0, 1), truth.flatten()) * 4
     scores["box"] = ((guess.argmax(-1) - truth).abs() <= 1).all(-1).float().mean().item()
     return loss, scores
@@ -203,11 +248,12 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
     head, pool = DenseHead(128), nn.Linear(128, 128)
     contrast = Contrast()
 
-    def draw(split: str, index: int, n: int) -> tuple[Tensor, Tensor, list[Loose], list[str]]:
+    def draw(
+        split: str, index: int, n: int, scene_of: Callable[[random.Random], Scene] = seen_scene, strange: float = 0.0
+    ) -> tuple[Tensor, Tensor, list[Loose], list[str]]:
         rng = stream(seed, split, index)
-        examined = split == "vision-examination"
-        scenes = [sample_scene(rng, word=0.5) if examined else seen_scene(rng) for _ in range(n)]
-        pixels = np.stack([picture_array(scene, rng, strange=0.0 if examined else STRANGE) for scene in scenes])
+        scenes = [scene_of(rng) for _ in range(n)]
+        pixels = np.stack([picture_array(scene, rng, strange=strange) for scene in scenes])
         targets, loose = dense_targets(scenes)
         captions = [loose_caption(scene, rng) for scene in scenes]
         return torch.from_numpy(pixels), torch.from_numpy(targets), loose, captions
@@ -221,7 +267,7 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
         return ids, keep
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        pixels, targets, loose, captions = draw("vision", step, 64)
+        pixels, targets, loose, captions = draw("vision", step, 64, strange=STRANGE)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = tower(pixels)
             read = head(tokens)
@@ -236,12 +282,20 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
     out.mkdir(parents=True, exist_ok=True)
     save_module(tower, out / "vision.safetensors")
     with torch.no_grad():
-        pixels, targets, loose, captions = draw("vision-examination", 0, 1024)
+        pixels, targets, loose, captions = draw("vision-examination", 0, 1024, partial(sample_scene, word=0.5))
         tokens = tower(pixels)
         _, scores = dense_loss(head(tokens), targets, loose)
         image = F.normalize(pool(tokens[:512].amax(1)), dim=1)
         words = F.normalize(text(*encode(captions[:512])), dim=1)
         scores["retrieval@1 of 512"] = ((image @ words.T).argmax(1) == torch.arange(512)).float().mean().item()
+        pixels, targets, *_ = draw("vision-held-out", 0, 1024, partial(sample_scene, word=0.5, novel_pairs=True))
+        _, colour, shape, *_ = head(tower(pixels))
+        wanted = targets[..., :2]
+        pairs = torch.tensor([(COLOURS.index(c), SHAPES.index(s)) for c, s in sorted(HELD_OUT)])
+        held_out = (wanted[:, :, None] == pairs).all(-1).any(-1)
+        for i, (name, said) in enumerate((("colour", colour), ("shape", shape))):
+            right = said[held_out].argmax(-1) == wanted[held_out][:, i]
+            scores[f"{name} of held-out pairs"] = right.float().mean().item()
     return scores
 
 
