@@ -157,7 +157,7 @@ def tune_scene(seed: int, index: int) -> Scene:
     rng = stream(seed, "tune", index)
     r = rng.random()
     clutter = between(rng, 1, 5) if r < 0.12 else 0
-    return sample_scene(rng, word=0.75, counts=(0, 0) if r < 0.03 or r > 0.98 else (1, 4), clutter=clutter)
+    return sample_scene(rng, word=0.88, counts=(0, 0) if r < 0.03 or r > 0.98 else (1, 4), clutter=clutter)
 
 
 def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_share: float) -> None:
