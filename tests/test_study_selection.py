@@ -98,6 +98,9 @@ def test_every_arm_chooses_as_it_says(out: Path) -> None:
     best = sorted(row["score"] for row in of_each_group)[-int(0.3 * len(of_each_group)) :]
     assert len(of_each_group) < TINY.web and all(rows[id]["score"] >= best[0] for id in ids(out, "coreset"))
 
+    best = sorted(scores.values())[-int(0.1 * TINY.web) :]
+    assert all(scores[id] >= best[0] for id in ids(out, "no-dedup"))
+
     groups = [row["component"] for row in ledger(out, "dedup-only") if row["kept"]]
     assert len(set(groups)) == len(groups) == BUDGET
 
@@ -242,12 +245,30 @@ def test_all_faults_of_a_plan_are_told_at_once() -> None:
         Plan(web=400, budget=500)
 
 
+def test_the_first_round_is_a_whole_comparison_and_no_cell_is_lost() -> None:
+    plan = Plan()
+    rounds = plan.rounds()
+    pays, *_, longer = rounds.values()
+    assert {cell.arm for cell in pays if cell.measure == "suite"} == {"coreset", "random"}
+    assert {cell.arm for cell in pays if cell.measure == "encoder"} == set(ARMS)
+    assert {cell.seed for cell in pays} == set(plan.seeds) and {cell.strength for cell in pays} == {"usual"}
+    assert {cell.length for cell in longer} == {4}
+    names = [cell.name for cell in plan.cells()]
+    assert len(set(names)) == len(names) == sum(map(len, rounds.values()))
+    dear = [cell for cell in plan.cells() if cell.measure != "encoder"]
+    assert {cell.strength for cell in dear} == {"usual"}
+    assert list(replace(plan, measures=("encoder",), strengths=("usual",)).rounds()) == ["does choosing pay"]
+
+
 def test_what_a_plan_would_do_is_told_and_nothing_is_written(out: Path, tmp_path: Path) -> None:
     told = describe()
-    assert told.startswith("132 cells, 0 of them done") and "9 worlds of 75,000 pairs" in told
+    assert told.startswith("111 cells, 0 of them done") and "9 worlds of 75,000 pairs" in told
     assert "suite at 4 x the recipe's tune steps: 6 cells; usual; coreset, random" in told and "min on 2" in told
-    assert describe(TINY, out).startswith("12 cells, 12 of them done")
-    assert describe(TINY, tmp_path / "none").startswith("12 cells, 0 of them done")
+    shares = [int(line.split()[-2]) for line in told.splitlines() if line.endswith("min")]
+    whole = int(told.split(" min on 2")[0].split()[-1])
+    assert len(shares) == 4 and abs(sum(shares) - whole) <= 2
+    assert describe(TINY, out).startswith("14 cells, 14 of them done")
+    assert describe(TINY, tmp_path / "none").startswith("14 cells, 0 of them done")
     assert not (tmp_path / "none").exists()
 
 
@@ -343,11 +364,13 @@ def test_the_verdict_says_what_the_figures_say_also_where_another_arm_wins(tmp_p
         {
             ("usual", "random"): [2.0, 2.1, 2.2],
             ("usual", "coreset"): [1.0, 1.11, 1.2],
+            ("usual", "no-dedup"): [1.4, 1.51, 1.6],
             ("usual", "score-only"): [1.5, 1.6, 1.71],
             ("usual", "oracle"): [0.5, 0.5, 0.5],
             ("usual", "windows"): [None, None, None],
             ("severe", "random"): [2.0, 2.1, 2.2],
             ("severe", "coreset"): [2.5, 2.61, 2.7],
+            ("severe", "no-dedup"): [2.4, 2.5, 2.61],
             ("severe", "score-only"): [1.5, 1.6, 1.71],
         },
     )
@@ -359,7 +382,7 @@ def test_the_verdict_says_what_the_figures_say_also_where_another_arm_wins(tmp_p
     assert usual.endswith("better over 3 seeds.")
     assert severe.startswith("loss, severe: score-only is the best method (1.603), coreset has 2.603; ")
     assert severe.endswith("worse over 3 seeds.")
-    assert copies.startswith("coreset minus score-only, loss: usual -0.500 [") and "(worse over 3 seeds)" in copies
+    assert copies.startswith("coreset minus no-dedup, loss: usual -0.400 [") and "(worse over 3 seeds)" in copies
     row = next(row for row in found["comparisons"] if row["arm"] == "windows")
     assert row["mean"] is None and row["to_random"] is None
     write_page(tmp_path, found)

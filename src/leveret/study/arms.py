@@ -49,6 +49,11 @@ ARMS: dict[str, Arm] = {
         "random",
         ("steps.random.share=null", "steps.random.count={budget}"),
     ),
+    "no-dedup": Arm(
+        "as coreset, but near copies stay: what putting them together brings is the difference",
+        "world",
+        ("steps.collapse=null", "steps.cluster=null", "steps.dedup=null", "steps.budget.count={budget}"),
+    ),
     "score-only": Arm(
         "the highest image-text scores, copies and all: the CLIP-score filter of DataComp (arXiv 2304.14108)",
         "clip-score-top",

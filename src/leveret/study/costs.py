@@ -29,7 +29,7 @@ def seconds(plan: Plan, cells: Collection[Cell]) -> dict[str, float]:
     tune = (stages["tune"].steps or 0) * stages["tune"].batch * TUNE
     worlds = {(cell.strength, cell.seed) for cell in cells}
     choices = {(cell.strength, cell.seed, cell.arm) for cell in cells}
-    trained = {(cell.strength, cell.seed, cell.arm) for cell in cells if cell.measure != "encoder"}
+    trained = {(cell.strength, cell.seed, cell.arm) for cell in cells if MEASURES[cell.measure].stages}
     tunings = [cell.length for cell in cells if MEASURES[cell.measure].tunes]
     return {
         "draw": len(worlds) * (plan.web + plan.tune) * DRAW,
@@ -50,8 +50,8 @@ def outline(plan: Plan, done: Collection[str] = ()) -> str:
     told = [
         f"{len(cells)} cells, {len(cells) - len(left)} of them done: {len(plan.strengths)} strengths "
         f"({', '.join(plan.strengths)}) x {len(plan.seeds)} seeds ({', '.join(map(str, plan.seeds))}) x "
-        f"{len(plan.arms)} arms ({', '.join(plan.arms)}).",
-        *_measures(plan, cells),
+        f"{len(plan.arms)} arms ({', '.join(plan.arms)}), in rounds; stopped after any, it is a whole comparison:",
+        *_rounds(plan, left),
         f"Shared: {len(worlds)} worlds of {plan.web:,} pairs are drawn and embedded once for all arms; "
         f"each arm's {plan.budget:,} pairs are chosen once for all measures, and aligned on once for loss and suite.",
     ]
@@ -63,7 +63,19 @@ def outline(plan: Plan, done: Collection[str] = ()) -> str:
     return "\n".join(told)
 
 
-def _measures(plan: Plan, cells: Collection[Cell]) -> list[str]:
+def _rounds(plan: Plan, left: Collection[Cell]) -> list[str]:
+    """Each round's question, cells, and minutes of what is left: what an earlier round makes is not made again."""
+    lines, before, spent = [], list[Cell](), 0.0
+    names = {cell.name for cell in left}
+    for question, cells in plan.rounds().items():
+        before += [cell for cell in cells if cell.name in names]
+        minutes = (sum(seconds(plan, before).values()) - spent) / 60
+        spent += 60 * minutes
+        lines += [f"{question}: about {minutes:.0f} min", *_measures(cells)]
+    return lines
+
+
+def _measures(cells: Collection[Cell]) -> list[str]:
     counts = Counter((cell.measure, cell.length) for cell in cells)
     lines = []
     for (measure, length), count in counts.items():

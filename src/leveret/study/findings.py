@@ -13,7 +13,7 @@ from leveret.study.measures import MEASURES
 from leveret.study.paired import Estimate, difference
 from leveret.world.captions import STRENGTHS
 
-OURS, BY_SCORE = "coreset", "score-only"
+OURS, WITH_COPIES = "coreset", "no-dedup"
 """The two whose difference is what putting copies together brings."""
 
 Row = dict[str, Any]
@@ -26,7 +26,7 @@ def gather(done: Path, wanted: Sequence[str]) -> dict[str, Any]:
     cells, arms  one row a figure, one row a choice, in the order of the tables. worlds: seconds of what is shared.
     comparisons  one row for each strength, measure, length and arm: `values` by seed, `mean`, and `to_random`, the
                  paired difference {mean, low, high, n} (None without a common seed).
-    dedup        one row for each strength, measure and length: coreset minus score-only, the same four numbers.
+    dedup        one row for each strength, measure and length: coreset minus no-dedup, the same four numbers.
     verdict      sentences.
     """
     facts = [read_json(path) for path in done.glob("*.json")]
@@ -98,7 +98,9 @@ def by_seed(row: Row) -> dict[int, float]:
 def _dedup(compared: Sequence[Row]) -> list[Row]:
     rows = []
     for (measure, length, strength), arms in groups({"comparisons": compared}).items():
-        if OURS in arms and BY_SCORE in arms and (found := difference(by_seed(arms[OURS]), by_seed(arms[BY_SCORE]))):
+        if not {OURS, WITH_COPIES} <= arms.keys():
+            continue
+        if found := difference(by_seed(arms[OURS]), by_seed(arms[WITH_COPIES])):
             rows.append({"measure": measure, "length": length, "strength": strength, **asdict(found)})
     return rows
 
@@ -172,13 +174,13 @@ def _told(sign: int, n: int) -> str:
 
 
 def _on_copies(rows: Sequence[Row]) -> list[str]:
-    """A sentence a measure: coreset against score-only, strength by strength."""
+    """A sentence a measure: coreset against no-dedup, strength by strength."""
     told: dict[tuple[str, int], list[str]] = {}
     for row in rows:
         found = estimate(row)
         words = f"{row['strength']} {signed(found)} ({_told(gain(row['measure'], found), found.n)})"
         told.setdefault((row["measure"], row["length"]), []).append(words)
     return [
-        f"{OURS} minus {BY_SCORE}, {measure}{f' x{length}' if length else ''}: {'; '.join(words)}."
+        f"{OURS} minus {WITH_COPIES}, {measure}{f' x{length}' if length else ''}: {'; '.join(words)}."
         for (measure, length), words in told.items()
     ]

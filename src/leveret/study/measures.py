@@ -34,14 +34,19 @@ class Measure:
     """One way to say what a choice is worth.
 
     run     (site, plan, cell, pairs) -> figures. Resumable, and a pure function of them.
-    better  which way is better. tunes: whether it needs the tune stage, and is so taken at several lengths.
+    better  which way is better.
+    stages  of training that it needs. With any it is dear, and with `tune` it is taken at several lengths.
     """
 
     title: str
     about: str
     better: Literal["higher", "lower"]
     run: Callable[[Site, Plan, Cell, Path], Figures]
-    tunes: bool = False
+    stages: tuple[str, ...] = ()
+
+    @property
+    def tunes(self) -> bool:
+        return "tune" in self.stages
 
 
 def _encoder(site: Site, plan: Plan, cell: Cell, pairs: Path) -> Figures:
@@ -97,6 +102,7 @@ MEASURES: dict[str, Measure] = {
         "fit? Mean next-token loss over the captions' tokens, in nats.",
         "lower",
         _loss,
+        ("align",),
     ),
     "suite": Measure(
         "The examination after tuning",
@@ -105,7 +111,7 @@ MEASURES: dict[str, Measure] = {
         "taken at several lengths.",
         "higher",
         _suite,
-        tunes=True,
+        ("align", "tune"),
     ),
 }
 

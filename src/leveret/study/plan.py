@@ -2,6 +2,8 @@
 
 A cell is one figure: (strength, seed, arm, measure, length). Fields that every figure depends on (`fixed`) bind a
 folder for good; the others only say which cells are wanted, so that a plan may grow and finished cells stay.
+
+The work goes in rounds, what answers most first: who stops early has a whole, smaller comparison.
 """
 
 from __future__ import annotations
@@ -16,10 +18,17 @@ from leveret.study.measures import MEASURES
 from leveret.world.captions import STRENGTHS
 from leveret.world.write import WorldSize
 
-GROWING = ("seeds", "strengths", "arms", "measures", "suite_strengths", "lengths", "long_arms")
+GROWING = ("seeds", "strengths", "arms", "measures", "taught_strengths", "lengths", "long_arms")
 """Fields of a plan that say which cells are wanted, and change the figure of none."""
 IN_RECIPE = ("align_steps", "tune_steps", "ranks")
 """Fields that the resolved train recipe holds: given or left out, what counts is what it then says."""
+ROUNDS = PAYS, EVERY_WAY, OTHER_WEBS, LONGER = (
+    "does choosing pay",
+    "the other ways in the examination",
+    "other strengths of the diseases",
+    "longer tuning",
+)
+"""Questions, the most telling first; a round of work each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ class Plan:
     seeds            of the world, the choice and the training; one seed is one paired observation.
     strengths        of the web's diseases (`world.captions.STRENGTHS`).
     arms, measures   rows of `arms.ARMS` and `measures.MEASURES`.
-    suite_strengths  where the dear measure, the suite, is taken.
+    taught_strengths where the dear measures, the loss and the suite, are taken.
     lengths          of tuning, as multiples of the recipe's steps; other lengths than 1 for `long_arms` alone.
     web, tune        pairs of the web, and conversations (`world.write.WorldSize`).
     test, captions   questions a kind, and held-out pairs that fit.
@@ -64,7 +73,7 @@ class Plan:
     strengths: tuple[str, ...] = tuple(STRENGTHS)
     arms: tuple[str, ...] = tuple(ARMS)
     measures: tuple[str, ...] = tuple(MEASURES)
-    suite_strengths: tuple[str, ...] = ("usual",)
+    taught_strengths: tuple[str, ...] = ("usual",)
     lengths: tuple[int, ...] = (1, 4)
     long_arms: tuple[str, ...] = ("coreset", BASELINE)
     web: int = 75_000
@@ -81,7 +90,7 @@ class Plan:
     def __post_init__(self) -> None:
         faults = [
             *_strangers("strengths", self.strengths, STRENGTHS),
-            *_strangers("suite_strengths", self.suite_strengths, STRENGTHS, empty=True),
+            *_strangers("taught_strengths", self.taught_strengths, STRENGTHS, empty=True),
             *_strangers("arms", self.arms, ARMS),
             *_strangers("long_arms", self.long_arms, ARMS, empty=True),
             *_strangers("measures", self.measures, MEASURES),
@@ -138,22 +147,39 @@ class Plan:
         """The fields that every figure depends on, but for those that the train recipe holds."""
         return {name: value for name, value in asdict(self).items() if name not in GROWING + IN_RECIPE}
 
-    def worlds(self) -> list[tuple[str, int]]:
-        """(strength, seed) in the order of work: each seed at every strength before the next seed."""
-        return [(strength, seed) for seed in self.seeds for strength in self.strengths]
+    def rounds(self) -> dict[str, list[Cell]]:
+        """The cells in the order of work, by the question that each round answers; a round without cells is left out.
+
+        In a round world by world, in each the cheap measures first.
+        """
+        rounds: dict[str, list[Cell]] = {question: [] for question in ROUNDS}
+        for seed in self.seeds:
+            for strength in self.strengths:
+                for cell in self._of(strength, seed):
+                    rounds[self._round(cell)].append(cell)
+        return {question: cells for question, cells in rounds.items() if cells}
 
     def cells(self) -> list[Cell]:
-        """All cells in the order of work: world by world, in each the cheap measures first."""
-        return [cell for strength, seed in self.worlds() for cell in self._of(strength, seed)]
+        """All cells in the order of work."""
+        return [cell for cells in self.rounds().values() for cell in cells]
 
     def _of(self, strength: str, seed: int) -> Iterator[Cell]:
         for measure in [name for name in MEASURES if name in self.measures]:
+            if MEASURES[measure].stages and strength not in self.taught_strengths:
+                continue
             if not MEASURES[measure].tunes:
                 yield from (Cell(strength, seed, arm, measure) for arm in self.arms)
-            elif strength in self.suite_strengths:
-                for length in self.lengths:
-                    arms = self.arms if length == 1 else [arm for arm in self.arms if arm in self.long_arms]
-                    yield from (Cell(strength, seed, arm, measure, length) for arm in arms)
+                continue
+            for length in self.lengths:
+                arms = self.arms if length == 1 else [arm for arm in self.arms if arm in self.long_arms]
+                yield from (Cell(strength, seed, arm, measure, length) for arm in arms)
+
+    def _round(self, cell: Cell) -> str:
+        if cell.strength not in self.taught_strengths:
+            return OTHER_WEBS
+        if cell.length > 1:
+            return LONGER
+        return EVERY_WAY if cell.length and cell.arm not in self.long_arms else PAYS
 
 
 def _strangers(name: str, given: Iterable[str], known: Mapping[str, Any], *, empty: bool = False) -> list[str]:

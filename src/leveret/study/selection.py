@@ -1,8 +1,8 @@
 """Does choosing data pay? The same budget chosen in several ways from one drawn web, and what each choice teaches.
 
-for each strength and seed:  draw the world -> embed its web once
-    for each arm:            choose the budget
-        for each measure:    teach, examine -> a cell
+in each round, for each strength and seed:  draw the world -> embed its web once
+    for each arm:                           choose the budget
+        for each measure:                   teach, examine -> a cell
 
 OUT/done/CELL.json     every figure, as soon as it is known; never made twice
 OUT/worlds/            what the cells are made from; each station in it can be stopped and continued
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ KIND = "study selection"
 def compare(out: str | Path, plan: Plan | None = None, *, keep: bool = True) -> dict[str, Any]:
     """Runs what is missing of a plan in the folder `out`, or continues; returns what is in `out/results.json`.
 
-    keep  False removes each world's pictures and embeddings when all its wanted cells are done. A plan that grows
-          later draws them again, the same to the byte.
+    keep  False removes a world's pictures and embeddings when its last wanted cell is done. A plan that grows later
+          draws them again, the same to the byte.
 
     A folder holds one kind of cell: another plan may ask for other seeds, strengths, arms, measures or lengths, and
     results.json then holds the old and the new. Everything else (`Plan.fixed`, the recipes, the shipped weights) must
@@ -55,17 +55,22 @@ def compare(out: str | Path, plan: Plan | None = None, *, keep: bool = True) -> 
     folder = RunFolder.open(out, KIND, _settings(plan))
     _check_arms(folder, plan)
     cells = plan.cells()
+    last = {(cell.strength, cell.seed): cell for cell in cells}
     with graceful_stop():
-        for site in _sites(folder.path, plan):
-            own = [cell for cell in cells if (cell.strength, cell.seed) == (site.strength, site.seed)]
-            for cell in own:
-                if not folder.is_done(cell.name):
-                    _run(folder, site, plan, cell)
-                    _say_progress(folder, cells, cell)
-                    _publish(folder, cells)
-            if not keep:
-                site.clear()
-            results = _publish(folder, cells, page=True)
+        for question, asked in plan.rounds().items():
+            if not all(folder.is_done(cell.name) for cell in asked):
+                print(f"{question}: {len(asked)} figures", file=sys.stderr, flush=True)
+            for (strength, seed), own in groupby(asked, key=lambda cell: (cell.strength, cell.seed)):
+                site = Site(folder.path / "worlds" / f"{strength}-{seed}", strength, seed, plan.size(strength))
+                for cell in own:
+                    if not folder.is_done(cell.name):
+                        _run(folder, site, plan, cell)
+                        _say_progress(folder, cells, cell)
+                        _publish(folder, cells)
+                    if cell == last[strength, seed] and not keep:
+                        site.clear()
+                _publish(folder, cells, page=True)
+        results = _publish(folder, cells, page=True)
     from leveret.study.selection_report import say
 
     say(results, folder.path)
@@ -81,11 +86,6 @@ def describe(plan: Plan | None = None, out: str | Path | None = None) -> str:
 
     done = {path.stem for path in (Path(out) / "done").glob("*.json")} if out is not None else set()
     return outline(plan or Plan(), done)
-
-
-def _sites(out: Path, plan: Plan) -> Iterator[Site]:
-    for strength, seed in plan.worlds():
-        yield Site(out / "worlds" / f"{strength}-{seed}", strength, seed, plan.size(strength))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def say(results: Mapping[str, Any], out: Path) -> None:
     from rich.table import Table
 
     names = _names(results)
-    table = Table(title=TITLE, title_justify="left", box=None, padding=(0, 1))
+    table = Table(title=TITLE, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for position, name in enumerate(["", *names]):
         table.add_column(name, justify="right" if position else "left", no_wrap=True)
     for (measure, length, strength), arms in groups(results).items():
