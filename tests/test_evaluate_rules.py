@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluate_fakes import tiny_world
-from leveret.evaluate import TASKS, load_items, score
+from leveret.evaluate import SUITES, TASKS, load_items, score
 from leveret.evaluate.forms import FORMS, Item, box_of
 from leveret.evaluate.headlines import HEADLINES
 from leveret.evaluate.scorers import SCORERS, Verdict
@@ -217,6 +217,20 @@ def test_another_rule_can_be_chosen(tmp_path: Path) -> None:
     assert score("vsr", answers, tmp_path)["score"] == 0.0
     found = score("vsr", answers, tmp_path, scorer="vsr_true_false")
     assert (found["score"], found["unparsable"]) == (0.5, 1)
+
+
+@pytest.mark.parametrize("row", [TASKS[name] for name in SUITES["world"]], ids=SUITES["world"])
+def test_a_rule_of_another_form_is_refused_and_one_of_the_same_judges(row: Any, tmp_path: Path) -> None:
+    world = tiny_world(tmp_path / "world", scenes=3)
+    items = load_items(row, world)
+    answers = [{"task": row.id, "question_id": item.question_id, "text": "yes"} for item in items]
+    assert row.form in SCORERS[row.scorer].forms
+    for name, rule in SCORERS.items():
+        if row.form in rule.forms:
+            assert 0 <= score(row, answers, world, scorer=name)["score"] <= 1
+        else:
+            with pytest.raises(RecipeError, match=rf"scorer '{name}' judges .*allowed for it are .*{row.scorer}"):
+                score(row, answers, world, scorer=name)
 
 
 @pytest.mark.parametrize("row", TASKS.values(), ids=TASKS)

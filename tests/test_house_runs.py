@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from leveret import runs
 from leveret.runs import DataError, EnvironmentFault, Interrupted, Progress, RecipeError, RunFolder
+from leveret.world.write import WorldSize, draw
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +174,36 @@ def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stdout.readline() == b"open\n"
     with pytest.raises(EnvironmentFault, match="another process"):
         RunFolder.open(tmp_path / "run", "train", {})
+    with pytest.raises(EnvironmentFault, match="another process"):
+        draw(tmp_path / "run", size=WorldSize(web=2, tune=4, test=5, harder=0, captions=0))
     process.kill()  # kill -9 frees the folder
     process.communicate()
     RunFolder.open(tmp_path / "run", "train", {})
+
+
+def test_a_folder_that_may_not_be_written_is_not_called_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:  # root may write everywhere, so the system's refusal is played
+        patch.setattr("builtins.open", refused)
+        with pytest.raises(EnvironmentFault, match="no right to write in this folder"):
+            RunFolder.open(tmp_path / "run", "train", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refused)
+        with pytest.raises(EnvironmentFault, match="no right to write in this folder"):
+            RunFolder.open(tmp_path / "other", "train", {})
+
+
+def test_a_look_at_a_run_changes_nothing_and_refuses_what_opening_would(tmp_path: Path) -> None:
+    assert RunFolder.peek(tmp_path / "run", "train", {"a": 1}) == []
+    assert not (tmp_path / "run").exists()
+    RunFolder.open(tmp_path / "run", "train", {"a": 1}).done("draw")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert RunFolder.peek(tmp_path / "run", "train", {"a": 1}) == ["draw"]
+    with pytest.raises(RecipeError, match="a: 1 there, 2 now"):
+        RunFolder.peek(tmp_path / "run", "train", {"a": 2})
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_stop_is_asked_once_softly(capsys: pytest.CaptureFixture[str]) -> None:

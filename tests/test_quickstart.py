@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from leveret import quickstart
-from leveret.runs import RecipeError
+from leveret.runs import EnvironmentFault, RecipeError, RunFolder
+from leveret.world.write import WorldSize
 
 SMALL = (
     "world.web=1500 world.tune=120 world.test=24 world.harder=6 budget=60 "
@@ -62,6 +64,9 @@ def test_unusable_settings_are_refused_before_anything_is_drawn(tmp_path: Path) 
         ("world.text_share=2", "0 to 1"),
         ("budget=99999999", "more than the web holds"),
         ("stages.tune.stepz=3", "steps"),
+        ("stages.alignn.steps=3", r"allowed are .*stages\.align.*Did you mean stages\.align"),
+        ("budge=3", r"allowed are world\.web.*Did you mean budget"),
+        ("web=3", r"Did you mean world\.web"),
     ):
         with pytest.raises(RecipeError, match=named):
             quickstart.run(tmp_path / "run", overrides=[given])
@@ -71,6 +76,30 @@ def test_unusable_settings_are_refused_before_anything_is_drawn(tmp_path: Path) 
 def test_a_dry_run_draws_nothing(tmp_path: Path) -> None:
     quickstart.run(tmp_path / "run", overrides=SMALL, dry_run=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_missed_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for dry in (True, False):
+        with pytest.raises(EnvironmentFault, match="torch finds no GPU here"):
+            quickstart.run(tmp_path / "run", overrides=[*SMALL, "device=cuda"], dry_run=dry)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_is_done_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {"seed": 0, "world": asdict(WorldSize()), "budget": quickstart.BUDGET, "overrides": []}
+    folder = RunFolder.open(tmp_path / "run", "quickstart", recipe)
+    folder.done("draw", seconds=1.0)
+    quickstart.run(tmp_path / "run", dry_run=True)
+    assert "done are draw." in capsys.readouterr().out
+    for name in quickstart.STEPS:
+        folder.done(name, seconds=1.0)
+    quickstart.run(tmp_path / "run", dry_run=True)
+    assert "nothing would be" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(RecipeError, match=r"budget: 1500 there, 7 now"):
+        quickstart.run(tmp_path / "run", overrides=["budget=7"], dry_run=True)
 
 
 @pytest.mark.slow

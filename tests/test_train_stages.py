@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def test_a_dry_run_composes_bunny_without_weights_or_data(capsys: pytest.Capture
     align, _ = plan(load("bunny/v1.0-3b", TrainRecipe, "models"), ["align", "tune"])
     assert all(value.is_meta for value in align.vlm.parameters())
     assert align.memory.optimiser == 8 * 9_507_840
+
+
+def test_a_dry_run_tells_programs_what_it_tells_people(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from leveret.cli import run
+
+    assert run(["train", "bunny/v1.0-3b", "--dry-run", "--json", "-o", str(tmp_path / "run")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    align = told["stages"]["align"]
+    assert sum(part["parameters"] for part in align["parts"]) == 3_182_254_624
+    assert [part["part"] for part in align["parts"]] == ["vision", "connector", "language"]
+    assert align["memory"]["total"] == sum(value for key, value in align["memory"].items() if key != "total")
+    assert "frozen counted in bf16" in align["notes"]["memory"] and not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_measures_data_that_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -119,11 +119,17 @@ def _root(
 
 @_verb("quickstart", "leveret.quickstart")
 def quickstart(
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY.PATH=VALUE",
+            help="world.web=9000 and other sizes, budget=300, stages.tune.steps=90, study.seeds=0 (with --full).",
+        ),
+    ] = None,
     out: Out = Path("runs/quickstart"),
     seed: Annotated[int, typer.Option(help="The world, and every draw.")] = 0,
     full: Annotated[
-        bool, typer.Option(help="Then compare ways of choosing data: hours; study.seeds=0 makes it less.")
+        bool, typer.Option(help="Then compare ways of choosing data: an hour to the first answer, three to all.")
     ] = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -256,9 +262,14 @@ def train(
     from leveret.train import train as station
 
     name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+    folder = out or Path("runs", name)
+    if dry_run and json:
+        from leveret.train.plan import facts
+
+        return _report(json, {"out": str(folder), "dry_run": True, "stages": facts(recipe, overrides or [], stage)})
     with _reporting(json):
-        model = station(recipe, out or Path("runs", name), overrides or [], dry_run=dry_run, stages=stage)
-    _report(json, {"model": str(model), "dry_run": dry_run}, "" if dry_run else f"the model is in {model}")
+        model = station(recipe, folder, overrides or [], dry_run=dry_run, stages=stage)
+    _report(json, {"model": str(model)}, "" if dry_run else f"the model is in {model}")
 
 
 @_verb("eval", "leveret.evaluate")
@@ -396,7 +407,7 @@ def pool_check(
 
     opened = open_source(source, images)
     if dry_run:
-        return _plan(json, {"samples": len(opened), "decode": str(decode), "out": str(out)})
+        return _plan(json, {"samples": len(opened), "decode": decode, "out": str(out)})
     with _reporting(json):
         found = check(opened, out, decode=decode, limit_share=limit_share, workers=workers)
     reasons = dict(found.reasons)
@@ -424,12 +435,13 @@ def world_draw(
     """Draw a web pool, conversations and an examination."""
     from dataclasses import asdict
 
-    from leveret.world.write import WorldSize, draw
+    from leveret.world.write import WorldSize, draw, same_world
 
     counts = {"web": web, "tune": tune, "test": test, "harder": harder}
     given = {name: value for name, value in counts.items() if value is not None}
     size = WorldSize(strength=strength, **given)  # type: ignore[arg-type]
     if dry_run:
+        same_world(out, seed, size)
         return _plan(json, {"out": str(out), "seed": seed, **asdict(size)})
     with _reporting(json):
         folder = draw(out, seed=seed, size=size, workers=workers)

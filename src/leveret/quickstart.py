@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BUDGET = 1_500
 """Pairs the coreset keeps; the drawn web is fifty times as large."""
+STEPS = ("draw", "condense", "align", "tune", "examine", "stages", "harder")
+"""The last two only where the world has questions on harder pictures."""
 BRIEF = 150
 """Questions a kind before and after aligning."""
 
@@ -45,16 +47,19 @@ def run(
     """
     from leveret.study import Plan
     from leveret.train.run import read as read_recipe
+    from leveret.train.run import resolve_device
 
     studied = [given.removeprefix("study.") for given in overrides if given.startswith("study.")]
     if studied and not full:
         raise RecipeError(f"study.{studied[0]}: the comparison runs only with --full; add it, or leave this out.")
     plan = Plan.read(studied, prefix="study.")
     size, budget, changes = _settings([given for given in overrides if not given.startswith("study.")])
-    read_recipe("world", changes)  # its faults are told now, not after minutes of drawing
+    taught = read_recipe("world", changes)  # its faults are told now, not after minutes of drawing
+    if taught.device == "cuda":
+        resolve_device(taught)
     recipe = {"seed": seed, "world": asdict(size), "budget": budget, "overrides": changes}
     if dry_run:
-        _say_plan(Path(out), recipe)
+        _say_plan(Path(out), recipe, RunFolder.peek(out, "quickstart", recipe))
         if full:
             from leveret.study import describe
 
@@ -109,15 +114,10 @@ def run(
             out = root / "harder" / split
             evaluate(root / "train" / "model", world, suite="world", out=out, blind=False, split=split)
 
-    steps: dict[str, Callable[[], None]] = {
-        "draw": draw,
-        "condense": condense,
-        "align": train("align"),
-        "tune": train("tune"),
-        "examine": examine,
-    }
-    if size.harder:
-        steps |= {"stages": compare_stages, "harder": go_harder}
+    doings = (draw, condense, train("align"), train("tune"), examine, compare_stages, go_harder)
+    steps = dict(zip(STEPS, doings, strict=True))
+    if not size.harder:
+        del steps["stages"], steps["harder"]
     seconds: dict[str, float] = {}
     for name, step in steps.items():
         if not folder.is_done(name):
@@ -177,6 +177,7 @@ def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
         key, _, value = given.partition("=")
         name = key.removeprefix("world.")
         if key != "budget" and name == key:
+            _known(given, [*(f"world.{field}" for field in allowed), "budget"])
             left.append(given)
             continue
         if key != "budget" and name not in allowed:
@@ -202,14 +203,41 @@ def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
     return size, budget, left
 
 
-def _say_plan(root: Path, recipe: dict[str, Any]) -> None:
+def _known(given: str, ours: Sequence[str]) -> None:
+    """RecipeError for an override of the train recipe whose first words are not there, naming all that may be given."""
+    from leveret.runs import closest
+    from leveret.train.stages import TrainRecipe
+
+    stages = [f"stages.{name}" for name in ("align", "tune")]
+    fields = [name for name in TrainRecipe.model_fields if name != "stages"]
+    key = given.partition("=")[0]
+    first = ".".join(key.split(".")[:2]) if key.startswith("stages.") else key.split(".")[0]
+    if first in fields or first in stages:
+        return
+    allowed = [*ours, "study.FIELD", *stages, *fields]
+    near = closest(first, [*allowed, *(name.removeprefix("world.") for name in ours)])
+    meant = next((name for name in ours if near and name.removeprefix("world.") == near[0]), near[0] if near else "")
+    hint = f" Did you mean {meant}?" if meant else ""
+    raise RecipeError(f"{given}: the quickstart has no {first!r}; allowed are {', '.join(allowed)}.{hint}")
+
+
+def _say_plan(root: Path, recipe: dict[str, Any], done: Sequence[str]) -> None:
     from rich.console import Console
 
     size = recipe["world"]
+    steps = STEPS if size["harder"] else STEPS[:-2]
+    left = [name for name in steps if name not in done]
+    begun = f"{root} holds this quickstart; " if done else ""
+    if begun and not left:
+        Console().print(f"{begun}all of its steps are done, so nothing would be.")
+        return
+    begun += f"done are {', '.join(name for name in steps if name in done)}. " if done else ""
+    more = ", and some before and after aligning and on harder pictures" if size["harder"] else ""
     Console().print(
-        f"Would draw {size['web']:,} web pairs and {size['tune']:,} conversations into {root / 'world'}, keep "
-        f"{recipe['budget']:,} pairs, align and tune the recipe 'world', and ask {size['test']:,} questions of each of "
-        "eight kinds, twice (seeing and blind), and some before and after aligning and on harder pictures. "
+        f"{begun}{'In all it draws' if done else 'Would draw'} {size['web']:,} web pairs and {size['tune']:,} "
+        f"conversations into {root / 'world'}, {'keeps' if done else 'keep'} {recipe['budget']:,} pairs, "
+        f"{'aligns and tunes' if done else 'align and tune'} the recipe 'world', and {'asks' if done else 'ask'} "
+        f"{size['test']:,} questions of each of eight kinds, twice (seeing and blind){more}. "
         "At the sizes of the recipe about 6 minutes on 2 quiet cores, 0.6 GB of disk."
     )
 

@@ -21,13 +21,21 @@ READ = {"colour": "never asked", "word": "never asked", "count": "other words", 
         "choice": "other words, the same options, no colours"}  # fmt: skip
 """What the language model had read of a kind before tuning; the rest it had read as it is examined."""
 MORE = {
-    "caption": "describe it: share of the things named",
+    "caption": "describe it: share of its things named (inventing costs nothing)",
     "reading": "describe it: is the word spelled right?",
     "unanswerable": "half are about what is not there (VizWiz)",
     "double": "two questions in one; nobody taught that",
     "text": "opposites, sums, facts, without a picture",
     "refusal": "requests to refuse, without a picture",
 }
+ANSWERS = {
+    "start": "before aligning, to the eight kinds",
+    "start-more": "before aligning, to these",
+    "align": "after aligning, to the eight kinds",
+    "align-more": "after aligning, to these",
+    "tune-more": "after tuning, to these",
+}
+"""Pages of the stages, by folder."""
 HEADER = ("task", "what is asked", "aligned", "tuned", "95 % interval", "majority", "blind")
 LEGEND = (
     "aligned: before tuning, on a part of the questions. tuned: the score. blind: the same model and question with "
@@ -215,7 +223,7 @@ def write(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
             ],
             "Official rules of the benchmarks each kind is modelled on.",
         ),
-        *(_stages_and_harder(results) if results["harder"] else ()),
+        *(_stages_and_harder(root, results) if results["harder"] else ()),
         pages.Section(
             "Where the time went",
             pages.table([[name, value] for name, value in results["seconds"].items()], ("step", "seconds")),
@@ -224,7 +232,7 @@ def write(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
     atomic_write(root / "report.html", pages.page("A small vision-language model, from data to answers", sections))
 
 
-def _stages_and_harder(results: dict[str, Any]) -> list[Any]:
+def _stages_and_harder(root: Path, results: dict[str, Any]) -> list[Any]:
     from leveret import pages
     from leveret.world.write import SPLITS
 
@@ -233,7 +241,14 @@ def _stages_and_harder(results: dict[str, Any]) -> list[Any]:
     return [
         pages.Section(
             "5. What each stage teaches",
-            pages.table(_stage_rows(results), ("task", "what is asked", "start", "aligned", "tuned")),
+            [
+                pages.table(_stage_rows(results), ("task", "what is asked", "start", "aligned", "tuned")),
+                *(
+                    pages.link(f"The answers {words}", f"stages/{name}/report.html")
+                    for name, words in ANSWERS.items()
+                    if (root / "stages" / name / "report.html").is_file()
+                ),
+            ],
             "start: the backbones with a fresh connector. Aligning teaches to see and to read, tuning what is asked.",
         ),
         pages.Section(
@@ -245,6 +260,11 @@ def _stages_and_harder(results: dict[str, Any]) -> list[Any]:
                     "trained on."
                 ),
                 pages.table(about, ("pictures", "what is new")),
+                *(
+                    pages.link(f"The answers on {name}", f"harder/{name}/report.html")
+                    for name in results["harder"]
+                    if (root / "harder" / name / "report.html").is_file()
+                ),
             ],
         ),
     ]

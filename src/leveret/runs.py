@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -54,6 +55,12 @@ class EnvironmentFault(UserError):
     """The machine cannot do it: disk, memory, network, a missing package."""
 
     exit_code: ClassVar[int] = 5
+
+
+def in_words(reasons: Mapping[str, int]) -> str:
+    """How many samples were refused why, the most frequent first."""
+    some = Counter(reasons).most_common(8)
+    return "; ".join([*(f"{count:,} {reason}" for reason, count in some), *["..."] * (len(reasons) > len(some))])
 
 
 def closest(name: str, names: Iterable[str]) -> list[str]:
@@ -340,6 +347,38 @@ _DIGEST = re.compile("[0-9a-f]{16,}")
 _LOCKS: dict[str, IO[str]] = {}  # open for the life of the process: closing the file would drop the lock
 
 
+def claim(path: Path) -> None:
+    """Make a folder, and keep other processes out while this one lives. The system drops the lock, even after kill -9.
+
+    Raises EnvironmentFault where another process holds the folder, or where it may not be written.
+    """
+    rights = f"{path}: no right to write in this folder. Change its rights, or name another with -o."
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except PermissionError:
+        raise EnvironmentFault(rights) from None
+    try:
+        import fcntl
+    except ImportError:
+        return
+    key = str(path.resolve())
+    if key in _LOCKS and (path / ".lock").exists():
+        return
+    try:
+        file = open(path / ".lock", "a+", encoding="utf-8")
+    except PermissionError:
+        raise EnvironmentFault(rights) from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows either
+        raise EnvironmentFault(
+            f"{path}: another process is writing this folder. Wait for it, stop it, or name another folder with -o."
+        ) from None
+    except OSError:
+        return  # a file system without locks
+    _LOCKS[key] = file
+
+
 class RunFolder:
     """A folder that one command fills: its resolved recipe, what it ran on, its metrics, and which steps are done.
 
@@ -360,15 +399,14 @@ class RunFolder:
         Raises:
             RecipeError: the folder holds another kind of run, another recipe (the text names every field that
                 differs), or files that are no run.
-            EnvironmentFault: another process is writing in it.
+            EnvironmentFault: another process is writing in it, or it may not be written.
         """
         import yaml
 
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file; the output of `{kind}` is a folder. Name another with -o.")
-        path.mkdir(parents=True, exist_ok=True)
-        cls._lock(path)
+        claim(path)
         wanted = json.loads(_dumps(recipe))
         recipe_file = path / "recipe.yaml"
         if recipe_file.exists():
@@ -387,8 +425,20 @@ class RunFolder:
         repair_jsonl(path / "metrics.jsonl")
         return cls(path, kind)
 
+    @classmethod
+    def peek(cls, path: str | Path, kind: str, recipe: Mapping[str, Any]) -> list[str]:
+        """Which steps are done in a folder, without opening it. RecipeError where `open` would refuse the recipe."""
+        import yaml
+
+        path = Path(path)
+        if not (path / "recipe.yaml").exists():
+            return []
+        there = yaml.safe_load((path / "recipe.yaml").read_text("utf-8"))
+        cls._check_same(path, kind, there, json.loads(_dumps(recipe)), look=True)
+        return sorted(mark.stem for mark in (path / "done").glob("*.json"))
+
     @staticmethod
-    def _check_same(path: Path, kind: str, there: Any, wanted: Any) -> None:
+    def _check_same(path: Path, kind: str, there: Any, wanted: Any, *, look: bool = False) -> None:
         record = read_json(path / "environment.json")
         if record.get("kind") != kind:
             raise RecipeError(f"{path} holds a `{record.get('kind')}` run, not `{kind}`. Name another folder with -o.")
@@ -403,32 +453,13 @@ class RunFolder:
                 f"{path} was made with {what}:{shown}{more}\n"
                 f"Name another folder with -o, delete this one, or give {old} to go on with it."
             )
+        if look:
+            return
         now = environment()
         seen = [record, *record["resumed"]]
         if all(differences({key: old.get(key) for key in now}, now) for old in seen):
             record["resumed"].append(now)
             write_json(path / "environment.json", record)
-
-    @staticmethod
-    def _lock(path: Path) -> None:
-        """Keep other processes out while this one lives. The system drops the lock, even after kill -9."""
-        try:
-            import fcntl
-        except ImportError:
-            return
-        key = str(path.resolve())
-        if key in _LOCKS and (path / ".lock").exists():
-            return
-        try:
-            file = open(path / ".lock", "a+", encoding="utf-8")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise EnvironmentFault(
-                f"{path}: another process is writing this run. Wait for it, stop it, or name another folder with -o."
-            ) from None
-        except OSError:
-            return  # a file system without locks
-        _LOCKS[key] = file
 
     def log(self, **metrics: Any) -> None:
         """Add one line to metrics.jsonl. Numbers that are not finite become null."""

@@ -32,6 +32,7 @@ from leveret.runs import (
     atomic_write,
     cores,
     graceful_stop,
+    in_words,
     stop_requested,
     write_json,
 )
@@ -104,11 +105,10 @@ def embed(
             seen += end - start
             if _too_many(bad, seen, n, limit_share):
                 quarantine = _gather(run, n, shard)
-                words = "; ".join(f"{times:,} {reason}" for reason, times in bad.most_common(6))
                 raise DataError(
                     f"{bad.total():,} of {'the first ' * (seen < n)}{seen:,} samples are refused, more than the limit "
-                    f"of {limit_share:.0%}: {words}.{source.advice(bad, seen)} Each is named in {quarantine}. Mend the "
-                    "data, or raise the limit (--limit-share)."
+                    f"of {limit_share:.0%}: {in_words(bad)}.{source.advice(bad, seen)} Each is named in "
+                    f"{quarantine}. Mend the data, or raise the limit (--limit-share)."
                 )
     quarantine = _gather(run, n, shard)
     if n and not shard_rows(run, n, shard):

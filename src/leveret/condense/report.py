@@ -103,7 +103,8 @@ class Pictures:
 
 def _told_collapse(stage: Stage, config: Any) -> tuple[str, str]:
     distinct = int(stage.notes["distinct"])
-    return "Exact copies marked", f"{stage.before - distinct:,} have the very same vector as an earlier sample"
+    again = f"{stage.before - distinct:,} have the very same vector as an earlier sample"
+    return "Equal vectors marked", f"{again}; nothing is dropped here"
 
 
 def _told_cluster(stage: Stage, config: Any) -> tuple[str, str]:
@@ -118,7 +119,8 @@ def _told_dedup(stage: Stage, config: Any) -> tuple[str, str]:
     notes = stage.notes
     return "One of each group of copies", (
         f"{notes.get('near_copies', 0):,} near copies (cosine above {config.threshold:g}) and "
-        f"{notes.get('exact_copies', 0):,} exact ones left out; of each group the rule '{config.keep}' keeps one"
+        f"{notes.get('exact_copies', 0):,} with the very vector of the one that stays left out; of each group the rule "
+        f"'{config.keep}' keeps one"
     )
 
 
@@ -212,9 +214,10 @@ def _groups(stage: Stage, ledger: Ledger, gallery: Pictures, config: Any) -> pag
     else:
         body.append("No two samples are near copies of each other.")
     lead = (
-        f"Samples whose vectors have a cosine above {config.threshold:g} are copies of each other, and so are copies "
-        "of copies. One of each group stays. The largest groups come first: they are chains, whose ends may differ "
-        "(what the rule costs; a higher threshold makes them shorter). Then some of the others."
+        f"Samples whose vectors have a cosine above {config.threshold:g} count as copies of each other, and so do "
+        "copies of copies: it is the encoder that finds them alike. One of each group stays. The largest groups come "
+        "first: they are chains, whose ends may differ (what the rule costs; a higher threshold makes them shorter). "
+        "Then some of the others."
     )
     return pages.Section("Copies", body, lead)
 

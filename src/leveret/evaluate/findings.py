@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 KINDS_SHOWN = 12
 """A confusion table has at most so many right answers; tasks with more show their commonest mistakes."""
+RIGHT = 0.9
+"""An answer that earns less is shown as a failure. Soft rules give .9 to what three of ten people said."""
 PICTURE = 256
 """Pixels of the longer side of a picture with boxes: drawn on 64 pixels, their lines would hide the objects."""
 GOLD, SAID, RIM = (0, 160, 70), (225, 40, 30), (255, 255, 255)
@@ -35,14 +37,17 @@ class Example:
 
 
 def examples(task: Examined, failures: int = 8, successes: int = 4) -> tuple[list[Example], list[Example]]:
-    """Failures and successes with a picture, chosen by their ids alone: wordings in turn, no picture twice."""
+    """Failures and successes with a picture, chosen by their ids alone: wordings in turn, no picture twice.
+
+    What is not wholly right is a failure, where the rule is soft (TextVQA's) what most people's answers earn is right.
+    """
     rule = SCORERS[task.row.scorer]
     found: tuple[list[Example], list[Example]] = ([], [])
     for item, verdict in zip(task.items, task.verdicts, strict=True):
         if item.image is None:
             continue
         example = Example(item, task.texts.get(item.question_id, ""), verdict, rule.gold(item))
-        found[verdict.score >= 0.5].append(example)
+        found[verdict.score >= RIGHT].append(example)
     return _spread(found[False], failures), _spread(found[True], successes)
 
 
@@ -119,7 +124,7 @@ def mistakes(task: Examined, n: int = 8) -> list[list[Any]]:
     wrong = Counter(
         (rule.gold(item), said(verdict))
         for item, verdict in zip(task.items, task.verdicts, strict=True)
-        if verdict.score < 0.5
+        if verdict.score < RIGHT
     )
     return [[gold, answer, count] for (gold, answer), count in sorted(wrong.items(), key=lambda p: (-p[1], p[0]))[:n]]
 

@@ -95,7 +95,8 @@ def _bars(tasks: Mapping[str, Mapping[str, Any]]) -> Any:
         )
         for name, facts in tasks.items()
     ]
-    return pages.bars(bars, caption="Share of right answers per task, with its 95 % interval and the two baselines.")
+    marked = " and its baselines" if any(bar.marks for bar in bars) else ""
+    return pages.bars(bars, caption=f"Share of right answers per task, with its 95 % interval{marked}.")
 
 
 def in_words(tasks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -107,9 +108,12 @@ def in_words(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     }
     if not eyes:
         return "No baseline was computed, so the scores stand alone."
+    seen = any(facts["blind"] is not None for facts in tasks.values())
     best, worst = max(eyes, key=lambda name: eyes[name]), min(eyes, key=lambda name: eyes[name])
     blindish = [name for name in eyes if tasks[name]["ci95"][0] <= tasks[name]["score"] - eyes[name]]
-    words = f"Sight helps most in {best} ({eyes[best]:+.2f} over the better of blind and majority)"
+    over = "the better of blind and majority" if seen else "the best constant answer"
+    lead = "Sight helps most" if seen else "Farthest above guessing is the score"
+    words = f"{lead} in {best} ({eyes[best]:+.2f} over {over})"
     if worst != best:
         words += f" and least in {worst} ({eyes[worst]:+.2f})"
     if blindish:
@@ -148,7 +152,8 @@ def _task(task: Examined) -> pages.Section:
         )
     failures, successes = examples(task)
     blocks.append(f"{len(failures)} failures, then {len(successes)} successes, chosen by question id alone:")
-    shown = [_shown(example, "wrong") for example in failures] + [_shown(example, "right") for example in successes]
+    shown = [_shown(example, "partly" if example.verdict.score else "wrong") for example in failures]
+    shown += [_shown(example, "right") for example in successes]
     blocks.append(pages.gallery(shown))
     lead = f"{task.row.about} {facts['headline'].capitalize()} {facts['score']:.3f}. Rule: {facts['rule']}."
     return pages.Section(task.row.id, blocks, lead=lead)
@@ -156,7 +161,7 @@ def _task(task: Examined) -> pages.Section:
 
 def _shown(example: Example, mark: str) -> tuple[Any, str, str]:
     said = example.text.strip() or "(nothing)"
-    if len(said) > 120:
-        said = said[:117] + "..."
+    if len(said) > 240:
+        said = said[:237] + "..."
     caption = f"{example.item.prompt}\nsaid: {said}\nright: {example.gold}"
     return picture(example), caption, mark

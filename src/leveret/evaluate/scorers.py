@@ -46,12 +46,14 @@ class Scorer:
     judge    (item, the model's text) -> Verdict.
     gold     the right answer as a text that `judge` would accept: shown to people, and a candidate constant answer.
     summary  the official figures under their official names and in their official scale.
+    forms    rows of FORMS whose questions it can judge; the first is its own.
     """
 
     rule: str
     judge: Callable[[Item, str], Verdict]
     gold: Callable[[Item], str]
     summary: Callable[[Sequence[Item], Sequence[Verdict]], dict[str, Any]]
+    forms: tuple[str, ...]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -332,49 +334,73 @@ SCORERS: dict[str, Scorer] = {
         _judge_pope,
         lambda i: i.gold,
         _summary_pope,
+        ("pope",),
     ),
-    "gqa": Scorer("GQA eval.py after LLaVA's converter (exact match)", _judge_gqa, lambda i: i.gold, _summary_gqa),
+    "gqa": Scorer(
+        "GQA eval.py after LLaVA's converter (exact match)", _judge_gqa, lambda i: i.gold, _summary_gqa, ("gqa",)
+    ),
     "tallyqa": Scorer(
         "TallyQA eval_simp_comp on integers; number words up to twenty are read too (our addition)",
         _judge_tallyqa,
         lambda i: str(i.gold),
         _summary_tallyqa,
+        ("tallyqa",),
     ),
     "vsr_yes_no": Scorer(
         "VSR as in VLMEvalKit: the word yes or the word no, not both, without a judge",
         _judge_words("yes", "no"),
         lambda i: "Yes" if i.gold else "No",
         _summary_vsr("yes"),
+        ("vsr",),
     ),
     "vsr_true_false": Scorer(
         "VSR as in VLMEvalKit with the words true and false, not both",
         _judge_words("true", "false"),
         lambda i: "True" if i.gold else "False",
         _summary_vsr("true"),
+        ("vsr",),
     ),
     "scienceqa": Scorer(
-        "ScienceQA eval_science_qa.py as in Bunny", _judge_scienceqa, lambda i: LETTERS[i.gold], _summary_scienceqa
+        "ScienceQA eval_science_qa.py as in Bunny",
+        _judge_scienceqa,
+        lambda i: LETTERS[i.gold],
+        _summary_scienceqa,
+        ("scienceqa",),
     ),
     "refcoco": Scorer(
         "RefCOCO Acc@0.5 as in Prismatic (the whole answer is one box)",
         _judge_refcoco,
         lambda i: box_text(i.gold),
         _summary_refcoco,
+        ("refcoco",),
     ),
     "own": Scorer(
         "the same words as the recorded answer; case, articles, punctuation and digits for number words do not matter",
         _judge_own,
         lambda i: i.gold,
         _summary_own,
+        ("own", "gqa"),
     ),
     "vizwiz": Scorer(
-        "VizWiz soft accuracy as in lmms-eval (m4c on both sides)", _judge_textvqa, _commonest, _summary_vizwiz
+        "VizWiz soft accuracy as in lmms-eval (m4c on both sides)",
+        _judge_textvqa,
+        _commonest,
+        _summary_vizwiz,
+        ("vizwiz",),
     ),
     "phrases": Scorer(
-        "share of the reference's phrases, between its commas, that the answer holds (our own rule)",
+        "share of the reference's phrases, between its commas, that the answer holds; what it adds costs nothing "
+        "(our own rule)",
         _judge_phrases,
         lambda i: i.gold,
         _summary_own,
+        ("own",),
     ),
-    "textvqa": Scorer("TextVQA m4c soft accuracy as in LLaVA and Bunny", _judge_textvqa, _commonest, _summary_textvqa),
+    "textvqa": Scorer(
+        "TextVQA m4c soft accuracy as in LLaVA and Bunny",
+        _judge_textvqa,
+        _commonest,
+        _summary_textvqa,
+        ("textvqa", "vizwiz"),
+    ),
 }

@@ -68,12 +68,18 @@ def score(
     "metrics" (official names and scale)}`.
 
     Raises:
-        RecipeError: unknown task or scorer.
+        RecipeError: unknown task or scorer, or a scorer of other forms than the task's.
         DataError: missing, repeated or foreign ids, with counts; files that are not what they should be.
     """
     row = task_row(task)
     if scorer is not None and scorer not in SCORERS:
         raise RecipeError(f"There is no scorer {scorer!r}; known: {', '.join(SCORERS)}.")
+    fit = [name for name, rule in SCORERS.items() if row.form in rule.forms]
+    if scorer is not None and scorer not in fit:
+        raise RecipeError(
+            f"The scorer {scorer!r} judges {', '.join(SCORERS[scorer].forms)}, and {row.id} has the form {row.form!r}: "
+            f"allowed for it are {', '.join(fit)}."
+        )
     items = load_items(row, data_root, split)
     texts = join(row, items, answers, allow_missing=allow_missing)
     verdicts = judge_all(row, items, texts, scorer)

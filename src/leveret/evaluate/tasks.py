@@ -274,7 +274,7 @@ _ROWS = (
         "",
         "{question}",
         160,
-        about="Describe the picture: the share of its objects that are named.",
+        about="Describe the picture: the share of its objects that are named (naming more costs nothing).",
     ),
     TaskRow(
         "reading",

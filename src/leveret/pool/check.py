@@ -31,6 +31,7 @@ from leveret.runs import (
     atomic_write,
     cores,
     graceful_stop,
+    in_words,
     read_json,
     stop_requested,
     write_json,
@@ -284,10 +285,10 @@ def _parts(parts: Path) -> list[Path]:
 
 def _too_many(source: Source, reasons: Mapping[str, int], seen: int, limit_share: float, quarantine: Path) -> DataError:
     total = len(source)
-    most = "; ".join(f"{count:,} {reason}" for reason, count in Counter(reasons).most_common(6))
     return DataError(
         f"{sum(reasons.values()):,} of {'the first ' * (seen < total)}{seen:,} samples"
-        f"{f' (of {total:,})' * (seen < total)} are refused, more than the limit of {limit_share:.0%} of all: {most}."
+        f"{f' (of {total:,})' * (seen < total)} are refused, more than the limit of {limit_share:.0%} of all: "
+        f"{in_words(reasons)}."
         f"{source.advice(reasons, seen)} Each is named in {quarantine}. Mend the data, or raise the limit "
         "(--limit-share)."
     )

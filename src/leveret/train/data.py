@@ -39,6 +39,7 @@ from leveret.runs import (
     Progress,
     append_jsonl,
     cores,
+    in_words,
     stop_requested,
     sync_folder,
     write_json,
@@ -252,12 +253,6 @@ def lacking(refs: Sequence[ImageRef]) -> None:
     """ImageFault when a file is not there; nothing is opened."""
     if any(ref.kind == "file" and not Path(ref.path).is_file() for ref in refs):
         raise ImageFault("missing")
-
-
-def in_words(reasons: Mapping[str, int]) -> str:
-    """How many samples were refused why, the most frequent first."""
-    some = Counter(reasons).most_common(8)
-    return "; ".join([*(f"{count:,} {reason}" for reason, count in some), *["..."] * (len(reasons) > len(some))])
 
 
 def _write(folder: Path, texts: Sequence[_Text], rows: Mapping[ImageRef, int], more: Mapping[str, Any]) -> None:

@@ -32,11 +32,12 @@ from leveret.runs import (
     RecipeError,
     append_jsonl,
     graceful_stop,
+    in_words,
     read_jsonl,
     stop_requested,
 )
 from leveret.train import state
-from leveret.train.data import Failed, Order, Prepared, in_words, micro_batches
+from leveret.train.data import Failed, Order, Prepared, micro_batches
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
 from leveret.train.stages import StageRecipe, TrainRecipe

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model.parts import PartRow, parts_table, render
-from leveret.runs import DataError, EnvironmentFault, RecipeError, cores
+from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_words
 from leveret.train.optim import rate
 from leveret.train.stages import StageRecipe, TrainRecipe, total_steps
 
@@ -76,6 +76,23 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
     return plans
 
 
+def facts(recipe: str | Path | TrainRecipe, overrides: Sequence[str], stages: Sequence[str] | None) -> dict[str, Any]:
+    """What a dry run would show, as plain data: stage -> its parts, its bytes on one device, and the rest in words."""
+    from dataclasses import asdict
+
+    from leveret.train.run import choose, read
+
+    whole = read(recipe, overrides)
+    return {
+        row.name: {
+            "parts": [asdict(part) for part in row.parts],
+            "memory": {**asdict(row.memory), "total": row.memory.total},
+            "notes": dict(row.lines),
+        }
+        for row in plan(whole, choose(whole, stages))
+    }
+
+
 def describe(
     vlm: VLM,
     name: str,
@@ -87,8 +104,6 @@ def describe(
     world: int = 1,
 ) -> StagePlan:
     """Facts of one stage. Without `data` the lengths come from a few samples, where the data is there at all."""
-    from leveret.train.data import in_words
-
     parts = parts_table(vlm, {str(part): how for part, how in stage.learn.items()})
     lines: list[tuple[str, str]] = []
     tokens = stage.max_tokens
@@ -115,7 +130,9 @@ def describe(
     if job is not None:
         begun = f", going on from {Path(job.resume).name}" if job.resume else ""
         lines.append(("precision", f"{job.precision} on {job.device}, {job.threads} thread(s) per rank{begun}"))
-    memory = estimate(vlm, parts, stage, tokens, world)
+    gpu = job is None or not str(job.device).startswith("cpu")
+    half = gpu and stage.precision != "fp32"
+    memory = estimate(vlm, parts, stage, tokens, world, frozen=2 if half else 4)
     words = ", ".join(
         f"{label} {_size(value)}"
         for label, value in (
@@ -123,14 +140,15 @@ def describe(
             ("activations about", memory.activations),
         )
     )  # fmt: skip
-    lines.append(("memory", f"{_size(memory.total)} per rank: {words}"))
+    counted = ", what is frozen counted in bf16, as on a GPU" if half and job is None else ""
+    lines.append(("memory", f"{_size(memory.total)} per rank: {words}{counted}"))
     return StagePlan(name, parts, memory, lines, vlm)
 
 
 def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]:
     """Samples in the data and their mean length in tokens, as far as they can be known here, and that in words."""
     from leveret.pool import open_source
-    from leveret.train.data import encode_sample, in_words, lacking, reason_of
+    from leveret.train.data import encode_sample, lacking, reason_of
 
     if not Path(stage.data).exists():
         return None, None, "not here (a dry run does not need it)"
@@ -170,23 +188,26 @@ def _schedule(stage: StageRecipe, total: int | None) -> str:
     return f"{length}, {stage.schedule}, warm-up {stage.warmup:.0%}{ends}{tail}; {clip}"
 
 
-def estimate(vlm: VLM, parts: Sequence[PartRow], stage: StageRecipe, tokens: int, world: int = 1) -> Memory:
+def estimate(
+    vlm: VLM, parts: Sequence[PartRow], stage: StageRecipe, tokens: int, world: int = 1, frozen: int = 2
+) -> Memory:
     """Memory of one rank.
 
-    Frozen weights count 2 bytes in bf16 on a GPU and 4 elsewhere; here the GPU's, unless precision is fp32. Trainable
-    weights, gradients and AdamW's two moments are float32. Activations: 34 bytes per token, width and layer
+    frozen  bytes of a frozen weight: 2 in bf16 on a GPU, 4 in float32 and on a CPU.
+
+    Trainable weights, gradients and AdamW's two moments are float32. Activations: 34 bytes per token, width and layer
     (Korthikanti et al. 2022, with attention recomputed or fused), plus float32 logits at half of the positions.
     """
     trainable = sum(row.trainable for row in parts)
     adapted = {part for part, how in stage.learn.items() if how.lora is not None}
-    frozen = sum(row.parameters for row in parts) - sum(row.trainable for row in parts if row.part not in adapted)
+    still = sum(row.parameters for row in parts) - sum(row.trainable for row in parts if row.part not in adapted)
     config: Any = vlm.language.config
     each = -(-stage.batch // world)
     rows = min(stage.micro_batch or each, each)
     width, layers = int(config.hidden_size), int(config.num_hidden_layers)
     vocab = int(vlm.language.get_input_embeddings().weight.shape[0])
     return Memory(
-        weights=frozen * (4 if stage.precision == "fp32" else 2) + trainable * 4,
+        weights=still * frozen + trainable * 4,
         gradients=trainable * 4,
         optimiser=trainable * 8,
         activations=rows * tokens * (34 * width * layers + 3 * vocab),

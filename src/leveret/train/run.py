@@ -73,7 +73,7 @@ def train(
     with the state saved, EnvironmentFault when a worker process or the disk fails.
     """
     recipe = read(recipe, overrides)
-    chosen = _chosen(recipe, stages)
+    chosen = choose(recipe, stages)
     if dry_run:
         from leveret.train.plan import plan, show
 
@@ -94,7 +94,7 @@ def train(
     if todo:
         import torch
 
-        device = _device(recipe)
+        device = resolve_device(recipe)
         world = members.resolve(recipe.ranks, device)
         precision = {name: resolve_precision(recipe.stages[name].precision, device) for name in todo}
         share = max(1, torch.get_num_threads() // world) if "TORCHELASTIC_RUN_ID" not in os.environ else 1
@@ -106,7 +106,7 @@ def train(
     return final
 
 
-def _chosen(recipe: TrainRecipe, stages: Sequence[str] | None) -> list[str]:
+def choose(recipe: TrainRecipe, stages: Sequence[str] | None) -> list[str]:
     unknown = [name for name in stages or () if name not in recipe.stages]
     if unknown or (stages is not None and not stages):
         near = ", ".join(closest(unknown[0], recipe.stages) if unknown else []) or ", ".join(recipe.stages)
@@ -139,7 +139,7 @@ def _still_same(folder: Path, source: Source) -> None:
         refuse_change(folder, old, {**old, "data": source.fingerprint()})
 
 
-def _device(recipe: TrainRecipe) -> str:
+def resolve_device(recipe: TrainRecipe) -> str:
     import torch
 
     if recipe.device != "cpu" and torch.cuda.is_available():

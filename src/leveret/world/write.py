@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from leveret.records import IMAGE_MARK
-from leveret.runs import Progress, RecipeError, atomic_write, read_json, write_json
+from leveret.runs import Progress, RecipeError, atomic_write, claim, read_json, write_json
 from leveret.world.captions import STRENGTHS, fitting, web_pair, web_scene
 from leveret.world.draw import jpeg, render
 from leveret.world.questions import (
@@ -504,15 +504,10 @@ def _captions(root: Path, seed: int, n: int) -> None:
     _write_list(root / "captions.json", records)
 
 
-def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, workers: int | None = None) -> Path:
-    """Draws the world of `seed` into `out`, or reuses what is there.
-
-    Returns the folder. Raises RecipeError when the folder holds a world of another seed or size.
-    """
-    root, size = Path(out), size or WorldSize()
+def same_world(root: Path, seed: int, size: WorldSize) -> dict[str, Any]:
+    """What a world of this seed and size is made from. RecipeError where the folder holds, or was begun as, another."""
     parameters = {"version": VERSION, "seed": seed, **asdict(size), "diseases": asdict(STRENGTHS[size.strength])}
-    stamp, begun = root / "world.json", root / "parts" / "parameters.json"
-    for file in (stamp, begun):
+    for file in (root / "world.json", root / "parts" / "parameters.json"):
         if file.exists():
             there = read_json(file)
             differ = [key for key in parameters if there.get(key) != parameters[key]]
@@ -523,8 +518,21 @@ def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, worke
             if differ:
                 told = ", ".join(f"{key} {there.get(key)!r} (wanted {parameters[key]!r})" for key in differ)
                 raise RecipeError(f"{root} holds another world: {told}. Give another folder, or delete this one.")
+    return parameters
+
+
+def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, workers: int | None = None) -> Path:
+    """Draws the world of `seed` into `out`, or reuses what is there.
+
+    Returns the folder. Raises RecipeError when the folder holds a world of another seed or size, EnvironmentFault when
+    another process draws in it.
+    """
+    root, size = Path(out), size or WorldSize()
+    parameters = same_world(root, seed, size)
+    stamp, begun = root / "world.json", root / "parts" / "parameters.json"
     if stamp.exists():
         return root
+    claim(root)
     (root / "parts").mkdir(parents=True, exist_ok=True)
     write_json(begun, parameters)
 
