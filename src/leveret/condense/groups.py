@@ -1,0 +1,176 @@
+"""Near copies inside clusters: connected components of the graph of cosines above a threshold, and who stays of each.
+
+    rows of a cluster -> bit-identical ones are one -> pairs that 8-bit products leave open -> float64 decides -> joined
+
+Pairs are joined as they are met; no list of edges is kept. Positions below are those of the rows that are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from leveret.condense import rows as exact
+from leveret.condense import screen
+from leveret.condense.rows import Array, Doubles, Ints
+
+PENDING = 1 << 20
+"""Pairs that wait to be joined: joining many at once is cheap, and this bounds what waits."""
+
+
+class Joined:
+    """Which of n rows are in one component: `label` [n] is the lowest position in each row's, once `settle` has run."""
+
+    def __init__(self, n: int) -> None:
+        self.label = np.arange(n)
+        self._waiting: list[tuple[Ints, Ints]] = []
+        self._count = 0
+
+    def add(self, i: Ints, j: Ints) -> None:
+        if len(i):
+            self._waiting.append((i, j))
+            self._count += len(i)
+            if self._count > PENDING:
+                self.settle()
+
+    def settle(self) -> Ints:
+        if not self._waiting:
+            return self.label
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        one = self.label[np.concatenate([i for i, _ in self._waiting])]
+        two = self.label[np.concatenate([j for _, j in self._waiting])]
+        self._waiting, self._count = [], 0
+        differ = one != two
+        one, two = one[differ], two[differ]
+        if not len(one):
+            return self.label
+        roots = np.unique(np.concatenate([one, two]))
+        ends = np.searchsorted(roots, one), np.searchsorted(roots, two)
+        graph = coo_matrix((np.ones(len(one), np.bool_), ends), (len(roots), len(roots)))
+        count, group = connected_components(graph, directed=False)
+        lowest = np.full(count, len(self.label), np.int64)
+        np.minimum.at(lowest, group, roots)
+        renamed = np.arange(len(self.label))
+        renamed[roots] = lowest[group]
+        self.label = renamed[self.label]
+        return self.label
+
+
+def components(x: Array, bounds: Sequence[int] | Ints, threshold: float) -> Ints:
+    """[n] the lowest position of each row's component.
+
+    x       [n, width] rows as stored, cluster after cluster. bounds: where clusters begin, and n.
+    Edge: cosine > threshold, strictly, as float64 says of the two rows' unit vectors; only inside a cluster.
+    """
+    joined, open_pairs = Joined(len(x)), _Open()
+    first = exact.first_of_equal(x)
+    again = np.flatnonzero(first != np.arange(len(x)))
+    # A row and its copy have a cosine of 1 but for rounding, which matters for thresholds that near to 1 alone.
+    copies = again[is_edge(x, first[again], x, again, threshold)] if threshold > 0.999 else again
+    joined.add(first[copies], copies)
+    fresh = np.flatnonzero(first == np.arange(len(x)))
+    cuts = np.searchsorted(fresh, bounds)
+    for start, stop in pairwise(cuts.tolist()):
+        if stop - start > 1:
+            _inside(x, fresh[start:stop], threshold, joined, open_pairs)
+    open_pairs.decide(x, threshold, joined)
+    return joined.settle()
+
+
+class _Open:
+    """Pairs that the screen leaves open, by position."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Ints, Ints]] = []
+        self.count = 0
+
+    def add(self, i: Ints, j: Ints) -> None:
+        if len(i):
+            self.pairs.append((i, j))
+            self.count += len(i)
+
+    def decide(self, x: Array, threshold: float, joined: Joined) -> None:
+        """Joins those that are edges; what is together already needs no second look."""
+        if not self.pairs:
+            return
+        label = joined.settle()
+        i, j = (np.concatenate([pair[side] for pair in self.pairs]) for side in (0, 1))
+        self.pairs, self.count = [], 0
+        apart = label[i] != label[j]
+        i, j = i[apart], j[apart]
+        for part in exact.spans(len(i), PENDING // 4):
+            edge = is_edge(x, i[part], x, j[part], threshold)
+            joined.add(i[part][edge], j[part][edge])
+
+
+def is_edge(a: Array, i: Ints, b: Array, j: Ints, threshold: float) -> Array:
+    """Whether rows a[i] and b[j] are nearer than the threshold: float32 says it where it can, float64 elsewhere."""
+    edge = np.zeros(len(i), np.bool_)
+    slack = (a.shape[1] + 32) * 2.0**-22
+    for part in exact.spans(len(i), exact.TOGETHER):
+        one, two = a[i[part]], b[j[part]]
+        rough = np.einsum("ij,ij->i", exact.unit32(one), exact.unit32(two))
+        edge[part] = rough > threshold
+        near = np.flatnonzero(np.abs(rough - threshold) <= slack)
+        if len(near):
+            edge[part.start + near] = exact.cosines(one[near], two[near]) > threshold
+    return edge
+
+
+def _inside(x: Array, places: Ints, threshold: float, joined: Joined, open_pairs: _Open) -> None:
+    """One cluster, held in memory: `places` are its distinct rows."""
+    together = places[-1] - places[0] + 1 == len(places)
+    own = x[places[0] : places[-1] + 1] if together else x[places]
+    block = screen.prepare(own, screen.middle_of(own))
+    for i, j, sure in screen.candidates(block, block, threshold, same=True):
+        i, j = places[i], places[j]
+        joined.add(i[sure], j[sure])
+        open_pairs.add(i[~sure], j[~sure])
+    if open_pairs.count > PENDING:
+        open_pairs.decide(x, threshold, joined)
+
+
+# --- who stays -----------------------------------------------------------------------------------------------------
+
+
+def rough_distances(x: Array, centroids: Array, labels: Ints) -> tuple[Doubles, float]:
+    """[n] squared distances of unit vectors to centroids[labels], from float32, and a bound on their error."""
+    out = np.empty(len(x))
+    own = np.square(centroids.astype(np.float64)).sum(1)
+    for part in exact.spans(len(x), exact.TOGETHER):
+        middle = centroids[labels[part]].astype(np.float32, copy=False)
+        out[part] = 1 - 2.0 * np.einsum("ij,ij->i", exact.unit32(x[part]), middle) + own[labels[part]]
+    longest = float(np.sqrt(own.max(initial=0.0)))
+    return out, (x.shape[1] + 32) * 2.0**-22 * max(longest, 1.0)
+
+
+def by_distance(x: Array, component: Ints, centroids: Array, labels: Ints) -> Doubles:
+    """[n] a key that orders the members of each component by their distance to the centroid, equal where that is equal.
+
+    Where float32 tells two neighbours in this order apart the key is its distance; elsewhere float64 was asked.
+    """
+    rough, slack = rough_distances(x, centroids, labels)
+    order = np.lexsort((rough, component))
+    near = (component[order][1:] == component[order][:-1]) & (np.diff(rough[order]) <= 2 * slack)
+    doubtful = np.zeros(len(x), np.bool_)
+    doubtful[order[1:][near]] = doubtful[order[:-1][near]] = True
+    asked = np.flatnonzero(doubtful)
+    key = np.sqrt(np.maximum(rough, 0.0))
+    for part in exact.spans(len(asked), exact.TOGETHER):
+        key[asked[part]] = exact.distances(x[asked[part]], centroids, labels[asked[part]])
+    return key
+
+
+def kept_of(component: Ints, key: Doubles, place: Callable[[Ints], Ints]) -> Ints:
+    """[n] the position that is kept of each row's component: sorted by (key, position), the one at place(size)."""
+    ranked = np.lexsort((key, component))
+    starts = np.flatnonzero(np.r_[True, np.diff(component[ranked]) != 0][: len(ranked)])
+    sizes = np.diff(np.r_[starts, len(ranked)])
+    chosen = ranked[starts + place(sizes)]
+    out = np.empty(len(component), np.int64)
+    out[ranked] = np.repeat(chosen, sizes)
+    return out
