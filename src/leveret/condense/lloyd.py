@@ -53,17 +53,15 @@ def one_round(rows: Rows, centroids: Floats, run: Map) -> Floats:
     """
     nearest = Nearest(centroids)
 
-    def part(span: slice) -> tuple[Array, Array, Array, Array]:
+    def part(span: slice) -> tuple[Array, Array, Array]:
         x = rows.read(span.start, span.stop)
         labels = nearest.of(x)
-        order = np.argsort(labels, kind="stable")
-        found, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-        return labels, found, np.add.reduceat(x[order].astype(np.float64), starts, axis=0), counts
+        return labels, *_sums(x, labels, len(centroids))
 
     sums, counts, everyone = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64), []
-    for labels, found, part_sums, part_counts in run(part, list(spans(len(rows), CHUNK))):
+    for labels, found, part_sums in run(part, list(spans(len(rows), CHUNK))):
         sums[found] += part_sums
-        counts[found] += part_counts
+        counts += np.bincount(labels, minlength=len(centroids))
         everyone.append(labels)
     new: Floats = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
     empty = np.flatnonzero(counts == 0)
@@ -73,6 +71,18 @@ def one_round(rows: Rows, centroids: Floats, run: Map) -> Floats:
         for place, row in zip(empty, farthest.tolist(), strict=False):
             new[place] = rows.read(row, row + 1)[0]
     return new
+
+
+def _sums(x: Floats, labels: Ints, k: int) -> tuple[Ints, Doubles]:
+    """The labels that occur, and the float64 sum of each one's rows, added in row order."""
+    from scipy.sparse import csr_matrix
+
+    found, back = np.unique(labels, return_inverse=True)
+    order = np.argsort(back, kind="stable")
+    ends = np.r_[0, np.cumsum(np.bincount(back, minlength=len(found)))]
+    # Row after row of a sparse product adds its terms one by one, in the order of its columns.
+    picks = csr_matrix((np.ones(len(x)), order, ends), (len(found), len(x)))
+    return found, picks @ x.astype(np.float64)
 
 
 def _away(rows: Rows, centroids: Floats, labels: Ints, run: Map) -> Doubles:

@@ -270,7 +270,7 @@ class Nearest:
         if k == 1:
             return np.zeros(len(x), np.int64)
         return np.concatenate(
-            [self._some(x[part]) for part in spans(len(x), max(16, min(256, BATCH // k)))] or [np.zeros(0, np.int64)]
+            [self._some(x[part]) for part in spans(len(x), max(16, min(1024, BATCH // k)))] or [np.zeros(0, np.int64)]
         )
 
     def _some(self, x: Stored) -> Ints:
