@@ -125,21 +125,38 @@ def training_rows(parts: Sequence[tuple[regroup.Chunk, Path]], wanted: int, seed
     return Training(path, len(order), width)
 
 
-def judge(bucket: regroup.Bucket, runs: list[regroup.Run], centroids: Floats, settings: Settings, shard: Shard,
-          folder: Path) -> Path:  # fmt: skip
-    """Finds the near copies of a bucket and writes its part: columns, component, keeper, and fate 0 or 1."""
+def judge(
+    bucket: regroup.Bucket,
+    runs: list[regroup.Run],
+    centroids: Floats,
+    settings: Settings,
+    shard: Shard,
+    folder: Path,
+    most: int,
+) -> Path:
+    """Finds the near copies of a bucket and writes its part: columns, component, keeper, and fate 0 or 1.
+
+    most  rows whose vectors are held at once; a bucket with more (one large cluster) is compared in blocks.
+    """
     path = folder / f"{bucket.number:06d}.npz"
     if path.exists():
         return path
     rows = regroup.gather(bucket, runs, shard.width, shard.dtype)
-    x = rows.vectors()
-    bounds = np.searchsorted(rows.cluster, np.arange(bucket.first, bucket.last + 1))
-    component = groups.components(x, bounds, settings.threshold)
-    keeper = np.arange(len(x))
+    if bucket.rows <= most:
+        x = rows.vectors()
+        bounds = np.searchsorted(rows.cluster, np.arange(bucket.first, bucket.last + 1))
+        component = groups.components(x, bounds, settings.threshold)
+
+        def read(places: Ints) -> Array:
+            return x[places]
+    else:
+        read = rows.at
+        component = groups.components_apart(read, bucket.rows, settings.threshold, max(1, most // 2))
+    keeper = np.arange(bucket.rows)
     _, back, counts = np.unique(component, return_inverse=True, return_counts=True)
     several = np.flatnonzero(counts[back] > 1)
     if len(several):
-        key = groups.by_distance(x[several], component[several], centroids, rows.cluster[several])
+        key = groups.by_distance(read, several, component[several], centroids, rows.cluster[several])
         keeper[several] = several[groups.kept_of(component[several], key, PLACES[settings.keep])]
     save(
         path,
@@ -153,7 +170,7 @@ def judge(bucket: regroup.Bucket, runs: list[regroup.Run], centroids: Floats, se
             "component": bucket.place + component,
             "keeper": bucket.place + keeper,
             "keeper_id": rows.id.take(keeper),
-            "fate": (keeper != np.arange(len(x))).astype(np.uint8),
+            "fate": (keeper != np.arange(bucket.rows)).astype(np.uint8),
         },
     )
     return path

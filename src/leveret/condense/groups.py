@@ -134,34 +134,71 @@ def _inside(x: Array, places: Ints, threshold: float, joined: Joined, open_pairs
         open_pairs.decide(x, threshold, joined)
 
 
+def components_apart(read: Callable[[Ints], Array], n: int, threshold: float, size: int) -> Ints:
+    """The same for one cluster that does not fit in memory: blocks of `size` rows are read and compared two at a time.
+
+    read  places to rows as stored.
+    Memory: two blocks, and 8 bytes a row.
+    """
+    joined = Joined(n)
+    middle = screen.middle_of(read(np.arange(min(n, screen.STEP))))
+    blocks = [np.arange(part.start, part.stop) for part in exact.spans(n, size)]
+    for number, upper in enumerate(blocks):
+        x = read(upper)
+        again = exact.first_of_equal(x)
+        copies = np.flatnonzero(again != np.arange(len(x)))
+        copies = copies[is_edge(x, again[copies], x, copies, threshold)]
+        joined.add(upper[again[copies]], upper[copies])
+        one = screen.prepare(x, middle)
+        for lower in blocks[number:]:
+            label = joined.settle()
+            ends = label[upper], label[lower]
+            if ends[0].min() == ends[0].max() == ends[1].min() == ends[1].max():
+                continue  # all of one component, and nothing is ever parted again
+            y, two = (x, one) if lower is upper else ((other := read(lower)), screen.prepare(other, middle))
+            for i, j, sure in screen.candidates(one, two, threshold, same=lower is upper):
+                joined.add(upper[i[sure]], lower[j[sure]])
+                i, j = i[~sure], j[~sure]
+                apart = joined.label[upper[i]] != joined.label[lower[j]]
+                i, j = i[apart], j[apart]
+                edge = is_edge(x, i, y, j, threshold)
+                joined.add(upper[i[edge]], lower[j[edge]])
+    return joined.settle()
+
+
 # --- who stays -----------------------------------------------------------------------------------------------------
 
 
-def rough_distances(x: Array, centroids: Array, labels: Ints) -> tuple[Doubles, float]:
-    """[n] squared distances of unit vectors to centroids[labels], from float32, and a bound on their error."""
-    out = np.empty(len(x))
+def rough_distances(read: Callable[[Ints], Array], places: Ints, centroids: Array, labels: Ints) -> Doubles:
+    """[n] squared distances of unit vectors to centroids[labels], from float32."""
+    out = np.empty(len(places))
     own = np.square(centroids.astype(np.float64)).sum(1)
-    for part in exact.spans(len(x), exact.TOGETHER):
+    for part in exact.spans(len(places), exact.TOGETHER):
         middle = centroids[labels[part]].astype(np.float32, copy=False)
-        out[part] = 1 - 2.0 * np.einsum("ij,ij->i", exact.unit32(x[part]), middle) + own[labels[part]]
-    longest = float(np.sqrt(own.max(initial=0.0)))
-    return out, (x.shape[1] + 32) * 2.0**-22 * max(longest, 1.0)
+        product = np.einsum("ij,ij->i", exact.unit32(read(places[part])), middle)
+        out[part] = 1 - 2.0 * product + own[labels[part]]
+    return out
 
 
-def by_distance(x: Array, component: Ints, centroids: Array, labels: Ints) -> Doubles:
+def by_distance(
+    read: Callable[[Ints], Array], places: Ints, component: Ints, centroids: Array, labels: Ints
+) -> Doubles:
     """[n] a key that orders the members of each component by their distance to the centroid, equal where that is equal.
 
+    read    places to rows as stored. places, component, labels: [n] of the rows that are asked about.
     Where float32 tells two neighbours in this order apart the key is its distance; elsewhere float64 was asked.
     """
-    rough, slack = rough_distances(x, centroids, labels)
+    rough = rough_distances(read, places, centroids, labels)
+    longest = float(np.sqrt(np.square(centroids[np.unique(labels)].astype(np.float64)).sum(1).max(initial=1.0)))
+    slack = (centroids.shape[1] + 32) * 2.0**-22 * longest
     order = np.lexsort((rough, component))
     near = (component[order][1:] == component[order][:-1]) & (np.diff(rough[order]) <= 2 * slack)
-    doubtful = np.zeros(len(x), np.bool_)
+    doubtful = np.zeros(len(places), np.bool_)
     doubtful[order[1:][near]] = doubtful[order[:-1][near]] = True
     asked = np.flatnonzero(doubtful)
     key = np.sqrt(np.maximum(rough, 0.0))
     for part in exact.spans(len(asked), exact.TOGETHER):
-        key[asked[part]] = exact.distances(x[asked[part]], centroids, labels[asked[part]])
+        key[asked[part]] = exact.distances(read(places[asked[part]]), centroids, labels[asked[part]])
     return key
 
 

@@ -138,21 +138,19 @@ class Gathered:
         whole = np.concatenate([shard.read(start, stop) for shard, start, stop in self.pieces])
         return whole[self.source]
 
-    def some(self, start: int, stop: int) -> Array:
-        """Those at [start, stop), where all do not fit in memory."""
-        wanted = self.source[start:stop]
+    def at(self, places: Ints) -> Array:
+        """Those at some places, where all do not fit in memory."""
+        wanted = self.source[places]
         ends = np.cumsum([stop - start for _, start, stop in self.pieces])
         order = np.argsort(wanted, kind="stable")
-        parts = []
-        at = 0
-        for (shard, begin, _), end, before in zip(self.pieces, ends, np.r_[0, ends[:-1]], strict=True):
-            upto = int(np.searchsorted(wanted[order], end))
-            if upto > at:
-                places = wanted[order[at:upto]] - before + begin
-                parts.append(_scattered(shard, places))
-                at = upto
-        out = np.empty((len(wanted), parts[0].shape[1]), parts[0].dtype)
-        out[order] = np.concatenate(parts)
+        cuts = np.r_[0, np.searchsorted(wanted[order], ends)]
+        found = [
+            _scattered(shard, wanted[order[a:b]] - (end - stop))
+            for (shard, _, stop), end, a, b in zip(self.pieces, ends, cuts[:-1], cuts[1:], strict=True)
+            if b > a
+        ]
+        out = np.empty((len(wanted), found[0].shape[1]), found[0].dtype)
+        out[order] = np.concatenate(found)
         return out
 
 

@@ -1,0 +1,309 @@
+"""The chain at any size keeps the ids of a float64 brute force, whatever files, chunks, buckets and workers there were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from leveret.condense import engine, groups, ranks, regroup, screen
+from leveret.condense.columns import Ids, load, order_of
+from leveret.condense.engine import PLACES, Settings
+from leveret.condense.rows import Array, first_of_equal
+from leveret.condense.shards import Shard, open_npy
+from leveret.condense.table import hash_ids
+from leveret.runs import DataError
+
+Pool = tuple[Array, list[str], Array]
+
+# --- pools ----------------------------------------------------------------------------------------------------------
+
+
+def _unit(x: Array) -> Array:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def pool(kind: str, n: int = 1500, width: int = 48, seed: int = 0) -> Pool:
+    """Rows, ids and scores; scores have many ties."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((12, width))
+    x = centres[rng.integers(0, 12, n)] + 0.8 * rng.standard_normal((n, width))
+    some = n // 3
+    x[:some] = x[rng.integers(0, n, some)] + rng.uniform(0, 0.6, (some, 1)) * rng.standard_normal((some, width))
+    if kind == "hub":
+        x[some : 2 * some] = x[0]  # a placeholder, bit for bit
+        x[2 * some : 2 * some + 100] = x[0] + 1e-3 * rng.standard_normal((100, width))
+    if kind == "chains":  # each row near the next one alone
+        angle = np.arange(some) * 0.4
+        x[:some] = 0
+        x[:some, 0], x[:some, 1] = np.cos(angle[:, None] * 0.05)[:, 0], np.sin(angle[:, None] * 0.05)[:, 0]
+        x[:some] += 0.02 * rng.standard_normal((some, width))
+    x = _unit(x)
+    if kind == "threshold":  # pairs whose cosine is within 1e-3 of 0.86, on both sides
+        for at in range(0, some - 1, 2):
+            away = rng.standard_normal(width)
+            away = _unit((away - away @ x[at] * x[at])[None])[0]
+            cosine = 0.86 + rng.uniform(-1e-3, 1e-3) * rng.choice([1, 1e-3, 1e-6])
+            x[at + 1] = cosine * x[at] + np.sqrt(1 - cosine**2) * away
+    if kind == "outlier":  # a dimension that is large in every row, as encoders have them
+        x[:, 3] += 1.5
+    if kind == "lengths":  # rows are taken by their direction
+        x *= rng.uniform(0.1, 9, (n, 1))
+    dtype = np.float16 if kind == "float16" else np.float32
+    ids = [f"id{int(v)}" for v in rng.permutation(n)]
+    return x.astype(dtype), ids, rng.choice(np.linspace(0, 1, 40), n)
+
+
+KINDS = ("ordinary", "hub", "chains", "threshold", "float16", "outlier", "lengths")
+
+
+# --- both ways ------------------------------------------------------------------------------------------------------
+
+
+def brute(given: Pool, settings: Settings, centroids: Array) -> set[bytes]:
+    """All in float64, all pairs, by the rules of docs/condense.md."""
+    x, ids, score = given
+    u = x.astype(np.float64)
+    u /= np.sqrt(np.square(u).sum(1))[:, None]
+    c = centroids.astype(np.float64)
+    away = np.stack([np.sqrt(np.square(row - c).sum(1)) for row in u])
+    label = away.argmin(1)
+    kept: list[int] = []
+    for cluster in np.unique(label):
+        members = np.flatnonzero(label == cluster)
+        count, group = connected_components(coo_matrix(u[members] @ u[members].T > settings.threshold), directed=False)
+        for g in range(count):
+            inside = sorted(members[group == g], key=lambda i: (away[i, cluster], ids[i].encode()))
+            kept.append(inside[int(PLACES[settings.keep](np.array(len(inside))))])
+    length = np.sqrt(np.square(c).sum(1))
+    near = np.array([(u[i] * (c[label[i]] / (length[label[i]] or 1.0))).sum() for i in range(len(u))])
+    for values, window in ((score, settings.score), (near, settings.centroid)):
+        if window is not None:
+            kept.sort(key=lambda i: (-values[i], ids[i].encode()))
+            kept = kept[ranks.rank_of(window[0], len(kept)) : ranks.rank_of(window[1], len(kept))]
+    if settings.budget is not None:
+        drawn = engine.keyed(hash_ids([ids[i] for i in kept]), settings.seed, engine.SALT_BUDGET)
+        order = sorted(range(len(kept)), key=lambda at: (int(drawn[at]), ids[kept[at]].encode()))
+        kept = [kept[at] for at in order[: settings.budget]]
+    return {ids[i].encode() for i in kept}
+
+
+def chain(
+    given: Pool, settings: Settings, work: Path, *, shards: int = 3, chunk: int = 400, most: int = 700, workers: int = 1
+) -> tuple[set[bytes], Array]:
+    """By the engine, in files; the ids kept, and the centroids it trained."""
+    x, ids, score = given
+    work.mkdir(parents=True)
+    files = []
+    cuts = np.linspace(0, len(x), shards + 1).astype(int)
+    for number, (a, b) in enumerate(pairwise(cuts.tolist())):
+        np.save(work / f"{number}.npy", x[a:b])
+        files.append(open_npy(work / f"{number}.npy"))
+    with ThreadPoolExecutor(workers) as threads:
+
+        def run(function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
+            return threads.map(function, items)
+
+        chunks = regroup.chunks_of(files, chunk)
+
+        def take(piece: regroup.Chunk) -> Path:
+            inside = slice(piece.first, piece.first + len(piece))
+            return engine.ingest(piece, Ids.of(ids[inside]), score[inside], work / "in")
+
+        parts = list(run(take, chunks))
+        rows = engine.training_rows(
+            list(zip(chunks, parts, strict=True)), settings.k * settings.rows_per_centroid, settings.seed, work / "rows"
+        )
+        centroids = engine.train(rows, settings, run)
+        runs = list(
+            run(
+                lambda both: regroup.assign(both[0], both[1], centroids, work / "runs"),
+                list(zip(chunks, parts, strict=True)),
+            )
+        )
+        buckets = regroup.plan(runs, len(centroids), most)
+        out = list(run(lambda b: engine.judge(b, runs, centroids, settings, files[0], work / "out", most), buckets))
+        alive, _ = engine.choose(out, settings)
+    kept: set[bytes] = set()
+    for part, fate in zip(out, alive.fates, strict=True):
+        (names,) = load(part, "id")
+        kept |= set(names.at(np.flatnonzero(fate == 0)))
+    return kept, centroids
+
+
+# --- the chain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 9, 60])
+def test_the_kept_ids_are_those_of_a_float64_brute_force(kind: str, k: int, tmp_path: Path) -> None:
+    given, settings_ = pool(kind), Settings(k=k, iterations=4, rows_per_centroid=20)
+    kept, centroids = chain(given, settings_, tmp_path / "w")
+    assert kept == brute(given, settings_, centroids)
+    assert kept or (kind, k) == ("outlier", 1)  # there all is one component, and a window of one row holds none
+    deduplicated = replace(settings_, score=None, centroid=None, keep="far")
+    kept, again = chain(given, deduplicated, tmp_path / "v")
+    assert np.array_equal(again, centroids) and kept == brute(given, deduplicated, centroids)
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "hub", "float16"])
+def test_files_chunks_buckets_and_workers_change_no_id(kind: str, tmp_path: Path) -> None:
+    x, ids, score = pool(kind, n=900)
+    settings_ = Settings(k=7, iterations=4, budget=40, score=None, centroid=None)
+    expected, centroids = chain((x, ids, score), settings_, tmp_path / "a")
+    assert len(expected) == 40
+    shuffled = np.random.default_rng(1).permutation(len(x))
+    other = x[shuffled], [ids[i] for i in shuffled], score[shuffled]
+    ways: list[dict[str, int]] = [
+        {"shards": 1, "chunk": 5000, "most": 5000},
+        {"shards": 7, "chunk": 33, "most": 40, "workers": 2},
+    ]
+    for place, way in enumerate(ways):
+        kept, same = chain(other, settings_, tmp_path / f"b{place}", **way)
+        assert np.array_equal(same, centroids) and kept == expected
+
+
+def test_a_row_without_a_direction_is_named(tmp_path: Path) -> None:
+    x, ids, _ = pool("ordinary", n=60)
+    for value, said in ((np.nan, "row 57 is not finite"), (0.0, "row 57 is all zeros")):
+        broken = x.copy()
+        broken[57] = value
+        np.save(tmp_path / "x.npy", broken)
+        (chunk,) = regroup.chunks_of([open_npy(tmp_path / "x.npy")], 100)
+        with pytest.raises(DataError, match=said):
+            engine.ingest(chunk, Ids.of(ids), None, tmp_path / "in")
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-900])
+    with pytest.raises(DataError, match="cut off; it should hold 60 rows and holds 5"):
+        open_npy(tmp_path / "x.npy")
+    np.save(tmp_path / "x.npy", x.astype(np.float64))
+    with pytest.raises(DataError, match="allowed are float16 or float32"):
+        open_npy(tmp_path / "x.npy")
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32"])
+@pytest.mark.parametrize("pool_kind", ["ordinary", "threshold", "outlier", "hub"])
+def test_a_screen_loses_no_pair_and_is_never_wrongly_sure(kind: str, pool_kind: str) -> None:
+    x, _, _ = pool(pool_kind, n=700)
+    u = x.astype(np.float64)
+    u /= np.sqrt(np.square(u).sum(1))[:, None]
+    true = u @ u.T
+    for middle in (None, x[:50].mean(0)):
+        whole = screen.prepare(x, middle, kind)
+        for threshold in (0.86, 0.3, -0.2, 0.999):
+            may, sure = np.zeros(true.shape, bool), np.zeros(true.shape, bool)
+            for i, j, certain in screen.candidates(whole, whole, threshold, same=True):
+                assert (i < j).all()
+                may[i, j] = True
+                sure[i[certain], j[certain]] = True
+            above = np.triu(true > threshold, 1)
+            assert not (above & ~may).any() and not (sure & ~above).any()
+        one, two = screen.prepare(x[:300], middle, kind), screen.prepare(x[300:], middle, "float32")
+        for a, b in ((one, two), (two, one)):
+            may = np.zeros((len(a), len(b)), bool)
+            for i, j, _ in screen.candidates(a, b, 0.86):
+                may[i, j] = True
+            cosines = true[:300, 300:] if a is one else true[300:, :300]
+            assert not ((cosines > 0.86) & ~may).any()
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.0, 30.0])
+def test_the_nearest_centroid_is_the_nearest_also_among_equal_ones(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    x, _, _ = pool("ordinary", n=600)
+    centroids = np.concatenate([x[:40] * 0.7, x[:40] * 0.7, spread * rng.standard_normal((30, 48)), np.zeros((1, 48))])
+    centroids = centroids.astype(np.float32)
+    u = x.astype(np.float64)
+    u /= np.sqrt(np.square(u).sum(1))[:, None]
+    expected = [np.sqrt(np.square(row - centroids.astype(np.float64)).sum(1)).argmin() for row in u]
+    found = screen.Nearest(centroids).of(x)
+    assert np.array_equal(found, expected) and not ((found >= 40) & (found < 80)).any()  # the lower of two equal ones
+
+
+def test_components_of_a_cluster_that_does_not_fit_are_the_same() -> None:
+    for kind in KINDS:
+        x, _, _ = pool(kind, n=500)
+        expected = groups.components(x, [0, len(x)], 0.86)
+        for size in (500, 120, 7):
+            found = groups.components_apart(lambda places, x=x: x[places], len(x), 0.86, size)
+            assert np.array_equal(found, expected)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_cut_has_as_many_rows_before_it_as_its_rank(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 120))
+    values = data.draw(
+        st.lists(st.sampled_from([0.0, -0.0, 0.5, -1.0, 3e-9, 1.0, 7.25]) | st.floats(-2, 2), min_size=n, max_size=n)
+    )
+    ids = [f"{i:x}".encode() for i in random.Random(n).sample(range(4 * n), n)]
+    order = sorted(range(n), key=lambda i: (-(values[i] + 0.0), ids[i]))
+    keys = ranks.descending(np.array(values))
+    bounds = sorted(data.draw(st.lists(st.integers(0, n), max_size=4)))
+    edges = [0, *bounds, n]
+
+    def parts() -> Iterator[tuple[Array, Callable[[Array], list[bytes]]]]:
+        for a, b in pairwise(edges):
+            yield keys[a:b], lambda places, a=a: [ids[a + i] for i in places]
+
+    rank, fetched = data.draw(st.integers(0, n)), data.draw(st.sampled_from([1, 3, 1 << 20]))
+    cut = ranks.cut_at(parts, rank, fetched)
+    before = np.concatenate([cut.before(key, at) for key, at in parts()])
+    assert set(np.flatnonzero(before)) == set(order[:rank])
+
+
+def test_shares_of_ranks_are_taken_as_they_were_written() -> None:
+    assert [ranks.rank_of(share, 100) for share in ("0.57", 0.57, "0.29", 0.29)] == [57, 57, 29, 29]
+    assert int(0.57 * 100) == 56  # what floats would say
+    assert ranks.rank_of("0.35", 190_300_001) == 66_605_000
+
+
+@given(st.lists(st.binary(max_size=6), max_size=30), st.randoms())
+@settings(max_examples=80, deadline=None)
+def test_ids_are_ordered_bytewise_and_taken_whole(names: list[bytes], rng: Any) -> None:
+    ids = Ids.of(names)
+    assert ids.at(np.arange(len(names))) == names
+    places = np.array([rng.randrange(len(names)) for _ in range(5)] if names else [], np.int64)
+    assert ids.take(places).at(np.arange(len(places))) == [names[at] for at in places]
+    groups_ = np.array([rng.randrange(3) for _ in names], np.int64)
+    order = order_of(ids, groups_)
+    expected = sorted(range(len(names)), key=lambda at: (groups_[at], names[at]))
+    assert [(groups_[a], names[a]) for a in order] == [(groups_[a], names[a]) for a in expected]
+
+
+def test_equal_rows_are_found_though_their_marks_agree() -> None:
+    x = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    x[9] = x[3]
+    x[20] = x[3]
+    x[30] = x[4]
+    x[31] = x[30]
+    x[31, 5] += 1  # differs where the mark does not look
+    first = first_of_equal(x)
+    expected = np.arange(50)
+    expected[[9, 20]] = 3
+    expected[30] = 4
+    assert np.array_equal(first, expected)
+    assert len(first_of_equal(x[:0])) == 0
+
+
+def test_a_shard_is_read_in_pieces_without_mapping_it(tmp_path: Path) -> None:
+    x = np.arange(60, dtype=np.float16).reshape(20, 3)
+    np.save(tmp_path / "x.npy", x)
+    shard = open_npy(tmp_path / "x.npy")
+    assert (shard.n, shard.width) == (20, 3) and np.array_equal(shard.read(4, 9), x[4:9])
+    raw = Shard(tmp_path / "x.npy", 20, 3, "<f2", shard.offset)
+    assert np.array_equal(raw.read(0, 20), x) and not isinstance(shard.read(0, 2).base, np.memmap)
