@@ -1,11 +1,11 @@
-"""The chain at any size keeps the ids of a float64 brute force, whatever files, chunks, buckets and workers there were."""
+"""The chain at any size keeps the ids of a float64 brute force, whatever files, chunks, buckets and workers it had."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from leveret.condense import engine, groups, ranks, regroup, screen
-from leveret.condense.columns import Ids, load, order_of
-from leveret.condense.engine import PLACES, Settings
+from leveret.condense import engine, groups, ranks, screen
+from leveret.condense.columns import Ids, order_of
 from leveret.condense.rows import Array, first_of_equal
 from leveret.condense.shards import Shard, open_npy
-from leveret.condense.table import hash_ids
+from leveret.condense.table import hash_ids, hash_keys
+from leveret.condense.working import Part, Rows
 from leveret.runs import DataError
 
 Pool = tuple[Array, list[str], Array]
@@ -71,7 +71,20 @@ KINDS = ("ordinary", "hub", "chains", "threshold", "float16", "outlier", "length
 # --- both ways ------------------------------------------------------------------------------------------------------
 
 
-def brute(given: Pool, settings: Settings, centroids: Array) -> set[bytes]:
+@dataclass(frozen=True)
+class Rules:
+    k: int
+    iterations: int = 4
+    sample: int = 600
+    threshold: float = 0.86
+    keep: str = "middle"
+    score: tuple[str, str] | None = ("0.40", "0.60")
+    centroid: tuple[str, str] | None = ("0.15", "0.35")
+    budget: int | None = None
+    seed: int = 0
+
+
+def brute(given: Pool, rules: Rules, centroids: Array) -> set[bytes]:
     """All in float64, all pairs, by the rules of docs/condense.md."""
     x, ids, score = given
     u = x.astype(np.float64)
@@ -82,25 +95,25 @@ def brute(given: Pool, settings: Settings, centroids: Array) -> set[bytes]:
     kept: list[int] = []
     for cluster in np.unique(label):
         members = np.flatnonzero(label == cluster)
-        count, group = connected_components(coo_matrix(u[members] @ u[members].T > settings.threshold), directed=False)
+        count, group = connected_components(coo_matrix(u[members] @ u[members].T > rules.threshold), directed=False)
         for g in range(count):
             inside = sorted(members[group == g], key=lambda i: (away[i, cluster], ids[i].encode()))
-            kept.append(inside[int(PLACES[settings.keep](np.array(len(inside))))])
+            kept.append(inside[int(engine.PLACES[rules.keep](np.array(len(inside))))])
     length = np.sqrt(np.square(c).sum(1))
     near = np.array([(u[i] * (c[label[i]] / (length[label[i]] or 1.0))).sum() for i in range(len(u))])
-    for values, window in ((score, settings.score), (near, settings.centroid)):
+    for values, window in ((score, rules.score), (near, rules.centroid)):
         if window is not None:
             kept.sort(key=lambda i: (-values[i], ids[i].encode()))
             kept = kept[ranks.rank_of(window[0], len(kept)) : ranks.rank_of(window[1], len(kept))]
-    if settings.budget is not None:
-        drawn = engine.keyed(hash_ids([ids[i] for i in kept]), settings.seed, engine.SALT_BUDGET)
+    if rules.budget is not None:
+        drawn = hash_keys(hash_ids([ids[i] for i in kept]), rules.seed, engine.SALT_DRAW)
         order = sorted(range(len(kept)), key=lambda at: (int(drawn[at]), ids[kept[at]].encode()))
-        kept = [kept[at] for at in order[: settings.budget]]
+        kept = [kept[at] for at in order[: rules.budget]]
     return {ids[i].encode() for i in kept}
 
 
 def chain(
-    given: Pool, settings: Settings, work: Path, *, shards: int = 3, chunk: int = 400, most: int = 700, workers: int = 1
+    given: Pool, rules: Rules, work: Path, *, shards: int = 3, chunk: int = 400, most: int = 700, workers: int = 1
 ) -> tuple[set[bytes], Array]:
     """By the engine, in files; the ids kept, and the centroids it trained."""
     x, ids, score = given
@@ -115,31 +128,22 @@ def chain(
         def run(function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
             return threads.map(function, items)
 
-        chunks = regroup.chunks_of(files, chunk)
+        def take(piece: tuple[Part, int]) -> Part:
+            part, first = piece
+            inside = slice(first, first + part.n)
+            return engine.ingest(part, first, Ids.of(ids[inside]), score[inside])
 
-        def take(piece: regroup.Chunk) -> Path:
-            inside = slice(piece.first, piece.first + len(piece))
-            return engine.ingest(piece, Ids.of(ids[inside]), score[inside], work / "in")
-
-        parts = list(run(take, chunks))
-        rows = engine.training_rows(
-            list(zip(chunks, parts, strict=True)), settings.k * settings.rows_per_centroid, settings.seed, work / "rows"
-        )
-        centroids = engine.train(rows, settings, run)
-        runs = list(
-            run(
-                lambda both: regroup.assign(both[0], both[1], centroids, work / "runs"),
-                list(zip(chunks, parts, strict=True)),
-            )
-        )
-        buckets = regroup.plan(runs, len(centroids), most)
-        out = list(run(lambda b: engine.judge(b, runs, centroids, settings, files[0], work / "out", most), buckets))
-        alive, _ = engine.choose(out, settings)
-    kept: set[bytes] = set()
-    for part, fate in zip(out, alive.fates, strict=True):
-        (names,) = load(part, "id")
-        kept |= set(names.at(np.flatnonzero(fate == 0)))
-    return kept, centroids
+        rows = Rows(work, 0, tuple(run(take, engine.chunks_of(files, work / "rows" / "0", chunk))))
+        training = engine.training_rows(rows, rules.sample, rules.seed, work / "training.rows")
+        centroids, _ = engine.train(training, rules.k, rules.iterations, run)
+        rows = engine.group(rows, centroids, most, run)
+        rows = engine.dedup(rows, "dedup", rules.threshold, rules.keep, centroids, most, run)
+        for label, by, window in (("score", "score", rules.score), ("centroid", "centroid_cosine", rules.centroid)):
+            rows = rows if window is None else engine.band(rows, label, by, *window)
+        rows = rows if rules.budget is None else engine.draw(rows, "budget", rules.budget, rules.seed)
+    kept = [name for _, names in engine.kept(rows) for name in names.at(np.arange(len(names)))]
+    assert len(kept) == len(set(kept)) == rows.count()
+    return set(kept), centroids
 
 
 # --- the chain ------------------------------------------------------------------------------------------------------
@@ -148,11 +152,11 @@ def chain(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 9, 60])
 def test_the_kept_ids_are_those_of_a_float64_brute_force(kind: str, k: int, tmp_path: Path) -> None:
-    given, settings_ = pool(kind), Settings(k=k, iterations=4, rows_per_centroid=20)
-    kept, centroids = chain(given, settings_, tmp_path / "w")
-    assert kept == brute(given, settings_, centroids)
+    given, rules = pool(kind), Rules(k=k)
+    kept, centroids = chain(given, rules, tmp_path / "w")
+    assert kept == brute(given, rules, centroids)
     assert kept or (kind, k) == ("outlier", 1)  # there all is one component, and a window of one row holds none
-    deduplicated = replace(settings_, score=None, centroid=None, keep="far")
+    deduplicated = replace(rules, score=None, centroid=None, keep="far")
     kept, again = chain(given, deduplicated, tmp_path / "v")
     assert np.array_equal(again, centroids) and kept == brute(given, deduplicated, centroids)
 
@@ -160,8 +164,8 @@ def test_the_kept_ids_are_those_of_a_float64_brute_force(kind: str, k: int, tmp_
 @pytest.mark.parametrize("kind", ["ordinary", "hub", "float16"])
 def test_files_chunks_buckets_and_workers_change_no_id(kind: str, tmp_path: Path) -> None:
     x, ids, score = pool(kind, n=900)
-    settings_ = Settings(k=7, iterations=4, budget=40, score=None, centroid=None)
-    expected, centroids = chain((x, ids, score), settings_, tmp_path / "a")
+    rules = Rules(k=7, budget=40, score=None, centroid=None)
+    expected, centroids = chain((x, ids, score), rules, tmp_path / "a")
     assert len(expected) == 40
     shuffled = np.random.default_rng(1).permutation(len(x))
     other = x[shuffled], [ids[i] for i in shuffled], score[shuffled]
@@ -170,7 +174,7 @@ def test_files_chunks_buckets_and_workers_change_no_id(kind: str, tmp_path: Path
         {"shards": 7, "chunk": 33, "most": 40, "workers": 2},
     ]
     for place, way in enumerate(ways):
-        kept, same = chain(other, settings_, tmp_path / f"b{place}", **way)
+        kept, same = chain(other, rules, tmp_path / f"b{place}", **way)
         assert np.array_equal(same, centroids) and kept == expected
 
 
@@ -180,9 +184,9 @@ def test_a_row_without_a_direction_is_named(tmp_path: Path) -> None:
         broken = x.copy()
         broken[57] = value
         np.save(tmp_path / "x.npy", broken)
-        (chunk,) = regroup.chunks_of([open_npy(tmp_path / "x.npy")], 100)
+        ((part, first),) = engine.chunks_of([open_npy(tmp_path / "x.npy")], tmp_path / "in")
         with pytest.raises(DataError, match=said):
-            engine.ingest(chunk, Ids.of(ids), None, tmp_path / "in")
+            engine.ingest(part, first, Ids.of(ids), None)
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-900])
     with pytest.raises(DataError, match="cut off; it should hold 60 rows and holds 5"):

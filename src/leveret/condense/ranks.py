@@ -106,7 +106,5 @@ def _id_at(parts: Parts, key: int, rank: int, fetched: int) -> bytes:
         prefix += bytes([byte])
         if counts[byte] <= fetched:
             break
-    left = [
-        id for keys, ids in parts() for id in ids(np.flatnonzero(keys == np.uint64(key))) if id.startswith(prefix)
-    ]
+    left = [id for keys, ids in parts() for id in ids(np.flatnonzero(keys == np.uint64(key))) if id.startswith(prefix)]
     return sorted(left)[rank]

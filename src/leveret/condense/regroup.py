@@ -1,56 +1,35 @@
 """From rows in the order of their files to rows in the order of their clusters, in memory that does not grow with them.
 
-    chunk (rows of one file)  --assign-->  run: the chunk's rows sorted by cluster, and where each cluster begins
-    all runs' clusters        --plan-->    buckets: neighbouring clusters that fit in memory together
-    bucket                    --gather-->  its rows by (cluster, id): a bucket is the same whatever the files were
+part (alive rows)   --assign-->  run: the part's rows sorted by cluster, and where each cluster begins
+all runs' clusters  --plan-->    buckets: neighbouring clusters that fit in memory together
+bucket              --gather-->  a new part: rows by (cluster, id), the same whatever the files were
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.rows import Array, Floats, Ints, similarities
+from leveret.condense.rows import Floats, Ints, similarities
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
+from leveret.condense.working import Part, Rows
 from leveret.runs import atomic_write
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of one file. first: number of its first row among all rows."""
-
-    number: int
-    shard: Shard
-    start: int
-    stop: int
-    first: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def chunks_of(shards: list[Shard], size: int) -> list[Chunk]:
-    """All rows in chunks of at most `size`, none over the border of a file."""
-    found: list[Chunk] = []
-    first = 0
-    for shard in shards:
-        for start in range(0, shard.n, size):
-            stop = min(start + size, shard.n)
-            found.append(Chunk(len(found), shard, start, stop, first + start))
-        first += shard.n
-    return found
+CARRIED = ("row", "id", "score", "hash")
+"""Columns that go with a row from one order to the next."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A chunk's rows sorted by cluster.
+    """A part's alive rows sorted by cluster.
 
-    FOLDER/NUMBER.rows   vectors as stored. FOLDER/NUMBER.npz: starts [k + 1], row, id, score, hash, centroid.
+    FOLDER/NUMBER.rows   vectors as stored. FOLDER/NUMBER.npz: starts [k + 1], the carried columns, centroid_cosine.
     """
 
     folder: Path
@@ -65,125 +44,77 @@ class Run:
         return self.folder / f"{self.number:06d}.npz"
 
 
-def assign(chunk: Chunk, known: Path, centroids: Floats, folder: Path) -> Run:
-    """Writes the chunk's run, or finds it. `known`: the part with the chunk's columns id, score, hash."""
-    run = Run(folder, chunk.number)
+def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path) -> Run:
+    """Writes a part's run, or finds it."""
+    run = Run(folder, part.number)
     if run.columns.exists():
         return run
-    x = chunk.shard.read(chunk.start, chunk.stop)
-    labels = Nearest(centroids).of(x)
-    closeness = similarities(x, centroids, labels)
+    alive = rows.alive(part)
+    x = part.vectors()
+    x = x if len(alive) == part.n else x[alive]
+    labels = nearest.of(x)
+    closeness = similarities(x, nearest.centroids, labels)
     order = np.argsort(labels, kind="stable")
-    ids, score, hashes = load(known, "id", "score", "hash")
-    starts = np.searchsorted(labels[order], np.arange(len(centroids) + 1)).astype(np.int64)
+    columns = dict(zip(CARRIED, part.read(*CARRIED), strict=True))
+    taken = {
+        name: value.take(alive[order]) if isinstance(value, Ids) else value[alive[order]]
+        for name, value in columns.items()
+    }
+    starts = np.searchsorted(labels[order], np.arange(len(nearest.centroids) + 1)).astype(np.int64)
     atomic_write(run.vectors, np.ascontiguousarray(x[order]).tobytes())
-    save(
-        run.columns,  # comes last: a run that has it is whole
-        {
-            "starts": starts,
-            "row": chunk.first + order,
-            "id": ids.take(order),
-            "score": score[order],
-            "hash": hashes[order],
-            "centroid": closeness[order],
-        },
-    )
+    save(run.columns, {"starts": starts, **taken, "centroid_cosine": closeness[order]})  # last: then the run is whole
     return run
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clusters [first, last) and how many rows they have; `place`: rows in the buckets before it."""
+    """Clusters [first, last) and how many rows they have."""
 
     number: int
     first: int
     last: int
-    rows: int
-    place: int
+    n: int
 
 
-def plan(runs: list[Run], k: int, most: int) -> list[Bucket]:
+def plan(runs: Sequence[Run], k: int, most: int) -> list[Bucket]:
     """Buckets of at most `most` rows, but for a cluster that alone has more."""
     sizes = np.zeros(k, np.int64)
     for run in runs:
-        (starts,) = load(run.columns, "starts")
-        sizes += np.diff(starts)
+        sizes += np.diff(load(run.columns, "starts")[0])
     found: list[Bucket] = []
-    first, rows, place = 0, 0, 0
+    first, n = 0, 0
     for cluster, size in enumerate(sizes.tolist()):
-        if rows and rows + size > most:
-            found.append(Bucket(len(found), first, cluster, rows, place))
-            first, place, rows = cluster, place + rows, 0
-        rows += size
-    if rows:
-        found.append(Bucket(len(found), first, k, rows, place))
-    return found
+        if n and n + size > most:
+            found.append(Bucket(len(found), first, cluster, n))
+            first, n = cluster, 0
+        n += size
+    return [*found, Bucket(len(found), first, k, n)] if n else found
 
 
-@dataclass
-class Gathered:
-    """A bucket's rows sorted by (cluster, id). bounds: where its clusters begin, and the end, by `clusters`."""
-
-    cluster: Ints
-    row: Ints
-    id: Ids
-    score: Array
-    hash: Array
-    centroid: Array
-    source: Ints
-    pieces: list[tuple[Shard, int, int]]
-
-    def vectors(self) -> Array:
-        """All of them."""
-        whole = np.concatenate([shard.read(start, stop) for shard, start, stop in self.pieces])
-        return whole[self.source]
-
-    def at(self, places: Ints) -> Array:
-        """Those at some places, where all do not fit in memory."""
-        wanted = self.source[places]
-        ends = np.cumsum([stop - start for _, start, stop in self.pieces])
-        order = np.argsort(wanted, kind="stable")
-        cuts = np.r_[0, np.searchsorted(wanted[order], ends)]
-        found = [
-            _scattered(shard, wanted[order[a:b]] - (end - stop))
-            for (shard, _, stop), end, a, b in zip(self.pieces, ends, cuts[:-1], cuts[1:], strict=True)
-            if b > a
-        ]
-        out = np.empty((len(wanted), found[0].shape[1]), found[0].dtype)
-        out[order] = np.concatenate(found)
-        return out
-
-
-def _scattered(shard: Shard, places: Ints) -> Array:
-    """Rows at ascending places, neighbours read together."""
-    cuts = np.flatnonzero(np.diff(places) > 8) + 1
-    found = []
-    for group in np.split(places, cuts):
-        first = int(group[0])
-        found.append(shard.read(first, int(group[-1]) + 1)[group - first])
-    return np.concatenate(found)
-
-
-def gather(bucket: Bucket, runs: list[Run], width: int, dtype: str) -> Gathered:
-    """The columns of a bucket, and where its vectors are."""
-    labels, columns, pieces = [], [], []
-    for run in runs:
-        (starts,) = load(run.columns, "starts")
-        a, b = int(starts[bucket.first]), int(starts[bucket.last])
+def gather(bucket: Bucket, runs: Sequence[Run], width: int, dtype: str, path: Path) -> Part:
+    """Writes the part of a bucket, or finds it: its columns sorted by (cluster, id), and where its vectors are."""
+    starts = [load(run.columns, "starts")[0] for run in runs]
+    pieces = tuple(
+        (Shard(run.vectors, int(s[-1]), width, dtype), int(s[bucket.first]), int(s[bucket.last]))
+        for run, s in zip(runs, starts, strict=True)
+        if s[bucket.first] < s[bucket.last]
+    )
+    part = Part(bucket.number, path, bucket.n, pieces)
+    if path.exists():
+        return part
+    names = (*CARRIED, "centroid_cosine")
+    labels: list[Ints] = []
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for run, s in zip(runs, starts, strict=True):
+        a, b = int(s[bucket.first]), int(s[bucket.last])
         if a == b:
             continue
-        inside = np.diff(starts[bucket.first : bucket.last + 1])
-        labels.append(np.repeat(np.arange(bucket.first, bucket.last), inside))
-        row, ids, score, hashes, centroid = load(run.columns, "row", "id", "score", "hash", "centroid")
-        columns.append((row[a:b], ids.part(a, b), score[a:b], hashes[a:b], centroid[a:b]))
-        pieces.append((Shard(run.vectors, int(starts[-1]), width, dtype), a, b))
+        labels.append(np.repeat(np.arange(bucket.first, bucket.last), np.diff(s[bucket.first : bucket.last + 1])))
+        for name, column in zip(names, load(run.columns, *names), strict=True):
+            columns[name].append(column.part(a, b) if isinstance(column, Ids) else column[a:b])
     cluster = np.concatenate(labels)
-    ids = Ids.join([column[1] for column in columns])
+    ids = Ids.join(columns.pop("id"))
     order = order_of(ids, cluster)
-    row, score, hashes, centroid = (np.concatenate([c[at] for c in columns])[order] for at in (0, 2, 3, 4))
-    return Gathered(cluster[order], row, ids.take(order), score, hashes, centroid, order, pieces)
-
-
-def parts(folder: Path, buckets: list[Bucket]) -> Iterator[Path]:
-    """The buckets' result files, in order."""
-    return (folder / f"{bucket.number:06d}.npz" for bucket in buckets)
+    others = {name: np.concatenate(column)[order] for name, column in columns.items()}
+    save(path, {"cluster": cluster[order].astype(np.int32), "id": ids.take(order), **others, "source": order})
+    return part

@@ -193,8 +193,13 @@ def hash_ids(ids: Sequence[str]) -> NDArray[np.uint64]:
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
 
 
-def hash_order(hashes: NDArray[np.uint64], seed: int, salt: int) -> Ints:
-    """Positions in a seeded order that depends on ids, not on where rows stand; equal ids by position."""
+def hash_keys(hashes: NDArray[np.uint64], seed: int, salt: int) -> NDArray[np.uint64]:
+    """[n] keys of the seeded order of id hashes; `salt`: what the order is for."""
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed & (2**64 - 1)], np.uint64) + _mix(np.array([salt], np.uint64)))
-    return np.argsort(_mix(hashes ^ key), kind="stable").astype(np.int64)
+    return _mix(hashes ^ key)
+
+
+def hash_order(hashes: NDArray[np.uint64], seed: int, salt: int) -> Ints:
+    """Positions in a seeded order that depends on ids, not on where rows stand; equal ids by position."""
+    return np.argsort(hash_keys(hashes, seed, salt), kind="stable").astype(np.int64)

@@ -1,0 +1,145 @@
+"""The rows that are being judged, on disk and in parts, and what was decided of them so far.
+
+    WORK/rows/G/NNNNNN.npz      columns of part N in generation G: row, id, score, hash; from `cluster` on also cluster
+                                and centroid_cosine, the rows then sorted by (cluster, id)
+    WORK/LABEL/NNNNNN.npz       what the step LABEL found of part N: its columns, and `fate`
+    WORK/runs/G/                vectors of generation G, sorted by cluster (`regroup`)
+
+A generation is an order of rows. Steps that only judge write beside the parts they read; `cluster` begins a new
+generation with the rows that are still alive. Everything is written whole or not at all, so what exists is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leveret.condense import ranks
+from leveret.condense.columns import Ids, load, save
+from leveret.condense.rows import Array, Ints
+from leveret.condense.shards import Shard
+
+ALIVE = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows. n: how many. pieces: (shard, start, stop) that hold their vectors, end to end; the
+    column `source` [n] says which of those is whose row, and is empty where the order is the same."""
+
+    number: int
+    path: Path
+    n: int
+    pieces: tuple[tuple[Shard, int, int], ...]
+
+    def read(self, *names: str) -> list[Any]:
+        return load(self.path, *names)
+
+    def vectors(self) -> Array:
+        """[n, width] as stored."""
+        whole: Array = np.concatenate([shard.read(start, stop) for shard, start, stop in self.pieces])
+        (source,) = load(self.path, "source")
+        return whole[source] if len(source) else whole
+
+    def reader(self) -> Callable[[Ints], Array]:
+        """Places to rows, for a part that does not fit in memory."""
+        (source,) = load(self.path, "source")
+        ends = np.cumsum([stop - start for _, start, stop in self.pieces])
+
+        def at(places: Ints) -> Array:
+            wanted = source[places] if len(source) else places
+            order = np.argsort(wanted, kind="stable")
+            cuts = np.r_[0, np.searchsorted(wanted[order], ends)]
+            found = [
+                _scattered(shard, wanted[order[a:b]] - (end - stop))
+                for (shard, _, stop), end, a, b in zip(self.pieces, ends, cuts[:-1], cuts[1:], strict=True)
+                if b > a
+            ]
+            out = np.empty((len(wanted), found[0].shape[1]), found[0].dtype)
+            out[order] = np.concatenate(found)
+            return out
+
+        return at
+
+
+def _scattered(shard: Shard, places: Ints) -> Array:
+    """Rows at ascending places, near ones read together."""
+    found = []
+    for group in np.split(places, np.flatnonzero(np.diff(places) > 8) + 1):
+        first = int(group[0])
+        found.append(shard.read(first, int(group[-1]) + 1)[group - first])
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of one generation, and the steps that judged them.
+
+    judged   labels of the steps that wrote `fate` for this generation, in order.
+    columns  label -> names of the columns that step added.
+    """
+
+    work: Path
+    generation: int
+    parts: tuple[Part, ...]
+    judged: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def fate(self, part: Part) -> Array:
+        """[n] uint8: 0 while alive, else 1 + position in `judged` of the step that dropped the row."""
+        out = np.zeros(part.n, np.uint8)
+        for place, label in enumerate(self.judged):
+            (dropped,) = load(self.place(label, part), "dropped")
+            out[(out == ALIVE) & dropped] = place + 1
+        return out
+
+    def alive(self, part: Part) -> Ints:
+        """Places of the rows that no step dropped."""
+        return np.flatnonzero(self.fate(part) == ALIVE)
+
+    def place(self, label: str, part: Part) -> Path:
+        return self.work / label / f"{part.number:06d}.npz"
+
+    def column(self, name: str, part: Part) -> Any:
+        """A column of the part, whoever made it."""
+        return load(self.place(self.columns[name], part) if name in self.columns else part.path, name)[0]
+
+    def count(self) -> int:
+        return sum(len(self.alive(part)) for part in self.parts)
+
+    def after(self, label: str, made: Sequence[str] = ()) -> Rows:
+        """The same rows once the step `label` has judged them; `made`: columns that it added."""
+        return replace(self, judged=(*self.judged, label), columns=self.columns | dict.fromkeys(made, label))
+
+    def judge(self, label: str, part: Part, dropped: Array, **made: Array | Ids) -> Path:
+        """Writes what a step found of a part."""
+        path = self.place(label, part)
+        save(path, {"dropped": dropped, **made})
+        return path
+
+    def keys(self, name: str, key: Callable[[Array], Array]) -> ranks.Parts:
+        """Sort keys of the alive rows, for `ranks.cut_at`."""
+
+        def each() -> Iterator[tuple[Array, Callable[[Array], list[bytes]]]]:
+            for part in self.parts:
+                alive = self.alive(part)
+                ids: Ids = part.read("id")[0].take(alive)
+                yield key(self.column(name, part)[alive]), ids.at
+
+        return each
+
+    def keep_ranks(self, label: str, name: str, key: Callable[[Array], Array], begin: int, end: int) -> Rows:
+        """Of the alive rows in the order of `key`, ties by id, those at ranks [begin, end) stay."""
+        if all(self.place(label, part).exists() for part in self.parts):
+            return self.after(label)
+        keys = self.keys(name, key)
+        first, last = ranks.cut_at(keys, begin), ranks.cut_at(keys, end)
+        for part, (values, at) in zip(self.parts, keys(), strict=True):
+            dropped = np.zeros(part.n, np.bool_)
+            dropped[self.alive(part)] = ~(last.before(values, at) & ~first.before(values, at))
+            self.judge(label, part, dropped)
+        return self.after(label)
