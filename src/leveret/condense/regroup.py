@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.rows import Floats, Ints, similarities
+from leveret.condense.rows import Ints, similarities
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
 from leveret.condense.working import Part, Rows
