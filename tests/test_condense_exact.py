@@ -247,6 +247,22 @@ def test_components_of_a_cluster_that_does_not_fit_are_the_same() -> None:
             assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_semdedups_rule_is_the_column_maximum_of_the_upper_triangle(kind: str) -> None:
+    x, _, _ = pool(kind, n=600)
+    bounds, rng = [0, 200, 200, 201, 600], np.random.default_rng(3)
+    u = x.astype(np.float64)
+    u /= np.sqrt(np.square(u).sum(1))[:, None]
+    rank = rng.permutation(len(x))
+    for threshold in (0.86, 0.5, 0.97):
+        expected = np.zeros(len(x), bool)
+        for a, b in pairwise(bounds):
+            order = a + np.argsort(rank[a:b])
+            above = np.triu(u[order] @ u[order].T, 1)
+            expected[order] = (above > threshold).any(0)
+        assert np.array_equal(groups.with_earlier_neighbour(x, bounds, threshold, rank), expected)
+
+
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_a_cut_has_as_many_rows_before_it_as_its_rank(data: st.DataObject) -> None:

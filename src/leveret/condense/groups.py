@@ -14,7 +14,7 @@ import numpy as np
 
 from leveret.condense import rows as exact
 from leveret.condense import screen
-from leveret.condense.rows import Array, Doubles, Ints
+from leveret.condense.rows import Array, Bools, Doubles, Ints
 
 PENDING = 1 << 20
 """Pairs that wait to be joined: joining many at once is cheap, and this bounds what waits."""
@@ -67,7 +67,7 @@ def components(x: Array, bounds: Sequence[int] | Ints, threshold: float) -> Ints
     Edge: cosine > threshold, strictly, as float64 says of the two rows' unit vectors; only inside a cluster.
     """
     joined, open_pairs = Joined(len(x)), _Open()
-    first = exact.first_of_equal(x)
+    first = _first_inside(x, bounds)
     again = np.flatnonzero(first != np.arange(len(x)))
     # A row and its copy have a cosine of 1 but for rounding, which matters for thresholds that near to 1 alone.
     copies = again[is_edge(x, first[again], x, again, threshold)] if threshold > 0.999 else again
@@ -79,6 +79,16 @@ def components(x: Array, bounds: Sequence[int] | Ints, threshold: float) -> Ints
             _inside(x, fresh[start:stop], threshold, joined, open_pairs)
     open_pairs.decide(x, threshold, joined)
     return joined.settle()
+
+
+def _first_inside(x: Array, bounds: Sequence[int] | Ints) -> Ints:
+    """[n] the lowest position in its cluster that holds the same bits as each row."""
+    first = exact.first_of_equal(x)
+    begins = np.repeat(np.asarray(bounds[:-1], np.int64), np.diff(bounds))
+    if (first < begins).any():  # clusters of k-means never share equal rows, other groups may
+        for start, stop in pairwise(bounds):
+            first[start:stop] = start + exact.first_of_equal(x[start:stop])
+    return first
 
 
 class _Open:
@@ -164,6 +174,46 @@ def components_apart(read: Callable[[Ints], Array], n: int, threshold: float, si
                 edge = is_edge(x, i, y, j, threshold)
                 joined.add(upper[i[edge]], lower[j[edge]])
     return joined.settle()
+
+
+# --- SemDeDup's rule -----------------------------------------------------------------------------------------------
+
+
+def with_earlier_neighbour(x: Array, bounds: Sequence[int] | Ints, threshold: float, rank: Ints) -> Bools:
+    """[n] whether an earlier row of the cluster (by `rank`, all different) is nearer than the threshold.
+
+    SemDeDup's own rule (arXiv 2303.09540, semdedup.py: the column maxima of the upper triangle): a row goes when any
+    earlier one is near, whether that one stays or not. So of a chain more than one row may stay.
+    """
+    first = _first_inside(x, bounds)
+    # Of equal rows only the one that comes first can stay, and it is the one that others must fear.
+    order = np.lexsort((rank, first))
+    lead = order[np.r_[True, np.diff(first[order]) != 0][: len(order)]]
+    gone = np.ones(len(x), np.bool_)
+    gone[lead] = False
+    if threshold > 0.999:
+        again = np.flatnonzero(gone)
+        ahead = np.empty(len(x), np.int64)
+        ahead[first[lead]] = lead
+        gone[again] = is_edge(x, ahead[first[again]], x, again, threshold)
+        lead = np.flatnonzero(~gone)
+    fresh = np.sort(lead)
+    cuts = np.searchsorted(fresh, bounds)
+    for start, stop in pairwise(cuts.tolist()):
+        places = fresh[start:stop]
+        if len(places) < 2:
+            continue
+        own = x[places]
+        block = screen.prepare(own, screen.middle_of(own))
+        for i, j, sure in screen.candidates(block, block, threshold, same=True):
+            one, two = places[i], places[j]
+            later = np.where(rank[one] > rank[two], one, two)
+            gone[later[sure]] = True
+            open_ = np.flatnonzero(~sure & ~gone[later])
+            if len(open_):
+                edge = is_edge(x, one[open_], x, two[open_], threshold)
+                gone[later[open_[edge]]] = True
+    return gone
 
 
 # --- who stays -----------------------------------------------------------------------------------------------------

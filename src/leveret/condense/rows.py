@@ -15,6 +15,7 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 TOGETHER = 512
 """Rows widened to float64 at once. No part of any rule."""
