@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from leveret.condense import engine, groups, ranks, screen
 from leveret.condense.columns import Ids, order_of
 from leveret.condense.rows import Array, first_of_equal
-from leveret.condense.shards import Shard, open_npy
+from leveret.condense.shards import Shard, open_npy, open_parquet
 from leveret.condense.table import hash_ids, hash_keys
 from leveret.condense.working import Part, Rows
 from leveret.runs import DataError
@@ -327,3 +327,46 @@ def test_a_shard_is_read_in_pieces_without_mapping_it(tmp_path: Path) -> None:
     assert (shard.n, shard.width) == (20, 3) and np.array_equal(shard.read(4, 9), x[4:9])
     raw = Shard(tmp_path / "x.npy", 20, 3, "<f2", shard.offset)
     assert np.array_equal(raw.read(0, 20), x) and not isinstance(shard.read(0, 2).base, np.memmap)
+
+
+@pytest.mark.parametrize("form", ["list", "large list", "fixed list", "fixed bytes", "bytes", "large bytes"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_vectors_in_parquet_are_taken_as_they_are(form: str, dtype: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    x = np.random.default_rng(0).standard_normal((53, 6)).astype(dtype)
+    number = pa.float16() if dtype == "float16" else pa.float32()
+    kinds = {
+        "list": pa.list_(number), "large list": pa.large_list(number), "fixed list": pa.list_(number, 6),
+        "fixed bytes": pa.binary(x[0].nbytes), "bytes": pa.binary(), "large bytes": pa.large_binary(),
+    }  # fmt: skip
+    column = pa.array([row.tobytes() for row in x] if "bytes" in form else list(x), kinds[form])
+    field = pa.field("embedding", kinds[form], metadata={"dtype": dtype} if form == "bytes" else None)
+    pq.write_table(pa.table([column], pa.schema([field])), tmp_path / "x.parquet", row_group_size=10)
+    given = dtype if form in ("fixed bytes", "large bytes") else None
+    shard = open_parquet(tmp_path / "x.parquet", dtype=given)
+    assert (shard.n, shard.width, np.dtype(shard.dtype)) == (53, 6, np.dtype(dtype))
+    for a, b in ((0, 53), (0, 1), (9, 11), (10, 20), (38, 53), (52, 53)):
+        assert np.array_equal(shard.read(a, b), x[a:b])
+
+
+def test_a_parquet_file_that_holds_no_vectors_is_told_why(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for column, said in (
+        (pa.array(["a", "b"]), "allowed are lists of floats"),
+        (pa.array([b"abcd", b"efgh"]), "name them"),
+        (pa.array([[1.0, 2.0], [1.0]], pa.list_(pa.float32())), "row 1 of 'embedding' is 1 long, the first is 2"),
+        (pa.array([[1.0, 2.0], None], pa.list_(pa.float32())), "row 1 of 'embedding' is null"),
+    ):
+        pq.write_table(pa.table({"embedding": column}), tmp_path / "x.parquet")
+        with pytest.raises(DataError, match=said):
+            open_parquet(tmp_path / "x.parquet").read(0, 2)
+    pq.write_table(pa.table({"url": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"no column embedding or .*it has url"):
+        open_parquet(tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        open_parquet(tmp_path / "x.parquet")

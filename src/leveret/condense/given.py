@@ -1,0 +1,215 @@
+"""Embeddings as they are given, ours or anyone's, read a part at a time.
+
+    FOLDER/img_emb/img_emb_N.npy      clip-retrieval's layout: vectors, one file a shard; beside them
+           metadata/metadata_N.parquet    a row a vector: id or key, score, ...
+           text_emb/text_emb_N.npy        captions' vectors, where no score is given
+    FILE.parquet, FOLDER/*.parquet    a column of vectors, and the others in the same file
+    FILE.npy, FOLDER/*.npy            vectors alone; a row's id is its number
+
+Files are taken in the order of their numbers, else of their names; no rule depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leveret.condense.columns import Ids
+from leveret.condense.rows import Doubles, cosines
+from leveret.condense.shards import ParquetShard, Shard, open_npy, open_parquet
+from leveret.runs import DataError
+
+IDS = ("id", "key", "uid", "sample_id", "image_path", "image", "url")
+SCORES = ("score", "similarity", "clip_score")
+"""Names that a column of ids, and of image-text scores, may have, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One shard and what belongs to it. metadata: a parquet file with a row a vector, or None. text: captions' vectors.
+    first: number of its first row among all rows."""
+
+    shard: Shard
+    metadata: Path | None
+    text: Shard | None
+    first: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """All files. id, score: names of the metadata's columns, None where there are none."""
+
+    path: Path
+    files: tuple[File, ...]
+    id: str | None
+    score: str | None
+
+    def __len__(self) -> int:
+        return sum(file.shard.n for file in self.files)
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [file.shard for file in self.files]
+
+    @property
+    def has_scores(self) -> bool:
+        return self.score is not None or all(file.text is not None for file in self.files)
+
+    def columns(self, number: int, start: int, stop: int) -> tuple[Ids, Doubles | None]:
+        """Ids and scores of rows [start, stop) of file `number`. DataError at an id that is missing."""
+        file = self.files[number]
+        wanted = [name for name in (self.id, self.score) if name is not None]
+        table = _slice(file.metadata, wanted, start, stop) if file.metadata is not None and wanted else None
+        if self.id is None or table is None:
+            ids = Ids.of(str(file.first + row) for row in range(start, stop))
+        else:
+            column = table.column(self.id)
+            if column.null_count:
+                row = start + int(np.flatnonzero(column.is_null().to_numpy())[0])
+                raise DataError(f"{file.metadata}: row {row:,} has no {self.id}; every row needs one of its own")
+            ids = Ids.from_arrow(column)
+        if self.score is not None and table is not None:
+            scores: Doubles = table.column(self.score).to_numpy().astype(np.float64)
+        elif file.text is not None:
+            scores = cosines(file.shard.read(start, stop), file.text.read(start, stop))
+        else:
+            return ids, None
+        wrong = np.flatnonzero(~np.isfinite(scores))
+        if len(wrong):
+            where = file.metadata if self.score is not None or file.text is None else file.text.path
+            raise DataError(f"{where}: row {start + int(wrong[0]):,} has score {scores[wrong[0]]}; each needs a number")
+        return ids, scores
+
+    def fingerprint(self) -> str:
+        """Hex digest of names and sizes of all files, the metadata's and 16 samples of 64 KiB of each file's bytes.
+
+        Reads little even of terabytes; a change of single vectors between the samples is not seen.
+        """
+        digest = hashlib.sha256(b"leveret embeddings 2\n")
+        for file in self.files:
+            paths = dict.fromkeys([file.shard.path, file.metadata, file.text.path if file.text else None])
+            for path in paths:
+                if path is None:
+                    continue
+                size = path.stat().st_size
+                digest.update(f"{path.name} {size}\n".encode())
+                with open(path, "rb") as stream:
+                    for part in range(16):
+                        stream.seek(size * part // 16)
+                        digest.update(stream.read(65536))
+        return digest.hexdigest()
+
+
+def is_given(path: str | Path) -> bool:
+    """Whether a path is embeddings and no pool: `.npy`, parquet with a column of vectors, or a folder of these."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / "img_emb").is_dir() or any(path.glob("*.npy")) or _is_vectors(next(path.glob("*.parquet"), None))
+    return path.suffix == ".npy" or _is_vectors(path if path.suffix == ".parquet" else None)
+
+
+def _is_vectors(path: Path | None) -> bool:
+    if path is None or not path.is_file():
+        return False
+    try:
+        open_parquet(path, dtype="float32")
+    except DataError:
+        return False
+    return True
+
+
+def numbered(folder: Path, kind: str, ending: str) -> list[Path]:
+    """`folder/kind/kind_<number><ending>` in the order of the numbers."""
+    found = []
+    for file in (folder / kind).glob(f"{kind}_*{ending}"):
+        if number := re.fullmatch(rf"{kind}_(\d+)", file.name.removesuffix(ending)):
+            found.append((int(number[1]), file))
+    return [file for _, file in sorted(found)]
+
+
+def open_given(path: str | Path, *, column: str | None = None, dtype: str | None = None) -> Given:
+    """Opens embeddings; nothing but headers and metadata is read.
+
+    column, dtype  of vectors in parquet (`shards.open_parquet`).
+    DataError names the file that is missing, damaged, or does not fit the others.
+    """
+    path = Path(path)
+    if (path / "img_emb").is_dir():
+        return _retrieval(path)
+    files = [path] if path.is_file() else sorted([*path.glob("*.npy"), *path.glob("*.parquet")])
+    if not files:
+        raise DataError(f"{path}: no img_emb/img_emb_<number>.npy, no .npy and no .parquet; a folder of embeddings has")
+    endings = {file.suffix for file in files}
+    if endings == {".npy"}:
+        return _checked(path, [open_npy(file) for file in files], [None] * len(files), [None] * len(files))
+    if endings == {".parquet"}:
+        opened = [open_parquet(file, column, dtype) for file in files]
+        return _checked(path, opened, list(files), [None] * len(files))
+    raise DataError(f"{path}: {', '.join(sorted(endings))} together; embeddings are all .npy or all .parquet")
+
+
+def _retrieval(path: Path) -> Given:
+    images, texts = ([open_npy(file) for file in numbered(path, kind, ".npy")] for kind in ("img_emb", "text_emb"))
+    metas = numbered(path, "metadata", ".parquet")
+    if not images:
+        raise DataError(f"{path}: there is no img_emb/img_emb_<number>.npy; a folder of embeddings holds at least one")
+    if metas and len(metas) != len(images):
+        raise DataError(f"{path}: {len(images)} files in img_emb and {len(metas)} in metadata; they must go in pairs")
+    if texts and [(shard.n, shard.width) for shard in texts] != [(shard.n, shard.width) for shard in images]:
+        raise DataError(f"{path}: the shapes in text_emb differ from those in img_emb; they must go in pairs")
+    return _checked(path, images, metas or [None] * len(images), texts or [None] * len(images))
+
+
+def _checked(path: Path, shards: Sequence[Shard], metas: Sequence[Path | None], texts: Sequence[Shard | None]) -> Given:
+    """All files of one width and one kind of number, metadata of the same length, the same columns in all of it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    full = [shard for shard in shards if shard.n]
+    for shard in full:
+        for what in ("width", "dtype"):
+            if getattr(shard, what) != getattr(full[0], what):
+                raise DataError(
+                    f"{shard.path}: {what} {getattr(shard, what)}, and {getattr(full[0], what)} in {full[0].path}; "
+                    "all vectors of one set must be alike"
+                )
+    names: list[set[str]] = []
+    for shard, meta in zip(shards, metas, strict=True):
+        if meta is None:
+            continue
+        try:
+            with pq.ParquetFile(meta) as file:
+                rows, columns = file.metadata.num_rows, set(file.schema_arrow.names)
+        except (OSError, pa.ArrowInvalid) as fault:
+            raise DataError(f"{meta}: not a readable parquet file ({str(fault).splitlines()[0]})") from None
+        if rows != shard.n:
+            raise DataError(f"{meta} has {rows:,} rows, and its vectors in {shard.path.name} are {shard.n:,}")
+        names.append(columns - ({shard.column} if isinstance(shard, ParquetShard) else set()))
+    common = set.intersection(*names) if names else set()
+    first, files = 0, []
+    for shard, meta, text in zip(shards, metas, texts, strict=True):
+        if shard.n:
+            files.append(File(shard, meta, text, first))
+        first += shard.n
+    pick = [next((name for name in known if name in common), None) for known in (IDS, SCORES)]
+    return Given(path, tuple(files), pick[0], pick[1])
+
+
+def _slice(path: Path, names: Sequence[str], start: int, stop: int) -> Any:
+    """Rows [start, stop) of some columns; only the row groups that hold them are read."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(place).num_rows for place in range(file.metadata.num_row_groups)]
+        ends = np.cumsum([0, *sizes])
+        first = int(np.searchsorted(ends, start, side="right")) - 1
+        last = int(np.searchsorted(ends, max(start, stop - 1), side="right")) - 1
+        return file.read_row_groups(list(range(first, last + 1)), columns=list(names)).slice(
+            start - int(ends[first]), stop - start
+        )
