@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from leveret.condense import engine, groups
+from leveret.condense import groups
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -67,7 +67,7 @@ def ours(x: Floats, label: Ints, bounds: Ints, centroids: Floats) -> Ints:
     several = np.flatnonzero(counts[back] > 1)
     key = groups.by_distance(lambda places: x[places], several, component[several], centroids, label[several])
     kept = np.arange(len(x))
-    kept[several] = several[groups.kept_of(component[several], key, engine.PLACES["middle"])]
+    kept[several] = several[groups.kept_of(component[several], key, groups.KEEPS["middle"].place)]
     return kept
 
 

@@ -21,7 +21,6 @@ from leveret.condense import engine, groups, ranks, screen
 from leveret.condense.columns import Ids, order_of
 from leveret.condense.rows import Array, first_of_equal
 from leveret.condense.shards import Shard, open_npy, open_parquet
-from leveret.condense.table import hash_ids, hash_keys
 from leveret.condense.working import Part, Rows
 from leveret.runs import DataError
 
@@ -98,7 +97,7 @@ def brute(given: Pool, rules: Rules, centroids: Array) -> set[bytes]:
         count, group = connected_components(coo_matrix(u[members] @ u[members].T > rules.threshold), directed=False)
         for g in range(count):
             inside = sorted(members[group == g], key=lambda i: (away[i, cluster], ids[i].encode()))
-            kept.append(inside[int(engine.PLACES[rules.keep](np.array(len(inside))))])
+            kept.append(inside[int(groups.KEEPS[rules.keep].place(np.array(len(inside))))])
     length = np.sqrt(np.square(c).sum(1))
     near = np.array([(u[i] * (c[label[i]] / (length[label[i]] or 1.0))).sum() for i in range(len(u))])
     for values, window in ((score, rules.score), (near, rules.centroid)):
@@ -106,7 +105,7 @@ def brute(given: Pool, rules: Rules, centroids: Array) -> set[bytes]:
             kept.sort(key=lambda i: (-values[i], ids[i].encode()))
             kept = kept[ranks.rank_of(window[0], len(kept)) : ranks.rank_of(window[1], len(kept))]
     if rules.budget is not None:
-        drawn = hash_keys(hash_ids([ids[i] for i in kept]), rules.seed, engine.SALT_DRAW)
+        drawn = ranks.hash_keys(ranks.hash_ids(ids[i].encode() for i in kept), rules.seed, engine.SALT_DRAW)
         order = sorted(range(len(kept)), key=lambda at: (int(drawn[at]), ids[kept[at]].encode()))
         kept = [kept[at] for at in order[: rules.budget]]
     return {ids[i].encode() for i in kept}
@@ -131,13 +130,14 @@ def chain(
         def take(piece: tuple[Part, int]) -> Part:
             part, first = piece
             inside = slice(first, first + part.n)
-            return engine.ingest(part, first, Ids.of(ids[inside]), score[inside])
+            return engine.ingest(part, np.arange(first, first + part.n), Ids.of(ids[inside]), score[inside])
 
         rows = Rows(work, 0, tuple(run(take, engine.chunks_of(files, work / "rows" / "0", chunk))))
         training = engine.training_rows(rows, rules.sample, rules.seed, work / "training.rows")
         centroids, _ = engine.train(training, rules.k, rules.iterations, run)
         rows = engine.group(rows, centroids, most, run)
-        rows = engine.dedup(rows, "dedup", rules.threshold, rules.keep, centroids, most, run)
+        rows, sizes = engine.dedup(rows, "dedup", rules.threshold, rules.keep, centroids, most, run)
+        assert sum(int(size) * count for size, count in sizes.items()) == len(x)
         for label, by, window in (("score", "score", rules.score), ("centroid", "centroid_cosine", rules.centroid)):
             rows = rows if window is None else engine.band(rows, label, by, *window)
         rows = rows if rules.budget is None else engine.draw(rows, "budget", rules.budget, rules.seed)
@@ -186,7 +186,7 @@ def test_a_row_without_a_direction_is_named(tmp_path: Path) -> None:
         np.save(tmp_path / "x.npy", broken)
         ((part, first),) = engine.chunks_of([open_npy(tmp_path / "x.npy")], tmp_path / "in")
         with pytest.raises(DataError, match=said):
-            engine.ingest(part, first, Ids.of(ids), None)
+            engine.ingest(part, first + np.arange(60), Ids.of(ids), None)
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-900])
     with pytest.raises(DataError, match="cut off; it should hold 60 rows and holds 5"):

@@ -6,6 +6,7 @@ on where it was, tasks may run anywhere, and memory is set by the size of a buck
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from leveret.condense import groups, lloyd, ranks, regroup
-from leveret.condense.columns import Ids, order_of, save
-from leveret.condense.rows import Array, Floats, Ints, spans, unit
+from leveret.condense.columns import Ids, load, order_of, save
+from leveret.condense.rows import Array, Floats, Ints, distances, spans, unit
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
-from leveret.condense.table import hash_ids, hash_keys
 from leveret.condense.working import Part, Rows
 from leveret.runs import DataError
 
@@ -27,13 +27,6 @@ CHUNK = 65_536
 SALT_TRAIN, SALT_DRAW = 1, 2
 LEAST = 65_536
 """Training rows are at least this many (where there are so many): one centroid of 256 rows would be a rough mean."""
-
-PLACES: dict[str, Callable[[Ints], Ints]] = {
-    "middle": lambda size: size // 2,
-    "far": lambda size: size - 1,
-    "near": lambda size: 0 * size,
-}
-"""Which position stays of a component's members in the order of their distance to the centroid."""
 
 
 def chunks_of(shards: Sequence[Shard], folder: Path, size: int = CHUNK) -> list[tuple[Part, int]]:
@@ -49,8 +42,11 @@ def chunks_of(shards: Sequence[Shard], folder: Path, size: int = CHUNK) -> list[
     return found
 
 
-def ingest(part: Part, first: int, ids: Ids, score: Array | None) -> Part:
-    """Writes the columns of a part as it comes from a file. DataError at a row that is not finite or has no length."""
+def ingest(part: Part, row: Ints, ids: Ids, score: Array | None) -> Part:
+    """Writes the columns of a part as it comes from a file. DataError at a row that is not finite or has no length.
+
+    row  numbers of its rows among all of the source.
+    """
     if part.path.exists():
         return part
     ((shard, start, stop),) = part.pieces
@@ -62,10 +58,8 @@ def ingest(part: Part, first: int, ids: Ids, score: Array | None) -> Part:
         if len(wrong):
             what = "is all zeros" if lengths[wrong[0]] == 0 else "is not finite"
             raise DataError(f"{shard.path}: row {start + span.start + int(wrong[0]):,} {what}; a row needs a direction")
-    names = ids.at(np.arange(len(ids)))
-    hashes = hash_ids([name.decode("utf-8", "surrogatepass") for name in names])
+    hashes = ranks.hash_ids(ids.at(np.arange(len(ids))))
     scores = np.full(len(x), np.nan) if score is None else score.astype(np.float64)
-    row = np.arange(first, first + len(x))
     save(part.path, {"row": row, "id": ids, "score": scores, "hash": hashes, "source": np.zeros(0, np.int64)})
     return part
 
@@ -88,7 +82,7 @@ class Training:
 
 def training_rows(rows: Rows, wanted: int, seed: int, path: Path) -> Training:
     """The alive rows whose ids' hashes come first, in that order (ties by id)."""
-    keys = rows.keys("hash", lambda hashes: hash_keys(hashes, seed, SALT_TRAIN))
+    keys = rows.keys("hash", lambda hashes: ranks.hash_keys(hashes, seed, SALT_TRAIN))
     cut = ranks.cut_at(keys, min(wanted, rows.count()))
     chosen: list[tuple[Part, Ints]] = []
     order_keys, names = [], []
@@ -144,54 +138,124 @@ def group(rows: Rows, centroids: Floats, most: int, run: lloyd.Map) -> Rows:
 # --- near copies ----------------------------------------------------------------------------------------------------
 
 
-def dedup(rows: Rows, label: str, threshold: float, keep: str, centroids: Floats, most: int, run: lloyd.Map) -> Rows:
-    """One row of each component stays. Adds `component` and `keeper` (row numbers: of the member whose id comes first,
-    and of the one that stays) and `keeper_id`."""
+def dedup(
+    rows: Rows, label: str, threshold: float, keep: str, centroids: Floats, most: int, run: lloyd.Map
+) -> tuple[Rows, dict[str, int]]:
+    """One row of each component of near copies stays, by the rule `keep` of `groups.KEEPS`.
 
-    def judge(part: Part) -> Any:
-        if rows.place(label, part).exists():
-            return None
+    Adds component and keeper (row numbers: of the member whose id comes first, and of the one that stays), keeper_id,
+    component_size, same (whether the row is the keeper bit by bit). Also returns sizes of components -> how many.
+    """
+    rule = groups.KEEPS[keep]
+
+    def judge(part: Part) -> None:
+        if not rows.place(label, part).exists():
+            alive = rows.alive(part)
+            read, component = _components(rows, part, alive, threshold, most)
+            _, back, counts = np.unique(component, return_inverse=True, return_counts=True)
+            several = np.flatnonzero(counts[back] > 1)
+            keeper = np.arange(len(alive))
+            if len(several):
+                if rule.by == "distance":
+                    cluster = part.read("cluster")[0][alive[several]]
+                    key = groups.by_distance(read, several, component[several], centroids, cluster)
+                elif rule.by == "mean":
+                    key = groups.by_mean(read, several, component[several])
+                else:
+                    key = -part.read("score")[0][alive[several]]
+                keeper[several] = several[groups.kept_of(component[several], key, rule.place)]
+            _write_groups(rows, label, part, alive, component, keeper, counts[back], _equal(read, keeper))
+
+    _finish(run(judge, rows.parts))
+    after = rows.after(label, ("component", "component_size", "keeper", "keeper_id", "same"))
+    sizes: Counter[int] = Counter()
+    for part in rows.parts:
         alive = rows.alive(part)
-        cluster, row, ids = part.read("cluster", "row", "id")
-        cluster, row, ids = cluster[alive], row[alive], ids.take(alive)
-        if part.n <= most:
-            x = part.vectors()[alive]
-            inside = np.unique(cluster, return_index=True)[1]
-            component = groups.components(x, np.r_[inside, len(x)], threshold)
+        dropped, size = (column[alive] for column in load(rows.place(label, part), "dropped", "component_size"))
+        sizes.update(dict(zip(*(x.tolist() for x in np.unique(size[~dropped], return_counts=True)), strict=True)))
+    return after, {str(size): count for size, count in sorted(sizes.items())}
 
-            def read(places: Ints) -> Array:
-                return x[places]
-        else:
-            everywhere = part.reader()
 
-            def read(places: Ints) -> Array:
-                return everywhere(alive[places])
+def _components(
+    rows: Rows, part: Part, alive: Ints, threshold: float, most: int
+) -> tuple[Callable[[Ints], Array], Ints]:
+    """A way to read alive rows by their place among them, and their components."""
+    if part.n <= most:
+        x = part.vectors()[alive]
+        cluster = part.read("cluster")[0][alive]
+        inside = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
+        return lambda places: x[places], groups.components(x, np.r_[inside, len(x)], threshold)
+    everywhere = part.reader()
 
-            component = groups.components_apart(read, len(alive), threshold, max(1, most // 2))
-        keeper = np.arange(len(alive))
-        _, back, counts = np.unique(component, return_inverse=True, return_counts=True)
-        several = np.flatnonzero(counts[back] > 1)
-        if len(several):
-            key = groups.by_distance(read, several, component[several], centroids, cluster[several])
-            keeper[several] = several[groups.kept_of(component[several], key, PLACES[keep])]
-        whole = {"component": np.full(part.n, -1), "keeper": np.full(part.n, -1)}
-        whole["component"][alive], whole["keeper"][alive] = row[component], row[keeper]
-        dropped = np.zeros(part.n, np.bool_)
-        dropped[alive] = keeper != np.arange(len(alive))
-        names = [b""] * part.n
-        for place, name in zip(alive.tolist(), ids.at(keeper), strict=True):
-            names[place] = name
-        return rows.judge(label, part, dropped, **whole, keeper_id=Ids.of(names))
+    def read(places: Ints) -> Array:
+        return everywhere(alive[places])
 
-    for _ in run(judge, rows.parts):
+    return read, groups.components_apart(read, len(alive), threshold, max(1, most // 2))
+
+
+def _equal(read: Callable[[Ints], Array], keeper: Ints) -> Array:
+    """[n] whether each row holds the same bits as the one that is kept for it."""
+    same = keeper == np.arange(len(keeper))
+    others = np.flatnonzero(~same)
+    for part in spans(len(others), 4096):
+        one, two = read(others[part]), read(keeper[others[part]])
+        same[others[part]] = (one.view(np.uint8) == two.view(np.uint8)).all(1)
+    return same
+
+
+def _write_groups(
+    rows: Rows, label: str, part: Part, alive: Ints, component: Ints, keeper: Ints, size: Ints, same: Array
+) -> None:
+    row, ids = part.read("row", "id")
+    columns = {"component": row[alive][component], "component_size": size, "keeper": row[alive][keeper], "same": same}
+    whole = {}
+    for name, values in columns.items():
+        whole[name] = np.full(part.n, 0 if values.dtype == np.bool_ else -1, values.dtype)
+        whole[name][alive] = values
+    source = np.arange(part.n)
+    source[alive] = alive[keeper]
+    dropped = np.zeros(part.n, np.bool_)
+    dropped[alive] = keeper != np.arange(len(alive))
+    rows.judge(label, part, dropped, **whole, keeper_id=ids.take(source))
+
+
+def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centroids: Floats, run: lloyd.Map) -> Rows:
+    """SemDeDup's own rule: a row goes when an earlier one of its cluster is near, whether that one stays or not.
+
+    first  what comes first in a cluster: "far" or "near" (by L2 distance to the centroid, ties by id) or "random" (the
+           seeded order of id hashes, ties by id).
+    """
+
+    def judge(part: Part) -> None:
+        if not rows.place(label, part).exists():
+            alive = rows.alive(part)
+            x, (cluster, hashes) = part.vectors()[alive], (column[alive] for column in part.read("cluster", "hash"))
+            if first == "random":
+                key = ranks.hash_keys(hashes, seed, SALT_DRAW)
+            else:
+                away = distances(x, centroids, cluster)
+                key = away if first == "near" else -away
+            rank = np.empty(len(alive), np.int64)
+            rank[np.lexsort((np.arange(len(alive)), key))] = np.arange(len(alive))
+            inside = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
+            dropped = np.zeros(part.n, np.bool_)
+            dropped[alive] = groups.with_earlier_neighbour(x, np.r_[inside, len(x)], threshold, rank)
+            rows.judge(label, part, dropped)
+
+    _finish(run(judge, rows.parts))
+    return rows.after(label)
+
+
+def _finish(results: Iterator[Any]) -> None:
+    """Waits for tasks that write files and give nothing back."""
+    for _ in results:
         pass
-    return rows.after(label, ("component", "keeper", "keeper_id"))
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def band(rows: Rows, label: str, by: str, low: str, high: str, *, published: bool = False) -> Rows:
+def band(rows: Rows, label: str, by: str, low: float | str, high: float | str, *, published: bool = False) -> Rows:
     """Ranks floor(low n) to floor(high n) - 1 of the n alive rows, by value descending, then id; `published`: without
     the first of them, as the released code of Dataset-Pruning cuts."""
     n = rows.count()
@@ -201,7 +265,7 @@ def band(rows: Rows, label: str, by: str, low: str, high: str, *, published: boo
 
 def draw(rows: Rows, label: str, count: int, seed: int) -> Rows:
     """The first `count` of the alive rows in the seeded order of id hashes, ties by id."""
-    return rows.keep_ranks(label, "hash", lambda hashes: hash_keys(hashes, seed, SALT_DRAW), 0, count)
+    return rows.keep_ranks(label, "hash", lambda hashes: ranks.hash_keys(hashes, seed, SALT_DRAW), 0, count)
 
 
 def kept(rows: Rows) -> Iterator[tuple[Ints, Ids]]:

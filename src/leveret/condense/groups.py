@@ -8,7 +8,9 @@ Pairs are joined as they are met; no list of edges is kept. Positions below are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
@@ -250,6 +252,46 @@ def by_distance(
     for part in exact.spans(len(asked), exact.TOGETHER):
         key[asked[part]] = exact.distances(read(places[asked[part]]), centroids, labels[asked[part]])
     return key
+
+
+def by_mean(read: Callable[[Ints], Array], places: Ints, component: Ints) -> Doubles:
+    """[n] distance of each row to the mean of its component's unit vectors (copies counted), all in float64.
+
+    Sums run in the order of `places`, so that they depend on nothing else.
+    """
+    order = np.argsort(component, kind="stable")
+    key = np.empty(len(places))
+    starts = np.flatnonzero(np.r_[True, np.diff(component[order]) != 0][: len(order)])
+    for start, stop in pairwise([*starts.tolist(), len(order)]):
+        inside = order[start:stop]
+        total = np.zeros(0)
+        for part in exact.spans(len(inside), exact.TOGETHER):
+            x = exact.unit(read(places[inside[part]]))
+            total = np.add.reduce(np.concatenate([total[None], x]) if len(total) else x, axis=0)
+        mean = total / len(inside)
+        for part in exact.spans(len(inside), exact.TOGETHER):
+            x = exact.unit(read(places[inside[part]]))
+            key[inside[part]] = np.sqrt(np.square(x - mean).sum(1))
+    return key
+
+
+@dataclass(frozen=True)
+class KeepRow:
+    """Which member of a component stays: sorted ascending by the key `by`, ties by id, the one at `place(size)`."""
+
+    by: Literal["distance", "mean", "score"]
+    place: Callable[[Ints], Ints]
+
+
+KEEPS: dict[str, KeepRow] = {
+    "middle": KeepRow("distance", lambda size: size // 2),
+    "far": KeepRow("distance", lambda size: size - 1),
+    "near": KeepRow("distance", lambda size: 0 * size),
+    "inner-middle": KeepRow("mean", lambda size: size // 2),
+    "best-score": KeepRow("score", lambda size: 0 * size),
+}
+"""Published: middle, far and inner-middle of Dataset-Pruning. `middle` is the upper median: of two, the farther one.
+distance: L2, to the row's own centroid. mean: to the component's own mean. score: image-text, the highest first."""
 
 
 def kept_of(component: Ints, key: Doubles, place: Callable[[Ints], Ints]) -> Ints:

@@ -6,7 +6,7 @@ counted finer, or, once few rows are left in it, fetched and sorted. So a cut co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
 from typing import Any
@@ -108,3 +108,30 @@ def _id_at(parts: Parts, key: int, rank: int, fetched: int) -> bytes:
             break
     left = [id for keys, ids in parts() for id in ids(np.flatnonzero(keys == np.uint64(key))) if id.startswith(prefix)]
     return sorted(left)[rank]
+
+
+# --- orders that depend on ids alone -------------------------------------------------------------------------------
+
+
+def _mix(words: Keys) -> Keys:
+    """splitmix64's finaliser: a fixed permutation of 64-bit words that looks random."""
+    with np.errstate(over="ignore"):
+        words = words + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return words ^ (words >> np.uint64(31))
+
+
+def hash_ids(ids: Iterable[bytes]) -> Keys:
+    """[n]: the first 8 bytes (little end first) of BLAKE2b of each id."""
+    from hashlib import blake2b
+
+    data = b"".join(blake2b(id, digest_size=8).digest() for id in ids)
+    return np.frombuffer(data, dtype="<u8").astype(np.uint64)
+
+
+def hash_keys(hashes: Keys, seed: int, salt: int) -> Keys:
+    """[n] keys of the seeded order of id hashes; `salt`: what the order is for."""
+    with np.errstate(over="ignore"):
+        key = _mix(np.array([seed & (2**64 - 1)], np.uint64) + _mix(np.array([salt], np.uint64)))
+    return _mix(hashes ^ key)
