@@ -1,259 +1,204 @@
-"""Kept rows equal a float64 brute-force computation on the same centroids, to the last tie."""
+"""Every step against a plain definition, on embeddings of a few hundred rows; and what a recipe may say."""
 
 from __future__ import annotations
 
-import itertools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from leveret.condense import cluster as cluster_module
-from leveret.condense.bands import ascending, band
-from leveret.condense.cluster import Search
-from leveret.condense.copies import first_of_equal, row_hash
-from leveret.condense.dedup import KEEPS, components
-from leveret.condense.steps import STEPS
-from leveret.condense.table import Shop, Table, Vectors, Verdict, hash_ids, hash_order, screen_error
+from leveret.condense import condense
+from leveret.condense.groups import KEEPS
+from leveret.condense.ranks import hash_ids, hash_keys, rank_of
+from leveret.condense.steps import STEPS, read
+from leveret.runs import DataError, RecipeError
 
-# A handful of unit vectors whose products repeat: ties in cosine, in distance and in score come up all the time.
-_PAIRS = [(1.0, 0.0), (0.6, 0.8), (0.8, 0.6), (-0.6, 0.8), (0.0, 1.0), (0.96, 0.28), (0.28, 0.96)]
-_BASE = np.array(
-    [[*pair, 0, 0] for pair in _PAIRS] + [[0, 0, *pair] for pair in _PAIRS[:3]] + [[0.5, 0.5, 0.5, 0.5]], np.float16
-)
-_DOTS = sorted({float(a @ b) for a, b in itertools.product(_BASE.astype(np.float64), repeat=2)})
+N = 240
+EMPTY = "encoder: made elsewhere\nsteps: {}\n"
 
 
-def _table(x: np.ndarray, score: np.ndarray, shards: int = 2) -> Table:
-    cuts = np.linspace(0, len(x), shards + 1).astype(int)
-    vectors = Vectors([x[a:b] for a, b in itertools.pairwise(cuts)])
-    columns = {"hash": hash_ids([f"row {i}" for i in range(len(x))]), "score": score}
-    return Table(np.arange(len(x)), columns, vectors)
+def embeddings(folder: Path, seed: int = 0) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Rows with near copies and equal ones, ids in no order, scores with ties; written in clip-retrieval's layout."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((N, 16))
+    x[: N // 2] = x[rng.integers(N // 2, N, N // 2)] + rng.uniform(0, 0.5, (N // 2, 1)) * rng.standard_normal(
+        (N // 2, 16)
+    )
+    x[10:16] = x[9]
+    x = x.astype(np.float32)
+    ids = [f"r{i}" for i in rng.permutation(N)]
+    score = rng.choice(np.linspace(0, 1, 25), N)
+    for kind in ("img_emb", "metadata"):
+        (folder / kind).mkdir(parents=True)
+    for number, part in enumerate(np.array_split(np.arange(N), 3)):
+        np.save(folder / f"img_emb/img_emb_{number}.npy", x[part])
+        table = {"id": [ids[i] for i in part], "score": score[part]}
+        pq.write_table(pa.table(table), folder / f"metadata/metadata_{number}.parquet")
+    return x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True), ids, score
 
 
-def _run(table: Table, *steps: tuple[str, dict], shop: Shop | None = None) -> tuple[Table, list[Verdict]]:
-    """The steps in turn on one table (no step before the last drops anything)."""
-    verdicts = []
-    for name, settings in steps:
-        config = STEPS[name].config.model_validate({"step": name, **settings})
-        verdict = STEPS[name].run(table, config, shop or Shop())
-        verdicts.append(verdict)
-        columns, facts = {**table.columns, **verdict.columns}, {**table.facts, **verdict.facts}
-        table = Table(table.rows, columns, table.vectors, facts)
-    return table, verdicts
+def chosen(tmp_path: Path, steps: str, *overrides: str) -> dict[str, dict[str, Any]]:
+    """The ledger of a run of these steps, by id."""
+    (tmp_path / "r.yaml").write_text(f"encoder: made elsewhere\nsteps: {steps}\n")
+    out = condense(tmp_path / "e", tmp_path / "out", tmp_path / "r.yaml", overrides, workers=1)
+    return {row["id"]: row for row in pq.read_table(out / "ledger").to_pylist()}
 
 
-def _brute_labels(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    away = np.square(x.astype(np.float64)[:, None] - centroids.astype(np.float64)[None]).sum(2)
-    return away.argmin(1)
+def kept(rows: dict[str, dict[str, Any]]) -> set[str]:
+    return {id for id, row in rows.items() if row["verdict"] == "kept"}
 
 
-def _brute_components(x: np.ndarray, threshold: float) -> np.ndarray:
-    x = x.astype(np.float64)
-    edge = np.array([[float(np.dot(a, b)) > threshold for b in x] for a in x]).reshape(len(x), len(x))
-    label = np.arange(len(x))
-    for i in range(len(x)):
-        if label[i] == i:
-            todo = [i]
-            while todo:
-                for j in np.flatnonzero(edge[todo.pop()] & (label != i)):
-                    if j > i:
-                        label[j] = i
-                        todo.append(int(j))
-    return label
+def by_rank(ids: list[str], values: np.ndarray) -> list[str]:
+    return [ids[i] for i in sorted(range(len(ids)), key=lambda i: (-values[i], ids[i].encode()))]
 
 
-def _brute_keep(x, rows, centroid, score, keep) -> int:
-    x = x.astype(np.float64)
-    to = x.sum(0) / len(x) if keep == "inner-middle" else centroid.astype(np.float64)
-    key = -score if keep == "best-score" else np.square(x - to).sum(1)
-    order = sorted(range(len(rows)), key=lambda i: (key[i], rows[i]))
-    place = {"middle": len(rows) // 2, "inner-middle": len(rows) // 2, "far": -1, "near": 0, "best-score": 0}[keep]
-    return int(rows[order[place]])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_every_rule_keeps_the_member_that_its_definition_names(keep: str, tmp_path: Path) -> None:
+    from scipy.sparse.csgraph import connected_components
+
+    u, ids, score = embeddings(tmp_path / "e")
+    rows = chosen(tmp_path, f"{{cluster: {{k: 1}}, dedup: {{threshold: 0.8, keep: {keep}}}}}")
+    centroid = np.load(tmp_path / "out/centroids.npy")[0].astype(np.float64)
+    _, group = connected_components(u @ u.T > 0.8, directed=False)
+    expected = set()
+    for g in np.unique(group):
+        members = np.flatnonzero(group == g)
+        key = {
+            "distance": np.linalg.norm(u[members] - centroid, axis=1),
+            "mean": np.linalg.norm(u[members] - u[members].mean(0), axis=1),
+            "score": -score[members],
+        }[KEEPS[keep].by]
+        if KEEPS[keep].by == "mean":
+            key = np.round(key, 12)  # the rule's own: of two, both are equally far
+        inside = members[sorted(range(len(members)), key=lambda at: (key[at], ids[members[at]].encode()))]
+        keeper = inside[{"middle": len(members) // 2, "inner-middle": len(members) // 2, "far": -1}.get(keep, 0)]
+        expected.add(ids[keeper])
+        for member in members:
+            row = rows[ids[member]]
+            assert (row["keeper"], row["component_size"]) == (ids[keeper], len(members))
+            assert row["component"] == min((ids[i] for i in members), key=str.encode)
+    assert kept(rows) == expected and len(expected) < N
+    exact = {id for id, row in rows.items() if row["reason"] == "exact copy"}
+    assert exact <= {ids[i] for i in range(9, 16)}
 
 
-pools = st.lists(st.tuples(st.integers(0, len(_BASE) - 1), st.integers(0, 3)), max_size=40)
-
-
-@given(pools, st.sampled_from([0.86, *_DOTS]), st.sampled_from(sorted(KEEPS)), st.sampled_from([1, 2, 3, "auto"]))
-def test_kept_rows_equal_brute_force(pool, threshold, keep, k):
-    threshold = min(threshold, 1.0)
-    x = _BASE[[row for row, _ in pool]] if pool else np.zeros((0, 4), np.float16)
-    score = np.array([value for _, value in pool], np.float64)
-    steps = [("cluster", {"k": k}), ("dedup", {"threshold": threshold, "keep": keep})]
-    table, verdicts = _run(_table(x, score), ("collapse", {}), *steps)
-    plain, without = _run(_table(x, score), *steps)
-    centroids = table.facts["centroids"]
-    np.testing.assert_array_equal(centroids, plain.facts["centroids"])
-    if not pool:
-        assert len(verdicts[-1].keep) == 0
-        return
-    np.testing.assert_array_equal(table.columns["cluster"], _brute_labels(x, centroids))
-    expected = np.zeros(len(x), bool)
-    for number in np.unique(table.columns["cluster"]):
-        rows = np.flatnonzero(table.columns["cluster"] == number)
-        label = rows[_brute_components(x[rows], threshold)]
-        np.testing.assert_array_equal(table.columns["component"][rows], label)
-        for component in np.unique(label):
-            members = rows[label == component]
-            expected[_brute_keep(x[members], members, centroids[number], score[members], keep)] = True
-            assert set(table.columns["component_size"][members]) == {len(members)}
-    np.testing.assert_array_equal(verdicts[-1].keep, expected)
-    # Collapsing copies first changes no component, no size and no kept row.
-    for name in ("cluster", "component", "component_size", "representative", "centroid_cosine"):
-        np.testing.assert_array_equal(table.columns[name], plain.columns[name])
-    np.testing.assert_array_equal(verdicts[-1].keep, without[-1].keep)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from([1, 3, 7, 64]), st.sampled_from([2, 33]))
-def test_components_in_blocks_equal_brute_force(seed, n, block, width):
-    random = np.random.default_rng(seed)
-    x = random.normal(size=(max(1, n // 4), width))[random.integers(0, max(1, n // 4), n)]
-    x = x + 0.25 * random.normal(size=x.shape)
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    found = components(lambda positions: x[positions], n, 0.86, block)
-    np.testing.assert_array_equal(found, _brute_components(x, 0.86))
-    shared = components(lambda positions: x[positions], n, 0.86, block, Shop(workers=3))
-    np.testing.assert_array_equal(found, shared)
-
-
-def test_a_pair_at_the_threshold_itself_is_no_edge():
-    x = np.array([[1, 0], [0.75, 0.66]], np.float32)
-    assert components(lambda at: x[at], 2, 0.75).tolist() == [0, 1]
-    assert components(lambda at: x[at], 2, float(np.nextafter(0.75, 0))).tolist() == [0, 0]
-
-
-def test_a_float32_product_on_the_wrong_side_is_decided_in_float64():
-    random = np.random.default_rng(3)
-    x = random.normal(size=(300, 384))
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    exact = x.astype(np.float64) @ x.T.astype(np.float64)
-    rough = (x @ x.T).astype(np.float64)
-    assert np.abs(exact - rough).max() < screen_error(384)
-    # A threshold between the two values of the pair on which they differ most.
-    i, j = np.unravel_index(np.abs(np.triu(exact - rough, 1)).argmax(), exact.shape)
-    threshold = (exact[i, j] + rough[i, j]) / 2
-    assert (exact[i, j] > threshold) != (rough[i, j] > threshold)
-    pair = x[[i, j]]
-    assert (components(lambda at: pair[at], 2, threshold)[1] == 0) == (exact[i, j] > threshold)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
-def test_nearest_centroid_equals_float64_also_between_two(seed, k):
-    random = np.random.default_rng(seed)
-    centroids = random.normal(size=(k, 6)).astype(np.float32)
-    centroids = np.concatenate([centroids, centroids[: k // 2], -centroids])  # equal ones: the lower number wins
-    between = (centroids[random.integers(0, k, 50)] + centroids[random.integers(0, k, 50)]) / 2
-    x = np.concatenate([between, random.normal(size=(50, 6))]).astype(np.float32)
-    np.testing.assert_array_equal(Search(centroids).nearest(x), _brute_labels(x, centroids))
-
-
-def test_same_bits_for_any_number_of_workers_and_shards():
-    random = np.random.default_rng(0)
-    x = random.normal(size=(40, 24))[random.integers(0, 40, 3000)] + 0.4 * random.normal(size=(3000, 24))
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
-    x[random.integers(0, 3000, 500)] = x[random.integers(0, 3000, 500)]
-    steps = [("collapse", {}), ("cluster", {"k": 30}), ("dedup", {})]
-    results = []
-    original = cluster_module.CHUNK
-    cluster_module.CHUNK = 512  # several chunks
-    try:
-        for workers, shards in ((1, 1), (3, 1), (2, 5)):
-            table, verdicts = _run(_table(x, np.zeros(3000), shards), *steps, shop=Shop(workers=workers))
-            results.append((table.facts["centroids"].tobytes(), verdicts[-1].keep.tobytes()))
-    finally:
-        cluster_module.CHUNK = original
-    assert len(set(results)) == 1
-
-
-def test_an_empty_cluster_takes_the_farthest_row():
-    x = np.array([[1, 0], [0.96, 0.28], [0, 1]], np.float32)
-    table, _ = _run(_table(x, np.zeros(3)), ("cluster", {"k": 3}))
-    assert sorted(table.columns["cluster"].tolist()) == [0, 1, 2]
-    moved = cluster_module._round(Vectors([x]), np.arange(3), np.array([[1, 0], [9, 9]], np.float32), Shop())
-    np.testing.assert_array_equal(moved[1], x[2])
-
-
-def test_fewer_distinct_rows_than_clusters():
-    x = np.repeat(_BASE[:2], 5, axis=0)
-    table, verdicts = _run(_table(x, np.zeros(10)), ("cluster", {"k": 7}))
-    assert len(table.facts["centroids"]) == verdicts[0].notes["clusters"] == 2
-
-
-def test_training_rows_depend_on_ids_and_seed_not_on_places():
-    hashes = hash_ids([f"id {i}" for i in range(100)])
-    shuffled = np.random.default_rng(0).permutation(100)
-    chosen = set(hash_order(hashes, 5, 1)[:10].tolist())
-    assert {int(shuffled[at]) for at in hash_order(hashes[shuffled], 5, 1)[:10]} == chosen
-    assert set(hash_order(hashes, 6, 1)[:10].tolist()) != chosen
-
-
-# --- ranks ---------------------------------------------------------------------------------------------------------
-
-
-_ENDS = [(0.4, 0.6), (0.15, 0.35), (0, 0.5), (0.5, 1), (0, 1)]
-
-
-@given(st.lists(st.integers(0, 6), max_size=60), st.sampled_from(_ENDS))
-def test_a_band_is_the_published_slice(values, ends):
-    lo, hi = ends
-    n = len(values)
-    order = ascending(np.array(values, np.float64))
-    expected = order[-int(hi * n) : -int(lo * n + 1)] if int(hi * n) else order[:0]
-    np.testing.assert_array_equal(order[band(n, lo, hi)], expected)
+def test_ranks_count_from_the_highest_and_shares_are_decimals(tmp_path: Path) -> None:
+    _, ids, score = embeddings(tmp_path / "e")
+    order = by_rank(ids, score)
+    assert kept(chosen(tmp_path / ".", "{score: {low: 0.29, high: 0.57}}")) == set(order[69:136])
+    assert rank_of(0.29, N) == 69 and rank_of(0.57, N) == 136
 
 
 @pytest.mark.parametrize(
-    ("n", "lo", "hi", "count"),
-    [(1000, 0.4, 0.6, 199), (1000, 0.15, 0.35, 199), (10, 0, 1, 9), (3, 0.4, 0.6, 0), (1, 0.4, 0.6, 0), (0, 0, 1, 0)],
+    ("steps", "wanted"),
+    [
+        ("{top: {share: 0.3}}", slice(0, 72)),
+        ("{top: {count: 7}}", slice(0, 7)),
+        ("{drop_top: {share: 0.3}}", slice(72, N)),
+        ("{drop_top: {count: 7}}", slice(7, N)),
+        ("{score: {low: 0.4, high: 0.6, rank_rule: published}}", slice(97, 144)),
+        ("{score: {low: 0.4, high: 0.6}}", slice(96, 144)),
+        ("{top: {count: 9999}}", slice(0, N)),
+        ("{top: {count: 0}}", slice(0, 0)),
+    ],
 )
-def test_a_band_holds_one_row_fewer(n, lo, hi, count):
-    assert len(np.arange(n)[band(n, lo, hi)]) == count
+def test_cuts_by_rank(steps: str, wanted: slice, tmp_path: Path) -> None:
+    _, ids, score = embeddings(tmp_path / "e")
+    rows = chosen(tmp_path, steps)
+    assert kept(rows) == set(by_rank(ids, score)[wanted])
+    label = steps[1 : steps.index(":")]
+    assert {row["verdict"] for row in rows.values()} <= {"kept", label}
 
 
-def test_bands_count_from_the_highest():
-    table = _table(np.zeros((10, 2), np.float32), np.arange(10.0))
-    _, (verdict,) = _run(table, ("rank_band", {"lo": 0.2, "hi": 0.5}))
-    # Ranks from the top: 9 8 | 7 6 5 | 4 ...; of the three in the band the published slice leaves out the highest.
-    assert np.flatnonzero(verdict.keep).tolist() == [5, 6]
-    assert [verdict.reasons[code] for code in verdict.reason[[9, 0]]] == ["ranks above the cut", "ranks below the cut"]
+def test_a_draw_is_a_seeded_hash_of_ids_and_a_larger_budget_holds_the_smaller_one(tmp_path: Path) -> None:
+    _, ids, _ = embeddings(tmp_path / "e")
+    key = dict(zip(ids, hash_keys(hash_ids(id.encode() for id in ids), 5, 2).tolist(), strict=True))
+    found = []
+    for place, count in enumerate((10, 60)):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        (folder / "e").symlink_to(tmp_path / "e")
+        found.append(kept(chosen(folder, f"{{budget: {{count: {count}}}}}", "seed=5")))
+        assert found[-1] == set(sorted(ids, key=key.__getitem__)[:count])
+    assert found[0] < found[1]
 
 
-@pytest.mark.parametrize(("step", "settings", "kept"), [
-    ("top", {"count": 3}, [1, 3, 4]), ("top", {"share": 0.5}, [3, 4]), ("top", {"count": 99}, [0, 1, 2, 3, 4]),
-    ("drop_top", {"count": 2}, [0, 1, 2]), ("drop_top", {"share": 0.0}, [0, 1, 2, 3, 4]), ("top", {"count": 0}, []),
-])  # fmt: skip
-def test_highest_values_and_their_ties(step, settings, kept):
-    # Of the equal 2s the higher row numbers stand higher, as in the reversed stable argsort that bands use.
-    table = _table(np.zeros((5, 2), np.float32), np.array([1.0, 2, 0, 2, 2]))
-    assert np.flatnonzero(_run(table, (step, settings))[1][0].keep).tolist() == kept
+@pytest.mark.parametrize("first", ["far", "near", "random"])
+def test_semdedups_rule_drops_what_has_an_earlier_neighbour(first: str, tmp_path: Path) -> None:
+    u, ids, _ = embeddings(tmp_path / "e")
+    rows = chosen(tmp_path, f"{{cluster: {{k: 1}}, pairs: {{threshold: 0.8, first: {first}}}}}")
+    away = np.linalg.norm(u - np.load(tmp_path / "out/centroids.npy")[0].astype(np.float64), axis=1)
+    drawn = hash_keys(hash_ids(id.encode() for id in ids), 0, 2)
+    key = {"far": -away, "near": away, "random": drawn}[first]
+    order = sorted(range(N), key=lambda i: (key[i], ids[i].encode()))
+    above = np.triu((u @ u.T)[np.ix_(order, order)], 1) > 0.8
+    assert kept(rows) == {ids[i] for i, gone in zip(order, above.any(0), strict=True) if not gone}
 
 
-def test_a_larger_budget_holds_the_smaller_one():
-    table = _table(np.zeros((50, 2), np.float32), np.zeros(50))
-    small, large = (set(np.flatnonzero(_run(table, ("budget", {"count": n}))[1][0].keep)) for n in (7, 20))
-    assert len(small) == 7 and len(large) == 20 and small < large
-    other = set(np.flatnonzero(_run(table, ("budget", {"count": 7}), shop=Shop(seed=1))[1][0].keep))
-    assert other != small
+def test_steps_may_follow_one_another_in_any_order_and_the_ledger_tells_all(tmp_path: Path) -> None:
+    _, ids, score = embeddings(tmp_path / "e")
+    steps = (
+        "{top: {count: 200}, cluster: {k: 3}, dedup: {threshold: 0.8}, again: {step: cluster, k: 2}, "
+        "centroid: {low: 0, high: 0.5}, budget: {count: 20}}"
+    )
+    rows = chosen(tmp_path, steps)
+    assert len(rows) == N and len(kept(rows)) == 20
+    assert {id for id, row in rows.items() if row["verdict"] == "top"} == set(by_rank(ids, score)[200:])
+    assert all(row["cluster"] is None for row in rows.values() if row["verdict"] == "top")
+    assert all(
+        row["cluster"] in (0, 1) and row["component"] is None for row in rows.values() if row["verdict"] == "budget"
+    )
+    assert all(row["component"] is not None for row in rows.values() if row["verdict"] == "dedup")
 
 
-# --- copies --------------------------------------------------------------------------------------------------------
+def test_own_centroids_are_taken(tmp_path: Path) -> None:
+    u, ids, _ = embeddings(tmp_path / "e")
+    np.save(tmp_path / "c.npy", np.stack([u[3], u[200], 5 * u[100]]).astype(np.float32))
+    rows = chosen(tmp_path, "{cluster: {}, budget: {count: 5}}", f"centroids={tmp_path / 'c.npy'}")
+    c = np.load(tmp_path / "c.npy").astype(np.float64)
+    expected = np.linalg.norm(u[:, None] - c, axis=2).argmin(1)
+    assert [rows[id]["cluster"] for id in ids] == expected.tolist()
+    for wrong, said in (
+        (np.zeros((2, 3)), r"centroids for these vectors are \[k, 16\]"),
+        (np.full((1, 16), np.nan), "not finite"),
+    ):
+        np.save(tmp_path / "wrong.npy", wrong)
+        with pytest.raises(DataError, match=said):
+            (tmp_path / "r.yaml").write_text("encoder: x\nsteps: {cluster: {}}\n")
+            condense(tmp_path / "e", tmp_path / "other", tmp_path / "r.yaml", [f"centroids={tmp_path / 'wrong.npy'}"])
 
 
-@given(st.lists(st.integers(0, 4), max_size=30), st.sampled_from([np.float16, np.float32]))
-def test_copies_are_found_by_their_bits(pool, dtype):
-    base = np.array([[0.0, 1, 0], [-0.0, 1, 0], [1, 0, 0], [0.6, 0.8, 0], [0.6, 0.8, 1e-7]], dtype)
-    x = base[pool] if pool else np.zeros((0, 3), dtype)
-    table, _ = _run(_table(x, np.zeros(len(x))), ("collapse", {}))
-    expected = [next(i for i in range(len(x)) if x[i].tobytes() == row.tobytes()) for row in x]
-    assert table.columns["copy_of"].tolist() == expected
-    assert first_of_equal(x).tolist() == expected if len(x) else True
+def test_memory_and_workers_change_no_row_of_the_ledger(tmp_path: Path) -> None:
+    embeddings(tmp_path / "e")
+    (tmp_path / "r.yaml").write_text(
+        "encoder: x\nsteps: {cluster: {k: 5}, dedup: {threshold: 0.8}, budget: {count: 50}}\n"
+    )
+    ways = [{"workers": 1}, {"workers": 2}, {"workers": 2, "memory": 1}]
+    found = []
+    for place, way in enumerate(ways):
+        out = condense(tmp_path / "e", tmp_path / f"o{place}", tmp_path / "r.yaml", **way)
+        found.append(sorted(pq.read_table(out / "ledger").to_pylist(), key=lambda row: row["id"]))
+    assert found[0] == found[1] == found[2]
 
 
-def test_rows_that_share_a_hash_are_still_told_apart(monkeypatch):
-    monkeypatch.setattr("leveret.condense.copies.row_hash", lambda x: np.zeros(len(x), np.uint64))
-    x = _BASE[[0, 1, 0, 2, 1, 0]]
-    table, _ = _run(_table(x, np.zeros(6)), ("collapse", {}))
-    assert table.columns["copy_of"].tolist() == [0, 1, 0, 3, 1, 0]
-    assert len(row_hash(x)) == 6
+def test_overrides_may_leave_out_what_is_understood() -> None:
+    short = ["dedup.threshold=0.9", "score.low=0.3", "centroid=null", "budget=77", "centroids=c.npy", "seed=3"]
+    recipe = read("bunny", short)
+    steps: Any = recipe.steps
+    assert (steps["dedup"].threshold, steps["score"].low, steps["budget"].count, recipe.seed) == (0.9, 0.3, 77, 3)
+    assert "centroid" not in steps and steps["cluster"].centroids == "c.npy"
+    assert read("bunny", ["steps.dedup.threshold=0.9"]) == read("bunny", ["dedup.threshold=0.9"])
+    for wrong, said in (
+        ("dedup.treshold=1", "did you mean threshold"), ("dedup.threshold=2", "less than or equal to 1"),
+        ("score.low=0.7", "must be less than high"), ("dedupe=3", "dedupe"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=said):
+            read("bunny", [wrong])
+
+
+@pytest.mark.parametrize("name", ["bunny", "clip-score-top", "photos", "random", "world"])
+def test_every_recipe_is_made_of_rows_of_the_table(name: str) -> None:
+    assert {config.step for config in read(name).steps.values()} <= set(STEPS)

@@ -178,17 +178,17 @@ def test_copies_among_real_photos_are_found_and_strangers_are_left_apart(
                 put(folder, f"{file.stem}/{kind}.jpg", data, f"{kind} {file.stem}")
     spoil(folder)
     said = run("condense", folder, "-r", "photos", "-o", tmp_path / "out")
-    rows = pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "out" / "ledger").to_pylist()
     assert len(rows) == len(files) + 3 * (len(files) // 2) + len(BROKEN)
     groups: dict[Any, set[str]] = {}
     for row in rows:
-        if row["step"] != "read":
+        if row["verdict"] != "read":
             groups.setdefault(row["component"], set()).add(row["id"].partition("/")[0])
     assert len(groups) == len(files), "a copy was missed"
     assert all(len(names) == 1 for names in groups.values()), "two photos were taken for one"
-    kept = [row["id"].partition("/")[0] for row in rows if row["kept"]]
+    kept = [row["id"].partition("/")[0] for row in rows if row["verdict"] == "kept"]
     assert sorted(kept) == sorted(file.stem for file in files)
-    refused = {row["id"]: row["reason"] for row in rows if row["step"] == "read"}
+    refused = {row["id"]: row["reason"] for row in rows if row["verdict"] == "read"}
     assert refused.pop("missing.txt") == "caption without a photo"
     assert refused == {name: reason for name, reason in BROKEN.items() if name != "missing.jpg"}
     assert f"{len(files):,} kept" in said.out and "left out by dedup: near copy" in said.out
@@ -237,12 +237,12 @@ def test_every_form_of_picture_goes_through(photos: Path, tmp_path: Path, run: A
         name: size for name, (_, size) in forms.items()
     }
     run("condense", folder, "-r", "photos", "-o", tmp_path / "out")
-    rows = {row["id"]: row for row in pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist()}
+    rows = {row["id"]: row for row in pq.read_table(tmp_path / "out" / "ledger").to_pylist()}
     # Grey and half transparent ones are other pictures; the rest is one picture in other clothes.
     same = {rows[name]["component"] for name in forms if name not in ("grey.jpeg", "clear.png")}
     assert len(same) == 1 and not same & {rows[other.name]["component"] for other in names[20:26]}
     run("condense", listed, "--images", folder, "-r", "world", "-o", tmp_path / "world", "steps.dedup=null",
-        "steps.collapse=null", "steps.top.share=1")  # fmt: skip
+        "steps.top.share=1")  # fmt: skip
     kept = json.loads((tmp_path / "world" / "coreset.json").read_text("utf-8"))
     assert [record["image"] for record in kept] == list(forms)
     assert all(open_source(tmp_path / "world" / "coreset.json", folder).sample(n).images for n in range(len(forms)))

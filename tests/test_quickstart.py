@@ -130,7 +130,7 @@ def test_killed_at_every_station_it_ends_with_the_same_bytes(tmp_path: Path) -> 
 
     same = [
         "coreset/coreset.json",
-        "coreset/ledger.parquet",
+        "coreset/coreset.parquet",
         "train/align/model/model.safetensors",
         "train/model/model.safetensors",
         "model/model.safetensors",

@@ -63,7 +63,7 @@ def ids(out: Path, name: str) -> set[str]:
 
 
 def ledger(out: Path, name: str) -> list[dict[str, Any]]:
-    return pq.read_table(arm(out, name) / "choice" / "ledger.parquet").to_pylist()
+    return pq.read_table(arm(out, name) / "choice" / "ledger").to_pylist()
 
 
 def truth(out: Path) -> dict[str, dict[str, Any]]:
@@ -94,25 +94,22 @@ def test_every_arm_chooses_as_it_says(out: Path) -> None:
     assert ids(out, "score-only") == set(sorted(scores, key=scores.__getitem__)[-BUDGET:])
 
     rows = {row["id"]: row for row in ledger(out, "coreset")}
-    of_each_group = [row for row in rows.values() if row["step"] != "dedup"]
+    of_each_group = [row for row in rows.values() if row["verdict"] != "dedup"]
     best = sorted(row["score"] for row in of_each_group)[-int(0.3 * len(of_each_group)) :]
     assert len(of_each_group) < TINY.web and all(rows[id]["score"] >= best[0] for id in ids(out, "coreset"))
 
     best = sorted(scores.values())[-int(0.1 * TINY.web) :]
     assert all(scores[id] >= best[0] for id in ids(out, "no-dedup"))
 
-    groups = [row["component"] for row in ledger(out, "dedup-only") if row["kept"]]
+    groups = [row["component"] for row in ledger(out, "dedup-only") if row["verdict"] == "kept"]
     assert len(set(groups)) == len(groups) == BUDGET
 
     labels = [
-        json.loads(path.read_text())["step"] for path in sorted((arm(out, "windows") / "choice" / "done").glob("*"))
+        json.loads(path.read_text())["label"]
+        for path in sorted((arm(out, "windows") / "choice" / "done").glob("step_*"))
     ]
-    assert {f"step_{place:02d}" for place in range(6)} <= set(labels)
-    assert {row["step"] for row in ledger(out, "windows") if not row["kept"]} <= {
-        "dedup",
-        "score_band",
-        "centroid_band",
-    }
+    assert labels == ["cluster", "dedup", "score", "centroid", "budget"]
+    assert {row["verdict"] for row in ledger(out, "windows")} <= {"dedup", "score", "centroid", "kept"}
 
 
 def test_the_random_draws_are_one_draw_so_that_arms_differ_by_their_rules(out: Path) -> None:

@@ -227,7 +227,7 @@ def condense(
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]
     for label, reasons in facts["left_out"].items():
         lines += _left_out(reasons, "refused" if label == "read" else f"left out by {label}")
-    lines += [f"the fate of each stands in {folder / 'ledger.parquet'}"]
+    lines += [f"the fate of each stands in {folder / 'ledger'}"]
     lines += [f"the coreset is {folder / 'coreset.json'}, the report {folder / 'report.html'}"]
     _report(json, {"out": str(folder), **facts}, "\n".join(lines))
 
@@ -235,12 +235,13 @@ def condense(
 def _condense_plan(
     source: str, out: Path, overrides: Sequence[str], recipe: str, images: Path | None, encoder: str | None
 ) -> dict[str, Any]:
-    from leveret.condense.pipeline import CondenseRecipe
-    from leveret.recipe import dump, load
+    from leveret.condense.given import is_given
+    from leveret.condense.steps import read
+    from leveret.recipe import dump
 
-    chosen = dump(load(recipe, CondenseRecipe, "condense", overrides))
+    chosen = dump(read(recipe, overrides))
     facts: dict[str, Any] = {"recipe": recipe, "out": str(out)}
-    if (Path(source) / "img_emb").is_dir():
+    if is_given(source):
         facts["embeddings"] = source
     else:
         from leveret.pool import open_source

@@ -191,15 +191,15 @@ def _embed_shard(
             raise Interrupted(f"stopped as asked; the same command goes on after sample {start:,} ({run.path})")
     good = np.array([index for done in parts for index in done.good], np.int64)
     vectors = np.concatenate([done.vectors for done in parts] or [np.zeros((0, encoder.width), np.float16)])
-    table = pa.table(
-        {
-            "index": good,
-            "id": pa.array([facts[i][0] for i in good.tolist()], pa.string()),
-            "image": pa.array([facts[i][1] for i in good.tolist()], pa.string()),
-            "caption": pa.array([facts[i][2] for i in good.tolist()], pa.string()),
-            "score": np.concatenate([done.score for done in parts] or [np.zeros(0, np.float32)]),
-        }
-    )
+    columns = {
+        "index": good,
+        "id": pa.array([facts[i][0] for i in good.tolist()], pa.string()),
+        "image": pa.array([facts[i][1] for i in good.tolist()], pa.string()),
+        "caption": pa.array([facts[i][2] for i in good.tolist()], pa.string()),
+    }
+    if encoder.has_texts:
+        columns["score"] = np.concatenate([done.score for done in parts] or [np.zeros(0, np.float32)])
+    table = pa.table(columns)
     number = start // shard
     refused.sort(key=lambda line: line["index"])
     quarantine = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in refused)

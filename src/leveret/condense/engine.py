@@ -71,6 +71,7 @@ class Training:
     """Training rows in a file, in the order of their ids' hash: float32 unit vectors."""
 
     def __init__(self, path: Path, n: int, width: int) -> None:
+        self.path = path
         self.shard = Shard(path, n, width, "<f4")
 
     def __len__(self) -> int:
@@ -109,15 +110,48 @@ def training_rows(rows: Rows, wanted: int, seed: int, path: Path) -> Training:
     return Training(path, len(order), width)
 
 
-def train(rows: Training, k: int, iterations: int, run: lloyd.Map) -> tuple[Floats, int]:
-    """Centroids [<= k, width] and the rounds made: until none moves, at most `iterations`."""
-    centroids = lloyd.start(rows, k)
+def train(rows: Training, k: int, iterations: int, run: lloyd.Map, folder: Path | None = None) -> tuple[Floats, int]:
+    """Centroids [<= k, width] and the rounds made: until none moves, at most `iterations`. Each round is kept in
+    `folder`, so that a killed run goes on with the next."""
+
+    def remembered(number: int, make: Callable[[], Floats]) -> Floats:
+        if folder is None:
+            return make()
+        path = folder / f"round-{number:04d}.npz"
+        if not path.exists():
+            save(path, {"centroids": make()})
+        found: Floats = load(path, "centroids")[0]
+        return found
+
+    centroids = remembered(0, lambda: lloyd.start(rows, k))
     for made in range(iterations):
-        new = lloyd.one_round(rows, centroids, run)
-        if np.array_equal(new, centroids):
+        before = centroids
+        centroids = remembered(made + 1, lambda before=before: lloyd.one_round(rows, before, run))  # type: ignore[misc]
+        if np.array_equal(centroids, before):
             return centroids, made + 1
-        centroids = new
     return centroids, iterations
+
+
+def given_centroids(path: str | Path, width: int) -> Floats:
+    """Centroids someone else made. DataError where the file is not [k, width] numbers, all finite."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as fault:
+        raise DataError(f"{path}: not a readable .npy file of centroids ({fault})") from None
+    if found.ndim != 2 or found.shape[1] != width or not len(found) or found.dtype.kind != "f":
+        raise DataError(f"{path}: {found.dtype} of shape {found.shape}; centroids for these vectors are [k, {width}]")
+    if not np.isfinite(found).all():
+        raise DataError(f"{path}: centroid {int(np.flatnonzero(~np.isfinite(found).all(1))[0])} is not finite")
+    centroids: Floats = found.astype(np.float32)
+    return centroids
+
+
+def cluster_sizes(rows: Rows, k: int) -> Ints:
+    """[k] rows of each cluster."""
+    sizes = np.zeros(k, np.int64)
+    for part in rows.parts:
+        sizes += np.bincount(part.read("cluster")[0], minlength=k)
+    return sizes
 
 
 def group(rows: Rows, centroids: Floats, most: int, run: lloyd.Map) -> Rows:
@@ -143,7 +177,7 @@ def dedup(
 ) -> tuple[Rows, dict[str, int]]:
     """One row of each component of near copies stays, by the rule `keep` of `groups.KEEPS`.
 
-    Adds component and keeper (row numbers: of the member whose id comes first, and of the one that stays), keeper_id,
+    Adds component and keeper (row numbers: of the member whose id comes first, and of the one that stays), their ids,
     component_size, same (whether the row is the keeper bit by bit). Also returns sizes of components -> how many.
     """
     rule = groups.KEEPS[keep]
@@ -167,7 +201,7 @@ def dedup(
             _write_groups(rows, label, part, alive, component, keeper, counts[back], _equal(read, keeper))
 
     _finish(run(judge, rows.parts))
-    after = rows.after(label, ("component", "component_size", "keeper", "keeper_id", "same"))
+    after = rows.after(label, ("component", "component_id", "component_size", "keeper", "keeper_id", "same"))
     sizes: Counter[int] = Counter()
     for part in rows.parts:
         alive = rows.alive(part)
@@ -212,11 +246,11 @@ def _write_groups(
     for name, values in columns.items():
         whole[name] = np.full(part.n, 0 if values.dtype == np.bool_ else -1, values.dtype)
         whole[name][alive] = values
-    source = np.arange(part.n)
-    source[alive] = alive[keeper]
+    heads, keepers = np.arange(part.n), np.arange(part.n)
+    heads[alive], keepers[alive] = alive[component], alive[keeper]
     dropped = np.zeros(part.n, np.bool_)
     dropped[alive] = keeper != np.arange(len(alive))
-    rows.judge(label, part, dropped, **whole, keeper_id=ids.take(source))
+    rows.judge(label, part, dropped, **whole, component_id=ids.take(heads), keeper_id=ids.take(keepers))
 
 
 def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centroids: Floats, run: lloyd.Map) -> Rows:
@@ -230,11 +264,8 @@ def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centr
         if not rows.place(label, part).exists():
             alive = rows.alive(part)
             x, (cluster, hashes) = part.vectors()[alive], (column[alive] for column in part.read("cluster", "hash"))
-            if first == "random":
-                key = ranks.hash_keys(hashes, seed, SALT_DRAW)
-            else:
-                away = distances(x, centroids, cluster)
-                key = away if first == "near" else -away
+            away = distances(x, centroids, cluster) * (1 if first == "near" else -1)
+            key: Array = ranks.hash_keys(hashes, seed, SALT_DRAW) if first == "random" else away
             rank = np.empty(len(alive), np.int64)
             rank[np.lexsort((np.arange(len(alive)), key))] = np.arange(len(alive))
             inside = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
@@ -261,6 +292,32 @@ def band(rows: Rows, label: str, by: str, low: float | str, high: float | str, *
     n = rows.count()
     begin, end = ranks.rank_of(low, n), ranks.rank_of(high, n)
     return rows.keep_ranks(label, by, ranks.descending, min(begin + published, end), end)
+
+
+def ranked(rows: Rows, label: str, by: str, begin: int, end: int) -> Rows:
+    """Of the alive rows by value descending, then id, those at ranks [begin, end)."""
+    return rows.keep_ranks(label, by, ranks.descending, begin, end)
+
+
+def extent(rows: Rows, by: str) -> dict[str, Any]:
+    """The lowest and the highest value of the alive rows."""
+    lows, highs = [], []
+    for part in rows.parts:
+        values = rows.column(by, part)[rows.alive(part)]
+        if len(values):
+            lows.append(float(values.min()))
+            highs.append(float(values.max()))
+    return {"by": by, "lowest": min(lows), "highest": max(highs)} if lows else {"by": by}
+
+
+def copies(rows: Rows, label: str) -> tuple[int, int]:
+    """How many rows the step dropped that hold the kept one's bits, and how many others."""
+    exact = near = 0
+    for part in rows.parts:
+        dropped, same = load(rows.place(label, part), "dropped", "same")
+        exact += int((dropped & same).sum())
+        near += int((dropped & ~same).sum())
+    return exact, near
 
 
 def draw(rows: Rows, label: str, count: int, seed: int) -> Rows:

@@ -1,4 +1,4 @@
-"""A folder of embeddings in clip-retrieval's layout, ours or anyone's, and reading it back.
+"""A folder of embeddings in clip-retrieval's layout, opened whole: names, captions and pictures, looked up by row.
 
 img_emb/img_emb_0.npy       [rows, width] float16 or float32, each row of length 1
 text_emb/text_emb_0.npy     the same for captions (optional)
@@ -7,8 +7,6 @@ metadata/metadata_0.parquet one row per vector: id (or key), image path, caption
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leveret.condense.table import Array, Shop, Vectors, dots
+from leveret.condense.given import numbered
+from leveret.condense.rows import Array, Ints, cosines
 from leveret.runs import DataError, read_json, read_jsonl
 
 if TYPE_CHECKING:
@@ -31,6 +30,41 @@ SCORE_COLUMNS = ("score", "similarity", "clip_score")
 
 OFF_LENGTH = 0.01
 """How far from 1 a vector's length may be: float16 rounding gives 5e-4; anything larger is not a unit vector."""
+
+
+class Vectors:
+    """The unit vectors of all rows, in shards that stay on disk (memory-mapped) and are read in blocks.
+
+    n, width   rows and numbers per row. Rows are numbered through all shards in their order.
+    """
+
+    def __init__(self, shards: Sequence[Array]) -> None:
+        self.shards = [shard for shard in shards if len(shard)] or list(shards[:1])
+        self.bounds = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.n = int(self.bounds[-1])
+        self.width = int(self.shards[0].shape[1]) if self.shards else 0
+
+    def raw(self, rows: Ints) -> Array:
+        """The stored numbers of `rows` (any order, repeats allowed), in their own dtype: [len(rows), width]."""
+        if len(rows) and np.all(rows[1:] >= rows[:-1]):
+            cuts = np.searchsorted(rows, self.bounds)
+            parts = [
+                shard[rows[a:b] - base]
+                for shard, base, a, b in zip(self.shards, self.bounds[:-1], cuts[:-1], cuts[1:], strict=True)
+                if b > a
+            ]
+            return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        if not len(rows):
+            dtype = self.shards[0].dtype if self.shards else np.float32
+            return np.zeros((0, self.width), dtype)
+        order = np.argsort(rows, kind="stable")
+        out = np.empty((len(rows), self.width), self.shards[0].dtype)
+        out[order] = self.raw(rows[order])
+        return out
+
+    def take(self, rows: Ints) -> NDArray[np.float32]:
+        """The vectors of `rows` as float32 [len(rows), width]; float16 widens without loss."""
+        return self.raw(rows).astype(np.float32, copy=False)
 
 
 @dataclass
@@ -57,34 +91,20 @@ class Embeddings:
         return self.vectors.n
 
 
-def is_embeddings(path: str | Path) -> bool:
-    """Whether a path is a folder of embeddings (it holds `img_emb`)."""
-    return (Path(path) / "img_emb").is_dir()
-
-
-def shards(path: Path, kind: str, ending: str) -> list[Path]:
-    """`path/kind/kind_<number><ending>` in the order of the numbers."""
-    found = []
-    for file in (path / kind).glob(f"{kind}_*{ending}"):
-        if number := re.fullmatch(rf"{kind}_(\d+)", file.name.removesuffix(ending)):
-            found.append((int(number[1]), file))
-    return [file for _, file in sorted(found)]
-
-
 def open_embeddings(path: str | Path) -> Embeddings:
     """Open a folder; vectors stay on disk. DataError names the file that is missing, or does not fit the others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = Path(path)
-    files = shards(path, "img_emb", ".npy")
+    files = numbered(path, "img_emb", ".npy")
     if not files:
         raise DataError(f"{path}: there is no img_emb/img_emb_<number>.npy; a folder of embeddings holds at least one")
     arrays = [_open_npy(file) for file in files]
     widths = {int(array.shape[1]) for array in arrays}
     if len(widths) > 1:
         raise DataError(f"{path}/img_emb: vectors of several widths ({', '.join(map(str, sorted(widths)))}) in one set")
-    metas = shards(path, "metadata", ".parquet")
+    metas = numbered(path, "metadata", ".parquet")
     if metas and len(metas) != len(files):
         raise DataError(f"{path}: {len(files)} files in img_emb and {len(metas)} in metadata; they must go in pairs")
     tables = []
@@ -158,42 +178,10 @@ def _numbers(tables: Sequence[pa.Table], names: Sequence[str], dtype: Any) -> Ar
 
 def _from_texts(path: Path, images: Sequence[Array]) -> NDArray[np.float64] | None:
     """Image-text cosines in float64 from stored caption vectors, as the published pipeline takes them."""
-    files = shards(path, "text_emb", ".npy")
+    files = numbered(path, "text_emb", ".npy")
     if not files:
         return None
     texts = [_open_npy(file) for file in files]
     if [array.shape for array in texts] != [array.shape for array in images]:
         raise DataError(f"{path}: the shapes in text_emb differ from those in img_emb; they must go in pairs")
-    return np.concatenate([dots(text, image) for text, image in zip(texts, images, strict=True)])
-
-
-def check_vectors(vectors: Vectors, shop: Shop) -> None:
-    """DataError at the first row that is not finite or not of length 1: a product would then be no cosine."""
-
-    def look(start: int) -> str:
-        rows = np.arange(start, min(start + 65536, vectors.n))
-        lengths = np.sqrt(np.square(vectors.take(rows)).sum(1))
-        wrong = np.flatnonzero(~(np.abs(lengths - 1) <= OFF_LENGTH))  # NaN is wrong too
-        return f"row {rows[wrong[0]]} has length {lengths[wrong[0]]:.4g}" if len(wrong) else ""
-
-    for fault in shop.map(look, range(0, vectors.n, 65536)):
-        if fault:
-            raise DataError(f"{fault}; every vector must have length 1 (within {OFF_LENGTH}). Normalise them first.")
-
-
-def fingerprint(path: str | Path) -> str:
-    """Hex digest of a folder: names and sizes of all files, the metadata, and 16 samples of 64 KiB of each `.npy`.
-
-    Reads little even of terabytes; a change of single vectors between the samples is not seen.
-    """
-    path = Path(path)
-    digest = hashlib.sha256(b"leveret embeddings 1\n")
-    for kind, ending in (("img_emb", ".npy"), ("text_emb", ".npy"), ("metadata", ".parquet")):
-        for file in shards(path, kind, ending):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            with open(file, "rb") as stream:
-                for part in range(16):
-                    stream.seek(size * part // 16)
-                    digest.update(stream.read(65536))
-    return digest.hexdigest()
+    return np.concatenate([cosines(text, image) for text, image in zip(texts, images, strict=True)])

@@ -255,7 +255,8 @@ def by_distance(
 
 
 def by_mean(read: Callable[[Ints], Array], places: Ints, component: Ints) -> Doubles:
-    """[n] distance of each row to the mean of its component's unit vectors (copies counted), all in float64.
+    """[n] distance of each row to the mean of its component's unit vectors (copies counted), in float64 and rounded to
+    12 decimals: of two members both are equally far, and rounding in the last bits must not choose.
 
     Sums run in the order of `places`, so that they depend on nothing else.
     """
@@ -272,7 +273,8 @@ def by_mean(read: Callable[[Ints], Array], places: Ints, component: Ints) -> Dou
         for part in exact.spans(len(inside), exact.TOGETHER):
             x = exact.unit(read(places[inside[part]]))
             key[inside[part]] = np.sqrt(np.square(x - mean).sum(1))
-    return key
+    rounded: Doubles = np.round(key, 12)
+    return rounded
 
 
 @dataclass(frozen=True)

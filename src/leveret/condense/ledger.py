@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from leveret.condense.columns import Ids
+from leveret.condense.engine import kept
 from leveret.condense.folder import Embeddings
-from leveret.condense.table import Array, Table, Verdict
+from leveret.condense.rows import Array, Ints
+from leveret.condense.steps import State
+from leveret.condense.working import ALIVE, Part, Rows
 from leveret.pool import Source
 from leveret.records import ImageRef, Sample
 from leveret.runs import atomic_write
@@ -30,7 +34,6 @@ class Stage:
     step: str
     before: int
     after: int
-    reasons: tuple[str, ...]
     notes: Mapping[str, Any]
 
 
@@ -50,31 +53,43 @@ class Ledger:
     words: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, embeddings: Embeddings, hashes: NDArray[np.uint64]) -> Ledger:
-        columns: dict[str, Array] = {"hash": hashes}
-        if embeddings.score is not None:
-            columns["score"] = embeddings.score
-        return cls(embeddings, np.zeros(len(embeddings), np.int32), columns)
-
-    def table(self) -> Table:
-        """The rows that are alive."""
-        rows = np.flatnonzero(self.fate == KEPT).astype(np.int64)
-        columns = {name: column[rows] for name, column in self.columns.items()}
-        return Table(rows, columns, self.embeddings.vectors, self.facts)
-
-    def enter(self, label: str, step: str, table: Table, verdict: Verdict) -> None:
-        """Write a verdict down."""
-        for name, values in verdict.columns.items():
-            column = np.full(len(self.fate), _FILL.get(values.dtype.kind, 0), values.dtype)
-            column[table.rows] = values
-            self.columns[name] = column
-        self.facts |= dict(verdict.facts)
-        first = len(self.words) + 1
-        self.words += [(label, reason) for reason in verdict.reasons]
-        dropped = table.rows[~verdict.keep]
-        self.fate[dropped] = first + verdict.reason[~verdict.keep].astype(np.int32)
-        after = int(verdict.keep.sum())
-        self.stages.append(Stage(label, step, len(table), after, verdict.reasons, verdict.notes))
+    def of(cls, embeddings: Embeddings, state: State, stages: list[Stage]) -> Ledger:
+        """All rows at once, from the parts on disk: for pools whose columns fit in memory."""
+        n = len(embeddings)
+        place = np.full(embeddings.length, -1, np.int64)
+        place[embeddings.index] = np.arange(n)
+        fate, columns, words = np.zeros(n, np.int32), dict[str, Array](), list[tuple[str, str]]()
+        for rows in (*state.earlier, state.rows):
+            first = len(words) + 1
+            reasons = {
+                label: ("exact copy", "near copy") if "same" in rows.made_by(label) else ("",) for label in rows.judged
+            }
+            words += [(label, reason) for label in rows.judged for reason in reasons[label]]
+            begins = first + np.cumsum([0, *(len(reasons[label]) for label in rows.judged)])
+            for part in rows.parts:
+                where = place[part.read("row")[0]]
+                dropped = rows.fate(part)
+                gone = np.flatnonzero(dropped)
+                fates = begins[dropped[gone] - 1]
+                if "same" in rows.columns:
+                    same = rows.column("same", part)[gone]
+                    fates = fates + (
+                        np.array([len(reasons[rows.judged[d - 1]]) > 1 for d in dropped[gone]], bool) & ~same
+                    )
+                fate[where[gone]] = fates
+                for name in LOOKED_AT:
+                    if name in rows.columns or name in part.names():
+                        values = rows.column(name, part)
+                        if name in ("component", "keeper"):
+                            values = np.where(values >= 0, place[values], -1)
+                        if name not in columns:
+                            columns[name] = np.full(n, _FILL.get(values.dtype.kind, 0), values.dtype)
+                        columns[name][where] = values
+        for name, filler in LOOKED_AT.items():  # a chain without rows, or without a step that makes it
+            columns.setdefault(name, np.full(n, filler))
+        columns["representative"] = columns.pop("keeper")
+        facts = {} if state.centroids is None else {"centroids": state.centroids}
+        return cls(embeddings, fate, columns, facts, stages, words)
 
     def kept(self) -> NDArray[np.int64]:
         """Row numbers of what is kept, in the order of the source."""
@@ -83,52 +98,123 @@ class Ledger:
 
 
 _FILL = {"i": -1, "f": np.nan}
+LOOKED_AT = {
+    "score": np.nan, "hash": np.uint64(0), "cluster": -1, "centroid_cosine": np.nan, "component": -1,
+    "component_size": -1, "keeper": -1,
+}  # fmt: skip
+"""Columns that the report looks at, and what stands where there are none."""
 
-COLUMNS = ("cluster", "component", "component_size", "representative", "score", "centroid_cosine")
+# --- on disk -------------------------------------------------------------------------------------------------------
 
 
-def write_ledger(ledger: Ledger, path: Path) -> None:
-    """One row per sample of the source, in its order, refused ones too.
+def write_ledger(state: State, refused: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """`folder/*.parquet`: one row per sample of the source, refused ones too, in parts.
 
-    index, id; cluster, component (index of its first member), component_size, representative (index of the kept
-    member), score, centroid_cosine (null where no step made them); step and reason of its fate; kept.
+    index (position in the source), id; cluster, component (id of its member whose id comes first), component_size,
+    keeper (id of the member that stays), score, centroid_similarity: null where no step made them; verdict: the label
+    of the step that dropped it, `read`, or `kept`; reason: more about it, or empty.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    generations = (*state.earlier, state.rows)
+    for rows in generations:
+        for part in rows.parts:
+            path = folder / f"{rows.generation:02d}-{part.number:06d}.parquet"
+            if not path.exists():
+                _write_part(rows, part, path, whole=rows is state.rows)
+    if refused:
+        import pyarrow as pa
+
+        n = len(refused)
+        known = {
+            "index": pa.array([line["index"] for line in refused], pa.int64()),
+            "id": pa.array([str(line.get("id", "")) for line in refused], pa.string()),
+            "verdict": pa.array(["read"] * n),
+            "reason": pa.array([str(line["reason"]) for line in refused]),
+        }
+        _write_table(
+            {name: known.get(name, pa.nulls(n, kind)) for name, kind in _kinds().items()}, folder / "refused.parquet"
+        )
+
+
+def _kinds() -> dict[str, Any]:
+    import pyarrow as pa
+
+    text = pa.string()
+    return {
+        "index": pa.int64(), "id": text, "cluster": pa.int32(), "component": text, "component_size": pa.int64(),
+        "keeper": text, "score": pa.float64(), "centroid_similarity": pa.float64(), "verdict": text, "reason": text,
+    }  # fmt: skip
+
+
+def _write_part(rows: Rows, part: Part, path: Path, *, whole: bool) -> None:
+    import pyarrow as pa
+
+    fate = rows.fate(part)
+    told = np.arange(part.n) if whole else np.flatnonzero(fate != ALIVE)
+    fate = fate[told]
+
+    def column(name: str) -> Any:
+        if name not in rows.columns and name not in part.names():
+            return None
+        found = rows.column(name, part)
+        return found.take(told) if isinstance(found, Ids) else found[told]
+
+    def text(ids: Ids | None, present: Array | None = None) -> Any:
+        if ids is None:
+            return pa.nulls(len(told), pa.string())
+        names = [name.decode("utf-8", "surrogateescape") for name in ids.at(np.arange(len(ids)))]
+        return pa.array(names, pa.string(), mask=None if present is None else ~present)
+
+    def numbers(name: str, kind: Any) -> Any:
+        found = column(name)
+        if found is None:
+            return pa.nulls(len(told), kind)
+        return pa.array(found, kind, mask=np.isnan(found) if found.dtype.kind == "f" else found < 0)
+
+    grouped = column("component")
+    present = None if grouped is None else grouped >= 0
+    same, several = column("same"), np.array([False, *("same" in rows.made_by(label) for label in rows.judged)])
+    reasons = np.full(len(told), "", object)
+    if same is not None:
+        reasons[several[fate]] = np.where(same[several[fate]], "exact copy", "near copy")
+    verdicts = np.array(["kept", *rows.judged], object)
+    kinds = _kinds()
+    _write_table(
+        {
+            "index": pa.array(column("row")),
+            "id": text(column("id")),
+            "cluster": numbers("cluster", kinds["cluster"]),
+            "component": text(column("component_id"), present),
+            "component_size": numbers("component_size", kinds["component_size"]),
+            "keeper": text(column("keeper_id"), present),
+            "score": numbers("score", kinds["score"]),
+            "centroid_similarity": numbers("centroid_cosine", kinds["centroid_similarity"]),
+            "verdict": pa.array(verdicts[fate], pa.string()),
+            "reason": pa.array(reasons, pa.string()),
+        },
+        path,
+    )
+
+
+def _write_table(columns: Mapping[str, Any], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    embeddings = ledger.embeddings
-    n, refused = len(embeddings), embeddings.refused
-    index = np.concatenate([embeddings.index, np.array([line["index"] for line in refused], np.int64)])
-    order = np.argsort(index, kind="stable")
-
-    def column(values: Array, present: NDArray[np.bool_], kind: pa.DataType) -> pa.Array:
-        values = np.concatenate([values, np.zeros(len(refused), values.dtype)])[order]
-        present = np.concatenate([present, np.zeros(len(refused), bool)])[order]
-        return pa.array(values, kind, mask=~present)
-
-    data: dict[str, pa.Array] = {"index": pa.array(index[order])}
-    ids = [*embeddings.ids, *(str(line.get("id", "")) for line in refused)]
-    data["id"] = pa.array([ids[at] for at in order.tolist()], pa.string())
-    for name in COLUMNS:
-        values = ledger.columns.get(name)
-        floats = name in ("score", "centroid_cosine")
-        if values is None:
-            values = np.full(n, np.nan if floats else -1)
-        present = ~np.isnan(values) if floats else values >= 0
-        if name in ("component", "representative"):
-            values = np.where(present, embeddings.index[np.where(present, values, 0).astype(np.int64)] if n else 0, -1)
-        kind = pa.float64() if floats else pa.int32() if name == "cluster" else pa.int64()
-        data[name] = column(values.astype(np.float64 if floats else np.int64), present, kind)
-    words = [("", "kept"), *ledger.words]
-    steps = [words[fate][0] for fate in ledger.fate.tolist()] + ["read"] * len(refused)
-    reasons = [words[fate][1] for fate in ledger.fate.tolist()] + [str(line["reason"]) for line in refused]
-    text = pa.dictionary(pa.int32(), pa.string())
-    data["step"] = pa.array([steps[at] for at in order.tolist()], pa.string()).cast(text)
-    data["reason"] = pa.array([reasons[at] for at in order.tolist()], pa.string()).cast(text)
-    data["kept"] = pa.array(np.concatenate([ledger.fate == KEPT, np.zeros(len(refused), bool)])[order])
     buffer = io.BytesIO()
-    pq.write_table(pa.table(data), buffer, row_group_size=1 << 20)
+    pq.write_table(pa.table(dict(columns)), buffer)
     atomic_write(path, buffer.getvalue())
+
+
+def write_ids(state: State, path: Path) -> Ints:
+    """`coreset.parquet`: id and index of what is kept, in the order of the source. Returns the indices."""
+    import pyarrow as pa
+
+    found = list(kept(state.rows))
+    row = np.concatenate([np.zeros(0, np.int64), *(part for part, _ in found)])
+    names = [name.decode("utf-8", "surrogateescape") for _, ids in found for name in ids.at(np.arange(len(ids)))]
+    order = np.argsort(row, kind="stable")
+    _write_table({"id": pa.array([names[at] for at in order.tolist()], pa.string()), "index": row[order]}, path)
+    return row[order]
 
 
 # --- the coreset ---------------------------------------------------------------------------------------------------

@@ -1,29 +1,33 @@
 """From a pool, or a folder of its embeddings, to a coreset: every step in turn, each remembered when it is done.
 
-    source -> embeddings -> step -> step -> ... -> ledger.parquet, coreset.json, summary.json, report.html
+    source -> embeddings -> step -> step -> ... -> ledger/, coreset.parquet, coreset.json, summary.json, report.html
 
 Everything is a pure function of the data, the encoder and the recipe. A killed run that is started again goes on with
-the first part that was not finished and ends with the same bytes in ledger.parquet and coreset.json.
+the first part that was not finished and ends with the same rows in the ledger and the same bytes in coreset.json.
 """
 
 from __future__ import annotations
 
 import io
-import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from leveret import recipe as recipes
+from leveret.condense import engine
 from leveret.condense.embed import embed
-from leveret.condense.folder import Embeddings, check_vectors, fingerprint, is_embeddings, open_embeddings
-from leveret.condense.ledger import Ledger, records, write_coreset, write_ledger
-from leveret.condense.steps import STEPS, CondenseRecipe, check_columns
-from leveret.condense.table import Array, Shop, Verdict, hash_ids
+from leveret.condense.folder import open_embeddings
+from leveret.condense.given import Given, is_given, open_given
+from leveret.condense.ledger import Ledger, Stage, records, write_coreset, write_ids, write_ledger
+from leveret.condense.lloyd import Map
+from leveret.condense.steps import STEPS, CondenseRecipe, Shop, State, check_columns, read
+from leveret.condense.working import Part, Rows
 from leveret.pool import Source, open_source
 from leveret.runs import (
     DataError,
@@ -33,38 +37,14 @@ from leveret.runs import (
     cores,
     graceful_stop,
     read_json,
+    read_jsonl,
     sha256_of,
     stop_requested,
     write_json,
 )
 
-RULES = 1
+RULES = 2
 """Version of the rules in docs/condense.md. A change of any kept id raises it, so that old folders are not gone on."""
-
-
-class Notebook(Shop):
-    """A shop with a folder: finished parts are `.npy` files, each whole or absent."""
-
-    def __init__(self, folder: Path, seed: int, workers: int) -> None:
-        super().__init__(seed, workers)
-        self.folder = folder
-
-    def memo(self, name: str, make: Callable[[], Array]) -> Array:
-        path = self.folder / f"{name}.npy"
-        if path.exists():
-            found: Array = np.load(path, allow_pickle=False)
-            return found
-        if stop_requested():
-            raise Interrupted(f"stopped as asked before {path.stem}; the same command goes on from there")
-        made = make()
-        save(path, made)
-        return made
-
-
-def save(path: Path, array: Array) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    atomic_write(path, buffer.getvalue())
 
 
 def condense(
@@ -78,41 +58,41 @@ def condense(
     workers: int | None = None,
     device: str = "cpu",
     limit_share: float = 0.2,
+    memory: int = 2 << 30,
 ) -> Path:
     """Choose a coreset and write it, with the fate of every sample, into the folder `out`; returns `out`.
 
-    source    a pool (anything `pool.open_source` opens), or a folder of embeddings in clip-retrieval's layout.
-    recipe    a name of `recipes/condense` or a path; overrides such as `steps.dedup.threshold=0.9`.
+    source    a pool (anything `pool.open_source` opens), or embeddings (anything `given.open_given` opens).
+    recipe    a name of `recipes/condense` or a path; overrides such as `dedup.threshold=0.9`, `budget=1000`.
     images    the folder that image paths start from (for a folder of embeddings: where report pictures are).
     encoder   instead of the recipe's.
     workers   threads and processes; changes no result.
+    memory    bytes that vectors may take at once, roughly; changes no result.
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
     """
-    chosen = recipes.load(recipe, CondenseRecipe, "condense", overrides)
+    chosen = read(recipe, overrides)
     workers = workers or cores()
     clock = Clock()
     pool: Source | None = None
     if isinstance(source, Source):
         pool = source
-    elif not is_embeddings(source):
+    elif not is_given(source):
         pool = open_source(source, images)
     if pool is not None:
         from leveret.model.encoders import load_encoder
 
         chosen = chosen.model_copy(update={"encoder": encoder or chosen.encoder})
         loaded = load_encoder(chosen.encoder, device)
-        present = ("score",) if loaded.has_texts else ()
-        check_columns(chosen, present, f"the encoder {chosen.encoder!r}")
+        check_columns(chosen, ("score",) if loaded.has_texts else (), f"the encoder {chosen.encoder!r}")
         mark = {"source": pool.fingerprint(), "weights": loaded.fingerprint}
     else:
-        folder = Path(str(source))
-        opened = open_embeddings(folder)
-        check_columns(chosen, ("score",) if opened.score is not None else (), f"the folder {folder}")
-        chosen = chosen.model_copy(update={"encoder": opened.encoder})
-        mark = {"source": fingerprint(folder), "weights": "as given"}
+        given = open_given(str(source))
+        check_columns(chosen, ("score",) if given.has_scores else (), f"the embeddings {given.path}")
+        chosen = chosen.model_copy(update={"encoder": _made_by(given)})
+        mark = {"source": given.fingerprint(), "weights": "as given"}
     run = RunFolder.open(out, "condense", {**recipes.dump(chosen), **mark, "rules": RULES})
-    with graceful_stop():
+    with graceful_stop(), _executor(workers) as execute:
         if pool is not None:
             with clock("embed"):
                 folder = embed(
@@ -123,15 +103,19 @@ def condense(
                     limit_share=limit_share,
                     device=device,
                 )
-                opened = open_embeddings(folder)
-        ledger = _run_steps(run, chosen, opened, workers, clock)
+                given = open_given(folder)
+        state, stages = _run_steps(run, chosen, given, execute, memory, workers, clock)
+        with clock("write"):
+            refused = _refused(given)
+            write_ledger(state, refused, run.path / "ledger")
+            write_ids(state, run.path / "coreset.parquet")
     root = Path(images) if images is not None else None
     with clock("write"):
+        ledger = Ledger.of(open_embeddings(given.path), state, stages)
         kept = records(ledger, pool, root)
-        write_ledger(ledger, run.path / "ledger.parquet")
         write_coreset(kept, run.path / "coreset.json")
     _keep_times(run, clock)
-    summary = _summary(run, chosen, ledger)
+    summary = _summary(run, chosen, given, state, stages, refused)
     write_json(run.path / "summary.json", summary)
     from leveret.condense.report import write_report
 
@@ -140,90 +124,168 @@ def condense(
     return run.path
 
 
-def _run_steps(run: RunFolder, chosen: CondenseRecipe, opened: Embeddings, workers: int, clock: Clock) -> Ledger:
-    if not run.is_done("check"):
-        with clock("check"):
-            check_vectors(opened.vectors, Shop(workers=workers))
-            if opened.score is not None and not np.isfinite(opened.score).all():
-                row = int(np.flatnonzero(~np.isfinite(opened.score))[0])
-                raise DataError(f"{opened.path}: row {row} has score {opened.score[row]}; every row needs a number")
-        run.done("check")
-    ledger = Ledger.begin(opened, hash_ids(opened.ids))
+def _made_by(given: Given) -> str:
+    """Which encoder made the embeddings, where they say so."""
+    manifest = given.path / "manifest.json"
+    return str(read_json(manifest).get("encoder", "made elsewhere")) if manifest.is_file() else "made elsewhere"
+
+
+def _refused(given: Given) -> list[dict[str, Any]]:
+    """Samples of the pool that could not be embedded."""
+    file = given.path / "quarantine.jsonl"
+    return read_jsonl(file) if file.is_file() else []
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[Map]:
+    """Runs tasks on threads, few in flight, results in the order of the items; stops between two when asked to."""
+    from leveret.model.threads import torch_threads
+
+    def checked(function: Callable[[Any], Any], item: Any) -> Any:
+        if stop_requested():
+            raise Interrupted("stopped as asked; the same command goes on from there")
+        return function(item)
+
+    # One product per thread, each on one core: threads inside small products cost more than they bring.
+    with torch_threads(1), ThreadPoolExecutor(workers) as pool:
+
+        def execute(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+            if workers == 1 or len(items) < 2:
+                yield from (checked(function, item) for item in items)
+                return
+            waiting: deque[Future[Any]] = deque()
+            try:
+                for item in items:
+                    waiting.append(pool.submit(checked, function, item))
+                    if len(waiting) > 2 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+        yield execute
+
+
+def _run_steps(
+    run: RunFolder, chosen: CondenseRecipe, given: Given, execute: Map, memory: int, workers: int, clock: Clock
+) -> tuple[State, list[Stage]]:
+    work = run.path / "work"
+    with clock("read"):
+        rows = _ingest(given, work, execute)
+        _different_ids(rows)
+    width = max((shard.row_bytes for shard in given.shards), default=1)
+    # A bucket is held as it lies on disk, once more in its new order, and as 8-bit codes.
+    most = max(1024, int(memory / (4 * width * workers)))
+    shop, state, stages = Shop(chosen.seed, most, execute), State(rows), []
+    before = rows.count()
     for position, (label, config) in enumerate(chosen.steps.items()):
-        folder = run.path / "steps" / f"{position:02d}-{_plain(label)}"
-        table = ledger.table()
-        name = f"step_{position:02d}"
-        if run.is_done(name):
-            verdict = _load(folder, run.facts(name))
-        else:
-            with clock(label):
-                shop = Notebook(folder / "parts", chosen.seed, workers)
-                verdict = STEPS[config.step].run(table, config, shop)
-                facts = _store(folder, verdict)
-            run.done(name, **facts)
-            shutil.rmtree(folder / "parts", ignore_errors=True)
-        if "centroids" in verdict.facts:
-            save(run.path / "centroids.npy", verdict.facts["centroids"])
-        ledger.enter(label, config.step, table, verdict)
-    return ledger
+        if stop_requested():
+            raise Interrupted(f"stopped as asked before {label}; the same command goes on from there")
+        with clock(label):
+            state, notes = STEPS[config.step].run(state, label, config, shop)
+        after = state.rows.count()
+        stages.append(Stage(label, config.step, before, after, notes))
+        run.done(f"step_{position:02d}", label=label, left=after)
+        before = after
+    if state.centroids is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, state.centroids, allow_pickle=False)
+        atomic_write(run.path / "centroids.npy", buffer.getvalue())
+    return state, stages
 
 
-def _plain(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label)[:40]
+def _ingest(given: Given, work: Path, execute: Map) -> Rows:
+    """The rows as they come, in parts of a file."""
+    index = _index(given)
+    pieces = engine.chunks_of(given.shards, work / "rows" / "0")
+    starts = {id(file.shard): number for number, file in enumerate(given.files)}
+
+    def take(piece: tuple[Part, int]) -> Part:
+        part, first = piece
+        if not part.path.exists():
+            ((shard, start, stop),) = part.pieces
+            ids, score = given.columns(starts[id(shard)], start, stop)
+            row = np.arange(first, first + part.n) if index is None else index[first : first + part.n]
+            engine.ingest(part, row, ids, score)
+        return part
+
+    return Rows(work, 0, tuple(execute(take, pieces)))
 
 
-def _store(folder: Path, verdict: Verdict) -> dict[str, Any]:
-    """Writes a verdict's arrays; returns what else must be remembered of it."""
-    save(folder / "keep.npy", verdict.keep)
-    save(folder / "reason.npy", verdict.reason)
-    for kind, arrays in (("columns", verdict.columns), ("facts", verdict.facts)):
-        for name, array in arrays.items():
-            save(folder / kind / f"{name}.npy", array)
-    return {
-        "reasons": list(verdict.reasons),
-        "columns": list(verdict.columns),
-        "facts": list(verdict.facts),
-        "notes": dict(verdict.notes),
-    }
+def _index(given: Given) -> Any:
+    """[n] positions in the source, where our own embeddings say them."""
+    import pyarrow.parquet as pq
+
+    if not (given.path / "manifest.json").is_file() or any(file.metadata is None for file in given.files):
+        return None
+    found = []
+    for file in given.files:
+        table = pq.read_table(file.metadata)
+        if "index" not in table.column_names:
+            return None
+        found.append(table.column("index").to_numpy())
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
-def _load(folder: Path, done: Mapping[str, Any]) -> Verdict:
-    def read(kind: str, names: Sequence[str]) -> dict[str, Array]:
-        return {name: np.load(folder / kind / f"{name}.npy", allow_pickle=False) for name in names}
+def _different_ids(rows: Rows) -> None:
+    """DataError at an id that stands twice: order and coreset go by ids."""
+    hashes = [part.read("hash")[0] for part in rows.parts]
+    if not hashes:
+        return
+    whole = np.concatenate(hashes)
+    order = np.argsort(whole, kind="stable")
+    twins = np.flatnonzero(whole[order][1:] == whole[order][:-1])
+    ends = np.cumsum([len(part) for part in hashes])
 
-    return Verdict(
-        np.load(folder / "keep.npy", allow_pickle=False),
-        np.load(folder / "reason.npy", allow_pickle=False),
-        tuple(done["reasons"]),
-        read("columns", done["columns"]),
-        read("facts", done["facts"]),
-        done["notes"],
-    )
+    def id_at(place: int) -> bytes:
+        number = int(np.searchsorted(ends, place, side="right"))
+        inside = place - (int(ends[number - 1]) if number else 0)
+        name: bytes = rows.parts[number].read("id")[0].at(np.array([inside]))[0]
+        return name
+
+    for at in twins[:1000].tolist():
+        one, two = int(order[at]), int(order[at + 1])
+        if id_at(one) == id_at(two):
+            raise DataError(
+                f"the id {id_at(one).decode('utf-8', 'replace')!r} stands twice (rows {one:,} and {two:,}); every row "
+                "needs an id of its own"
+            )
 
 
-def _summary(run: RunFolder, chosen: CondenseRecipe, ledger: Ledger) -> dict[str, Any]:
+def _summary(
+    run: RunFolder,
+    chosen: CondenseRecipe,
+    given: Given,
+    state: State,
+    stages: list[Stage],
+    refused: list[dict[str, Any]],
+) -> dict[str, Any]:
     """The funnel in numbers. Holds no times, so that equal runs have equal summaries."""
-    embeddings = ledger.embeddings
-    funnel = [{"label": "input", "step": "", "left": embeddings.length}]
-    if embeddings.length != len(embeddings):
-        funnel.append({"label": "read", "step": "read", "left": len(embeddings)})
-    for stage in ledger.stages:
+    length = len(given) + len(refused)
+    funnel: list[dict[str, Any]] = [{"label": "input", "step": "", "left": length}]
+    if refused:
+        funnel.append({"label": "read", "step": "read", "left": len(given)})
+    left_out: dict[str, dict[str, int]] = {}
+    if refused:
+        left_out["read"] = dict(Counter(str(line["reason"]) for line in refused).most_common())
+    for stage in stages:
         notes = {key: value for key, value in stage.notes.items() if key != "sizes"}
         funnel.append({"label": stage.label, "step": stage.step, "left": stage.after, **notes})
-    left_out = {"read": Counter(str(line["reason"]) for line in embeddings.refused)} if embeddings.refused else {}
-    for fate, count in zip(*np.unique(ledger.fate[ledger.fate > 0], return_counts=True), strict=True):
-        label, reason = ledger.words[int(fate) - 1]
-        left_out.setdefault(label, Counter())[reason] += int(count)
+        if stage.before > stage.after:
+            counts = {"near copy": stage.notes.get("near_copies"), "exact copy": stage.notes.get("exact_copies")}
+            words = {name: count for name, count in counts.items() if count}
+            left_out[stage.label] = words or {STEPS[stage.step].title: stage.before - stage.after}
     return {
         "name": chosen.name,
-        "encoder": embeddings.encoder,
+        "encoder": chosen.encoder,
         "seed": chosen.seed,
-        "input": embeddings.length,
-        "refused": len(embeddings.refused),
-        "kept": int((ledger.fate == 0).sum()),
-        "left_out": {label: dict(reasons.most_common()) for label, reasons in left_out.items()},
+        "input": length,
+        "refused": len(refused),
+        "kept": state.rows.count(),
+        "left_out": left_out,
         "funnel": funnel,
-        "ledger_sha256": sha256_of(run.path / "ledger.parquet"),
         "coreset_sha256": sha256_of(run.path / "coreset.json"),
     }
 

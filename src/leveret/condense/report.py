@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from leveret import pages
-from leveret.condense.bands import ascending
 from leveret.condense.ledger import KEPT, Ledger, Stage
+from leveret.condense.ranks import hash_keys
+from leveret.condense.rows import Ints, cosines
 from leveret.condense.steps import STEPS, CondenseRecipe
-from leveret.condense.table import Ints, dots, hash_order
 from leveret.images import ImageFault, Root, load
 from leveret.pool import Source
 from leveret.records import ImageRef
@@ -101,12 +101,6 @@ class Pictures:
 # --- the funnel ----------------------------------------------------------------------------------------------------
 
 
-def _told_collapse(stage: Stage, config: Any) -> tuple[str, str]:
-    distinct = int(stage.notes["distinct"])
-    again = f"{stage.before - distinct:,} have the very same vector as an earlier sample"
-    return "Equal vectors marked", f"{again}; nothing is dropped here"
-
-
 def _told_cluster(stage: Stage, config: Any) -> tuple[str, str]:
     notes = stage.notes
     if notes.get("clusters") == 1:
@@ -124,9 +118,16 @@ def _told_dedup(stage: Stage, config: Any) -> tuple[str, str]:
     )
 
 
+def _told_pairs(stage: Stage, config: Any) -> tuple[str, str]:
+    return "Without what has an earlier near neighbour", (
+        f"{stage.before - stage.after:,} rows with a cosine above {config.threshold:g} to a row that comes before them "
+        f"({config.first} first): SemDeDup's rule"
+    )
+
+
 def _told_band(stage: Stage, config: Any) -> tuple[str, str]:
     return f"A band of {_NAMES[config.by]}", (
-        f"ranks {config.lo:.0%} to {config.hi:.0%}, counted from the highest{_values(stage)}"
+        f"ranks {config.low:.0%} to {config.high:.0%}, counted from the highest{_values(stage)}"
     )
 
 
@@ -152,11 +153,11 @@ def _amount(config: Any) -> str:
 
 
 _TOLD: dict[str, Callable[[Stage, Any], tuple[str, str]]] = {
-    "collapse": _told_collapse,
     "cluster": _told_cluster,
     "dedup": _told_dedup,
-    "rank_band": _told_band,
-    "centroid_band": _told_band,
+    "pairs": _told_pairs,
+    "score": _told_band,
+    "centroid": _told_band,
     "top": _told_top,
     "drop_top": _told_drop_top,
     "random": _told_draw,
@@ -176,7 +177,7 @@ def _funnel(recipe: CondenseRecipe, ledger: Ledger) -> pages.Section:
     return pages.Section(
         "What was left after each step",
         pages.funnel(steps),
-        "Each step looks only at what the step before it left. Every sample's fate is in ledger.parquet.",
+        "Each step looks only at what the step before it left. Every sample's fate is in the ledger.",
     )
 
 
@@ -192,7 +193,7 @@ def _groups(stage: Stage, ledger: Ledger, gallery: Pictures, config: Any) -> pag
         chosen = int(kept[first])
         others = rows[rows != chosen]
         vectors = ledger.embeddings.vectors
-        near = dots(vectors.take(others), np.repeat(vectors.take(np.array([chosen])), len(others), axis=0))
+        near = cosines(vectors.take(others), np.repeat(vectors.take(np.array([chosen])), len(others), axis=0))
         # The least alike are shown: they are where a group could be wrong.
         shown = others[np.argsort(near, kind="stable")[: MEMBERS - 1]]
         likeness = dict(zip(others.tolist(), near.tolist(), strict=True))
@@ -250,7 +251,7 @@ def _cut(stage: Stage, ledger: Ledger, gallery: Pictures, stays: Any, came: Any,
         caption = f"All {len(inside):,} samples that came to this step; {stage.after:,} lie in the band and stay."
         body.append(pages.histogram(counts, edges.tolist(), bands, caption, name))
     rows = np.flatnonzero(came)
-    order = rows[ascending(values[rows])][::-1]  # from the highest
+    order = rows[np.argsort(-values[rows], kind="stable")]  # from the highest
     alive = stays[order]
     for words, border in (("upper", np.flatnonzero(alive)[:1]), ("lower", np.flatnonzero(alive)[-1:] + 1)):
         if not len(border) or not 0 < border[0] < len(order):
@@ -275,7 +276,7 @@ def _cut(stage: Stage, ledger: Ledger, gallery: Pictures, stays: Any, came: Any,
 
 def _kept(ledger: Ledger, gallery: Pictures) -> pages.Section | None:
     rows = np.flatnonzero(ledger.fate == KEPT)
-    some = rows[np.sort(hash_order(ledger.columns["hash"][rows], 0, 7)[:12])]
+    some = rows[np.sort(np.argsort(hash_keys(ledger.columns["hash"][rows], 0, 7), kind="stable")[:12])]
     found = [item for row in some.tolist() if (item := gallery.item(row, "", "")) is not None]
     return pages.Section("Some of what was kept", pages.gallery(found), "Drawn at random.") if found else None
 
@@ -284,7 +285,7 @@ def _map(ledger: Ledger) -> pages.Section | None:
     n = len(ledger.fate)
     if n < 3:
         return None
-    rows = np.sort(hash_order(ledger.columns["hash"], 0, 8)[:POINTS])
+    rows = np.sort(np.argsort(hash_keys(ledger.columns["hash"], 0, 8), kind="stable")[:POINTS])
     x = ledger.embeddings.vectors.take(rows).astype(np.float64)
     x -= x.mean(0)
     _, directions = np.linalg.eigh(x.T @ x)

@@ -3,27 +3,31 @@
     steps:
       cluster: {k: auto}
       dedup: {threshold: 0.86, keep: middle}
-      band: {step: rank_band, by: score, lo: 0.40, hi: 0.60}
+      score: {low: 0.40, high: 0.60}
 
-A key is the step's label (in the ledger, the funnel and overrides: `steps.dedup.threshold=0.9`) and, unless `step` says
-otherwise, the row of STEPS. `steps.dedup=null` leaves a step out. Steps run in their order, each on what the one before
-it left.
+A key is the step's label (in the ledger, the funnel and overrides) and, unless `step` says otherwise, the row of STEPS.
+Steps run in their order, each on what the one before it left. In overrides `steps.` may be left out
+(`dedup.threshold=0.9`; `score=null` leaves that step out), `budget=1000` is `budget.count`, `centroids=FILE` is
+`cluster.centroids`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from leveret.condense.bands import draw, drop_top, rank_band, top
-from leveret.condense.cluster import cluster
-from leveret.condense.copies import collapse
-from leveret.condense.dedup import KEEPS, dedup
-from leveret.condense.table import Shop, Table, Verdict
+from leveret.condense import engine
+from leveret.condense.columns import load, save
+from leveret.condense.groups import KEEPS
+from leveret.condense.lloyd import Map
+from leveret.condense.ranks import rank_of
+from leveret.condense.rows import Floats
+from leveret.condense.working import Rows
 from leveret.runs import RecipeError, closest
 
 
@@ -32,10 +36,6 @@ class StepConfig(BaseModel):
 
     step: str
     """Which row of STEPS this is; the key itself where it is left out."""
-
-
-class Collapse(StepConfig):
-    """Mark bit-identical vectors, so that the next steps work on one of each and count it as often as it occurs."""
 
 
 class Cluster(StepConfig):
@@ -47,6 +47,8 @@ class Cluster(StepConfig):
     """Most rounds; fewer when no centroid moves any more."""
     rows_per_centroid: int = Field(256, ge=1)
     """Training rows for each centroid, chosen by the hash of their ids."""
+    centroids: str | None = None
+    """A .npy file [k, width] to take instead of training."""
 
     @model_validator(mode="after")
     def _positive(self) -> Cluster:
@@ -64,19 +66,32 @@ class Dedup(StepConfig):
     """Which member stays: by distance to the centroid, to the group's own mean, or by image-text score."""
 
 
+class Pairs(StepConfig):
+    """SemDeDup's own rule: drop a row when an earlier one of its cluster is near, whether that one stays or not."""
+
+    threshold: float = Field(0.86, ge=-1, le=1)
+    """A row is near when its cosine is greater than this; SemDeDup's epsilon is 1 minus it."""
+    first: Literal["far", "near", "random"] = "far"
+    """What comes first: the farthest from the centroid, the nearest, or a seeded order."""
+
+
 class RankBand(StepConfig):
     """Keep a band of ranks, counted from the highest value."""
 
     by: Literal["score", "centroid_cosine"] = "score"
-    lo: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
     """Share of the ranks above the band."""
-    hi: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
     """Share of the ranks above the band's lower end."""
+    rank_rule: Literal["exact", "published"] = "exact"
+    """published keeps one row fewer, without the first, as the released code of Dataset-Pruning."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RankBand:
-        if self.lo >= self.hi:
-            raise ValueError(f"lo ({self.lo}) must be smaller than hi ({self.hi}): both count from the highest value")
+        if self.low >= self.high:
+            raise ValueError(
+                f"low ({self.low}) must be less than high ({self.high}): both count from the highest value"
+            )
         return self
 
 
@@ -115,14 +130,122 @@ class Draw(Amount):
     """Keep rows drawn by the seeded hash of their ids."""
 
 
+# --- what a step does ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a chain is. rows: those that are looked at. earlier: generations that `cluster` left behind."""
+
+    rows: Rows
+    centroids: Floats | None = None
+    earlier: tuple[Rows, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Where steps work. seed: the recipe's. most: rows whose vectors are held at once. run: executes tasks, results in
+    the order of the items."""
+
+    seed: int
+    most: int
+    run: Map
+
+
+Notes = dict[str, Any]
+
+
+def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    """A new generation, grouped by nearest centroid; the centroids are trained, or given."""
+    import math
+
+    import numpy as np
+
+    rows = state.rows
+    n, width = rows.count(), rows.parts[0].pieces[0][0].width if rows.parts else 0
+    folder = rows.work / label
+    notes: Notes = {}
+    if not n:
+        empty = Rows(rows.work, rows.generation + 1, ())
+        return State(empty, np.zeros((0, width), np.float32), (*state.earlier, rows)), {"clusters": 0, "largest": 0}
+    if config.centroids is not None:
+        centroids = engine.given_centroids(config.centroids, width)
+    elif (folder / "centroids.npz").exists():
+        centroids, made, trained = load(folder / "centroids.npz", "centroids", "rounds", "training_rows")
+        notes = {"iterations": int(made), "training_rows": int(trained)}
+    else:
+        k = max(1, round(math.sqrt(n / 2))) if config.k == "auto" else min(int(config.k), n)
+        training = engine.training_rows(
+            rows, max(engine.LEAST, k * config.rows_per_centroid), shop.seed, folder / "training.rows"
+        )
+        centroids, rounds = engine.train(training, k, config.iterations, shop.run, folder)
+        counts = {"rounds": np.array(rounds), "training_rows": np.array(len(training))}
+        save(folder / "centroids.npz", {"centroids": centroids, **counts})
+        training.path.unlink()
+        notes = {"iterations": rounds, "training_rows": len(training)}
+    grouped = engine.group(rows, centroids, shop.most, shop.run)
+    sizes = engine.cluster_sizes(grouped, len(centroids))
+    notes |= {"clusters": len(centroids), "empty": int((sizes == 0).sum()), "largest": int(sizes.max(initial=0))}
+    return State(grouped, centroids, (*state.earlier, rows)), notes
+
+
+def _dedup(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    """One row of each component of near copies."""
+    assert state.centroids is not None, "check_columns lets no dedup through before a cluster"
+    rows, sizes = engine.dedup(state.rows, label, config.threshold, config.keep, state.centroids, shop.most, shop.run)
+    exact, near = engine.copies(rows, label)
+    notes = {
+        "components": sum(sizes.values()),
+        "largest_component": max(map(int, sizes), default=0),
+        "sizes": [[int(size), count] for size, count in sizes.items()],
+        "exact_copies": exact,
+        "near_copies": near,
+    }
+    return replace(state, rows=rows), notes
+
+
+def _pairs(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    """SemDeDup's rule."""
+    assert state.centroids is not None, "check_columns lets no pairs through before a cluster"
+    rows = engine.pairs(state.rows, label, config.threshold, config.first, shop.seed, state.centroids, shop.run)
+    return replace(state, rows=rows), {}
+
+
+def _band(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    published = config.rank_rule == "published"
+    rows = engine.band(state.rows, label, config.by, config.low, config.high, published=published)
+    return replace(state, rows=rows), engine.extent(rows, config.by)
+
+
+def _amount(config: Any, n: int) -> int:
+    return min(n, int(config.count if config.count is not None else rank_of(config.share, n)))
+
+
+def _top(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    rows = engine.ranked(state.rows, label, config.by, 0, _amount(config, state.rows.count()))
+    return replace(state, rows=rows), engine.extent(rows, config.by)
+
+
+def _drop_top(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    n = state.rows.count()
+    rows = engine.ranked(state.rows, label, config.by, _amount(config, n), n)
+    return replace(state, rows=rows), engine.extent(rows, config.by)
+
+
+def _draw(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    count = _amount(config, state.rows.count())
+    return replace(state, rows=engine.draw(state.rows, label, count, shop.seed)), {}
+
+
 @dataclass(frozen=True)
 class StepRow:
-    """A step: its function, its settings, the columns it reads and those it makes.
+    """A step: what it does, its settings, the columns it reads and those it makes.
 
-    title  what it does, for the funnel of a report.
+    run     (state, label, settings, shop) -> (the state after it, what the summary and the report should say).
+    title   what it does, for the funnel of a report. verdict: word for a row that it drops, besides the label.
     """
 
-    run: Callable[[Table, Any, Shop], Verdict]
+    run: Callable[[State, str, Any, Shop], tuple[State, Notes]]
     config: type[StepConfig]
     needs: Callable[[Any], tuple[str, ...]]
     makes: tuple[str, ...]
@@ -138,21 +261,23 @@ def _by(config: Any) -> tuple[str, ...]:
 
 
 def _of_dedup(config: Any) -> tuple[str, ...]:
-    return ("cluster", "score") if KEEPS[config.keep].needs_score else ("cluster",)
+    return ("cluster", "score") if KEEPS[config.keep].by == "score" else ("cluster",)
 
 
-_COMPONENTS = ("component", "component_size", "representative")
+def _clusters(config: Any) -> tuple[str, ...]:
+    return ("cluster",)
+
 
 STEPS: dict[str, StepRow] = {
-    "collapse": StepRow(collapse, Collapse, _nothing, ("copy_of",), "mark exact copies"),
-    "cluster": StepRow(cluster, Cluster, _nothing, ("cluster", "centroid_cosine"), "group by likeness"),
-    "dedup": StepRow(dedup, Dedup, _of_dedup, _COMPONENTS, "keep one of each group of near copies"),
-    "rank_band": StepRow(rank_band, RankBand, _by, (), "keep a band of ranks"),
-    "centroid_band": StepRow(rank_band, CentroidBand, _by, (), "keep a band of closeness to the centre"),
-    "top": StepRow(top, Top, _by, (), "keep the highest"),
-    "drop_top": StepRow(drop_top, DropTop, _by, (), "drop the highest"),
-    "random": StepRow(draw, Draw, _nothing, (), "draw at random"),
-    "budget": StepRow(draw, Draw, _nothing, (), "draw the budget at random"),
+    "cluster": StepRow(_cluster, Cluster, _nothing, ("cluster", "centroid_cosine"), "group by likeness"),
+    "dedup": StepRow(_dedup, Dedup, _of_dedup, ("component",), "keep one of each group of near copies"),
+    "pairs": StepRow(_pairs, Pairs, _clusters, (), "drop what has an earlier near neighbour"),
+    "score": StepRow(_band, RankBand, _by, (), "keep a band of image-text scores"),
+    "centroid": StepRow(_band, CentroidBand, _by, (), "keep a band of closeness to the centre"),
+    "top": StepRow(_top, Top, _by, (), "keep the highest"),
+    "drop_top": StepRow(_drop_top, DropTop, _by, (), "drop the highest"),
+    "random": StepRow(_draw, Draw, _nothing, (), "draw at random"),
+    "budget": StepRow(_draw, Draw, _nothing, (), "draw the budget at random"),
 }
 
 
@@ -240,12 +365,26 @@ def check_columns(recipe: CondenseRecipe, present: tuple[str, ...], source: str)
                 makers = [name for name, maker in STEPS.items() if column in maker.makes]
                 faults.append(f"steps.{label} ({config.step}) needs {column!r}: put {' or '.join(makers)} before it")
         have.update(row.makes)
-        if "copy_of" in row.makes and not any(later.step == "dedup" for later in _after(recipe, label)):
-            faults.append(f"steps.{label} ({config.step}) only marks copies: put dedup after it, or leave it out")
     if faults:
         raise RecipeError("this recipe cannot run:\n  " + "\n  ".join(faults))
 
 
-def _after(recipe: CondenseRecipe, label: str) -> list[StepConfig]:
-    labels = list(recipe.steps)
-    return [recipe.steps[later] for later in labels[labels.index(label) + 1 :]]
+def read(name_or_path: str | Path, overrides: Sequence[str] = ()) -> CondenseRecipe:
+    """A recipe of `recipes/condense`, or of a file, under overrides in their short or their long form."""
+    from leveret import recipe as recipes
+
+    labels = set(recipes.load(name_or_path, CondenseRecipe, "condense").steps) | set(STEPS)
+    return recipes.load(name_or_path, CondenseRecipe, "condense", [_long(given, labels) for given in overrides])
+
+
+def _long(given: str, labels: set[str]) -> str:
+    """An override as the recipe's own keys say it."""
+    key, equals, value = given.partition("=")
+    head = key.split(".")[0]
+    if head in CondenseRecipe.model_fields:
+        return given
+    if key == "centroids":
+        return f"steps.cluster.centroids={value}"
+    if key in ("budget", "random") and value.strip() not in ("null", "~", ""):
+        return f"steps.{key}={{count: {value}}}" if value.strip().isdigit() else f"steps.{given}"
+    return f"steps.{key}{equals}{value}" if head in labels else given

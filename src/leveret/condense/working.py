@@ -39,6 +39,11 @@ class Part:
     def read(self, *names: str) -> list[Any]:
         return load(self.path, *names)
 
+    def names(self) -> list[str]:
+        """Its columns."""
+        with np.load(self.path, allow_pickle=False) as file:
+            return list(dict.fromkeys(name.removesuffix(".blob").removesuffix(".ends") for name in file.files))
+
     def vectors(self) -> Array:
         """[n, width] as stored."""
         whole: Array = np.concatenate([shard.read(start, stop) for shard, start, stop in self.pieces])
@@ -107,6 +112,10 @@ class Rows:
     def column(self, name: str, part: Part) -> Any:
         """A column of the part, whoever made it."""
         return load(self.place(self.columns[name], part) if name in self.columns else part.path, name)[0]
+
+    def made_by(self, label: str) -> list[str]:
+        """Columns that a step added."""
+        return [name for name, maker in self.columns.items() if maker == label]
 
     def count(self) -> int:
         return sum(len(self.alive(part)) for part in self.parts)

@@ -52,7 +52,7 @@ ARMS: dict[str, Arm] = {
     "no-dedup": Arm(
         "as coreset, but near copies stay: what putting them together brings is the difference",
         "world",
-        ("steps.collapse=null", "steps.cluster=null", "steps.dedup=null", "steps.budget.count={budget}"),
+        ("steps.cluster=null", "steps.dedup=null", "steps.budget.count={budget}"),
     ),
     "score-only": Arm(
         "the highest image-text scores, copies and all: the CLIP-score filter of DataComp (arXiv 2304.14108)",
@@ -81,12 +81,12 @@ METHODS = tuple(name for name, arm in ARMS.items() if arm.recipe is not None)
 def recipe_of(name: str, budget: int) -> dict[str, Any]:
     """The arm's resolved rule as plain data: two choices are of the same kind exactly where this is equal."""
     from leveret import recipe as recipes
-    from leveret.condense.steps import CondenseRecipe
+    from leveret.condense.steps import read
 
     arm = ARMS[name]
     if arm.recipe is None:
         return {"truth": {"words": "fits", "copy": "new"}, "budget": budget}
-    return recipes.dump(recipes.load(arm.recipe, CondenseRecipe, "condense", _overrides(arm, budget)))
+    return recipes.dump(read(arm.recipe, _overrides(arm, budget)))
 
 
 def _overrides(arm: Arm, budget: int) -> list[str]:
@@ -123,11 +123,12 @@ def _by_truth(site: Site, budget: int) -> list[str]:
     """In the order of `budget`'s own draw, so that arms of one seed differ by their rules and not by their luck."""
     import numpy as np
 
-    from leveret.condense.bands import SALT
-    from leveret.condense.table import hash_ids, hash_order
+    from leveret.condense.engine import SALT_DRAW
+    from leveret.condense.ranks import hash_ids, hash_keys
 
     good = [id for id, row in site.truth.items() if row["words"] == "fits" and row["copy"] == "new"]
-    drawn = hash_order(hash_ids(good), site.seed, SALT)[:budget]
+    keys = hash_keys(hash_ids(id.encode() for id in good), site.seed, SALT_DRAW)
+    drawn = sorted(range(len(good)), key=lambda at: (int(keys[at]), good[at].encode()))[:budget]
     return [good[place] for place in np.sort(drawn)]
 
 
