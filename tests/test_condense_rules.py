@@ -14,6 +14,7 @@ from leveret.condense import condense
 from leveret.condense.groups import KEEPS
 from leveret.condense.ranks import hash_ids, hash_keys, rank_of
 from leveret.condense.steps import STEPS, read
+from leveret.recipe import names
 from leveret.runs import DataError, RecipeError
 
 N = 240
@@ -199,6 +200,6 @@ def test_overrides_may_leave_out_what_is_understood() -> None:
             read("bunny", [wrong])
 
 
-@pytest.mark.parametrize("name", ["bunny", "clip-score-top", "photos", "random", "world"])
+@pytest.mark.parametrize("name", names("condense"))
 def test_every_recipe_is_made_of_rows_of_the_table(name: str) -> None:
     assert {config.step for config in read(name).steps.values()} <= set(STEPS)
