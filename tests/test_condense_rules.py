@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,10 @@ def test_memory_and_workers_change_no_row_of_the_ledger(tmp_path: Path) -> None:
         out = condense(tmp_path / "e", tmp_path / f"o{place}", tmp_path / "r.yaml", **way)
         found.append(sorted(pq.read_table(out / "ledger").to_pylist(), key=lambda row: row["id"]))
     assert found[0] == found[1] == found[2]
+    manifest = json.loads((tmp_path / "o0/manifest.json").read_text())
+    assert (
+        manifest["left"] == {"cluster": N, "dedup": manifest["left"]["dedup"], "budget": 50} and manifest["kept"] == 50
+    )
 
 
 def test_overrides_may_leave_out_what_is_understood() -> None:

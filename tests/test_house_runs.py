@@ -257,3 +257,16 @@ def test_the_environment_is_read_without_importing_what_it_names() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['leveret']"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("3GB", 3 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), ("77", 77), ("2 kib", 2048)]
+)
+def test_memory_is_read_as_people_write_it(text: str, number: int) -> None:
+    assert runs.bytes_of(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "0", "3 apples", "1e9"])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="write it as 3GB"):
+        runs.bytes_of(text)

@@ -203,10 +203,14 @@ def condense(
     workers: Workers = None,
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
+    memory: Annotated[str, typer.Option(help="What the run may hold at once; changes no id.")] = "2GB",
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Choose a coreset, with a ledger and a report."""
+    from leveret.runs import bytes_of
+
+    allowed = bytes_of(memory)
     if dry_run:
         return _plan(json, _condense_plan(source, out, overrides or [], recipe, images, encoder))
     from leveret.condense import condense as station
@@ -222,6 +226,7 @@ def condense(
             workers=workers,
             limit_share=limit_share,
             device=device,
+            memory=allowed,
         )
     facts = jsonlib.loads((folder / "summary.json").read_text("utf-8"))
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]

@@ -63,6 +63,18 @@ def in_words(reasons: Mapping[str, int]) -> str:
     return "; ".join([*(f"{count:,} {reason}" for reason, count in some), *["..."] * (len(reasons) > len(some))])
 
 
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+
+def bytes_of(text: str) -> int:
+    """Bytes that a person wrote as `3GB`, `500 MiB` or `1000000`. RecipeError says what is allowed."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise RecipeError(f"{text!r} is no amount of memory; write it as 3GB, 500MB or 1.5GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
 def closest(name: str, names: Iterable[str]) -> list[str]:
     """Up to three of `names` that look like `name`, the likeliest first; for "did you mean"."""
     folded: dict[str, str] = {}

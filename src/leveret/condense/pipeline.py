@@ -117,6 +117,10 @@ def condense(
     _keep_times(run, clock)
     summary = _summary(run, chosen, given, state, stages, refused)
     write_json(run.path / "summary.json", summary)
+    counts = {stage.label: stage.after for stage in stages}
+    manifest = {"rules": RULES, "recipe": recipes.dump(chosen), **mark, "input": summary["input"], "left": counts}
+    hashes = {name: sha256_of(run.path / name) for name in ("coreset.parquet", "coreset.json")}
+    write_json(run.path / "manifest.json", {**manifest, "kept": summary["kept"], "sha256": hashes})
     from leveret.condense.report import write_report
 
     write_report(run.path, chosen, ledger, pool, root, read_json(run.path / "timings.json"))
