@@ -323,3 +323,17 @@ def test_a_band_may_leave_nothing(tmp_path, recipe):
     out = _condense(_pool(tmp_path / "pool", 1, broken=False), tmp_path / "out", recipe)
     assert json.loads((out / "coreset.json").read_text()) == []
     assert _ledger(out)[0]["verdict"] == "score"
+
+
+def test_records_of_a_pool_may_share_an_id(tmp_path, recipe):
+    pool = _pool(tmp_path / "pool", broken=False)
+    records = json.loads(pool.read_text())
+    for place in (5, 6, 40):
+        records[place]["id"] = "same"
+    pool.write_text(json.dumps(records))
+    out = _condense(pool, tmp_path / "out", recipe)
+    names = {row["index"]: row["id"] for row in _ledger(out)}
+    assert (names[5], names[6], names[40]) == ("same", "same#6", "same#40") and len(set(names.values())) == 60
+    kept = json.loads((out / "coreset.json").read_text())
+    assert [record["extra"] for record in kept] == pq.read_table(out / "coreset.parquet").column("index").to_pylist()
+    assert _results(_condense(pool, tmp_path / "out", recipe)) == _results(out)

@@ -7,7 +7,7 @@ on where it was, tasks may run anywhere, and memory is set by the size of a buck
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,17 @@ def ingest(part: Part, row: Ints, ids: Ids, score: Array | None) -> Part:
     scores = np.full(len(x), np.nan) if score is None else score.astype(np.float64)
     save(part.path, {"row": row, "id": ids, "score": scores, "hash": hashes, "source": np.zeros(0, np.int64)})
     return part
+
+
+def rename(part: Part, names: Mapping[int, bytes]) -> None:
+    """Gives some rows of an ingested part other ids."""
+    row, ids, score, hashes = part.read("row", "id", "score", "hash")
+    given = ids.at(np.arange(len(ids)))
+    for place, name in names.items():
+        given[place] = name
+        hashes[place] = ranks.hash_ids([name])[0]
+    columns = {"row": row, "id": Ids.of(given), "score": score, "hash": hashes, "source": np.zeros(0, np.int64)}
+    save(part.path, columns)
 
 
 # --- group by likeness ----------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def _run_steps(
     work = run.path / "work"
     with clock("read"):
         rows = _ingest(given, work, execute)
-        _different_ids(rows)
+        _different_ids(rows, rename=(given.path / "manifest.json").is_file())
     width = max((shard.row_bytes for shard in given.shards), default=1)
     # A bucket is held as it lies on disk, once more in its new order, and as 8-bit codes.
     most = max(1024, int(memory / (4 * width * workers)))
@@ -233,29 +233,36 @@ def _index(given: Given) -> Any:
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
-def _different_ids(rows: Rows) -> None:
-    """DataError at an id that stands twice: order and coreset go by ids."""
+def _different_ids(rows: Rows, *, rename: bool) -> None:
+    """Order and coreset go by ids, so an id may stand only once: DataError; or, where a pool's records share ids
+    (conversations about one picture often do), all but the first become `id#index`."""
     hashes = [part.read("hash")[0] for part in rows.parts]
-    if not hashes:
-        return
-    whole = np.concatenate(hashes)
+    whole = np.concatenate([np.zeros(0, np.uint64), *hashes])
     order = np.argsort(whole, kind="stable")
-    twins = np.flatnonzero(whole[order][1:] == whole[order][:-1])
-    ends = np.cumsum([len(part) for part in hashes])
-
-    def id_at(place: int) -> bytes:
-        number = int(np.searchsorted(ends, place, side="right"))
-        inside = place - (int(ends[number - 1]) if number else 0)
-        name: bytes = rows.parts[number].read("id")[0].at(np.array([inside]))[0]
-        return name
-
-    for at in twins[:1000].tolist():
-        one, two = int(order[at]), int(order[at + 1])
-        if id_at(one) == id_at(two):
-            raise DataError(
-                f"the id {id_at(one).decode('utf-8', 'replace')!r} stands twice (rows {one:,} and {two:,}); every row "
-                "needs an id of its own"
-            )
+    near = np.flatnonzero(whole[order][1:] == whole[order][:-1])
+    suspects = np.unique(np.concatenate([order[near], order[near + 1]]))
+    if not len(suspects):
+        return
+    ends = np.cumsum([0, *(len(part) for part in hashes)])
+    seen: dict[bytes, int] = {}
+    for part, start, stop in zip(rows.parts, ends[:-1], ends[1:], strict=True):
+        inside = suspects[(suspects >= start) & (suspects < stop)] - start
+        if not len(inside):
+            continue
+        ids, row = part.read("id", "row")
+        again: dict[int, bytes] = {}
+        for place, name in zip(inside.tolist(), ids.at(inside), strict=True):
+            if name not in seen:
+                seen[name] = int(row[place])
+            elif rename:
+                again[place] = name + b"#%d" % int(row[place])
+            else:
+                raise DataError(
+                    f"the id {name.decode('utf-8', 'replace')!r} stands twice (rows {seen[name]:,} and "
+                    f"{int(row[place]):,}); every row needs an id of its own"
+                )
+        if again:
+            engine.rename(part, again)
 
 
 def _summary(
