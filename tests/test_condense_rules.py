@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from leveret.cli import run
 from leveret.condense import condense
 from leveret.condense.groups import KEEPS
 from leveret.condense.ranks import hash_ids, hash_keys, rank_of
 from leveret.condense.steps import STEPS, read
+from leveret.condense.verify import verify
 from leveret.recipe import names
 from leveret.runs import DataError, RecipeError
 
@@ -208,3 +210,25 @@ def test_overrides_may_leave_out_what_is_understood() -> None:
 @pytest.mark.parametrize("name", names("condense"))
 def test_every_recipe_is_made_of_rows_of_the_table(name: str) -> None:
     assert {config.step for config in read(name).steps.values()} <= set(STEPS)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_finished_coreset_is_verified_and_a_wrong_one_is_not(keep: str, tmp_path: Path) -> None:
+    embeddings(tmp_path / "e")
+    chosen(tmp_path, f"{{cluster: {{k: 6}}, dedup: {{threshold: 0.8, keep: {keep}}}, budget: {{count: 30}}}}")
+    found = verify(tmp_path / "out")
+    assert found["clusters"] == 6 and found["rows"] == N and found["pairs"] > 1000
+    assert (found["labels_wrong"], found["groups_wrong"], found["keepers_wrong"]) == (0, 0, 0)
+    assert 0 < found["closest_pair"] < 0.1 and found["closest_centroid"] > 0
+    for part in (tmp_path / "out/work/dedup").glob("*.npz"):
+        with np.load(part) as file:
+            columns = dict(file)
+        columns["keeper"] = np.roll(columns["keeper"], 1)
+        np.savez(part, **columns)
+    assert verify(tmp_path / "out")["keepers_wrong"] > 0
+    assert run(["coreset", "verify", str(tmp_path / "out")]) == 1
+    with pytest.raises(DataError, match="holds no finished coreset"):
+        verify(tmp_path / "e")
+    np.save(tmp_path / "e/img_emb/img_emb_0.npy", np.ones((80, 16), np.float32))
+    with pytest.raises(DataError, match="files there were changed since"):
+        verify(tmp_path / "out")

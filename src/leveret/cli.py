@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 pool = typer.Typer(help="Look after pools of image-text pairs.", **_OPTIONS)
 world = typer.Typer(help="The drawn world and its tiny backbones.", **_OPTIONS)
+coreset = typer.Typer(help="Coresets that were made.", **_OPTIONS)
 
 MAKE, LOOK, NOUNS = "Make", "Look and ask", "Look after"
 
@@ -425,6 +426,34 @@ def pool_check(
     _report(json, facts, "\n".join(lines))
 
 
+@_verb("verify", "leveret.condense.verify", group=coreset)
+def coreset_verify(
+    path: Annotated[Path, typer.Argument(help="A coreset's folder.")],
+    clusters: Annotated[int, typer.Option(min=1, help="How many clusters to look at again.")] = 20,
+    seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
+    json: Json = False,
+) -> None:
+    """Look at some clusters again in float64, all pairs and all centroids, and say how close it was."""
+    from leveret.condense.verify import verify
+
+    with _reporting(json):
+        found = verify(path, clusters, seed)
+    wrong = {name: found[name] for name in ("labels_wrong", "groups_wrong", "keepers_wrong")}
+    lines = [
+        f"{found['clusters']:,} clusters, {found['rows']:,} rows, {found['pairs']:,} pairs looked at again in float64"
+    ]
+    lines += [f"  {count:,} {name.replace('_', ' ')}" for name, count in wrong.items()]
+    close = {"pair": found["closest_pair"], "centroid": found["closest_centroid"]}
+    lines += [
+        f"  closest {name}: {value:.3g} from being decided otherwise"
+        for name, value in close.items()
+        if value is not None
+    ]
+    _report(json, found, "\n".join(lines))
+    if any(wrong.values()):
+        raise typer.Exit(1)
+
+
 @_verb("draw", "leveret.world.write", group=world)
 def world_draw(
     out: Out,
@@ -473,7 +502,7 @@ def world_backbones(
     _report(json, {"out": str(folder), "seed": seed}, f"the backbones are in {folder}")
 
 
-for _group, _name in ((pool, "pool"), (world, "world")):
+for _group, _name in ((pool, "pool"), (coreset, "coreset"), (world, "world")):
     if _group.registered_commands:
         app.add_typer(_group, name=_name, rich_help_panel=NOUNS)
 

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,41 @@ def condense(
     counts = {stage.label: stage.after for stage in stages}
     manifest = {"rules": RULES, "recipe": recipes.dump(chosen), **mark, "input": summary["input"], "left": counts}
     hashes = {name: sha256_of(run.path / name) for name in ("coreset.parquet", "coreset.json")}
-    write_json(run.path / "manifest.json", {**manifest, "kept": summary["kept"], "sha256": hashes})
+    place = {"embeddings": str(given.path.resolve()), "memory": memory, "workers": workers}
+    write_json(run.path / "manifest.json", {**manifest, "kept": summary["kept"], "sha256": hashes, **place})
     from leveret.condense.report import write_report
 
     write_report(run.path, chosen, ledger, pool, root, read_json(run.path / "timings.json"))
     run.done("condense", kept=len(kept))
     return run.path
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished coreset: its recipe, its embeddings, its rows with all that was decided of them, and the stages."""
+
+    path: Path
+    recipe: CondenseRecipe
+    given: Given
+    state: State
+    stages: list[Stage]
+
+
+def open_coreset(path: str | Path) -> Opened:
+    """Opens a coreset that `condense` finished; nothing is computed. DataError where it is none, or its embeddings are
+    gone or were changed."""
+    path = Path(path)
+    if not (path / "manifest.json").is_file() or not (path / "done" / "condense.json").is_file():
+        raise DataError(f"{path} holds no finished coreset (no manifest.json); `leveret condense` makes one")
+    manifest = read_json(path / "manifest.json")
+    chosen = CondenseRecipe.model_validate(manifest["recipe"])
+    given = open_given(manifest["embeddings"])
+    if manifest["weights"] == "as given" and given.fingerprint() != manifest["source"]:
+        raise DataError(f"{given.path} is not what {path} was made from: files there were changed since")
+    run = RunFolder(path, "condense")
+    with _executor(1) as execute:
+        state, stages = _run_steps(run, chosen, given, execute, manifest["memory"], manifest["workers"], Clock())
+    return Opened(path, chosen, given, state, stages)
 
 
 def _made_by(given: Given) -> str:

@@ -1,0 +1,138 @@
+"""A finished coreset looked at again: some clusters in float64, all pairs and all centroids, and how close it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leveret.condense.groups import KEEPS
+from leveret.condense.pipeline import Opened, open_coreset
+from leveret.condense.ranks import hash_keys
+from leveret.condense.rows import Array, Ints, unit
+from leveret.condense.working import Part, Rows
+
+LARGEST = 8_000
+"""Rows of a cluster that are compared in float64 (512 MB of cosines); of a larger one, so many by the order of ids."""
+
+SALT = 11
+
+
+def verify(path: str | Path, clusters: int = 20, seed: int = 0) -> dict[str, Any]:
+    """Replays `clusters` clusters of a coreset, drawn by a seed, by brute force in float64.
+
+    Returns {"clusters", "rows", "pairs": how many were looked at, "partly": clusters that were too large to see whole,
+    "labels_wrong", "groups_wrong", "keepers_wrong": rows that came out otherwise, "closest_pair": the smallest distance
+    of a cosine from the threshold, "closest_centroid": the smallest lead of the nearest centroid over the next}.
+    The last two are None where there was nothing to compare. DataError where `path` is no finished coreset.
+    """
+    opened = open_coreset(path)
+    grouped = [rows for rows in (*opened.state.earlier, opened.state.rows) if rows.generation > 0]
+    found: dict[str, Any] = {"clusters": 0, "rows": 0, "pairs": 0, "partly": 0, "labels_wrong": 0, "groups_wrong": 0,
+                             "keepers_wrong": 0, "closest_pair": None, "closest_centroid": None}  # fmt: skip
+    if not grouped or opened.state.centroids is None:
+        return found
+    rows = grouped[-1]
+    whole = sorted(
+        (int(hash_keys(np.array([cluster], np.uint64), seed, SALT)[0]), int(cluster), part.number)
+        for part in rows.parts
+        for cluster in np.unique(part.read("cluster")[0])
+    )
+    for _, cluster, number in whole[:clusters]:
+        _one(opened, rows, rows.parts[number], cluster, found)
+    return found
+
+
+def _closer(known: float | None, value: float) -> float:
+    return value if known is None else min(known, value)
+
+
+def _one(opened: Opened, rows: Rows, part: Part, cluster: int, found: dict[str, Any]) -> None:
+    centroids = opened.state.centroids
+    assert centroids is not None
+    labels, hashes = part.read("cluster", "hash")
+    places = np.flatnonzero(labels == cluster)
+    found["clusters"] += 1
+    if len(places) > LARGEST:
+        found["partly"] += 1
+        places = np.sort(places[np.argsort(hash_keys(hashes[places], 0, SALT), kind="stable")[:LARGEST]])
+        partly = True
+    else:
+        partly = False
+    x = unit(part.reader()(places))
+    found["rows"] += len(x)
+    _labels(x, centroids, cluster, found)
+    label = next((name for name in rows.judged if "component_id" in rows.made_by(name)), None)
+    if label is None:
+        return
+    config: Any = opened.recipe.steps[label]
+    cosines = x @ x.T
+    above = np.triu_indices(len(x), 1)
+    found["pairs"] += len(above[0])
+    if len(above[0]):
+        found["closest_pair"] = _closer(found["closest_pair"], float(np.abs(cosines[above] - config.threshold).min()))
+    told = tuple(rows.column(name, part)[places] for name in ("component", "keeper"))
+    row, score = (column[places] for column in part.read("row", "score"))
+    _groups(x, cosines > config.threshold, row, *told, partly, config, centroids[cluster], score, found)
+
+
+def _labels(x: Array, centroids: Array, cluster: int, found: dict[str, Any]) -> None:
+    wide = centroids.astype(np.float64)
+    for start in range(0, len(x), 256):
+        away = _away(x[start : start + 256], wide)
+        found["labels_wrong"] += int((away.argmin(1) != cluster).sum())
+        if len(wide) > 1:
+            two = np.partition(away, 1, axis=1)[:, :2]
+            lead = float((two[:, 1] - two[:, 0]).min())
+            found["closest_centroid"] = _closer(found["closest_centroid"], lead)
+
+
+def _away(x: Array, centroids: Array) -> Array:
+    """[n, k] distances, a centroid at a time: exact, and in little memory."""
+    out = np.empty((len(x), len(centroids)))
+    for place, centroid in enumerate(centroids):
+        out[:, place] = np.sqrt(np.square(x - centroid).sum(1))
+    return out
+
+
+def _groups(
+    x: Array,
+    edges: Array,
+    row: Ints,
+    component: Ints,
+    keeper: Ints,
+    partly: bool,
+    config: Any,
+    centroid: Array,
+    score: Array,
+    found: dict[str, Any],
+) -> None:
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    _, group = connected_components(coo_matrix(edges), directed=False)
+    first = np.full(group.max() + 1, len(x))
+    np.minimum.at(first, group, np.arange(len(x)))
+    if partly:  # what is seen of a component must at least lie in one
+        found["groups_wrong"] += int((component != component[first[group]]).sum())
+        return
+    found["groups_wrong"] += int((component != row[first[group]]).sum())
+    rule = KEEPS[config.keep]
+    key = {
+        "distance": lambda: np.sqrt(np.square(x - centroid.astype(np.float64)).sum(1)),
+        "mean": lambda: np.round(np.sqrt(np.square(x - _means(x, group)).sum(1)), 12),
+        "score": lambda: -score,
+    }[rule.by]()
+    order = np.lexsort((np.arange(len(x)), key, group))
+    sizes = np.bincount(group)
+    starts = np.r_[0, np.cumsum(sizes)[:-1]]
+    chosen = row[order[starts + rule.place(sizes)]]
+    found["keepers_wrong"] += int((keeper != chosen[group]).sum())
+
+
+def _means(x: Array, group: Ints) -> Array:
+    sums = np.zeros((group.max() + 1, x.shape[1]))
+    np.add.at(sums, group, x)
+    means: Array = (sums / np.bincount(group)[:, None])[group]
+    return means
