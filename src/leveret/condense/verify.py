@@ -72,9 +72,10 @@ def _one(opened: Opened, rows: Rows, part: Part, cluster: int, found: dict[str, 
     found["pairs"] += len(above[0])
     if len(above[0]):
         found["closest_pair"] = _closer(found["closest_pair"], float(np.abs(cosines[above] - config.threshold).min()))
-    told = tuple(rows.column(name, part)[places] for name in ("component", "keeper"))
+    component, keeper = (rows.column(name, part)[places] for name in ("component", "keeper"))
     row, score = (column[places] for column in part.read("row", "score"))
-    _groups(x, cosines > config.threshold, row, *told, partly, config, centroids[cluster], score, found)
+    edges = cosines > config.threshold
+    _groups(x, edges, row, component, keeper, partly, config, centroids[cluster], score, found)
 
 
 def _labels(x: Array, centroids: Array, cluster: int, found: dict[str, Any]) -> None:
