@@ -15,6 +15,7 @@ from leveret.cli import run
 from leveret.condense import condense
 from leveret.condense.groups import KEEPS
 from leveret.condense.ranks import hash_ids, hash_keys, rank_of
+from leveret.condense.recut import recut, redone
 from leveret.condense.steps import STEPS, read
 from leveret.condense.verify import verify
 from leveret.recipe import names
@@ -232,3 +233,46 @@ def test_a_finished_coreset_is_verified_and_a_wrong_one_is_not(keep: str, tmp_pa
     np.save(tmp_path / "e/img_emb/img_emb_0.npy", np.ones((80, 16), np.float32))
     with pytest.raises(DataError, match="files there were changed since"):
         verify(tmp_path / "out")
+
+
+RECUT = "{cluster: {k: 6}, dedup: {threshold: 0.8}, score: {low: 0.1, high: 0.9}, budget: {count: 30}}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        (["budget=50"], ["budget"]),
+        (["score.low=0.3"], ["score", "budget"]),
+        (["score=null"], ["budget"]),
+        (["dedup.threshold=0.9"], ["dedup", "score", "budget"]),
+        (["dedup.keep=near", "budget=9"], ["dedup", "score", "budget"]),
+        (["cluster.k=3"], ["cluster", "dedup", "score", "budget"]),
+    ],
+)
+def test_a_recut_equals_a_whole_run(
+    changes: list[str], again: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings(tmp_path / "e")
+    before = chosen(tmp_path, RECUT)
+    whole = condense(tmp_path / "e", tmp_path / "whole", tmp_path / "r.yaml", changes, workers=1)
+    assert redone(tmp_path / "out", changes) == again
+    if "dedup" not in again:  # no step reads a vector
+        monkeypatch.setattr("leveret.condense.working.Part.vectors", None)
+        monkeypatch.setattr("leveret.condense.working.Part.reader", None)
+    made = recut(tmp_path / "out", tmp_path / "cut", changes, workers=1)
+    for name in ("coreset.parquet", "summary.json", "centroids.npy"):
+        assert (made / name).read_bytes() == (whole / name).read_bytes()
+    rows = [sorted(pq.read_table(out / "ledger").to_pylist(), key=lambda row: row["id"]) for out in (made, whole)]
+    assert rows[0] == rows[1] and {row["id"]: row for row in rows[0]} != before
+    assert recut(tmp_path / "out", tmp_path / "cut", changes, workers=1) == made  # and once more
+
+
+def test_a_recut_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    embeddings(tmp_path / "e")
+    chosen(tmp_path, RECUT)
+    for changes, said in (([], "say what is to differ"), (["seed=4"], "seed: every step hangs on it")):
+        with pytest.raises(RecipeError, match=said):
+            recut(tmp_path / "out", tmp_path / "cut", changes)
+    with pytest.raises(DataError, match="holds no finished coreset"):
+        recut(tmp_path / "e", tmp_path / "cut", ["budget=3"])
+    assert run(["coreset", "recut", str(tmp_path / "out"), "-o", str(tmp_path / "cut"), "budget=3", "--json"]) == 0

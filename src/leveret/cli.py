@@ -426,6 +426,29 @@ def pool_check(
     _report(json, facts, "\n".join(lines))
 
 
+@_verb("recut", "leveret.condense.recut", group=coreset)
+def coreset_recut(
+    path: Annotated[Path, typer.Argument(help="A finished coreset's folder.")],
+    out: Out,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Another threshold, window or budget; only what hangs on it is done again."""
+    from leveret.condense.recut import recut, redone
+
+    again = redone(path, overrides or [])
+    if dry_run:
+        return _plan(json, {"out": str(out), "done again": again})
+    with _reporting(json):
+        folder = recut(path, out, overrides or [], workers=workers)
+    facts = jsonlib.loads((folder / "summary.json").read_text("utf-8"))
+    lines = [f"done again: {', '.join(again) or 'nothing'}; the steps before are those of {path}"]
+    lines += [f"{facts['input']:,} samples: {facts['kept']:,} kept", f"the coreset is in {folder}"]
+    _report(json, {"out": str(folder), "redone": again, **facts}, "\n".join(lines))
+
+
 @_verb("verify", "leveret.condense.verify", group=coreset)
 def coreset_verify(
     path: Annotated[Path, typer.Argument(help="A coreset's folder.")],

@@ -51,7 +51,7 @@ RULES = 2
 def condense(
     source: Source | str | Path,
     out: str | Path,
-    recipe: str | Path = "bunny",
+    recipe: str | Path | CondenseRecipe = "bunny",
     overrides: Sequence[str] = (),
     *,
     images: str | Path | None = None,
@@ -60,19 +60,22 @@ def condense(
     device: str = "cpu",
     limit_share: float = 0.2,
     memory: int = 2 << 30,
+    begin: Callable[[Path], None] | None = None,
 ) -> Path:
     """Choose a coreset and write it, with the fate of every sample, into the folder `out`; returns `out`.
 
     source    a pool (anything `pool.open_source` opens), or embeddings (anything `given.open_given` opens).
-    recipe    a name of `recipes/condense` or a path; overrides such as `dedup.threshold=0.9`, `budget=1000`.
+    recipe    a name of `recipes/condense` or a path, under overrides such as `dedup.threshold=0.9`, `budget=1000`; or
+              the recipe itself.
     images    the folder that image paths start from (for a folder of embeddings: where report pictures are).
     encoder   instead of the recipe's.
     workers   threads and processes; changes no result.
     memory    bytes that vectors may take at once, roughly; changes no result.
+    begin     called with the folder once it is known to be this run's, before any step: `recut` lays finished steps in.
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
     """
-    chosen = read(recipe, overrides)
+    chosen = recipe if isinstance(recipe, CondenseRecipe) else read(recipe, overrides)
     workers = workers or cores()
     clock = Clock()
     pool: Source | None = None
@@ -93,6 +96,8 @@ def condense(
         chosen = chosen.model_copy(update={"encoder": _made_by(given)})
         mark = {"source": given.fingerprint(), "weights": "as given"}
     run = RunFolder.open(out, "condense", {**recipes.dump(chosen), **mark, "rules": RULES})
+    if begin is not None:
+        begin(run.path)
     with graceful_stop(), _executor(workers) as execute:
         if pool is not None:
             with clock("embed"):
@@ -121,7 +126,13 @@ def condense(
     counts = {stage.label: stage.after for stage in stages}
     manifest = {"rules": RULES, "recipe": recipes.dump(chosen), **mark, "input": summary["input"], "left": counts}
     hashes = {name: sha256_of(run.path / name) for name in ("coreset.parquet", "coreset.json")}
-    place = {"embeddings": str(given.path.resolve()), "memory": memory, "workers": workers}
+    place = {
+        "embeddings": str(given.path.resolve()),
+        "pool": None if pool is None else str(pool.path.resolve()),
+        "images": None if images is None else str(Path(images).resolve()),
+        "memory": memory,
+        "workers": workers,
+    }
     write_json(run.path / "manifest.json", {**manifest, "kept": summary["kept"], "sha256": hashes, **place})
     from leveret.condense.report import write_report
 

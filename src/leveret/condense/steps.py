@@ -388,3 +388,17 @@ def _long(given: str, labels: set[str]) -> str:
     if key in ("budget", "random") and value.strip() not in ("null", "~", ""):
         return f"steps.{key}={{count: {value}}}" if value.strip().isdigit() else f"steps.{given}"
     return f"steps.{key}{equals}{value}" if head in labels else given
+
+
+def changed(recipe: CondenseRecipe, overrides: Sequence[str]) -> CondenseRecipe:
+    """A resolved recipe under overrides, in their short or their long form."""
+    from tempfile import TemporaryDirectory
+
+    import yaml
+
+    from leveret import recipe as recipes
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "recipe.yaml")
+        file.write_text(yaml.safe_dump(recipes.dump(recipe), sort_keys=False), "utf-8")
+        return read(file, overrides)
