@@ -1,11 +1,11 @@
-"""The whole chain against its floor: embeddings -> clusters -> near copies -> windows -> budget, on this machine's cores.
+"""The whole chain against its floor: embeddings -> clusters -> near copies -> windows -> budget, on this machine.
 
     python speed/condense.py FOLDER [--rows 1000000] [--width 512] [--shard 250000] [--memory 2GB] [--workers N]
 
-Makes float16 embeddings in FOLDER/emb (skewed clusters, 30 % near copies; kept for the next time) and condenses them
-by Bunny's recipe into FOLDER/out in a process of its own. Prints the seconds of each step; the most memory that the process
-tree held, anonymous and shared, sampled ten times a second; and the ratio to the floor: the FLOP of training, assignment
-and pairs at the k that was used, over the best rate of a matrix product measured here, before and after.
+Makes float16 embeddings in FOLDER/emb (skewed clusters, 30 % near copies; kept for the next time) and condenses them by
+Bunny's recipe into FOLDER/out in a process of its own. Prints the seconds of each step; the most memory that the
+process tree held, anonymous and shared, sampled ten times a second; and the ratio to the floor: the FLOP of training,
+assignment and pairs at the k that was used, over the best rate of a matrix product measured here, before and after.
 """
 
 from __future__ import annotations

@@ -79,21 +79,25 @@ def rename(part: Part, names: Mapping[int, bytes]) -> None:
 
 
 class Training:
-    """Training rows in a file, in the order of their ids' hash: float32 unit vectors."""
+    """Training rows in a file, in the order of their ids' hash: float32 unit vectors. Held where `hold` says so: they
+    are read once a round."""
 
-    def __init__(self, path: Path, n: int, width: int) -> None:
+    def __init__(self, path: Path, n: int, width: int, *, hold: bool = False) -> None:
         self.path = path
+        self.held: Floats | None = None
         self.shard = Shard(path, n, width, "<f4")
+        if hold:
+            self.held = self.shard.read(0, n)
 
     def __len__(self) -> int:
         return self.shard.n
 
     def read(self, start: int, stop: int) -> Floats:
-        return self.shard.read(start, stop)
+        return self.shard.read(start, stop) if self.held is None else self.held[start:stop]
 
 
-def training_rows(rows: Rows, wanted: int, seed: int, path: Path) -> Training:
-    """The alive rows whose ids' hashes come first, in that order (ties by id)."""
+def training_rows(rows: Rows, wanted: int, seed: int, path: Path, memory: int = 0) -> Training:
+    """The alive rows whose ids' hashes come first, in that order (ties by id). Held where `memory` bytes suffice."""
     keys = rows.keys("hash", lambda hashes: ranks.hash_keys(hashes, seed, SALT_TRAIN))
     cut = ranks.cut_at(keys, min(wanted, rows.count()))
     chosen: list[tuple[Part, Ints]] = []
@@ -118,7 +122,7 @@ def training_rows(rows: Rows, wanted: int, seed: int, path: Path) -> Training:
                     file.write(x.astype("<f4").tobytes())
                 done += len(places)
     half.rename(path)
-    return Training(path, len(order), width)
+    return Training(path, len(order), width, hold=4 * len(order) * width <= memory)
 
 
 def train(rows: Training, k: int, iterations: int, run: lloyd.Map, folder: Path | None = None) -> tuple[Floats, int]:

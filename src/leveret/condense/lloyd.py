@@ -6,6 +6,7 @@ Training rows stand in the order of their ids' hash and are summed in fixed chun
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -77,12 +78,25 @@ def _sums(x: Floats, labels: Ints, k: int) -> tuple[Ints, Doubles]:
     """The labels that occur, and the float64 sum of each one's rows, added in row order."""
     from scipy.sparse import csr_matrix
 
+    wide = _buffer(x.shape)
+    np.copyto(wide, x)
     found, back = np.unique(labels, return_inverse=True)
     order = np.argsort(back, kind="stable")
     ends = np.r_[0, np.cumsum(np.bincount(back, minlength=len(found)))]
     # Row after row of a sparse product adds its terms one by one, in the order of its columns.
     picks = csr_matrix((np.ones(len(x)), order, ends), (len(found), len(x)))
-    return found, picks @ x.astype(np.float64)
+    return found, picks @ wide
+
+
+_local = threading.local()
+
+
+def _buffer(shape: tuple[int, ...]) -> Doubles:
+    """This thread's, for rows widened to float64: fresh memory for each chunk would cost more than the sums."""
+    if not hasattr(_local, "wide") or _local.wide.shape[1] != shape[1]:
+        _local.wide = np.empty((CHUNK, shape[1]))
+    found: Doubles = _local.wide[: shape[0]]
+    return found
 
 
 def _away(rows: Rows, centroids: Floats, labels: Ints, run: Map) -> Doubles:

@@ -223,7 +223,7 @@ def _run_steps(
     width = max((shard.row_bytes for shard in given.shards), default=1)
     # A bucket is held as it lies on disk, once more in its new order, and as 8-bit codes.
     most = max(1024, int(memory / (4 * width * workers)))
-    shop, state, stages = Shop(chosen.seed, most, execute), State(rows), []
+    shop, state, stages = Shop(chosen.seed, most, memory, execute), State(rows), []
     before = rows.count()
     for position, (label, config) in enumerate(chosen.steps.items()):
         if stop_requested():

@@ -144,11 +144,12 @@ class State:
 
 @dataclass(frozen=True)
 class Shop:
-    """Where steps work. seed: the recipe's. most: rows whose vectors are held at once. run: executes tasks, results in
-    the order of the items."""
+    """Where steps work. seed: the recipe's. most: rows whose vectors are held at once by a task. memory: bytes that all
+    may hold. run: executes tasks, results in the order of the items."""
 
     seed: int
     most: int
+    memory: int
     run: Map
 
 
@@ -176,7 +177,7 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
     else:
         k = max(1, round(math.sqrt(n / 2))) if config.k == "auto" else min(int(config.k), n)
         training = engine.training_rows(
-            rows, max(engine.LEAST, k * config.rows_per_centroid), shop.seed, folder / "training.rows"
+            rows, max(engine.LEAST, k * config.rows_per_centroid), shop.seed, folder / "training.rows", shop.memory // 2
         )
         centroids, rounds = engine.train(training, k, config.iterations, shop.run, folder)
         counts = {"rounds": np.array(rounds), "training_rows": np.array(len(training))}
