@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from leveret import cells
 from leveret.records import ImageRef
 from leveret.runs import DataError
 
@@ -59,6 +60,7 @@ MENDING = {
     "too many pixels": f"At most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side: scale it down",
     "truncated": "The file ends too early: fetch it again",
     "damaged": "Its content breaks the rules of its format: fetch or encode it again",
+    "not embedded": "The table names a file and does not hold its bytes: write it again with the images in it",
     "not a data URI": "The form is data:image/png;base64,...",
 }
 """Every reason an image can be refused for, and how to mend it."""
@@ -128,8 +130,9 @@ class Root:
         return ImageRef(path)
 
     def name(self, ref: ImageRef) -> str:
-        """The relative POSIX path that data calls `ref`."""
-        return Path(ref.path).relative_to(self.path).as_posix()
+        """The relative POSIX path that data calls `ref`; inside a container `shard.tar:member`."""
+        file = Path(ref.path).relative_to(self.path).as_posix()
+        return f"{file}:{ref.inside}" if ref.inside else file
 
     def _holds(self, path: str) -> bool:
         real = os.path.realpath(path)
@@ -187,7 +190,24 @@ def _read_data(ref: ImageRef) -> bytes:
         raise ImageFault("not a data URI") from None
 
 
-_READERS: dict[str, Callable[[ImageRef], bytes]] = {"file": _read_file, "tar": _read_tar, "data": _read_data}
+def _read_cell(ref: ImageRef) -> bytes:
+    try:
+        data = cells.image(ref.path, ref.member, ref.offset, ref.place)
+    except cells.Unreadable:
+        raise ImageFault("damaged") from None
+    if data is None:
+        raise ImageFault("not embedded")
+    if len(data) > MAX_BYTES:
+        raise ImageFault("too large a file", f"{len(data):,} bytes")
+    return data
+
+
+_READERS: dict[str, Callable[[ImageRef], bytes]] = {
+    "file": _read_file,
+    "tar": _read_tar,
+    "parquet": _read_cell,
+    "data": _read_data,
+}
 
 
 # --- what the bytes are --------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ class Source(ABC):
 
     def __init__(self, path: Path, root: Root) -> None:
         self.path = path
-        self.name = path.resolve().name
+        # Of a file its own name: the Hub's cache is made of links to files that are named by hashes.
+        self.name = path.resolve().name if path.is_dir() else path.name
         self.root = root
         self._fingerprint: str | None = None
 
@@ -94,6 +95,14 @@ class Source(ABC):
             f" Image paths start from {self.root.path}; if that is the wrong folder, name the right one "
             "(--images on the command line, `images` of a stage in a recipe)."
         )
+
+    def _within(self, images: str | Path | None, what: str) -> None:
+        """Refuse an image folder for a source that holds its images."""
+        if images is not None and Root(images).path != self.root.path:
+            raise DataError(
+                f"{self.path} holds {what}, and the images are in them; the image folder {images} was given. Leave it "
+                "out, or give a LLaVA JSON file as the source."
+            )
 
     def _size(self, name: str) -> int:
         try:
