@@ -278,7 +278,7 @@ def test_images_are_judged_by_check(tmp_path: Path) -> None:
         ("a.parquet:row1/image", "image empty"),
         ("a.parquet:row2/image", "image not embedded"),
         ("a.parquet:row3/image", "image not an image"),
-        ("a.parquet:row4/image", "image truncated"),
+        ("a.parquet:row4/image", "image damaged"),
     ]
     index = pq.read_table(found.index).to_pylist()
     assert (index[0]["image"], index[0]["width"], index[0]["height"]) == ("a.parquet:row0/image", 6, 4)
@@ -346,7 +346,7 @@ def test_files_that_are_none_or_do_not_go_together(tmp_path: Path, monkeypatch: 
     written(tmp_path / "c.parquet", other)
     with pytest.raises(DataError, match=r"c\.parquet has lists of images in images and words in texts, and b\.parquet"):
         open_source(tmp_path)
-    with pytest.raises(DataError, match="the images are in them"):
+    with pytest.raises(DataError, match="holds its images itself"):
         open_source(path, tmp_path.parent)
     assert len(open_source(path, tmp_path)) == 3
     monkeypatch.setattr(module, "MAX_GROUP", 100)

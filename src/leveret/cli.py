@@ -45,7 +45,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads; all cores by default.")]
 LimitShare = Annotated[float, typer.Option(min=0, max=1, help="Stop when a larger share of the samples is unusable.")]
-Source = Annotated[str, typer.Argument(help="LLaVA JSON or JSONL, or a folder of images with captions.")]
+Source = Annotated[str, typer.Argument(help="LLaVA JSON, tars, parquet, or a folder of images with captions.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 
 

@@ -100,7 +100,7 @@ class Source(ABC):
         """Refuse an image folder for a source that holds its images."""
         if images is not None and Root(images).path != self.root.path:
             raise DataError(
-                f"{self.path} holds {what}, and the images are in them; the image folder {images} was given. Leave it "
+                f"{self.path} is {what} and holds its images itself, but the image folder {images} was given. Leave it "
                 "out, or give a LLaVA JSON file as the source."
             )
 

@@ -61,6 +61,8 @@ def members(path: Path) -> Iterator[tuple[bytes, int, int]]:
 def _walk(handle: IO[bytes], path: Path) -> Iterator[tuple[bytes, int, int]]:
     end = handle.seek(0, 2)
     handle.seek(0)
+    if not end:
+        raise DataError(f"{path} is empty: expected a tar. Fetch it again.")
     at, ended, last = 0, False, b""
     long = b""  # name of the next member, from a GNU or pax header before it
     size = -1
@@ -108,8 +110,6 @@ def _walk(handle: IO[bytes], path: Path) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _not_a_tar(head: bytes, path: Path) -> None:
-    if not head:
-        raise DataError(f"{path} is empty: expected a tar. Fetch it again.")
     for magic, (form, command) in PACKED.items():
         if head.startswith(magic):
             raise DataError(

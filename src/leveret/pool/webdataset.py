@@ -1,7 +1,7 @@
 """Tars in WebDataset's form, img2dataset's among them: a .tar, or a folder of .tar shards in the order of their names.
 
     000000.jpg, 000000.txt                   a caption
-    000001.jpg, 000001.json                  {"conversations": [...]} as LLaVA has it, or {"caption": ...}, or {"text": ...}
+    000001.jpg, 000001.json                  {"conversations": [...]}, LLaVA's, or {"caption": ...} or {"text": ...}
     000002.0.jpg, 000002.1.jpg, 000002.json  several images, numbered from 0
 
 Members of one tar belong together when their names are the same up to the first dot after the last slash: the key.
@@ -57,7 +57,7 @@ class WebdatasetSource(Source):
         `DataError` if a tar cannot be read, is compressed or is none, or if there is no sample in any.
         """
         super().__init__(path, Root(path if path.is_dir() else path.parent))
-        self._within(images, "tars")
+        self._within(images, "a source of tars")
         self._shards = shards(path, TARS)
         self._index = _index([self.root.path / name for name in self._shards])
         if not len(self):
