@@ -83,8 +83,8 @@ def test_captions(tmp_path: Path, column: str) -> None:
     assert (samples[3].source, dict(samples[3].meta)) == ("a.parquet", {"score": 1.5})
     assert [read_bytes(sample.images[0]) for sample in samples] == [png(n) for n in range(5)]
     assert load(samples[4].images[0]).size == (6, 4)
-    assert source.root.name(samples[3].images[0]) == "a.parquet:row3/image"
-    assert str(samples[3].images[0]) == f"{path.resolve()}:row3/image"
+    assert source.root.name(samples[3].images[0]) == "a.parquet#3/image"
+    assert str(samples[3].images[0]) == f"{path.resolve()}#3/image"
     for index in (-1, 5):
         with pytest.raises(IndexError):
             source.sample(index)
@@ -126,7 +126,8 @@ def test_the_cauldron_and_finevision(tmp_path: Path) -> None:
     assert [turn.role for turn in first.turns] == ["user", "assistant"] * 2
     assert first.meta == {"source": ["tqa", "vqa"], "relevance_ratings": [5, 4], "relevance_min": 4}
     assert [read_bytes(ref) for ref in first.images] == [png(1), png(2)]
-    assert source.root.name(first.images[1]) == "a.parquet:row0/images[1]"
+    assert source.root.name(first.images[1]) == "a.parquet#0/images[1]"
+    assert [source.root.ref(source.root.name(ref)) for ref in first.images] == list(first.images)
     assert (second.images, second.turns[0].text) == ((), "words")
 
 
@@ -147,7 +148,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert (len(source), source.name) == (12, "data")
     assert [source.sample(n).caption for n in range(12)] == [f"caption {n}" for n in range(12)]
     assert [source.sample(n).id for n in (0, 5, 11)] == ["train-00000-0", "train-00001-0", "train-00002-2"]
-    assert source.root.name(source.sample(8).images[0]) == "train-00001.parquet:row3/image"
+    assert source.root.name(source.sample(8).images[0]) == "train-00001.parquet#3/image"
 
 
 def test_any_order_threads_and_pickles_give_the_same(tmp_path: Path) -> None:
@@ -275,13 +276,13 @@ def test_images_are_judged_by_check(tmp_path: Path) -> None:
     found = check(open_source(written(tmp_path / "a.parquet", columns)), tmp_path / "out", limit_share=1)
     lines = [json.loads(line) for line in found.quarantine.read_text().splitlines()]
     assert [(line["image"], line["reason"]) for line in lines] == [
-        ("a.parquet:row1/image", "image empty"),
-        ("a.parquet:row2/image", "image not embedded"),
-        ("a.parquet:row3/image", "image not an image"),
-        ("a.parquet:row4/image", "image damaged"),
+        ("a.parquet#1/image", "image empty"),
+        ("a.parquet#2/image", "image not embedded"),
+        ("a.parquet#3/image", "image not an image"),
+        ("a.parquet#4/image", "image damaged"),
     ]
     index = pq.read_table(found.index).to_pylist()
-    assert (index[0]["image"], index[0]["width"], index[0]["height"]) == ("a.parquet:row0/image", 6, 4)
+    assert (index[0]["image"], index[0]["width"], index[0]["height"]) == ("a.parquet#0/image", 6, 4)
     assert check(open_source(tmp_path / "a.parquet"), tmp_path / "quick", decode=False).ok == 5
 
 
@@ -389,10 +390,10 @@ def test_commands_take_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "4 samples: 4 good, 0 refused" in capsys.readouterr().out
     assert cli.run(["show", str(tmp_path / "data"), "--id", "a-2"]) == 0
     shown = capsys.readouterr().out
-    assert "caption 2" in shown and "a.parquet:row2/image" in shown.replace("\n", "")
+    assert "caption 2" in shown and "a.parquet#2/image" in shown.replace("\n", "")
     assert cli.run(["embed", str(tmp_path / "data"), "--encoder", "pixels", "-o", str(tmp_path / "e")]) == 0
     rows = pq.read_table(tmp_path / "e" / "metadata" / "metadata_0.parquet").to_pylist()
-    assert [row["image"] for row in rows] == [f"a.parquet:row{n}/image" for n in range(4)]
+    assert [row["image"] for row in rows] == [f"a.parquet#{n}/image" for n in range(4)]
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(str.strip)

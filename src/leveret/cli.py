@@ -419,6 +419,32 @@ def pool_check(
     _report(json, facts, "\n".join(lines))
 
 
+@_verb("convert", "leveret.pool", group=pool)
+def pool_convert(
+    source: Source,
+    out: Out,
+    images: Images = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples in one tar.")] = 4096,
+    limit_share: LimitShare = 0.2,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Write any data as tars that are read fast in any order."""
+    from leveret.pool import convert, open_source
+
+    opened = open_source(source, images)
+    if dry_run:
+        return _plan(json, {"samples": len(opened), "shards": -(-len(opened) // shard_size), "out": str(out)})
+    with _reporting(json):
+        made = convert(opened, out, shard_size=shard_size, limit_share=limit_share, workers=workers)
+    reasons = dict(made.reasons)
+    names = ("total", "ok", "quarantined", "images", "shards", "size", "store")
+    lines = [f"{made.total:,} samples: {made.ok:,} written, {made.quarantined:,} refused", *_left_out(reasons)]
+    lines += [f"{made.images:,} images, {made.size:,} bytes in {made.shards:,} tars; the store is {made.store}"]
+    _report(json, {name: getattr(made, name) for name in names} | {"reasons": reasons}, "\n".join(lines))
+
+
 @_verb("draw", "leveret.world.write", group=world)
 def world_draw(
     out: Out,

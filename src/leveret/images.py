@@ -19,6 +19,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,15 @@ class ImageFault(DataError):
         return ImageFault(self.reason, self.detail, where)
 
 
+_INSIDE: dict[Any, re.Pattern[str]] = {
+    "tar": re.compile(r"(?is)(?P<file>.*?\.tar)#(?P<offset>\d{1,18})\+(?P<length>\d{1,18})/(?P<member>.*)"),
+    "parquet": re.compile(
+        r"(?is)(?P<file>.*?\.parquet)#(?P<offset>\d{1,18})/(?P<member>[^/\[]*)(\[(?P<place>\d{1,9})\])?"
+    ),
+}
+"""How an image is named that lies inside a file."""
+
+
 # --- where the bytes are -------------------------------------------------------------------------------------------
 
 
@@ -104,6 +114,9 @@ class Root:
     def ref(self, name: object) -> ImageRef:
         """The image that data calls `name`: a relative path with `/` (or, on old lists, `\\`) between its parts.
 
+        An image inside a file is named as `name` names it: `shards/0.tar#512+2303/1.jpg` (first byte, length, member),
+        `a.parquet#7/images[1]` (row, column, entry).
+
         The file need not exist; where it would lie must be inside the folder, links followed. `ImageFault` otherwise.
         """
         if not isinstance(name, str):
@@ -112,6 +125,11 @@ class Root:
             raise ImageFault("not a path")
         if re.match(r"(?i)(data:|[a-z][a-z0-9+.-]*://)", name):
             raise ImageFault("is a URL")
+        for kind, form in _INSIDE.items():
+            if found := form.fullmatch(name):
+                told: dict[str, Any] = {key: text for key, text in found.groupdict().items() if text is not None}
+                told |= {key: int(told[key]) for key in ("offset", "length", "place") if key in told}
+                return replace(self.ref(told.pop("file")), kind=kind, **told)
         if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
             raise ImageFault("path is absolute")
         parts = PurePosixPath(name).parts if os.sep == "/" else Path(name).parts
@@ -130,9 +148,9 @@ class Root:
         return ImageRef(path)
 
     def name(self, ref: ImageRef) -> str:
-        """The relative POSIX path that data calls `ref`; inside a container `shard.tar:member`."""
+        """The relative POSIX path that data calls `ref`, and where it lies in that file; `ref` takes it back."""
         file = Path(ref.path).relative_to(self.path).as_posix()
-        return f"{file}:{ref.inside}" if ref.inside else file
+        return f"{file}#{ref.inside}" if ref.inside else file
 
     def _holds(self, path: str) -> bool:
         real = os.path.realpath(path)
@@ -256,8 +274,8 @@ def decode(data: bytes) -> Image:
                 raise _broken(error) from None
 
 
-def declared_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels as the header says, before the EXIF turn; nothing is unpacked. `ImageFault` if none."""
+def form_of(data: bytes) -> str:
+    """Which of `FORMATS` an image's first bytes are of. `ImageFault` if of none."""
     if not data:
         raise ImageFault("empty")
     form = next((form for form, magic in _MAGIC if magic.match(data)), None)
@@ -265,6 +283,12 @@ def declared_size(data: bytes) -> tuple[int, int]:
         raise ImageFault("not an image")
     if form not in FORMATS:
         raise ImageFault("format not allowed", form)
+    return form
+
+
+def declared_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels as the header says, before the EXIF turn; nothing is unpacked. `ImageFault` if none."""
+    form = form_of(data)
     try:
         return _SIZES[form](data)
     except (struct.error, IndexError):

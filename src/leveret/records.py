@@ -44,15 +44,17 @@ class ImageRef:
 
     @property
     def inside(self) -> str:
-        """Where it lies in the file at `path`, for messages; "" where it is the file."""
+        """Where it lies in the file at `path`; "" where it is the file. `images.Root` reads it back."""
+        if self.kind == "tar":
+            return f"{self.offset}+{self.length}/{self.member}"
         if self.kind == "parquet":
-            return f"row{self.offset}/{self.member}{f'[{self.place}]' if self.place >= 0 else ''}"
-        return self.member
+            return f"{self.offset}/{self.member}{f'[{self.place}]' if self.place >= 0 else ''}"
+        return ""
 
     def __str__(self) -> str:
         if self.kind == "data":
             return f"{self.path[:24]}... (data URI)"
-        return f"{self.path}:{self.inside}" if self.inside else self.path
+        return f"{self.path}#{self.inside}" if self.inside else self.path
 
 
 @dataclass(frozen=True, slots=True)

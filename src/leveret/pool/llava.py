@@ -27,6 +27,12 @@ ROLES: dict[str, Role] = {
 }
 """What `from` may say."""
 
+OWN = ("id", "image", "conversations")
+"""What every record of this form says; never in `Sample.meta`."""
+
+SAID: dict[Role, str] = {"user": "human", "assistant": "gpt", "system": "system"}
+"""What `from` says where we write."""
+
 Refuse = Callable[..., SampleFault]
 """Makes the fault of the record in hand from a reason and a detail."""
 
@@ -53,7 +59,7 @@ class LlavaSource(Source):
         image = ", ".join(str(name)[:200] for name in names)
         images = tuple(self._ref(name, index, id) for name in names)
         turns = spoken(record, refuse)
-        meta = {key: value for key, value in record.items() if key not in ("id", "image", "conversations")}
+        meta = {key: value for key, value in record.items() if key not in OWN}
         return Sample(id=id, images=images, turns=turns, source=self.name, meta=meta)
 
     def _trace(self, index: int) -> tuple[bytes, Sequence[str]]:
@@ -70,6 +76,13 @@ def _names(record: dict[str, Any]) -> list[Any]:
     if image is None:
         return []
     return image if isinstance(image, list) else [image]
+
+
+def record_of(sample: Sample) -> dict[str, Any]:
+    """The record that reads as this sample, but for its images: id, conversations, and what else it knows."""
+    turns = [{"from": SAID[turn.role], "value": turn.text} for turn in sample.turns]
+    record = {"id": sample.id, "conversations": turns}
+    return record | {key: value for key, value in sample.meta.items() if key not in OWN}
 
 
 def parsed(recorded: bytes, refuse: Refuse) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from leveret import cells
 from leveret.images import Root
 from leveret.pool.base import SampleFault, Source
-from leveret.pool.llava import Refuse, named, spoken
+from leveret.pool.llava import OWN, Refuse, named, spoken
 from leveret.pool.webdataset import captioned, shard_name, shards
 from leveret.records import IMAGE_MARK, ImageRef, Sample, Turn
 from leveret.runs import DataError
@@ -190,8 +190,8 @@ class ParquetSource(Source):
             raise refuse("no image", f"entry {entries.index(None)} of {plan.images} is null")
         layout = LAYOUTS[plan.layout]
         turns, more = layout.words(record.pop(layout.column), len(refs), refuse)
-        record.pop("id", None)
-        return Sample(id, refs, _marked(turns, len(refs)), self.name, {**more, **record})
+        meta = {key: value for key, value in {**more, **record}.items() if key not in OWN}
+        return Sample(id, refs, _marked(turns, len(refs)), self.name, meta)
 
     def _trace(self, index: int) -> tuple[bytes, Sequence[str]]:
         """Of each row group, at its first row: the words and image paths as they are packed in the file, byte for

@@ -22,7 +22,7 @@ from leveret.images import Root
 from leveret.pool import tar
 from leveret.pool.base import SampleFault, Source
 from leveret.pool.folder import ENDINGS, FOREIGN, TEXT_COLUMNS
-from leveret.pool.llava import Refuse, named, parsed, spoken
+from leveret.pool.llava import OWN, Refuse, named, parsed, spoken
 from leveret.records import IMAGE_MARK, ImageRef, Sample, Turn
 from leveret.runs import DataError
 
@@ -34,8 +34,6 @@ TARS = re.compile(r"(?i)\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz)$")
 
 MAX_WORDS = 16 * 2**20
 """Bytes of one .json or .txt: more is no caption and no conversation."""
-
-_OWN = ("id", "image", "conversations")
 
 
 class _Member(NamedTuple):
@@ -58,6 +56,9 @@ class WebdatasetSource(Source):
         """
         super().__init__(path, Root(path if path.is_dir() else path.parent))
         self._within(images, "a source of tars")
+        if (path / "parts").is_dir() and (path / "recipe.yaml").is_file():
+            # It would be taken for a smaller store.
+            raise DataError(f"{path} is not finished: run the same `leveret pool convert` again, and it goes on.")
         self._shards = shards(path, TARS)
         self._index = _index([self.root.path / name for name in self._shards])
         if not len(self):
@@ -75,23 +76,25 @@ class WebdatasetSource(Source):
         shown = ""
         if broken:
             raise refuse(*broken)
-        shown = ", ".join(f"{self._shards[shard]}:{id}.{member.ending}" for member in members if _is_image(member))
+        path = str(self.root.path / self._shards[shard])
+
+        def ref(member: _Member) -> ImageRef:
+            return ImageRef(path, "tar", member.offset, member.length, f"{id}.{member.ending}")
+
+        shown = shard_name(", ".join(self.root.name(ref(member)) for member in members if _is_image(member)))
         if not id == key.decode("utf-8", "replace") or not all(_decoded(member.ending) for member in members):
             raise refuse("member name is not UTF-8")
         found = {member.ending.lower(): member for member in members}
         if len(found) < len(members):
             endings = sorted(member.ending for member in members)
             raise refuse("member is there twice", ", ".join(f"{id}.{ending}" for ending in endings))
+        refs = tuple(map(ref, _pictures(members, refuse)))
         record: dict[str, Any] = {}
         if "json" in found:
             record = parsed(self._words(shard, found["json"], refuse), refuse)
             id = named(record, id, refuse)
-        pictures = _pictures(members, refuse)
-        if not pictures:
+        if not refs:
             _explain(record, members, refuse)
-        path = str(self.root.path / self._shards[shard])
-        stem = key.decode()
-        refs = tuple(ImageRef(path, "tar", at, length, f"{stem}.{ending}") for ending, at, length in pictures)
         column = next((name for name in TEXT_COLUMNS if record.get(name) is not None), "")
         if "conversations" in record:
             turns = spoken(record, refuse)
@@ -104,7 +107,7 @@ class WebdatasetSource(Source):
                 except UnicodeDecodeError:
                     raise refuse("caption is not UTF-8") from None
             turns = captioned(said, len(refs), refuse)
-        meta = {name: value for name, value in record.items() if name not in (*_OWN, column)}
+        meta = {name: value for name, value in record.items() if name not in (*OWN, column)}
         return Sample(id, refs, turns, self.name, meta)
 
     def _words(self, shard: int, member: _Member, refuse: Refuse) -> bytes:
