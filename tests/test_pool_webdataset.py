@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from leveret import cli
-from leveret.images import load, read_bytes
+from leveret.images import ImageFault, Root, load, read_bytes
 from leveret.pool import SampleFault, Source, check, open_source, tar
 from leveret.pool import webdataset as module
 from leveret.records import Turn
@@ -328,6 +329,31 @@ def test_img2dataset_output_and_images_that_are_judged_by_check(tmp_path: Path) 
     index = pq.read_table(found.index).to_pylist()
     assert (index[0]["image"], index[0]["width"]) == (f"00000.tar#512+{len(png())}/000000000.jpg", 6)
     assert check(open_source(tmp_path / "out"), tmp_path / "quick", decode=False).ok == 4
+
+
+def test_names_of_images_inside_files_obey_the_root(tmp_path: Path) -> None:
+    written(tmp_path / "in" / "a.tar", [("a.png", png())])
+    written(tmp_path / "out.tar", [("a.png", png())])
+    root = Root(tmp_path / "in")
+    name = f"a.tar#512+{len(png())}/../a.png"  # what lies behind the first / is a name and no path
+    assert read_bytes(root.ref(name)) == png()
+    assert root.name(root.ref(name)) == name
+    for wrong in ("../out.tar#512+9/a.png", "/out.tar#512+9/a.png", "https://x/a.tar#1+2/a"):
+        with pytest.raises(ImageFault):
+            root.ref(wrong)
+    assert root.ref("a.tar#512/a.png").kind == "file"
+    os.mkfifo(tmp_path / "in" / "pipe.tar")
+    os.mkfifo(tmp_path / "in" / "pipe.parquet")
+    (tmp_path / "in" / "sub.tar").mkdir()
+    for wrong in ("pipe.tar#0+9/x", "pipe.parquet#0/image", "sub.tar#0+9/x"):
+        with pytest.raises(ImageFault, match="not a file"):
+            read_bytes(root.ref(wrong))
+    with pytest.raises(ImageFault, match="truncated"):
+        read_bytes(root.ref("a.tar#512+99999/a.png"))
+    with pytest.raises(ImageFault, match="too large"):
+        read_bytes(root.ref("a.tar#0+999999999999999999/a.png"))
+    with pytest.raises(ImageFault, match="missing"):
+        read_bytes(root.ref("b.tar#0+9/a.png"))
 
 
 # --- order and access ----------------------------------------------------------------------------------------------

@@ -174,13 +174,17 @@ def read_bytes(ref: ImageRef) -> bytes:
     return data
 
 
-def _read_file(ref: ImageRef) -> bytes:
-    status = os.stat(ref.path)
-    # Looked at before opening: opening a pipe would wait for ever.
+def _file_size(path: str) -> int:
+    """Looked at before opening: opening a pipe would wait for ever."""
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ImageFault("not a file")
-    if status.st_size > MAX_BYTES:
-        raise ImageFault("too large a file", f"{status.st_size:,} bytes")
+    return status.st_size
+
+
+def _read_file(ref: ImageRef) -> bytes:
+    if (size := _file_size(ref.path)) > MAX_BYTES:
+        raise ImageFault("too large a file", f"{size:,} bytes")
     with open(ref.path, "rb") as handle:
         return handle.read(MAX_BYTES)
 
@@ -188,6 +192,7 @@ def _read_file(ref: ImageRef) -> bytes:
 def _read_tar(ref: ImageRef) -> bytes:
     if ref.length > MAX_BYTES:
         raise ImageFault("too large a file", f"{ref.length:,} bytes")
+    _file_size(ref.path)
     with open(ref.path, "rb") as handle:
         handle.seek(ref.offset)
         data = handle.read(max(ref.length, 0))
@@ -209,6 +214,7 @@ def _read_data(ref: ImageRef) -> bytes:
 
 
 def _read_cell(ref: ImageRef) -> bytes:
+    _file_size(ref.path)
     try:
         data = cells.image(ref.path, ref.member, ref.offset, ref.place)
     except cells.Unreadable:

@@ -69,7 +69,7 @@ def _pairs(cell: Any, images: int, refuse: Refuse) -> Words:
                 raise refuse("turn's value is not text", f"texts[{position}].{name} holds {type(text).__name__}")
             turns.append(Turn(role, text))  # type: ignore[arg-type]
         for name, value in pair.items():
-            if name not in ("user", "assistant"):
+            if name not in ("user", "assistant") and isinstance(value, str | int | float | None):
                 more.setdefault(name, []).append(value)
     return tuple(turns), more
 

@@ -33,14 +33,17 @@ def _made_of(ending: re.Pattern[str]) -> Callable[[Path], bool]:
     table there: a folder of photos may hold anything beside them."""
 
     def fits(path: Path) -> bool:
-        if path.is_file():
-            return bool(ending.search(path.name))
+        if not path.is_dir():
+            return path.is_file() and bool(ending.search(path.name))
         found = False
-        with os.scandir(path) as entries:
-            for name in (entry.name for entry in entries if entry.name[0] != "."):
-                if name in TABLES or os.path.splitext(name)[1].lower() in ENDINGS:
-                    return False
-                found = found or bool(ending.search(name))
+        try:
+            with os.scandir(path) as entries:
+                for name in (entry.name for entry in entries if entry.name[0] != "."):
+                    if name in TABLES or os.path.splitext(name)[1].lower() in ENDINGS:
+                        return False
+                    found = found or bool(ending.search(name))
+        except OSError:
+            return False  # the folder's own reader says what is the matter
         return found
 
     return fits
