@@ -471,3 +471,30 @@ def test_what_is_written_comes_back(tmp_path_factory: Any, rows: list[Any], form
         text = wanted[key][2].removeprefix("\ufeff") if wanted[key][3] else wanted[key][2]
         assert sample.caption == text.strip()
         assert read_bytes(sample.images[0]) == png(wanted[key][1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), max_size=4),
+    cut=st.none() | st.integers(0, 2**20),
+    form=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_whatever_is_broken_is_refused_in_our_words(tmp_path_factory: Any, flips: Any, cut: Any, form: int) -> None:
+    long = "long/" * 60 + "猫"
+    members = [*whole(2), (f"{long}.png", png()), (f"{long}.json", said())]
+    path = written(tmp_path_factory.mktemp("w") / "a.tar", members, form)
+    data = bytearray(path.read_bytes())
+    for at, value in flips:
+        data[at % len(data)] = value
+    path.write_bytes(data if cut is None else data[: cut % len(data)])
+    try:
+        source = open_source(path)
+    except DataError:
+        return
+    source.fingerprint()
+    for index in range(len(source)):
+        try:
+            for ref in source.sample(index).images:
+                read_bytes(ref)
+        except (SampleFault, ImageFault) as fault:
+            str(fault).encode()

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from leveret.runs import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,13 +88,21 @@ def image(path: str, column: str, row: int, place: int = -1) -> bytes | None:
     return held.as_buffer().to_pybytes() if held is not None and held.is_valid else None
 
 
-def opened(path: str | os.PathLike[str]) -> Any:
-    """`pyarrow.parquet.ParquetFile`. Raises as `rows`."""
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`. Raises as `rows`, also for what is found broken inside the block."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _translated(pa):
-        return pq.ParquetFile(path)
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as fault:
+        if isinstance(fault, OSError) and fault.errno is not None:
+            raise  # no such file, no right: the system's own
+        raise Unreadable(type(fault).__name__) from None
 
 
 def _mark(path: str) -> Mark:
@@ -112,24 +123,9 @@ def _plan(path: str, mark: Mark) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _read(path: str, group: int, columns: tuple[str, ...]) -> Any:
-    import pyarrow as pa
-
-    with opened(path) as file, _translated(pa):
+    with opened(path) as file:
         # One thread: several row groups are read side by side by those who ask for them.
-        return file.read_row_group(group, columns=list(columns), use_threads=False)
-
-
-class _translated:
-    """pyarrow's own faults become `Unreadable`; the system's (no such file, no right) stay what they are."""
-
-    def __init__(self, pa: Any) -> None:
-        self.faults = (pa.ArrowException, OSError, ValueError)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, fault: BaseException | None, _: Any) -> None:
-        if isinstance(fault, OSError) and fault.errno is not None:
-            return
-        if isinstance(fault, self.faults):
-            raise Unreadable(type(fault).__name__) from None
+        table = file.read_row_group(group, columns=list(columns), use_threads=False)
+        if table.num_rows != file.metadata.row_group(group).num_rows:
+            raise Unreadable(f"{table.num_rows} rows")
+    return table

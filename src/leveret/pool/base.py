@@ -97,11 +97,10 @@ class Source(ABC):
         )
 
     def _within(self, images: str | Path | None, what: str) -> None:
-        """Refuse an image folder for a source that holds its images."""
+        """Refuse an image folder for a source that holds its images. `what`: how the sentence goes on."""
         if images is not None and Root(images).path != self.root.path:
             raise DataError(
-                f"{self.path} is {what} and holds its images itself, but the image folder {images} was given. Leave it "
-                "out, or give a LLaVA JSON file as the source."
+                f"{self.path} {what}; {images} was given. Leave it out, or give a LLaVA JSON file as the source."
             )
 
     def _size(self, name: str) -> int:

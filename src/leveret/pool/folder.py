@@ -46,7 +46,7 @@ class FolderSource(Source):
     def __init__(self, path: Path, images: str | Path | None = None) -> None:
         """`images` only goes with a JSON file and must be None here, or the folder itself."""
         super().__init__(path, Root(path))
-        self._within(images, "a folder of photos")
+        self._within(images, "is a folder of photos, so the image folder is that folder itself")
         found = dict(_walk(path))
         table = _table(path)
         entries = [

@@ -125,7 +125,7 @@ class ParquetSource(Source):
         the files differ in where images and words stand, or there are no rows.
         """
         super().__init__(path, Root(path if path.is_dir() else path.parent))
-        self._within(images, "a source of parquet files")
+        self._within(images, "holds its images itself, so there is no image folder to name")
         self._files = shards(path, FILES)
         self._plans: list[_Plan] = []
         first, file, group = [0], [], []

@@ -55,7 +55,7 @@ class WebdatasetSource(Source):
         `DataError` if a tar cannot be read, is compressed or is none, or if there is no sample in any.
         """
         super().__init__(path, Root(path if path.is_dir() else path.parent))
-        self._within(images, "a source of tars")
+        self._within(images, "holds its images itself, so there is no image folder to name")
         if (path / "parts").is_dir() and (path / "recipe.yaml").is_file():
             # It would be taken for a smaller store.
             raise DataError(f"{path} is not finished: run the same `leveret pool convert` again, and it goes on.")
