@@ -522,10 +522,6 @@ def test_other_data_under_the_same_name_is_told_in_words(mess: Path, run: Any) -
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
-
-
 @pytest.mark.slow
 def test_every_command_of_the_page_runs_as_written(photos: Path, tmp_path: Path) -> None:
     files = sorted(photos.glob("*.jpg"))[:40]
@@ -546,9 +542,11 @@ def test_every_command_of_the_page_runs_as_written(photos: Path, tmp_path: Path)
         assert done.returncode == 0 and "Traceback" not in done.stderr, f"{command[-1]}\n{done.stderr[-3000:]}"
         return done.stdout
 
-    blocks = _blocks("sh")
-    assert len(blocks) >= 9
-    told = "".join(shell(["sh", "-euc", block]) for block in blocks)
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
+    assert len(blocks) >= 13
+    runners = {"sh": ["sh", "-euc"], "python": [sys.executable, "-c"]}
+    said = [shell([*runners[language], block]) for language, block in blocks]
+    told = "".join(said)
     assert "41 samples: 41 good" in told and "1 left out by dedup: near copy" in told
-    (script,) = _blocks("python")
-    assert len(shell([sys.executable, "-c", script]).splitlines()) == 2
+    assert "82 samples: 82 good" in told and "42 samples: 41 written, 1 refused" in told
+    assert len(said[-1].splitlines()) == 2

@@ -46,7 +46,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads; all cores by default.")]
 LimitShare = Annotated[float, typer.Option(min=0, max=1, help="Stop when a larger share of the samples is unusable.")]
-Source = Annotated[str, typer.Argument(help="LLaVA JSON or JSONL, or a folder of images with captions.")]
+Source = Annotated[str, typer.Argument(help="LLaVA JSON, tars, parquet, or a folder of images with captions.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 
 
@@ -424,6 +424,32 @@ def pool_check(
     lines += [f"  {count:,}  {reason}" for reason, count in reasons.items()]
     lines += [f"the index is {found.index}, the refused ones stand in {found.quarantine}"]
     _report(json, facts, "\n".join(lines))
+
+
+@_verb("convert", "leveret.pool", group=pool)
+def pool_convert(
+    source: Source,
+    out: Out,
+    images: Images = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples in one tar.")] = 4096,
+    limit_share: LimitShare = 0.2,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Write any data as tars that are read fast in any order."""
+    from leveret.pool import convert, open_source
+
+    opened = open_source(source, images)
+    if dry_run:
+        return _plan(json, {"samples": len(opened), "shards": -(-len(opened) // shard_size), "out": str(out)})
+    with _reporting(json):
+        made = convert(opened, out, shard_size=shard_size, limit_share=limit_share, workers=workers)
+    reasons = dict(made.reasons)
+    names = ("total", "ok", "quarantined", "images", "shards", "size", "store")
+    lines = [f"{made.total:,} samples: {made.ok:,} written, {made.quarantined:,} refused", *_left_out(reasons)]
+    lines += [f"{made.images:,} images, {made.size:,} bytes in {made.shards:,} tars; the store is {made.store}"]
+    _report(json, {name: getattr(made, name) for name in names} | {"reasons": reasons}, "\n".join(lines))
 
 
 @_verb("recut", "leveret.condense.recut", group=coreset)

@@ -19,9 +19,11 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from leveret import cells
 from leveret.records import ImageRef
 from leveret.runs import DataError
 
@@ -59,6 +61,7 @@ MENDING = {
     "too many pixels": f"At most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side: scale it down",
     "truncated": "The file ends too early: fetch it again",
     "damaged": "Its content breaks the rules of its format: fetch or encode it again",
+    "not embedded": "The table names a file and does not hold its bytes: write it again with the images in it",
     "not a data URI": "The form is data:image/png;base64,...",
 }
 """Every reason an image can be refused for, and how to mend it."""
@@ -82,6 +85,15 @@ class ImageFault(DataError):
         return ImageFault(self.reason, self.detail, where)
 
 
+_INSIDE: dict[Any, re.Pattern[str]] = {
+    "tar": re.compile(r"(?is)(?P<file>.*?\.tar)#(?P<offset>\d{1,18})\+(?P<length>\d{1,18})/(?P<member>.*)"),
+    "parquet": re.compile(
+        r"(?is)(?P<file>.*?\.parquet)#(?P<offset>\d{1,18})/(?P<member>[^/\[]*)(\[(?P<place>\d{1,9})\])?"
+    ),
+}
+"""How an image is named that lies inside a file."""
+
+
 # --- where the bytes are -------------------------------------------------------------------------------------------
 
 
@@ -102,6 +114,9 @@ class Root:
     def ref(self, name: object) -> ImageRef:
         """The image that data calls `name`: a relative path with `/` (or, on old lists, `\\`) between its parts.
 
+        An image inside a file is named as `name` names it: `shards/0.tar#512+2303/1.jpg` (first byte, length, member),
+        `a.parquet#7/images[1]` (row, column, entry).
+
         The file need not exist; where it would lie must be inside the folder, links followed. `ImageFault` otherwise.
         """
         if not isinstance(name, str):
@@ -110,6 +125,11 @@ class Root:
             raise ImageFault("not a path")
         if re.match(r"(?i)(data:|[a-z][a-z0-9+.-]*://)", name):
             raise ImageFault("is a URL")
+        for kind, form in _INSIDE.items():
+            if found := form.fullmatch(name):
+                told: dict[str, Any] = {key: text for key, text in found.groupdict().items() if text is not None}
+                told |= {key: int(told[key]) for key in ("offset", "length", "place") if key in told}
+                return replace(self.ref(told.pop("file")), kind=kind, **told)
         if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
             raise ImageFault("path is absolute")
         parts = PurePosixPath(name).parts if os.sep == "/" else Path(name).parts
@@ -128,8 +148,9 @@ class Root:
         return ImageRef(path)
 
     def name(self, ref: ImageRef) -> str:
-        """The relative POSIX path that data calls `ref`."""
-        return Path(ref.path).relative_to(self.path).as_posix()
+        """The relative POSIX path that data calls `ref`, and where it lies in that file; `ref` takes it back."""
+        file = Path(ref.path).relative_to(self.path).as_posix()
+        return f"{file}#{ref.inside}" if ref.inside else file
 
     def _holds(self, path: str) -> bool:
         real = os.path.realpath(path)
@@ -153,13 +174,17 @@ def read_bytes(ref: ImageRef) -> bytes:
     return data
 
 
-def _read_file(ref: ImageRef) -> bytes:
-    status = os.stat(ref.path)
-    # Looked at before opening: opening a pipe would wait for ever.
+def _file_size(path: str) -> int:
+    """Looked at before opening: opening a pipe would wait for ever."""
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ImageFault("not a file")
-    if status.st_size > MAX_BYTES:
-        raise ImageFault("too large a file", f"{status.st_size:,} bytes")
+    return status.st_size
+
+
+def _read_file(ref: ImageRef) -> bytes:
+    if (size := _file_size(ref.path)) > MAX_BYTES:
+        raise ImageFault("too large a file", f"{size:,} bytes")
     with open(ref.path, "rb") as handle:
         return handle.read(MAX_BYTES)
 
@@ -167,6 +192,7 @@ def _read_file(ref: ImageRef) -> bytes:
 def _read_tar(ref: ImageRef) -> bytes:
     if ref.length > MAX_BYTES:
         raise ImageFault("too large a file", f"{ref.length:,} bytes")
+    _file_size(ref.path)
     with open(ref.path, "rb") as handle:
         handle.seek(ref.offset)
         data = handle.read(max(ref.length, 0))
@@ -187,7 +213,25 @@ def _read_data(ref: ImageRef) -> bytes:
         raise ImageFault("not a data URI") from None
 
 
-_READERS: dict[str, Callable[[ImageRef], bytes]] = {"file": _read_file, "tar": _read_tar, "data": _read_data}
+def _read_cell(ref: ImageRef) -> bytes:
+    _file_size(ref.path)
+    try:
+        data = cells.image(ref.path, ref.member, ref.offset, ref.place)
+    except cells.Unreadable:
+        raise ImageFault("damaged") from None
+    if data is None:
+        raise ImageFault("not embedded")
+    if len(data) > MAX_BYTES:
+        raise ImageFault("too large a file", f"{len(data):,} bytes")
+    return data
+
+
+_READERS: dict[str, Callable[[ImageRef], bytes]] = {
+    "file": _read_file,
+    "tar": _read_tar,
+    "parquet": _read_cell,
+    "data": _read_data,
+}
 
 
 # --- what the bytes are --------------------------------------------------------------------------------------------
@@ -236,8 +280,8 @@ def decode(data: bytes) -> Image:
                 raise _broken(error) from None
 
 
-def declared_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels as the header says, before the EXIF turn; nothing is unpacked. `ImageFault` if none."""
+def form_of(data: bytes) -> str:
+    """Which of `FORMATS` an image's first bytes are of. `ImageFault` if of none."""
     if not data:
         raise ImageFault("empty")
     form = next((form for form, magic in _MAGIC if magic.match(data)), None)
@@ -245,6 +289,12 @@ def declared_size(data: bytes) -> tuple[int, int]:
         raise ImageFault("not an image")
     if form not in FORMATS:
         raise ImageFault("format not allowed", form)
+    return form
+
+
+def declared_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels as the header says, before the EXIF turn; nothing is unpacked. `ImageFault` if none."""
+    form = form_of(data)
     try:
         return _SIZES[form](data)
     except (struct.error, IndexError):

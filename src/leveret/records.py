@@ -30,20 +30,31 @@ class ImageRef:
     """Where an image's bytes are; never a decoded image.
 
     kind    "file": the whole file at `path`. "tar": `length` bytes at `offset` of the tar at `path`.
-            "data": `path` is a data URI (`data:image/png;base64,...`).
-    member  name inside the container, for messages.
+            "parquet": row `offset` (over all row groups) of the column `member` of the file at `path`; where the cell
+            holds a list, its entry `place`. "data": `path` is a data URI (`data:image/png;base64,...`).
+    member  the column; of a tar the member's name, for messages.
     """
 
     path: str
-    kind: Literal["file", "tar", "data"] = "file"
+    kind: Literal["file", "tar", "parquet", "data"] = "file"
     offset: int = 0
     length: int = -1
     member: str = ""
+    place: int = -1
+
+    @property
+    def inside(self) -> str:
+        """Where it lies in the file at `path`; "" where it is the file. `images.Root` reads it back."""
+        if self.kind == "tar":
+            return f"{self.offset}+{self.length}/{self.member}"
+        if self.kind == "parquet":
+            return f"{self.offset}/{self.member}{f'[{self.place}]' if self.place >= 0 else ''}"
+        return ""
 
     def __str__(self) -> str:
         if self.kind == "data":
             return f"{self.path[:24]}... (data URI)"
-        return f"{self.path}:{self.member}" if self.member else self.path
+        return f"{self.path}#{self.inside}" if self.inside else self.path
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from leveret.condense.rows import Array, Ints
 from leveret.condense.steps import State
 from leveret.condense.working import ALIVE, Part, Rows
 from leveret.pool import Source
+from leveret.pool.llava import record_of
 from leveret.records import ImageRef, Sample
 from leveret.runs import atomic_write
 
@@ -219,16 +220,13 @@ def write_ids(state: State, path: Path) -> Ints:
 
 # --- the coreset ---------------------------------------------------------------------------------------------------
 
-_SAID = {"user": "human", "assistant": "gpt", "system": "system"}
-
 
 def _record(sample: Sample, name: Callable[[ImageRef], str]) -> dict[str, Any]:
     images = [name(ref) for ref in sample.images]
     record: dict[str, Any] = {"id": sample.id}
     if images:
         record["image"] = images[0] if len(images) == 1 else images
-    record["conversations"] = [{"from": _SAID[turn.role], "value": turn.text} for turn in sample.turns]
-    return {**record, **{key: value for key, value in sample.meta.items() if key not in record}}
+    return record | {key: value for key, value in record_of(sample).items() if key not in record}
 
 
 def records(ledger: Ledger, source: Source | None, images: Path | None) -> Sequence[dict[str, Any]]:

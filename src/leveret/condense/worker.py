@@ -93,7 +93,7 @@ def receive(stream: IO[bytes]) -> bytes | None:
 
 
 def pack_job(job: Job) -> bytes:
-    rows = [(at, ref.path, ref.kind, ref.offset, ref.length, ref.member, text) for at, ref, text in job.rows]
+    rows = [(at, ref.path, ref.kind, ref.offset, ref.length, ref.member, ref.place, text) for at, ref, text in job.rows]
     return json.dumps([job.start, rows]).encode()
 
 

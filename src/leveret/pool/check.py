@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from leveret.images import ImageFault, decode, read_bytes
 from leveret.pool.base import SampleFault, Source
+from leveret.records import Sample
 from leveret.runs import (
     DataError,
     Interrupted,
@@ -112,7 +113,7 @@ def check(
             checked = _gather(out, parts, key)
         shutil.rmtree(parts, ignore_errors=True)
     if checked.quarantined > limit_share * checked.total:
-        raise _too_many(source, checked.reasons, checked.total, limit_share, checked.quarantine)
+        raise too_many(source, checked.reasons, checked.total, limit_share, checked.quarantine)
     return checked
 
 
@@ -141,7 +142,7 @@ def _walk(source: Source, parts: Path, unpack: bool, limit_share: float, workers
             if (block := _read(part)) is None:
                 block = {"rows": [], "refused": []}
                 slices = [range(at, min(at + _SLICE, end)) for at in range(begin, end, _SLICE)]
-                looks = pool.map(lambda indices: [_look(source, index, unpack) for index in indices], slices)
+                looks = pool.map(lambda indices: [look(source, index, unpack)[2:] for index in indices], slices)
                 for indices, found in zip(slices, looks, strict=True):
                     for rows, refused in found:
                         block["rows"] += rows
@@ -159,23 +160,35 @@ def _walk(source: Source, parts: Path, unpack: bool, limit_share: float, workers
             if reasons.total() > limit_share * total:
                 quarantine = parts.parent / "quarantine.jsonl"
                 _write_quarantine(parts, quarantine)
-                raise _too_many(source, reasons, end, limit_share, quarantine)
+                raise too_many(source, reasons, end, limit_share, quarantine)
 
 
 # --- one sample ----------------------------------------------------------------------------------------------------
 
 
-def _look(source: Source, index: int, unpack: bool) -> tuple[list[_Row], list[dict[str, Any]]]:
-    """The index rows of one sample (all ok, or none) and its quarantine entry, if any."""
+_Row = dict[str, Any]
+
+
+class Look(NamedTuple):
+    """What one sample is found to be: itself (None if it cannot be read), the bytes of its images as far as they are
+    good, its rows of the index (all ok, or none), and its entry of the quarantine, if any."""
+
+    sample: Sample | None
+    data: list[bytes]
+    rows: list[_Row]
+    refused: list[dict[str, Any]]
+
+
+def look(source: Source, index: int, unpack: bool = True) -> Look:
+    """Judge one sample: its record, and its images by unpacking them (or by being there)."""
     try:
         sample = source.sample(index)
     except SampleFault as fault:
-        return [_row(index, fault.id, 0, fault.image or None, ok=False)], [
-            _entry(index, fault.id, fault.image, fault.reason, fault.detail)
-        ]
+        entry = _entry(index, fault.id, fault.image, fault.reason, fault.detail)
+        return Look(None, [], [_row(index, fault.id, 0, fault.image or None, ok=False)], [entry])
     if not sample.images:
-        return [_row(index, sample.id, 0, None, modality="text")], []
-    rows, refused = [], []
+        return Look(sample, [], [_row(index, sample.id, 0, None, modality="text")], [])
+    rows, refused, whole = [], [], []
     for position, ref in enumerate(sample.images):
         name = source.root.name(ref)
         sha256, width, height = None, None, None
@@ -184,6 +197,7 @@ def _look(source: Source, index: int, unpack: bool) -> tuple[list[_Row], list[di
                 data = read_bytes(ref)
                 sha256 = hashlib.sha256(data).hexdigest()
                 width, height = decode(data).size
+                whole.append(data)
             elif not Path(ref.path).is_file():
                 raise ImageFault("missing")
         except ImageFault as fault:
@@ -191,10 +205,9 @@ def _look(source: Source, index: int, unpack: bool) -> tuple[list[_Row], list[di
         rows.append(_row(index, sample.id, position, name, sha256=sha256, width=width, height=height))
     if refused:
         rows = [row | {"ok": False} for row in rows]
-    return rows, refused[:1]  # one entry a sample, so that entries are samples: the first of its bad images
-
-
-_Row = dict[str, Any]
+    return Look(
+        sample, whole, rows, refused[:1]
+    )  # one entry a sample, so that entries are samples: the first of its bad images
 
 
 def _row(index: int, id: str, position: int, image: str | None, **facts: Any) -> _Row:
@@ -283,7 +296,8 @@ def _parts(parts: Path) -> list[Path]:
     return sorted(path for path in parts.glob("*.json") if path.stem.isdigit())
 
 
-def _too_many(source: Source, reasons: Mapping[str, int], seen: int, limit_share: float, quarantine: Path) -> DataError:
+def too_many(source: Source, reasons: Mapping[str, int], seen: int, limit_share: float, quarantine: Path) -> DataError:
+    """The error that says how many are refused, for what, and what to do."""
     total = len(source)
     return DataError(
         f"{sum(reasons.values()):,} of {'the first ' * (seen < total)}{seen:,} samples"

@@ -46,11 +46,7 @@ class FolderSource(Source):
     def __init__(self, path: Path, images: str | Path | None = None) -> None:
         """`images` only goes with a JSON file and must be None here, or the folder itself."""
         super().__init__(path, Root(path))
-        if images is not None and Root(images).path != self.root.path:
-            raise DataError(
-                f"{path} is a folder of photos, so the image folder is that folder itself; {images} was given. "
-                "Leave it out, or give a LLaVA JSON file as the source."
-            )
+        self._within(images, "is a folder of photos, so the image folder is that folder itself")
         found = dict(_walk(path))
         table = _table(path)
         entries = [

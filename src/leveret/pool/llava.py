@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 """What `from` may say."""
+
+OWN = ("id", "image", "conversations")
+"""What every record of this form says; never in `Sample.meta`."""
+
+SAID: dict[Role, str] = {"user": "human", "assistant": "gpt", "system": "system"}
+"""What `from` says where we write."""
+
+Refuse = Callable[..., SampleFault]
+"""Makes the fault of the record in hand from a reason and a detail."""
 
 
 class LlavaSource(Source):
@@ -44,21 +53,13 @@ class LlavaSource(Source):
             return SampleFault(index, id, image, reason, detail, self.name)
 
         id = image = ""
-        try:
-            record = json.loads(jsonfile.read(self.path, self._spans[index]))
-        except (ValueError, RecursionError):
-            raise refuse("record is not JSON") from None
-        if not isinstance(record, dict):
-            raise refuse("record is not an object", type(record).__name__)
-        given = record.get("id")
-        if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
-            raise refuse("id is not text", type(given).__name__)
-        id = str(index) if given is None or given == "" else str(given)
+        record = parsed(jsonfile.read(self.path, self._spans[index]), refuse)
+        id = named(record, str(index), refuse)
         names = _names(record)
         image = ", ".join(str(name)[:200] for name in names)
         images = tuple(self._ref(name, index, id) for name in names)
-        turns = _turns(record, refuse)
-        meta = {key: value for key, value in record.items() if key not in ("id", "image", "conversations")}
+        turns = spoken(record, refuse)
+        meta = {key: value for key, value in record.items() if key not in OWN}
         return Sample(id=id, images=images, turns=turns, source=self.name, meta=meta)
 
     def _trace(self, index: int) -> tuple[bytes, Sequence[str]]:
@@ -77,7 +78,34 @@ def _names(record: dict[str, Any]) -> list[Any]:
     return image if isinstance(image, list) else [image]
 
 
-def _turns(record: dict[str, Any], refuse: Any) -> tuple[Turn, ...]:
+def record_of(sample: Sample) -> dict[str, Any]:
+    """The record that reads as this sample, but for its images: id, conversations, and what else it knows."""
+    turns = [{"from": SAID[turn.role], "value": turn.text} for turn in sample.turns]
+    record = {"id": sample.id, "conversations": turns}
+    return record | {key: value for key, value in sample.meta.items() if key not in OWN}
+
+
+def parsed(recorded: bytes, refuse: Refuse) -> dict[str, Any]:
+    """The JSON object of one record."""
+    try:
+        record = json.loads(recorded)
+    except (ValueError, RecursionError):
+        raise refuse("record is not JSON") from None
+    if not isinstance(record, dict):
+        raise refuse("record is not an object", type(record).__name__)
+    return record
+
+
+def named(record: Mapping[str, Any], otherwise: str, refuse: Refuse) -> str:
+    """The record's `id`, or `otherwise` where it has none."""
+    given = record.get("id")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
+        raise refuse("id is not text", type(given).__name__)
+    return otherwise if given is None or given == "" else str(given)
+
+
+def spoken(record: Mapping[str, Any], refuse: Refuse) -> tuple[Turn, ...]:
+    """The turns of a record's `conversations`."""
     if "conversations" not in record:
         raise refuse("no conversations", f"keys: {', '.join(map(ascii, list(record)[:8]))}")
     conversations = record["conversations"]

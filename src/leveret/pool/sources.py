@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from leveret.pool import jsonfile
 from leveret.pool.base import Source
 from leveret.pool.folder import ENDINGS, TABLES, FolderSource
 from leveret.pool.llava import LlavaSource
+from leveret.pool.parquet import FILES, ParquetSource
+from leveret.pool.webdataset import TARS, WebdatasetSource
 from leveret.runs import DataError, closest
 
 
@@ -24,12 +28,45 @@ class SourceRow:
     shape: str
 
 
+def _made_of(ending: re.Pattern[str]) -> Callable[[Path], bool]:
+    """Whether a path is a file that ends so, or a folder with such files at its top and neither photos nor a captions
+    table there: a folder of photos may hold anything beside them."""
+
+    def fits(path: Path) -> bool:
+        if not path.is_dir():
+            return path.is_file() and bool(ending.search(path.name))
+        found = False
+        try:
+            with os.scandir(path) as entries:
+                for name in (entry.name for entry in entries if entry.name[0] != "."):
+                    if name in TABLES or os.path.splitext(name)[1].lower() in ENDINGS:
+                        return False
+                    found = found or bool(ending.search(name))
+        except OSError:
+            return False  # the folder's own reader says what is the matter
+        return found
+
+    return fits
+
+
 SOURCES: tuple[SourceRow, ...] = (
     SourceRow(
         "llava",
         lambda path: path.is_file() and path.suffix.lower() in (".json", *jsonfile.LINES),
         LlavaSource,
         "a LLaVA list (.json, or .jsonl with one record a line), with the folder of its images",
+    ),
+    SourceRow(
+        "webdataset",
+        _made_of(TARS),
+        WebdatasetSource,
+        "a .tar, or a folder of .tar shards (WebDataset, img2dataset), with key.jpg beside key.json or key.txt",
+    ),
+    SourceRow(
+        "parquet",
+        _made_of(FILES),
+        ParquetSource,
+        "a .parquet, or a folder of them, with the images in it",
     ),
     SourceRow(
         "folder",

@@ -251,7 +251,7 @@ def _judge(source: Source, reasons: Counter[str], share: float, quarantine: Path
 
 def lacking(refs: Sequence[ImageRef]) -> None:
     """ImageFault when a file is not there; nothing is opened."""
-    if any(ref.kind == "file" and not Path(ref.path).is_file() for ref in refs):
+    if any(ref.kind != "data" and not Path(ref.path).is_file() for ref in refs):
         raise ImageFault("missing")
 
 
