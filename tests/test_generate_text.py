@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fakes import tiny_tokenizer
@@ -26,9 +27,11 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 @given(st.text(max_size=40))
+@example("a picture: <image>!")
 def test_pieces_of_a_text_join_to_it_and_hold_whole_characters(tokenizer: Any, text: str) -> None:
     got = pieces(tokenizer, tokenizer.encode(text, add_special_tokens=False))
-    assert "".join(got) == text
+    spelled = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))  # special tokens have no words
+    assert "".join(got) == spelled.sub("", text)
     if BROKEN not in text:
         assert not any(BROKEN in piece for piece in got)
 
