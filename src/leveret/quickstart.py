@@ -45,6 +45,7 @@ def run(
     eight kinds after tuning; the same and six more before aligning, after it and after tuning; and the harder splits.
     Raises RecipeError for an unknown or unusable override, and when `out` holds another quickstart.
     """
+    from leveret.generate.helpers import Helpers
     from leveret.study import Plan
     from leveret.train.run import read as read_recipe
     from leveret.train.run import resolve_device
@@ -90,41 +91,46 @@ def run(
 
         return teach
 
-    def examine() -> None:
+    helpers = Helpers()
+
+    def examined(model: Path, *, out: Path, suite: str, blind: bool = False, **options: Any) -> None:
         from leveret.evaluate import evaluate
 
-        evaluate(root / "train" / "model", world, suite="world", out=root / "eval", blind=True)
+        evaluate(model, world, suite=suite, out=out, blind=blind, helpers=helpers, **options)
+
+    def examine() -> None:
+        examined(root / "train" / "model", suite="world", out=root / "eval", blind=True)
 
     def compare_stages() -> None:
-        from leveret.evaluate import evaluate
+        from leveret.model.checkpoint import save
         from leveret.train.loop import begin
 
-        stages = {"start": None, "align": root / "train" / "align" / "model", "tune": root / "train" / "model"}
-        for name, folder in stages.items():
-            model = folder or begin(read_recipe("world", [f"seed={seed}", *changes]), None, "cpu")
+        start = root / "stages" / "start-model"
+        save(begin(read_recipe("world", [f"seed={seed}", *changes]), None, "cpu"), start)
+        stages = {"start": start, "align": root / "train" / "align" / "model", "tune": root / "train" / "model"}
+        for name, model in stages.items():
             if name != "tune":  # the whole examination has these
-                evaluate(model, world, suite="world", out=root / "stages" / name, blind=False, n=BRIEF)
-            evaluate(model, world, suite="world-more", out=root / "stages" / f"{name}-more", blind=False)
+                examined(model, suite="world", out=root / "stages" / name, n=BRIEF)
+            examined(model, suite="world-more", out=root / "stages" / f"{name}-more")
 
     def go_harder() -> None:
-        from leveret.evaluate import evaluate
         from leveret.world.write import HARDER
 
         for split in HARDER:
-            out = root / "harder" / split
-            evaluate(root / "train" / "model", world, suite="world", out=out, blind=False, split=split)
+            examined(root / "train" / "model", suite="world", out=root / "harder" / split, split=split)
 
     doings = (draw, condense, train("align"), train("tune"), examine, compare_stages, go_harder)
     steps = dict(zip(STEPS, doings, strict=True))
     if not size.harder:
         del steps["stages"], steps["harder"]
     seconds: dict[str, float] = {}
-    for name, step in steps.items():
-        if not folder.is_done(name):
-            began = time.perf_counter()
-            step()
-            folder.done(name, seconds=round(time.perf_counter() - began, 1))
-        seconds[name] = float(folder.facts(name)["seconds"])
+    with helpers:  # they end when the last examination is over, or when this is stopped
+        for name, step in steps.items():
+            if not folder.is_done(name):
+                began = time.perf_counter()
+                step()
+                folder.done(name, seconds=round(time.perf_counter() - began, 1))
+            seconds[name] = float(folder.facts(name)["seconds"])
     seconds["total"] = round(sum(seconds.values()), 1)
     _publish(root / "train" / "model", root / "model")
     results = {**_collected(root), "seconds": seconds}

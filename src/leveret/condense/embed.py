@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leveret.condense.worker import Done, Job, look, pack_job, receive, send, unpack_done, work
+from leveret.condense.worker import Done, Job, look, pack_job, unpack_done, work
 from leveret.pool import SampleFault, Source, open_source
+from leveret.processes import Worker
 from leveret.runs import (
     DataError,
     EnvironmentFault,
@@ -260,17 +259,7 @@ class Processes(Fleet):
     """Worker processes, each with two jobs at hand so that it never waits for the next."""
 
     def __init__(self, encoder: str, count: int) -> None:
-        here = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", "from leveret.condense.worker import main; main()", encoder]
-        # A session of its own: Ctrl-C reaches this process, which finishes what is in flight, and not the workers.
-        self.children = [
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
-            )
-            for _ in range(count)
-        ]
+        self.children = [Worker("leveret.condense.worker", encoder) for _ in range(count)]
         # One thread per pipe and direction keeps the order; two jobs per child, so that none waits for the next.
         self.writers = [ThreadPoolExecutor(1) for _ in self.children]
         self.readers = [ThreadPoolExecutor(1) for _ in self.children]
@@ -280,9 +269,8 @@ class Processes(Fleet):
         for number, job in enumerate(jobs):
             turn = number % len(self.children)  # fixed turns: batches cost about the same
             child = self.children[turn]
-            assert child.stdin is not None and child.stdout is not None
-            self.writers[turn].submit(send, child.stdin, pack_job(job))
-            waiting.append(self.readers[turn].submit(receive, child.stdout))
+            self.writers[turn].submit(child.send, pack_job(job))
+            waiting.append(self.readers[turn].submit(child.receive))
             if len(waiting) > 2 * len(self.children):
                 yield self._got(waiting.popleft())
         while waiting:
@@ -300,15 +288,9 @@ class Processes(Fleet):
 
     def close(self) -> None:
         for child in self.children:
-            child.kill()
-            child.wait()
+            child.close()
         for threads in (*self.writers, *self.readers):
             threads.shutdown()
-        for child in self.children:
-            for pipe in (child.stdin, child.stdout):
-                with suppress(OSError, ValueError):  # a job that was never taken may still be in the pipe's buffer
-                    assert pipe is not None
-                    pipe.close()
 
 
 @contextmanager

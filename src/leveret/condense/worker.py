@@ -1,21 +1,21 @@
 """One embedding worker: takes batches of image references, gives vectors. A process that embed.py starts.
 
-Frames on stdin and stdout are a length (8 bytes, little end first) and that many bytes: JSON, then for answers raw
-numbers. No pickle, no shared state, and no copy of the caller's `__main__`, so it works from scripts and notebooks.
+A job is JSON; what comes back is JSON and behind it raw numbers.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from leveret.images import ImageFault, load
+from leveret.processes import serve
 from leveret.records import ImageRef
 
 if TYPE_CHECKING:
@@ -74,22 +74,7 @@ def look(row: tuple[int, ImageRef, str]) -> Any:
         return fault
 
 
-# --- frames --------------------------------------------------------------------------------------------------------
-
-
-def send(stream: IO[bytes], data: bytes) -> None:
-    stream.write(len(data).to_bytes(8, "little") + data)
-    stream.flush()
-
-
-def receive(stream: IO[bytes]) -> bytes | None:
-    """The next frame; None at the end of the stream."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    size = int.from_bytes(head, "little")
-    data = stream.read(size)
-    return data if len(data) == size else None
+# --- as bytes --------------------------------------------------------------------------------------------------------
 
 
 def pack_job(job: Job) -> bytes:
@@ -117,16 +102,13 @@ def unpack_done(data: bytes) -> Done:
 
 
 def main() -> None:
-    # Answers go out on a copy of stdout; whatever a library prints goes to stderr and breaks no frame.
-    import os
+    def start() -> Callable[[bytes], bytes]:
+        import torch
 
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    import torch
+        from leveret.model.encoders import load_encoder
 
-    from leveret.model.encoders import load_encoder
+        torch.set_num_threads(1)
+        encoder = load_encoder(sys.argv[1])
+        return lambda frame: pack_done(work(encoder, unpack_job(frame)))
 
-    torch.set_num_threads(1)
-    encoder = load_encoder(sys.argv[1])
-    while (data := receive(sys.stdin.buffer)) is not None:
-        send(out, pack_done(work(encoder, unpack_job(data))))
+    serve(start)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,7 @@ from leveret.evaluate.scorers import SCORERS, Verdict
 from leveret.evaluate.scoring import figures, judge_all, write_items
 from leveret.evaluate.stats import best_constants, deranged, headline
 from leveret.evaluate.tasks import SUITES, TaskRow, load_items, subset, task_row
+from leveret.generate.helpers import Helpers
 from leveret.records import IMAGE_MARK, Prediction, Turn
 from leveret.runs import (
     DataError,
@@ -79,6 +81,7 @@ def evaluate(
     out: str | Path,
     blind: bool = True,
     engine: Answers | None = None,
+    helpers: Helpers | None = None,
     n: int | None = None,
     split: str = "test",
 ) -> dict[str, Any]:
@@ -88,6 +91,8 @@ def evaluate(
     root    the folder with the suite's official files and pictures.
     blind   also ask every question with another scene's picture: what is left of the score needs no eyes.
     engine  what answers; None builds `generate.Engine` on the model.
+    helpers processes that answer beside this one, for a small model's folder on the CPU; None starts some when there
+            are many questions. They change no answer.
     n       at most so many questions a task (always the same ones; more later continues).
     split   the part that is asked about; the best constant answer is chosen on `train`.
 
@@ -119,8 +124,9 @@ def evaluate(
         for swapped in ((False, True) if blind else (False,))
         for row in rows
     ]
-    for swapped in (False, True):
-        _ask([desk for desk in desks if desk.blind is swapped], model, engine, folder)
+    with Helpers() if helpers is None else nullcontext(helpers) as crew:
+        for swapped in (False, True):
+            _ask([desk for desk in desks if desk.blind is swapped], lambda: engine or _engine(model, crew), folder)
     for desk in desks:
         desk.settle()
 
@@ -188,18 +194,19 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _engine(model: Any) -> Answers:
+def _engine(model: Any, helpers: Helpers) -> Answers:
     from leveret.generate import Engine, Model, load
+    from leveret.generate.crew import Crew
     from leveret.model.threads import threads_for
 
-    if isinstance(model, (str, Path)):
-        model = load(model)
-    vlm = model.vlm if isinstance(model, Model) else model
+    loaded = load(model) if isinstance(model, (str, Path)) else model
+    vlm = loaded.vlm if isinstance(loaded, Model) else loaded
     # In float32 an answer does not depend on its company in a batch, so a run that was stopped and continued gives the
     # same answers. Small models on the CPU lose little by it; large ones keep the precision they were loaded with.
-    if threads_for(vlm) == 1:
-        return Engine(vlm, precision="fp32")
-    return model.engine if isinstance(model, Model) else Engine(model)
+    if threads_for(vlm) != 1:
+        return loaded.engine if isinstance(loaded, Model) else Engine(loaded)
+    alone = Engine(vlm, precision="fp32")
+    return Crew(alone, model, helpers) if isinstance(model, (str, Path)) else alone
 
 
 class _Desk:
@@ -268,7 +275,7 @@ class _Desk:
         return {name: answers[name] for name in self.items}
 
 
-def _ask(desks: Sequence[_Desk], model: Any, engine: Answers | None, folder: RunFolder) -> None:
+def _ask(desks: Sequence[_Desk], answers: Callable[[], Answers], folder: RunFolder) -> None:
     """Put all questions of all desks to the engine in one call, so that tasks on one picture share its prefix."""
     waiting = [(desk, item) for desk in desks for item in desk.open()]
     if not waiting:
@@ -303,7 +310,7 @@ def _ask(desks: Sequence[_Desk], model: Any, engine: Answers | None, folder: Run
                 if stop_requested():
                     raise Interrupted(f"Stopped; the answers so far are in {folder.path}. The same command continues.")
 
-            (engine or _engine(model)).answer(requests, on_prediction=take)
+            answers().answer(requests, on_prediction=take)
     finally:
         answered = sum(len(desk.done) for desk in desks) - before
         folder.log(blind=desks[0].blind, answers=answered, seconds=round(time.perf_counter() - start, 3))
