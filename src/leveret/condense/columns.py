@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,22 @@ class Ids:
         buffers = [None, pa.py_buffer(np.ascontiguousarray(self.ends)), pa.py_buffer(np.ascontiguousarray(self.blob))]
         return pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
 
+    def __iter__(self) -> Iterator[bytes]:
+        data, ends = self.blob.tobytes(), self.ends.tolist()
+        return (data[start:stop] for start, stop in pairwise(ends))
+
     def at(self, positions: Array) -> list[bytes]:
-        return [self.blob[self.ends[at] : self.ends[at + 1]].tobytes() for at in positions.tolist()]
+        return list(self.take(positions))
+
+    def text(self) -> pa.StringArray:
+        """As text; where bytes are no UTF-8, with a mark in place of what cannot be shown."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        try:
+            return pc.cast(self.arrow(), pa.string())
+        except pa.ArrowInvalid:
+            return pa.array([name.decode("utf-8", "replace") for name in self], pa.string())
 
     def take(self, positions: Array) -> Ids:
         import pyarrow as pa

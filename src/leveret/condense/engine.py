@@ -58,7 +58,7 @@ def ingest(part: Part, row: Ints, ids: Ids, score: Array | None) -> Part:
         if len(wrong):
             what = "is all zeros" if lengths[wrong[0]] == 0 else "is not finite"
             raise DataError(f"{shard.path}: row {start + span.start + int(wrong[0]):,} {what}; a row needs a direction")
-    hashes = ranks.hash_ids(ids.at(np.arange(len(ids))))
+    hashes = ranks.hash_ids(ids)
     scores = np.full(len(x), np.nan) if score is None else score.astype(np.float64)
     save(part.path, {"row": row, "id": ids, "score": scores, "hash": hashes, "source": np.zeros(0, np.int64)})
     return part
@@ -67,7 +67,7 @@ def ingest(part: Part, row: Ints, ids: Ids, score: Array | None) -> Part:
 def rename(part: Part, names: Mapping[int, bytes]) -> None:
     """Gives some rows of an ingested part other ids."""
     row, ids, score, hashes = part.read("row", "id", "score", "hash")
-    given = ids.at(np.arange(len(ids)))
+    given = list(ids)
     for place, name in names.items():
         given[place] = name
         hashes[place] = ranks.hash_ids([name])[0]
@@ -79,15 +79,11 @@ def rename(part: Part, names: Mapping[int, bytes]) -> None:
 
 
 class Training:
-    """Training rows in a file, in the order of their ids' hash: float32 unit vectors. Held where `hold` says so: they
-    are read once a round."""
+    """Training rows in a file, in the order of their ids' hash: float32 unit vectors. held: the same in memory."""
 
-    def __init__(self, path: Path, n: int, width: int, *, hold: bool = False) -> None:
-        self.path = path
-        self.held: Floats | None = None
+    def __init__(self, path: Path, n: int, width: int, held: Floats | None = None) -> None:
+        self.path, self.held = path, held
         self.shard = Shard(path, n, width, "<f4")
-        if hold:
-            self.held = self.shard.read(0, n)
 
     def __len__(self) -> int:
         return self.shard.n
@@ -107,43 +103,60 @@ def training_rows(rows: Rows, wanted: int, seed: int, path: Path, memory: int = 
         chosen.append((part, rows.alive(part)[inside]))
         order_keys.append(key[inside])
         names += at(inside)
-    order = order_of(Ids.of(names), np.concatenate(order_keys))
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
+    rank = np.empty(len(names), np.int64)
+    rank[order_of(Ids.of(names), np.concatenate(order_keys))] = np.arange(len(names))
     width = rows.parts[0].pieces[0][0].width
     path.parent.mkdir(parents=True, exist_ok=True)
+    hold = 4 * len(rank) * width <= memory
+    # Rows come in the order of their files and are wanted in another: so many of them are gathered at once.
+    together = len(rank) if hold else max(CHUNK, memory // (4 * width))
+    x = np.empty((min(together, len(rank)), width), np.float32)
     half = path.with_suffix(".half")
-    done = 0
     with open(half, "wb") as file:
-        for part, places in chosen:
-            if len(places):
-                for row, x in zip(rank[done : done + len(places)], unit(part.vectors()[places]), strict=True):
-                    file.seek(int(row) * width * 4)
-                    file.write(x.astype("<f4").tobytes())
+        for span in spans(len(rank), together):
+            done = 0
+            for part, places in chosen:
+                to = rank[done : done + len(places)]
                 done += len(places)
+                inside = np.flatnonzero((to >= span.start) & (to < span.stop))
+                if len(inside):
+                    x[to[inside] - span.start] = unit(part.vectors()[places[inside]])
+            file.write(x[: span.stop - span.start].astype("<f4", copy=False).data)
     half.rename(path)
-    return Training(path, len(order), width, hold=4 * len(order) * width <= memory)
+    return Training(path, len(rank), width, held=x if hold else None)
 
 
-def train(rows: Training, k: int, iterations: int, run: lloyd.Map, folder: Path | None = None) -> tuple[Floats, int]:
+def train(
+    rows: Training, k: int, iterations: int, run: lloyd.Map, folder: Path | None = None, memory: int = 0
+) -> tuple[Floats, int]:
     """Centroids [<= k, width] and the rounds made: until none moves, at most `iterations`. Each round is kept in
-    `folder`, so that a killed run goes on with the next."""
+    `folder`, so that a killed run goes on with the next. memory: as `lloyd.Lloyd` takes it."""
 
-    def remembered(number: int, make: Callable[[], Floats]) -> Floats:
-        if folder is None:
-            return make()
-        path = folder / f"round-{number:04d}.npz"
-        if not path.exists():
-            save(path, {"centroids": make()})
-        found: Floats = load(path, "centroids")[0]
+    def at(number: int) -> Path | None:
+        return None if folder is None else folder / f"round-{number:04d}.npz"
+
+    def remembered(number: int) -> Floats | None:
+        path = at(number)
+        found: Floats | None = load(path, "centroids")[0] if path is not None and path.exists() else None
         return found
 
-    centroids = remembered(0, lambda: lloyd.start(rows, k))
-    for made in range(iterations):
-        before = centroids
-        centroids = remembered(made + 1, lambda before=before: lloyd.one_round(rows, before, run))  # type: ignore[misc]
+    def remember(number: int, centroids: Floats) -> Floats:
+        if (path := at(number)) is not None:
+            save(path, {"centroids": centroids})
+        return centroids
+
+    centroids = remembered(0)
+    if centroids is None:
+        centroids = remember(0, lloyd.start(rows, k))
+    rounds: lloyd.Lloyd | None = None
+    for number in range(1, iterations + 1):
+        before, found = centroids, remembered(number)
+        if found is None:
+            rounds = rounds or lloyd.Lloyd(rows, centroids, run, memory)
+            found = remember(number, rounds.step())
+        centroids = found
         if np.array_equal(centroids, before):
-            return centroids, made + 1
+            return centroids, number
     return centroids, iterations
 
 

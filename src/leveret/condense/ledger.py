@@ -149,6 +149,7 @@ def _kinds() -> dict[str, Any]:
 
 def _write_part(rows: Rows, part: Part, path: Path, *, whole: bool) -> None:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     fate = rows.fate(part)
     told = np.arange(part.n) if whole else np.flatnonzero(fate != ALIVE)
@@ -163,8 +164,8 @@ def _write_part(rows: Rows, part: Part, path: Path, *, whole: bool) -> None:
     def text(ids: Ids | None, present: Array | None = None) -> Any:
         if ids is None:
             return pa.nulls(len(told), pa.string())
-        names = [name.decode("utf-8", "surrogateescape") for name in ids.at(np.arange(len(ids)))]
-        return pa.array(names, pa.string(), mask=None if present is None else ~present)
+        found = ids.text()
+        return found if present is None else pc.if_else(pa.array(present), found, pa.scalar(None, pa.string()))
 
     def numbers(name: str, kind: Any) -> Any:
         found = column(name)
@@ -175,10 +176,13 @@ def _write_part(rows: Rows, part: Part, path: Path, *, whole: bool) -> None:
     grouped = column("component")
     present = None if grouped is None else grouped >= 0
     same, several = column("same"), np.array([False, *("same" in rows.made_by(label) for label in rows.judged)])
-    reasons = np.full(len(told), "", object)
-    if same is not None:
-        reasons[several[fate]] = np.where(same[several[fate]], "exact copy", "near copy")
-    verdicts = np.array(["kept", *rows.judged], object)
+    copy = np.zeros(len(told), np.int32) if same is None else np.where(several[fate], np.where(same, 1, 2), 0)
+
+    def words(known: Sequence[str], which: Array) -> Any:
+        return pa.DictionaryArray.from_arrays(pa.array(which, pa.int32()), pa.array(known, pa.string())).cast(
+            pa.string()
+        )
+
     kinds = _kinds()
     _write_table(
         {
@@ -190,8 +194,8 @@ def _write_part(rows: Rows, part: Part, path: Path, *, whole: bool) -> None:
             "keeper": text(column("keeper_id"), present),
             "score": numbers("score", kinds["score"]),
             "centroid_similarity": numbers("centroid_cosine", kinds["centroid_similarity"]),
-            "verdict": pa.array(verdicts[fate], pa.string()),
-            "reason": pa.array(reasons, pa.string()),
+            "verdict": words(("kept", *rows.judged), fate),
+            "reason": words(("", "exact copy", "near copy"), copy),
         },
         path,
     )
@@ -208,13 +212,11 @@ def _write_table(columns: Mapping[str, Any], path: Path) -> None:
 
 def write_ids(state: State, path: Path) -> Ints:
     """`coreset.parquet`: id and index of what is kept, in the order of the source. Returns the indices."""
-    import pyarrow as pa
-
     found = list(kept(state.rows))
     row = np.concatenate([np.zeros(0, np.int64), *(part for part, _ in found)])
-    names = [name.decode("utf-8", "surrogateescape") for _, ids in found for name in ids.at(np.arange(len(ids)))]
     order = np.argsort(row, kind="stable")
-    _write_table({"id": pa.array([names[at] for at in order.tolist()], pa.string()), "index": row[order]}, path)
+    names = Ids.join([ids for _, ids in found]).take(order).text()
+    _write_table({"id": names, "index": row[order]}, path)
     return row[order]
 
 

@@ -12,11 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from leveret.condense.rows import Array, Doubles, Floats, Ints, distances, first_of_equal, spans
-from leveret.condense.screen import Nearest
+from leveret.condense.rows import Bools, Doubles, Floats, Ints, distances, first_of_equal, spans
+from leveret.condense.screen import STEP, Nearest, Told, tell
 
 CHUNK = 8192
 """Training rows whose sums are taken together. Part of the rule: another number gives other bits."""
+
+
+MANY = 0.6
+"""Share of the centroids that moved from which every row is compared with all of them at once."""
 
 
 class Rows(Protocol):
@@ -46,35 +50,113 @@ def start(rows: Rows, k: int) -> Floats:
     return np.stack(found)
 
 
-def one_round(rows: Rows, centroids: Floats, run: Map) -> Floats:
-    """The next centroids [k, width]: means of the rows that are nearest to each.
+class Lloyd:
+    """Rounds of Lloyd's algorithm, each as if it looked at everything, which it does not.
 
-    A centroid without rows takes the row that is farthest from its own one (the next farthest for the next one
-    without; ties to the row that stands first).
+    After a few rounds most centroids stay where they are, to the bit. A row whose centroid stayed can only go to one
+    that moved, and a centroid that no row came to or left is the mean that it was: neither is computed again.
+
+    rows       the training rows.
+    centroids  [k, width] float32 to begin with; `step` gives the next ones.
+    memory     bytes that 8-bit copies of the rows may take; without them they are made in every round.
     """
-    nearest = Nearest(centroids)
 
-    def part(span: slice) -> tuple[Array, Array, Array]:
-        x = rows.read(span.start, span.stop)
-        labels = nearest.of(x)
-        return labels, *_sums(x, labels, len(centroids))
+    def __init__(self, rows: Rows, centroids: Floats, run: Map, memory: int = 0) -> None:
+        k, width = centroids.shape
+        self.rows, self.centroids, self.run = rows, centroids, run
+        self.spans = list(spans(len(rows), CHUNK))
+        self.mean = centroids.astype(np.float64).mean(0).astype(np.float32)
+        self.scale = tell(centroids[: 4 * STEP], self.mean).scale
+        self.told: list[Told | None] = [None] * len(self.spans)
+        self.keeps = len(rows) * (width + 16) <= memory
+        self.labels = np.full(len(rows), -1, np.int64)
+        self.least = np.zeros(len(rows))  # each row's closeness to its centroid is at least this (`Nearest.closest`)
+        self.moved = np.ones(k, np.bool_)
+        self.settled = np.zeros(k, np.bool_)  # whether a centroid is the mean of the rows that have its label
 
-    sums, counts, everyone = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64), []
-    for labels, found, part_sums in run(part, list(spans(len(rows), CHUNK))):
-        sums[found] += part_sums
-        counts += np.bincount(labels, minlength=len(centroids))
-        everyone.append(labels)
-    new: Floats = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
-    empty = np.flatnonzero(counts == 0)
-    if len(empty):
-        away = _away(rows, centroids, np.concatenate(everyone), run)
-        farthest = np.lexsort((np.arange(len(away)), -away))[: len(empty)]
-        for place, row in zip(empty, farthest.tolist(), strict=False):
-            new[place] = rows.read(row, row + 1)[0]
-    return new
+    def step(self) -> Floats:
+        """The next centroids [k, width]: means of the rows that are nearest to each.
+
+        A centroid without rows takes the row that is farthest from its own one (the next farthest for the next one
+        without; ties to the row that stands first).
+        """
+        before = self.labels.copy()
+        self._label()
+        changed = self.labels != before
+        stale = ~self.settled
+        stale[self.labels[changed]] = True
+        left = before[changed]
+        stale[left[left >= 0]] = True
+        counts = np.bincount(self.labels, minlength=len(stale))
+        new = self.centroids.copy()
+        new[stale] = (self._sums(stale) / np.maximum(counts[stale], 1)[:, None]).astype(np.float32)
+        empty = np.flatnonzero(counts == 0)
+        if len(empty):
+            away = self._away()
+            farthest = np.lexsort((np.arange(len(away)), -away))[: len(empty)]
+            for place, row in zip(empty, farthest.tolist(), strict=False):
+                new[place] = self.rows.read(row, row + 1)[0]
+        self.settled = counts > 0
+        self.moved = (new != self.centroids).any(1)
+        self.centroids = new
+        return new
+
+    def _label(self) -> None:
+        """Every row's nearest centroid."""
+        nearest, moved = Nearest(self.centroids, self.mean), np.flatnonzero(self.moved)
+        few = Nearest(self.centroids[moved], self.mean) if 0 < len(moved) < MANY * len(self.centroids) else None
+
+        def part(number: int) -> None:
+            span = self.spans[number]
+            labels, least = self.labels[span], self.least[span]
+            open_ = (labels < 0) | self.moved[labels]
+            if not len(moved) and not open_.any():
+                return
+            x, told = self._read(number)
+            if few is None:
+                labels[:], least[:] = nearest.closest(x, told)
+                return
+            open_[few.rivals(x, told, least)] = True
+            again = np.flatnonzero(open_)
+            labels[again], least[again] = nearest.closest(x[again], told.at(again))
+
+        for _ in self.run(part, range(len(self.spans))):
+            pass
+
+    def _read(self, number: int) -> tuple[Floats, Told]:
+        span, told = self.spans[number], self.told[number]
+        x = self.rows.read(span.start, span.stop)
+        if told is None:
+            told = tell(x, self.mean, self.scale)
+            if self.keeps:
+                self.told[number] = told
+        return x, told
+
+    def _sums(self, wanted: Bools) -> Doubles:
+        """[wanted, width] float64 sums of some centroids' rows."""
+        number = np.cumsum(wanted) - 1
+
+        def part(span: slice) -> tuple[Ints, Doubles] | None:
+            inside = np.flatnonzero(wanted[self.labels[span]])
+            if not len(inside):
+                return None
+            x = self.rows.read(span.start, span.stop)
+            return _sums(x if len(inside) == len(x) else x[inside], number[self.labels[span][inside]])
+
+        sums = np.zeros((int(wanted.sum()), self.centroids.shape[1]))
+        for found in self.run(part, self.spans):
+            if found is not None:
+                sums[found[0]] += found[1]
+        return sums
+
+    def _away(self) -> Doubles:
+        def part(span: slice) -> Doubles:
+            return distances(self.rows.read(span.start, span.stop), self.centroids, self.labels[span])
+
+        return np.concatenate(list(self.run(part, self.spans)))
 
 
-def _sums(x: Floats, labels: Ints, k: int) -> tuple[Ints, Doubles]:
+def _sums(x: Floats, labels: Ints) -> tuple[Ints, Doubles]:
     """The labels that occur, and the float64 sum of each one's rows, added in row order."""
     from scipy.sparse import csr_matrix
 
@@ -97,10 +179,3 @@ def _buffer(shape: tuple[int, ...]) -> Doubles:
         _local.wide = np.empty((CHUNK, shape[1]))
     found: Doubles = _local.wide[: shape[0]]
     return found
-
-
-def _away(rows: Rows, centroids: Floats, labels: Ints, run: Map) -> Doubles:
-    def part(span: slice) -> Doubles:
-        return distances(rows.read(span.start, span.stop), centroids, labels[span])
-
-    return np.concatenate(list(run(part, list(spans(len(rows), CHUNK)))))

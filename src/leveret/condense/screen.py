@@ -231,9 +231,53 @@ def _widened(block: Block) -> Any:
 BATCH = 1 << 19
 """Products taken at once: rows x centroids."""
 
-
 CROWD = 6
 """Candidates a row from which float32 looks at all centroids again: without clusters many are nearly as near."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Rows made ready to be compared with any centroids, told from `mean`; m below.
+
+    codes   [n, width] int8, of one scale for all; None where this machine does not multiply them exactly.
+    error   [n] float64, bound on what codes leave out. length: [n] float64, bound on |u - m|.
+    """
+
+    codes: Any
+    scale: float
+    error: Doubles
+    length: Doubles
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def at(self, places: Any) -> Told:
+        """Some of its rows: a slice, or their numbers."""
+        codes = None if self.codes is None else self.codes[places]
+        return Told(codes, self.scale, self.error[places], self.length[places])
+
+
+def tell(x: Stored, mean: Floats, scale: float = 0.0) -> Told:
+    """Makes stored rows ready. scale: of their codes; by default one that fits the first of them."""
+    import torch
+
+    n, width = x.shape
+    tiny, whole = _rounding(width), has_int8()
+    codes = torch.empty(n, width, dtype=torch.int8) if whole else None
+    error, length = np.zeros(n), np.empty(n)
+    for part in spans(n, STEP):
+        rows = torch.from_numpy(_away(x[part], mean))
+        length[part] = torch.linalg.vector_norm(rows, dim=1).numpy() * (1 + tiny) + tiny
+        if codes is not None:
+            scale = scale or _scale_of(rows)
+            codes[part], error[part] = _coded(rows, scale)
+    return Told(codes, scale, error * (1 + tiny) + tiny, length)
+
+
+def _away(x: Stored, mean: Floats) -> Floats:
+    """u - m of stored rows, in float32."""
+    rows = unit32(x)
+    return np.subtract(rows, mean, out=rows if rows is not x else None)
 
 
 class Nearest:
@@ -241,16 +285,17 @@ class Nearest:
 
     Least L2 distance of the unit vector to the centroid as it is; of equally near ones the lowest number.
 
-    Distances do not change when everything is moved, so rows and centroids are told from the centroids' own mean.
+    Distances do not change when everything is moved, so rows and centroids are told from one `mean`: the centroids' own
+    unless another is given. A centroid's closeness to a row is (u - m) (c - m) - |c - m|^2 / 2: the closest is nearest.
     """
 
-    def __init__(self, centroids: Floats) -> None:
+    def __init__(self, centroids: Floats, mean: Floats | None = None) -> None:
         import torch
 
         self.centroids = centroids
         self.tiny = _rounding(centroids.shape[1])
         wide = centroids.astype(np.float64)
-        self.mean = wide.mean(0).astype(np.float32)
+        self.mean = wide.mean(0).astype(np.float32) if mean is None else mean
         away = wide - self.mean
         self.away = away.astype(np.float32)
         self.half = 0.5 * np.square(away).sum(1)
@@ -264,63 +309,82 @@ class Nearest:
             self.codes = whole.to(torch.int8)
             self.error = float(error.max()) * (1 + self.tiny) + self.tiny
 
-    def of(self, x: Stored) -> Ints:
-        """[n] labels of stored rows."""
-        k = len(self.centroids)
-        if k == 1:
-            return np.zeros(len(x), np.int64)
-        return np.concatenate(
-            [self._some(x[part]) for part in spans(len(x), max(16, min(1024, BATCH // k)))] or [np.zeros(0, np.int64)]
-        )
+    def of(self, x: Stored, told: Told | None = None) -> Ints:
+        """[n] labels of stored rows; `told`: the same rows made ready with this `mean`."""
+        return self.closest(x, told)[0]
 
-    def _some(self, x: Stored) -> Ints:
-        import torch
+    def closest(self, x: Stored, told: Told | None = None) -> tuple[Ints, Doubles]:
+        """[n] labels of stored rows, and [n] bounds: each row's closeness to its centroid is at least that."""
+        labels, least = np.zeros(len(x), np.int64), np.full(len(x), -np.inf)
+        if len(self.centroids) > 1:
+            for part in self._parts(len(x)):
+                rows = x[part]
+                labels[part], least[part] = self._some(rows, tell(rows, self.mean) if told is None else told.at(part))
+        return labels, least
 
-        rows = torch.from_numpy(unit32(x)).sub_(torch.from_numpy(self.mean))
-        lengths = torch.linalg.vector_norm(rows, dim=1).numpy().astype(np.float64) * (1 + self.tiny)
-        i, j = self._by_codes(rows, lengths) if self.codes is not None else (None, None)
-        if i is None or j is None or len(i) > CROWD * len(x):
-            i, j = self._by_floats(rows, lengths)
+    def rivals(self, x: Stored, told: Told, least: Doubles) -> Ints:
+        """Rows to which one of these centroids may be as close as `least` [n] says; surely none is to the others.
+
+        x and told: the same rows, as for `of`.
+        """
+        found = [np.zeros(0, np.int64)]
+        for part in self._parts(len(told)):
+            rows = told.at(part)
+            product, unit, slack = self._by_codes(rows) or self._by_floats(x[part], rows)
+            highest = product[np.arange(len(product)), product.argmax(1)] * unit
+            found.append(part.start + np.flatnonzero(highest + slack >= least[part]))
+        return np.concatenate(found)
+
+    def _parts(self, n: int) -> Iterator[slice]:
+        return spans(n, max(16, min(1024, BATCH // len(self.centroids))))
+
+    def _some(self, x: Stored, told: Told) -> tuple[Ints, Doubles]:
+        product, unit, slack = self._by_codes(told) or self._by_floats(x, told)
+        i, j = _within(product, 2 * slack / unit)
+        if len(i) > CROWD * len(x) and product.dtype.kind == "i":
+            product, unit, slack = self._by_floats(x, told)
+            i, j = _within(product, 2 * slack)
         labels: Ints = np.empty(len(x), np.int64)
         labels[i[::-1]] = j[::-1]  # the first candidate of each row; rows with one are done
         several = np.bincount(i, minlength=len(x))[i] > 1
         if several.any():
-            self._look_again(x, rows.numpy(), lengths, i[several], j[several], labels)
-        return labels
+            self._look_again(x, told.length, i[several], j[several], labels)
+        return labels, product[np.arange(len(x)), labels] * unit - slack
 
-    def _by_codes(self, rows: Any, lengths: Doubles) -> tuple[Ints, Ints]:
-        """Candidates (row, centroid) by 8-bit products, in order."""
+    def _by_codes(self, told: Told) -> tuple[Any, float, Doubles] | None:
+        """(closeness [n, k] by 8-bit products, its unit, bound on its error [n]); None where 8 bits cannot say it."""
         import torch
 
-        scale = _scale_of(rows)
-        whole, error = _coded(rows.clone(), scale)
-        unit = scale * self.scale
-        product = torch._int_mm(whole.to(torch.int8), self.codes.T).numpy()
-        product -= np.rint(np.clip(self.half / unit, 0, 2.0**30)).astype(np.int32)
-        # Both sides' errors, twice (the best one may be told too high, another too low), and the rounding of `half`.
-        slack = error * (1 + self.tiny) * self.longest + self.error * (lengths + error)
-        return _within(product, np.floor(2 * slack / unit).astype(np.int32) + 4)
+        unit = told.scale * self.scale
+        if told.codes is None or self.codes is None or self.half.max() > 2.0**30 * unit:
+            return None
+        product = torch._int_mm(told.codes, self.codes.T).numpy()
+        product -= np.rint(self.half / unit).astype(np.int32)
+        # Both sides' errors, and the rounding of `half`.
+        slack = told.error * self.longest + self.error * (told.length + told.error) + 0.51 * unit
+        return product, unit, slack
 
-    def _by_floats(self, rows: Any, lengths: Doubles) -> tuple[Ints, Ints]:
+    def _by_floats(self, x: Stored, told: Told) -> tuple[Any, float, Doubles]:
         """The same by float32 products."""
         import torch
 
-        product = torch.mm(rows, torch.from_numpy(self.away).T).numpy()
+        product = torch.mm(torch.from_numpy(_away(x, self.mean)), torch.from_numpy(self.away).T).numpy()
         product -= self.half.astype(np.float32)
-        return _within(product, (2 * self._float_error(lengths)).astype(np.float32))
+        return product, 1.0, self._float_error(told.length)
 
     def _float_error(self, lengths: Doubles) -> Doubles:
         """[n] bound on the error of a float32 product less half a length."""
         return 2 * self.tiny * (lengths + self.longest + 1) * max(self.longest, 1.0)
 
-    def _look_again(self, x: Stored, told: Floats, lengths: Doubles, i: Ints, j: Ints, labels: Ints) -> None:
+    def _look_again(self, x: Stored, lengths: Doubles, i: Ints, j: Ints, labels: Ints) -> None:
         """Decides among candidates: rows `i` (ascending), centroids `j` (ascending in each row)."""
-        value = np.empty(len(i))
-        for part in spans(len(i), 2048):
-            value[part] = np.einsum("ij,ij->i", told[i[part]], self.away[j[part]])
-        value -= self.half[j]
         starts = np.flatnonzero(np.r_[True, np.diff(i) != 0])
         counts = np.diff(np.r_[starts, len(i)])
+        rows, back = _away(x[i[starts]], self.mean), np.repeat(np.arange(len(starts)), counts)
+        value = np.empty(len(i))
+        for part in spans(len(i), 2048):
+            value[part] = np.einsum("ij,ij->i", rows[back[part]], self.away[j[part]])
+        value -= self.half[j]
         best = np.repeat(np.maximum.reduceat(value, starts), counts)
         near = value >= best - 2 * self._float_error(lengths)[i]
         i, j = i[near], j[near]
@@ -333,14 +397,18 @@ class Nearest:
         i, j = i[open_], j[open_]
         away = distances(x[i], self.centroids, j)
         order = np.lexsort((j, away, i))
-        rows, first = np.unique(i[order], return_index=True)
-        labels[rows] = j[order][first]
+        found, first = np.unique(i[order], return_index=True)
+        labels[found] = j[order][first]
 
 
-def _within(product: NDArray[Any], slack: NDArray[Any]) -> tuple[Ints, Ints]:
+def _within(product: NDArray[Any], slack: Doubles) -> tuple[Ints, Ints]:
     """Positions (row, column), in order, whose value is at most `slack` [rows] below the row's highest."""
-    highest = product[np.arange(len(product)), product.argmax(1)]
-    i, j = np.divmod(np.flatnonzero(product >= (highest - slack)[:, None]), product.shape[1])
+    least = product[np.arange(len(product)), product.argmax(1)] - slack
+    if product.dtype.kind == "i":
+        limit = np.floor(least).astype(product.dtype)
+    else:
+        limit = np.nextafter(least.astype(product.dtype), product.dtype.type(-np.inf))
+    i, j = np.divmod(np.flatnonzero(product >= limit[:, None]), product.shape[1])
     return i, j
 
 

@@ -179,7 +179,7 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
         training = engine.training_rows(
             rows, max(engine.LEAST, k * config.rows_per_centroid), shop.seed, folder / "training.rows", shop.memory // 2
         )
-        centroids, rounds = engine.train(training, k, config.iterations, shop.run, folder)
+        centroids, rounds = engine.train(training, k, config.iterations, shop.run, folder, shop.memory // 4)
         counts = {"rounds": np.array(rounds), "training_rows": np.array(len(training))}
         save(folder / "centroids.npz", {"centroids": centroids, **counts})
         training.path.unlink()
