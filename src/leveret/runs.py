@@ -90,14 +90,16 @@ def closest(name: str, names: Iterable[str]) -> list[str]:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write `data` so that a reader, or a crash at any moment, sees the old file or the new one, never a part.
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write bytes into, piece by piece; a reader, or a crash at any moment, sees the old file at `path` or
+    the new one, never a part.
 
-    A temporary file in the same folder is written, synced and renamed; then the folder is synced, so that the
-    rename itself survives a power cut. Missing folders are made. Text is UTF-8 with the line ends it has.
+    A temporary file in the same folder is written, and when the block ends it is synced and renamed; then the folder
+    is synced, so that the rename itself survives a power cut. Missing folders are made.
 
     Raises:
-        OSError: the disk's own fault (full, read-only); the temporary file is removed.
+        OSError: the disk's own fault (full, read-only). At any error of the block the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     temporary = path.parent / f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -114,6 +116,12 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write `data`, whole or not at all, as `atomic_file` does. Text is UTF-8 with the line ends it has."""
+    with atomic_file(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -13,21 +13,39 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from leveret.condense.columns import Ids
-from leveret.condense.rows import Doubles, cosines
+from leveret.condense.rows import Array, Doubles, Ints, cosines
 from leveret.condense.shards import ParquetShard, Shard, open_npy, open_parquet
 from leveret.runs import DataError
 
 IDS = ("id", "key", "uid", "sample_id", "image_path", "image", "url")
 SCORES = ("score", "similarity", "clip_score")
 """Names that a column of ids, and of image-text scores, may have, in the order in which they are looked for."""
+
+IMAGES = ("image", "image_path", "file_name", "url")
+TOLD = (("id", "key", "uid", "sample_id", *IMAGES), IMAGES, ("caption", "text", "TEXT"))
+"""The same for what is told of a row that is kept or shown: its id, image and caption."""
+
+BLOCK = 65_536
+"""Rows of metadata that are read together."""
+
+NEAR = 64
+"""Vectors that lie this near in a file are read together."""
+
+
+class Told(NamedTuple):
+    """What the metadata say of a row: empty where they say nothing, but for the id, which is then its number."""
+
+    id: str
+    image: str
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -43,12 +61,16 @@ class File:
 
 @dataclass(frozen=True)
 class Given:
-    """All files. id, score: names of the metadata's columns, None where there are none."""
+    """All files. id, score, told (of TOLD): names of the metadata's columns, None where there are none.
+
+    A row's place is its number among the rows of all files.
+    """
 
     path: Path
     files: tuple[File, ...]
     id: str | None
     score: str | None
+    told: tuple[str | None, str | None, str | None]
 
     def __len__(self) -> int:
         return sum(file.shard.n for file in self.files)
@@ -85,6 +107,45 @@ class Given:
             where = file.metadata if self.score is not None or file.text is None else file.text.path
             raise DataError(f"{where}: row {start + int(wrong[0]):,} has score {scores[wrong[0]]}; each needs a number")
         return ids, scores
+
+    def words(self, places: Ints) -> Iterator[Told]:
+        """What is told of rows, in the order of `places`. Ascending ones cost one pass over the row groups that hold
+        them, and BLOCK rows are held at once."""
+        names = list(dict.fromkeys(name for name in self.told if name is not None))
+        for file, rows in self._by_file(places):
+            if file.metadata is None or not names:
+                yield from (Told(str(file.first + row), "", "") for row in rows.tolist())
+                continue
+            for found, batch in _some(file.metadata, names, rows):
+                ids, images, captions = (
+                    None if name is None else ["" if value is None else str(value) for value in batch[name].to_pylist()]
+                    for name in self.told
+                )
+                nothing = [""] * len(found)
+                yield from map(
+                    Told,
+                    ids or [str(file.first + row) for row in found.tolist()],
+                    images or nothing,
+                    captions or nothing,
+                )
+
+    def vectors(self, places: Ints) -> Array:
+        """[n, width] as stored, in the order of `places`, of which there is at least one. Of a column of vectors each
+        row group that holds any is read once."""
+        order = np.argsort(places, kind="stable")
+        found = np.concatenate([_scattered(file.shard, rows) for file, rows in self._by_file(places[order])])
+        out = np.empty_like(found)
+        out[order] = found
+        return out
+
+    def _by_file(self, places: Ints) -> Iterator[tuple[File, Ints]]:
+        """Runs of ascending rows of one file, in the order of `places`; rows are counted from the file's first."""
+        if not len(places):
+            return
+        number = np.searchsorted([file.first for file in self.files], places, side="right") - 1
+        cuts = np.flatnonzero((np.diff(number) != 0) | (np.diff(places) <= 0)) + 1
+        for run, at in zip(np.split(places, cuts), number[np.r_[0, cuts]].tolist(), strict=True):
+            yield self.files[at], run - self.files[at].first
 
     def fingerprint(self) -> str:
         """Hex digest of names and sizes of all files, the metadata's and 16 samples of 64 KiB of each file's bytes.
@@ -197,8 +258,14 @@ def _checked(path: Path, shards: Sequence[Shard], metas: Sequence[Path | None], 
         if shard.n:
             files.append(File(shard, meta, text, first))
         first += shard.n
-    pick = [next((name for name in known if name in common), None) for known in (IDS, SCORES)]
-    return Given(path, tuple(files), pick[0], pick[1])
+    id, score, *told = (next((name for name in known if name in common), None) for known in (IDS, SCORES, *TOLD))
+    return Given(path, tuple(files), id, score, (told[0], told[1], told[2]))
+
+
+def _ends(file: Any) -> Ints:
+    """[groups + 1] where each row group of an open parquet file begins, and the end."""
+    sizes = [file.metadata.row_group(place).num_rows for place in range(file.metadata.num_row_groups)]
+    return np.cumsum([0, *sizes])
 
 
 def _slice(path: Path, names: Sequence[str], start: int, stop: int) -> Any:
@@ -206,10 +273,36 @@ def _slice(path: Path, names: Sequence[str], start: int, stop: int) -> Any:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        sizes = [file.metadata.row_group(place).num_rows for place in range(file.metadata.num_row_groups)]
-        ends = np.cumsum([0, *sizes])
+        ends = _ends(file)
         first = int(np.searchsorted(ends, start, side="right")) - 1
         last = int(np.searchsorted(ends, max(start, stop - 1), side="right")) - 1
         return file.read_row_groups(list(range(first, last + 1)), columns=list(names)).slice(
             start - int(ends[first]), stop - start
         )
+
+
+def _some(path: Path, names: Sequence[str], rows: Ints) -> Iterator[tuple[Ints, Any]]:
+    """Some columns of ascending rows, block by block: (which rows, a record batch of them). Only the row groups that
+    hold any are read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        ends = _ends(file)
+        for group in np.unique(np.searchsorted(ends, rows, side="right") - 1).tolist():
+            start = int(ends[group])
+            for batch in file.iter_batches(BLOCK, row_groups=[group], columns=list(names)):
+                a, b = np.searchsorted(rows, (start, start + batch.num_rows))
+                if a < b:
+                    yield rows[a:b], batch.take(pa.array(rows[a:b] - start))
+                start += batch.num_rows
+
+
+def _scattered(shard: Shard, rows: Ints) -> Array:
+    """Vectors of ascending rows, which are at least one."""
+    groups = np.searchsorted(shard.groups, rows, side="right") if isinstance(shard, ParquetShard) else rows // NEAR
+    found = []
+    for near in np.split(rows, np.flatnonzero(np.diff(groups)) + 1):
+        first = int(near[0])
+        found.append(shard.read(first, int(near[-1]) + 1)[near - first])
+    return np.concatenate(found)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from leveret.condense.columns import Ids
 from leveret.condense.engine import kept
-from leveret.condense.folder import Embeddings
+from leveret.condense.given import Given
+from leveret.condense.ranks import cut_at, hash_keys
 from leveret.condense.rows import Array, Ints
 from leveret.condense.steps import State
 from leveret.condense.working import ALIVE, Part, Rows
 from leveret.pool import Source
 from leveret.pool.llava import record_of
 from leveret.records import ImageRef, Sample
-from leveret.runs import atomic_write
-
-KEPT = 0
-"""Fate of a row that no step dropped."""
+from leveret.runs import atomic_file, atomic_write
 
 
 @dataclass
@@ -38,72 +35,119 @@ class Stage:
     notes: Mapping[str, Any]
 
 
-@dataclass
-class Ledger:
-    """The state of all rows while steps run, and the record of it after.
+# --- a part of it, in memory ---------------------------------------------------------------------------------------
 
-    fate     [n] int32: 0 while a row is alive; else 1 + position in `words` of (step's label, reason).
-    columns  name -> [n]; a row that a step never saw holds that column's filler.
+SALT = 9
+"""Of the order that an excerpt is drawn in; no other has it."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Rows of the ledger that a report is made of: all, or of many those whose ids' hashes come first in an order of
+    their own. So it does not hang on files, steps or the seed.
+
+    total    rows there are in all.
+    row      [n] int64, ascending: numbers in the source. place: [n] int64, numbers among the embeddings.
+    hash     [n] uint64 of their ids.
+    reached  [n] int64: position in `stages` of the step that dropped the row; len(stages) for one that is kept.
     """
 
-    embeddings: Embeddings
-    fate: NDArray[np.int32]
-    columns: dict[str, Array]
-    facts: dict[str, Array] = field(default_factory=dict)
-    stages: list[Stage] = field(default_factory=list)
-    words: list[tuple[str, str]] = field(default_factory=list)
+    state: State
+    stages: Sequence[Stage]
+    total: int
+    row: Ints
+    place: Ints
+    hash: Array
+    reached: Ints
 
     @classmethod
-    def of(cls, embeddings: Embeddings, state: State, stages: list[Stage]) -> Ledger:
-        """All rows at once, from the parts on disk: for pools whose columns fit in memory."""
-        n = len(embeddings)
-        place = np.full(embeddings.length, -1, np.int64)
-        place[embeddings.index] = np.arange(n)
-        fate, columns, words = np.zeros(n, np.int32), dict[str, Array](), list[tuple[str, str]]()
-        for rows in (*state.earlier, state.rows):
-            first = len(words) + 1
-            reasons = {
-                label: ("exact copy", "near copy") if "same" in rows.made_by(label) else ("",) for label in rows.judged
-            }
-            words += [(label, reason) for label in rows.judged for reason in reasons[label]]
-            begins = first + np.cumsum([0, *(len(reasons[label]) for label in rows.judged)])
-            for part in rows.parts:
-                where = place[part.read("row")[0]]
-                dropped = rows.fate(part)
-                gone = np.flatnonzero(dropped)
-                fates = begins[dropped[gone] - 1]
-                if "same" in rows.columns:
-                    same = rows.column("same", part)[gone]
-                    fates = fates + (
-                        np.array([len(reasons[rows.judged[d - 1]]) > 1 for d in dropped[gone]], bool) & ~same
-                    )
-                fate[where[gone]] = fates
-                for name in LOOKED_AT:
-                    if name in rows.columns or name in part.names():
-                        values = rows.column(name, part)
-                        if name in ("component", "keeper"):
-                            values = np.where(values >= 0, place[values], -1)
-                        if name not in columns:
-                            columns[name] = np.full(n, _FILL.get(values.dtype.kind, 0), values.dtype)
-                        columns[name][where] = values
-        for name, filler in LOOKED_AT.items():  # a chain without rows, or without a step that makes it
-            columns.setdefault(name, np.full(n, filler))
-        columns["representative"] = columns.pop("keeper")
-        facts = {} if state.centroids is None else {"centroids": state.centroids}
-        return cls(embeddings, fate, columns, facts, stages, words)
+    def of(cls, state: State, stages: Sequence[Stage], most: int) -> Excerpt:
+        """At most `most` rows, found in passes over the parts on disk."""
+        parts = _generations(state)[0].parts
 
-    def kept(self) -> NDArray[np.int64]:
-        """Row numbers of what is kept, in the order of the source."""
-        rows = np.flatnonzero(self.fate == KEPT)
-        return rows[np.argsort(self.embeddings.index[rows], kind="stable")]
+        def order(part: Part) -> tuple[Array, Callable[[Array], list[bytes]]]:
+            def ids(at: Array) -> list[bytes]:
+                names: Ids = part.read("id")[0]
+                return names.at(at)
+
+            return hash_keys(part.read("hash")[0], 0, SALT), ids
+
+        cut, first = cut_at(lambda: map(order, parts), most), 0
+        found: list[tuple[Ints, Ints, Array]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))]
+        for part in parts:
+            drawn = np.flatnonzero(cut.before(*order(part)))
+            row, hashes = part.read("row", "hash")
+            found.append((row[drawn], first + drawn, hashes[drawn]))
+            first += part.n
+        row, place, hashes = (np.concatenate(column) for column in zip(*found, strict=True))
+        sort = np.argsort(row, kind="stable")
+        reached = _reached(state, stages, row[sort])
+        return cls(state, stages, first, row[sort], place[sort], hashes[sort], reached)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def whole(self) -> bool:
+        return len(self) == self.total
+
+    def find(self, row: Ints) -> tuple[Ints, Ints]:
+        """Which of some rows are in it: where they stand in `row`, and where here."""
+        return _among(self.row, row)
+
+    def judged_by(self, label: str) -> Rows:
+        """The generation that a step judged."""
+        return next(rows for rows in _generations(self.state) if label in rows.judged)
+
+    def column(self, name: str, label: str) -> Array:
+        """[n] float64: a column of numbers as the step `label` saw it; NaN for a row that never came into its
+        generation."""
+        out = np.full(len(self), np.nan)
+        rows = self.judged_by(label)
+        for part in rows.parts:
+            found, at = self.find(part.read("row")[0])
+            out[at] = rows.column(name, part)[found]
+        return out
 
 
-_FILL = {"i": -1, "f": np.nan}
-LOOKED_AT = {
-    "score": np.nan, "hash": np.uint64(0), "cluster": -1, "centroid_cosine": np.nan, "component": -1,
-    "component_size": -1, "keeper": -1,
-}  # fmt: skip
-"""Columns that the report looks at, and what stands where there are none."""
+def _reached(state: State, stages: Sequence[Stage], known: Ints) -> Ints:
+    """`Excerpt.reached` of ascending rows."""
+    out = np.full(len(known), len(stages), np.int64)
+    position = {stage.label: number for number, stage in enumerate(stages)}
+    for rows in _generations(state):
+        dropped_by = np.array([position[label] for label in rows.judged], np.int64)
+        for part in rows.parts:
+            found, at = _among(known, part.read("row")[0])
+            fate = rows.fate(part)[found]
+            gone = np.flatnonzero(fate != ALIVE)
+            out[at[gone]] = dropped_by[fate[gone] - 1]
+    return out
+
+
+def _generations(state: State) -> tuple[Rows, ...]:
+    """All orders of rows, first that of the files."""
+    return (*state.earlier, state.rows)
+
+
+def _among(known: Ints, row: Ints) -> tuple[Ints, Ints]:
+    """Which of `row` are known (ascending): where they stand in `row`, and where in `known`."""
+    if not len(known):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    at = np.searchsorted(known, row)
+    found = np.flatnonzero(known.take(at, mode="clip") == row)
+    return found, at[found]
+
+
+def places(state: State, rows: Ints) -> Ints:
+    """[n] int64: where rows, ascending numbers in the source, stand among the embeddings."""
+    out = np.empty(len(rows), np.int64)
+    first = 0
+    for part in _generations(state)[0].parts:
+        found, at = _among(rows, part.read("row")[0])
+        out[at] = first + found
+        first += part.n
+    return out
+
 
 # --- on disk -------------------------------------------------------------------------------------------------------
 
@@ -231,37 +275,42 @@ def _record(sample: Sample, name: Callable[[ImageRef], str]) -> dict[str, Any]:
     return record | {key: value for key, value in record_of(sample).items() if key not in record}
 
 
-def records(ledger: Ledger, source: Source | None, images: Path | None) -> Sequence[dict[str, Any]]:
-    """LLaVA records of what is kept, in the order of the source, image paths relative to its root.
+def under(images: Path, name: str) -> str:
+    """The name of an image as it is said from the folder `images`; one that lies elsewhere stays as it is."""
+    path = Path(name)
+    return path.relative_to(images).as_posix() if path.is_absolute() and path.is_relative_to(images) else name
 
-    From the source where there is one (conversations stay whole); else a caption pair from the folder's metadata.
+
+def records(state: State, given: Given, source: Source | None, images: Path | None) -> Iterator[dict[str, Any]]:
+    """LLaVA records of what is kept, in the order of the source, image paths relative to its root; read as they are
+    asked for.
+
+    From the source where there is one (conversations stay whole); else a caption pair from the embeddings' metadata.
     """
-    rows = ledger.kept()
+    kept_rows = [part.read("row")[0][state.rows.alive(part)] for part in state.rows.parts]
+    rows = np.sort(np.concatenate([np.zeros(0, np.int64), *kept_rows]))
     if source is not None:
+        root = source.root
 
         def name(ref: ImageRef) -> str:
-            return ref.path if ref.kind == "data" else source.root.name(ref)
+            return ref.path if ref.kind == "data" else root.name(ref)
 
-        return [_record(source.sample(int(index)), name) for index in ledger.embeddings.index[rows]]
-    found = []
-    for row in rows.tolist():
-        path = ledger.embeddings.images[row]
-        if images is not None and Path(path).is_absolute() and Path(path).is_relative_to(images):
-            path = Path(path).relative_to(images).as_posix()
-        found.append(
-            {
-                "id": ledger.embeddings.ids[row],
-                "image": path,
-                "conversations": [
-                    {"from": "human", "value": "<image>"},
-                    {"from": "gpt", "value": ledger.embeddings.captions[row]},
-                ],
-            }
-        )
-    return found
+        yield from (_record(source.sample(int(row)), name) for row in rows)
+        return
+    for told in given.words(places(state, rows)):
+        yield {
+            "id": told.id,
+            "image": told.image if images is None else under(images, told.image),
+            "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": told.caption}],
+        }
 
 
-def write_coreset(found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A JSON list, one record a line, so that it can be read by eye and compared line by line."""
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
-    atomic_write(path, f"[\n{lines}\n]\n" if lines else "[]\n")
+def write_coreset(found: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """A JSON list, one record a line, so that it can be read by eye and compared line by line; none is held."""
+    with atomic_file(path) as file:
+        file.write(b"[")
+        between = b"\n"
+        for record in found:
+            file.write(between + json.dumps(record, ensure_ascii=False).encode("utf-8"))
+            between = b",\n"
+        file.write(b"]\n" if between == b"\n" else b"\n]\n")

@@ -23,9 +23,8 @@ import numpy as np
 from leveret import recipe as recipes
 from leveret.condense import engine
 from leveret.condense.embed import embed
-from leveret.condense.folder import open_embeddings
 from leveret.condense.given import Given, is_given, open_given
-from leveret.condense.ledger import Ledger, Stage, records, write_coreset, write_ids, write_ledger
+from leveret.condense.ledger import Stage, records, write_coreset, write_ids, write_ledger
 from leveret.condense.lloyd import Map
 from leveret.condense.steps import STEPS, CondenseRecipe, Shop, State, check_columns, read
 from leveret.condense.working import Part, Rows
@@ -117,9 +116,7 @@ def condense(
             write_ids(state, run.path / "coreset.parquet")
     root = Path(images) if images is not None else None
     with clock("write"):
-        ledger = Ledger.of(open_embeddings(given.path), state, stages)
-        kept = records(ledger, pool, root)
-        write_coreset(kept, run.path / "coreset.json")
+        write_coreset(records(state, given, pool, root), run.path / "coreset.json")
     _keep_times(run, clock)
     summary = _summary(run, chosen, given, state, stages, refused)
     write_json(run.path / "summary.json", summary)
@@ -136,8 +133,9 @@ def condense(
     write_json(run.path / "manifest.json", {**manifest, "kept": summary["kept"], "sha256": hashes, **place})
     from leveret.condense.report import write_report
 
-    write_report(run.path, chosen, ledger, pool, root, read_json(run.path / "timings.json"))
-    run.done("condense", kept=len(kept))
+    seconds = read_json(run.path / "timings.json")
+    write_report(run.path, chosen, given, state, stages, pool, root, summary, seconds)
+    run.done("condense", kept=summary["kept"])
     return run.path
 
 

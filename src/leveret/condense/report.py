@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from leveret import pages
-from leveret.condense.ledger import KEPT, Ledger, Stage
+from leveret.condense.columns import load as load_columns
+from leveret.condense.given import Given
+from leveret.condense.ledger import Excerpt, Stage, places, under
 from leveret.condense.ranks import hash_keys
-from leveret.condense.rows import Ints, cosines
-from leveret.condense.steps import STEPS, CondenseRecipe
+from leveret.condense.rows import Doubles, Ints, cosines, spans
+from leveret.condense.steps import STEPS, CondenseRecipe, State
+from leveret.condense.working import Part, Rows
 from leveret.images import ImageFault, Root, load
 from leveret.pool import Source
 from leveret.records import ImageRef
@@ -21,8 +25,12 @@ from leveret.runs import DataError, atomic_write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GROUPS, MEMBERS, NEAR_A_CUT, POINTS, SIDE = 6, 5, 5, 2500, 200
-"""How many groups of copies, members of each, pictures on each side of a cut, points of the map; side of a picture."""
+GROUPS, MEMBERS, NEAR_A_CUT, KEPT, POINTS, SIDE = 6, 5, 5, 12, 2500, 200
+"""How many groups of copies, members of each, pictures on each side of a cut, pictures of what is kept, points of the
+map; side of a picture."""
+
+LOOKED_AT = 300_000
+"""Rows that a page looks at: all of so many, a sample of more. So the memory it takes does not grow with the rows."""
 
 _NAMES = {"score": "image-text score", "centroid_cosine": "closeness to the group's centre"}
 _SHORT = {"score": "score", "centroid_cosine": "closeness"}
@@ -31,71 +39,87 @@ _SHORT = {"score": "score", "centroid_cosine": "closeness"}
 def write_report(
     folder: Path,
     recipe: CondenseRecipe,
-    ledger: Ledger,
+    given: Given,
+    state: State,
+    stages: Sequence[Stage],
     source: Source | None,
     images: Path | None,
+    summary: Mapping[str, Any],
     seconds: Mapping[str, float],
 ) -> None:
-    """Writes `report.html` into `folder`."""
-    gallery = Pictures(ledger, source, images)
-    reached = _reached(ledger)
-    sections: list[pages.Section | None] = [_funnel(recipe, ledger)]
-    for position, stage in enumerate(ledger.stages):
+    """Writes `report.html` into `folder`.
+
+    Counts are of all rows: they are the stages' and the summary's. Histograms, the map, and pictures at a cut are of at
+    most LOOKED_AT rows; the page says so where that is a sample.
+    """
+    excerpt = Excerpt.of(state, stages, LOOKED_AT)
+    gallery = Pictures(state, given, source, images)
+    sections: list[pages.Section | None] = [_funnel(recipe, stages, summary)]
+    for position, stage in enumerate(stages):
         config = recipe.steps[stage.label]
         if stage.step == "dedup":
-            sections.append(_groups(stage, ledger, gallery, config))
+            sections.append(_groups(stage, excerpt, gallery, config))
         elif by := getattr(config, "by", None):
-            sections.append(_cut(stage, ledger, gallery, reached > position, reached >= position, by))
-    sections += [_kept(ledger, gallery), _map(ledger), _refused(ledger), _recipe(recipe, ledger), _times(seconds)]
-    n, kept = ledger.embeddings.length, int((ledger.fate == KEPT).sum())
+            sections.append(_cut(stage, position, excerpt, gallery, by))
+    sections += [
+        _kept(state, gallery),
+        _map(excerpt, given),
+        _refused(given, summary),
+        _recipe(recipe),
+        _times(seconds),
+    ]
+    n, kept = summary["input"], summary["kept"]
     share = f" ({kept / n:.1%})" if n else ""
     subtitle = f"{kept:,} of {n:,} samples were kept{share}; what happened to the others, and why."
+    if not excerpt.whole:
+        subtitle += (
+            f" Counts are of all samples; histograms, the map and the pictures around a cut are of a sample of "
+            f"{len(excerpt):,} of {excerpt.total:,} rows, drawn by their ids."
+        )
     title = f"Coreset: {recipe.name}" if recipe.name else "Coreset"
     atomic_write(folder / "report.html", pages.page(title, [part for part in sections if part is not None], subtitle))
 
 
-def _reached(ledger: Ledger) -> Ints:
-    """For each row, the position of the step that dropped it; the number of steps for what was kept."""
-    labels = [stage.label for stage in ledger.stages]
-    where = np.array([len(labels), *(labels.index(label) for label, _ in ledger.words)], np.int64)
-    return where[ledger.fate]
-
-
 class Pictures:
-    """Pictures and words of rows; a picture that cannot be read any more is left out."""
+    """Pictures and words of rows, looked up when they are shown; a picture that cannot be read any more is left out.
 
-    def __init__(self, ledger: Ledger, source: Source | None, images: Path | None) -> None:
-        self.embeddings, self.source = ledger.embeddings, source
+    at_hand  whether there is anything to show: a pool, or a folder of images that was declared.
+    """
+
+    def __init__(self, state: State, given: Given, source: Source | None, images: Path | None) -> None:
+        self.state, self.given, self.source = state, given, source
+        # A folder made elsewhere names any path; without a root that was declared, nothing is opened.
         self.root = Root(images) if source is None and images is not None and images.is_dir() else None
+        self.at_hand = source is not None or self.root is not None
 
-    def item(self, row: int, words: str, mark: str) -> tuple[Image, str, str] | None:
-        """What `pages.gallery` takes, or None."""
-        picture = self._picture(row)
-        if picture is None:
-            return None
-        caption = self.embeddings.captions[row] or self.embeddings.ids[row]
-        caption = caption if len(caption) <= 90 else caption[:88] + "..."
-        return picture, f"{caption}\n{words}" if words else caption, mark
+    def items(self, rows: Sequence[int], words: Sequence[str], marks: Sequence[str]) -> list[tuple[Image, str, str]]:
+        """What `pages.gallery` takes, of rows (numbers in the source) in any order, each once."""
+        if not self.at_hand:
+            return []
+        order = sorted(rows)
+        told = dict(zip(order, self.given.words(places(self.state, np.array(order, np.int64))), strict=True))
+        found = []
+        for row, word, mark in zip(rows, words, marks, strict=True):
+            picture = self._picture(row, told[row].image)
+            if picture is not None:
+                caption = told[row].caption or told[row].id
+                caption = caption if len(caption) <= 90 else caption[:88] + "..."
+                found.append((picture, f"{caption}\n{word}" if word else caption, mark))
+        return found
 
-    def _picture(self, row: int) -> Image | None:
+    def _picture(self, row: int, name: str) -> Image | None:
         try:
-            picture = load(self._ref(row))
+            picture = load(self._ref(row, name))
         except (ImageFault, DataError):
             return None
         picture.thumbnail((SIDE, SIDE))
         return picture
 
-    def _ref(self, row: int) -> ImageRef:
-        if self.source is not None:
-            return self.source.sample(int(self.embeddings.index[row])).images[0]
-        name = self.embeddings.images[row]
+    def _ref(self, row: int, name: str) -> ImageRef:
         if self.root is not None:
-            path = Path(name)
-            if path.is_absolute() and path.is_relative_to(self.root.path):
-                name = path.relative_to(self.root.path).as_posix()
-            return self.root.ref(name)
-        # A folder made elsewhere names any path; without a root that was declared, nothing is opened.
-        raise DataError("no folder of images was given")
+            return self.root.ref(under(self.root.path, name))
+        assert self.source is not None, "asked only where pictures are at hand"
+        return self.source.sample(row).images[0]
 
 
 # --- the funnel ----------------------------------------------------------------------------------------------------
@@ -166,12 +190,12 @@ _TOLD: dict[str, Callable[[Stage, Any], tuple[str, str]]] = {
 assert _TOLD.keys() == STEPS.keys(), "every step can be told"
 
 
-def _funnel(recipe: CondenseRecipe, ledger: Ledger) -> pages.Section:
-    embeddings = ledger.embeddings
-    steps: list[tuple[str, int, str]] = [("Samples in the pool", embeddings.length, "")]
-    if embeddings.refused:
-        steps.append(("Readable", len(embeddings), f"{len(embeddings.refused):,} could not be used"))
-    for stage in ledger.stages:
+def _funnel(recipe: CondenseRecipe, stages: Sequence[Stage], summary: Mapping[str, Any]) -> pages.Section:
+    n, refused = summary["input"], summary["refused"]
+    steps: list[tuple[str, int, str]] = [("Samples in the pool", n, "")]
+    if refused:
+        steps.append(("Readable", n - refused, f"{refused:,} could not be used"))
+    for stage in stages:
         label, note = _TOLD[stage.step](stage, recipe.steps[stage.label])
         steps.append((label, stage.after, note))
     return pages.Section(
@@ -184,26 +208,29 @@ def _funnel(recipe: CondenseRecipe, ledger: Ledger) -> pages.Section:
 # --- groups of copies ----------------------------------------------------------------------------------------------
 
 
-def _groups(stage: Stage, ledger: Ledger, gallery: Pictures, config: Any) -> pages.Section:
-    component, kept = ledger.columns["component"], ledger.columns["representative"]
-    size = ledger.columns["component_size"]
+@dataclass(frozen=True)
+class _Group:
+    """A component of near copies. component, keeper: rows that name it and that stay of it. part: where its members
+    are, all of them: they lie in one cluster, and a cluster lies in one part."""
+
+    part: Part
+    component: int
+    keeper: int
+
+
+def _groups(stage: Stage, excerpt: Excerpt, gallery: Pictures, config: Any) -> pages.Section:
     body: list[Any] = []
-    for first in _some_groups(component, size):
-        rows = np.flatnonzero(component == component[first])
-        chosen = int(kept[first])
-        others = rows[rows != chosen]
-        vectors = ledger.embeddings.vectors
-        near = cosines(vectors.take(others), np.repeat(vectors.take(np.array([chosen])), len(others), axis=0))
+    rows = excerpt.judged_by(stage.label)
+    for group in _some_groups(rows, stage.label, excerpt) if gallery.at_hand else []:
+        others, near = _others(rows, stage.label, group)
         # The least alike are shown: they are where a group could be wrong.
-        shown = others[np.argsort(near, kind="stable")[: MEMBERS - 1]]
-        likeness = dict(zip(others.tolist(), near.tolist(), strict=True))
-        items = [gallery.item(chosen, "", "kept")]
-        for row in shown.tolist():
-            items.append(gallery.item(row, f"cosine {likeness[row]:.3f} to the kept one", "dropped"))
-        found = [item for item in items if item is not None]
+        shown = np.argsort(near, kind="stable")[: MEMBERS - 1]
+        told = [f"cosine {cosine:.3f} to the kept one" for cosine in near[shown].tolist()]
+        found = gallery.items([group.keeper, *others[shown].tolist()], ["", *told], ["kept", *["dropped"] * len(shown)])
         if found:
-            more = f", of which the {len(found) - 1} least alike are shown" if len(rows) > len(found) else ""
-            body += [f"A group of {len(rows):,}{more}.", pages.gallery(found)]
+            size = len(others) + 1
+            more = f", of which the {len(found) - 1} least alike are shown" if size > len(found) else ""
+            body += [f"A group of {size:,}{more}.", pages.gallery(found)]
     sizes = [(int(a), int(b)) for a, b in stage.notes.get("sizes", []) if int(a) > 1]
     if sizes:
         rows_ = [[f"{a:,}", f"{b:,}", f"{(a - 1) * b:,}"] for a, b in sizes[:20]]
@@ -223,46 +250,77 @@ def _groups(stage: Stage, ledger: Ledger, gallery: Pictures, config: Any) -> pag
     return pages.Section("Copies", body, lead)
 
 
-def _some_groups(component: Ints, size: Ints) -> list[int]:
-    """First rows of the two largest groups and of some spread over the rest."""
-    firsts = np.flatnonzero((component == np.arange(len(component))) & (size > 1))
-    order = firsts[np.lexsort((firsts, -size[firsts]))]
-    if len(order) <= GROUPS:
-        return [int(row) for row in order]
-    spread = np.linspace(2, len(order) - 1, GROUPS - 2).astype(int)
-    return [int(row) for row in [*order[:2], *order[spread]]]
+def _some_groups(rows: Rows, label: str, excerpt: Excerpt) -> list[_Group]:
+    """The two largest groups, and some spread over the rest of those that the excerpt holds the first member of."""
+    found: list[tuple[int, int, int, Part, bool]] = []  # (-size, component, keeper, part, whether it is in the excerpt)
+    for part in rows.parts:
+        component, size, keeper = load_columns(rows.place(label, part), "component", "component_size", "keeper")
+        (row,) = part.read("row")
+        heads = np.flatnonzero((component == row) & (size > 1))
+        heads = heads[np.lexsort((row[heads], -size[heads]))]
+        seen = np.zeros(len(heads), np.bool_)
+        seen[excerpt.find(row[heads])[0]] = True
+        taken = seen | (np.arange(len(heads)) < 2)
+        columns = (-size, row, keeper)
+        told = (column[heads[taken]].tolist() for column in columns)
+        found += zip(*told, [part] * int(taken.sum()), seen[taken].tolist(), strict=True)
+    found.sort(key=lambda group: group[:2])
+    groups = [
+        _Group(part, row, keeper) for place, (_, row, keeper, part, seen) in enumerate(found) if seen or place < 2
+    ]
+    if len(groups) <= GROUPS:
+        return groups
+    return [*groups[:2], *(groups[at] for at in np.linspace(2, len(groups) - 1, GROUPS - 2).astype(int))]
+
+
+def _others(rows: Rows, label: str, group: _Group) -> tuple[Ints, Doubles]:
+    """Members of a group but the one that stays, ascending, and the cosine of each with that one."""
+    (component,) = load_columns(rows.place(label, group.part), "component")
+    (row,) = group.part.read("row")
+    members = np.flatnonzero(component == group.component)
+    members = members[np.argsort(row[members], kind="stable")]
+    others = members[row[members] != group.keeper]
+    read = group.part.reader()
+    kept = read(members[row[members] == group.keeper])
+    near = np.empty(len(others))
+    for span in spans(len(others), 4096):  # a chain may be long
+        near[span] = cosines(read(others[span]), np.repeat(kept, len(others[span]), axis=0))
+    return row[others], near
 
 
 # --- cuts ----------------------------------------------------------------------------------------------------------
 
 
-def _cut(stage: Stage, ledger: Ledger, gallery: Pictures, stays: Any, came: Any, by: str) -> pages.Section:
+def _cut(stage: Stage, position: int, excerpt: Excerpt, gallery: Pictures, by: str) -> pages.Section:
     """A histogram of what came to the step with its band drawn in, and pictures on both sides of each border."""
-    values = ledger.columns[by]
     name = _NAMES[by]
     body: list[Any] = []
-    inside = values[came]
-    if len(inside):
-        low, high = float(inside.min()), float(inside.max())
+    came = np.flatnonzero(excerpt.reached >= position)
+    rows, values = excerpt.row[came], excerpt.column(by, stage.label)[came]
+    if len(values):
+        low, high = float(values.min()), float(values.max())
         edges = np.linspace(low, high if high > low else low + 1e-6, 41)
-        counts = np.histogram(inside, edges)[0].tolist()
+        counts = np.histogram(values, edges)[0].tolist()
         notes = stage.notes
         bands = [(float(notes["lowest"]), float(notes["highest"]), "kept")] if "lowest" in notes else []
-        caption = f"All {len(inside):,} samples that came to this step; {stage.after:,} lie in the band and stay."
+        caption = f"All {stage.before:,} samples that came to this step; {stage.after:,} lie in the band and stay."
+        if not excerpt.whole:
+            caption = (
+                f"A sample: {len(values):,} of the {stage.before:,} that came to this step; of all, {stage.after:,} "
+                "lie in the band and stay."
+            )
         body.append(pages.histogram(counts, edges.tolist(), bands, caption, name))
-    rows = np.flatnonzero(came)
-    order = rows[np.argsort(-values[rows], kind="stable")]  # from the highest
-    alive = stays[order]
-    for words, border in (("upper", np.flatnonzero(alive)[:1]), ("lower", np.flatnonzero(alive)[-1:] + 1)):
+    order = np.argsort(-values, kind="stable")  # from the highest
+    stays = excerpt.reached[came[order]] > position
+    for words, border in (("upper", np.flatnonzero(stays)[:1]), ("lower", np.flatnonzero(stays)[-1:] + 1)):
         if not len(border) or not 0 < border[0] < len(order):
             continue
-        at = int(border[0])
-        near = order[max(0, at - NEAR_A_CUT) : at + NEAR_A_CUT]
-        items = [
-            gallery.item(row, f"{_SHORT[by]} {values[row]:.4f}", "kept" if stays[row] else "dropped")
-            for row in near.tolist()
-        ]
-        found = [item for item in items if item is not None]
+        near = slice(max(0, int(border[0]) - NEAR_A_CUT), int(border[0]) + NEAR_A_CUT)
+        found = gallery.items(
+            rows[order[near]].tolist(),
+            [f"{_SHORT[by]} {value:.4f}" for value in values[order[near]].tolist()],
+            ["kept" if stay else "dropped" for stay in stays[near].tolist()],
+        )
         if found:
             body += [f"Around the {words} border, from higher to lower:", pages.gallery(found)]
     if not body:
@@ -274,30 +332,35 @@ def _cut(stage: Stage, ledger: Ledger, gallery: Pictures, stays: Any, came: Any,
 # --- the rest ------------------------------------------------------------------------------------------------------
 
 
-def _kept(ledger: Ledger, gallery: Pictures) -> pages.Section | None:
-    rows = np.flatnonzero(ledger.fate == KEPT)
-    some = rows[np.sort(np.argsort(hash_keys(ledger.columns["hash"][rows], 0, 7), kind="stable")[:12])]
-    found = [item for row in some.tolist() if (item := gallery.item(row, "", "")) is not None]
+def _kept(state: State, gallery: Pictures) -> pages.Section | None:
+    if not gallery.at_hand:
+        return None
+    row, key = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    for part in state.rows.parts:
+        alive = state.rows.alive(part)
+        rows, hashes = part.read("row", "hash")
+        row, key = np.append(row, rows[alive]), np.append(key, hash_keys(hashes[alive], 0, 7))
+        first = np.lexsort((row, key))[:KEPT]
+        row, key = row[first], key[first]
+    found = gallery.items(np.sort(row).tolist(), [""] * len(row), [""] * len(row))
     return pages.Section("Some of what was kept", pages.gallery(found), "Drawn at random.") if found else None
 
 
-def _map(ledger: Ledger) -> pages.Section | None:
-    n = len(ledger.fate)
-    if n < 3:
+def _map(excerpt: Excerpt, given: Given) -> pages.Section | None:
+    if len(excerpt) < 3:
         return None
-    rows = np.sort(np.argsort(hash_keys(ledger.columns["hash"], 0, 8), kind="stable")[:POINTS])
-    x = ledger.embeddings.vectors.take(rows).astype(np.float64)
+    rows = np.sort(np.argsort(hash_keys(excerpt.hash, 0, 8), kind="stable")[:POINTS])
+    x = given.vectors(excerpt.place[rows]).astype(np.float64)
     x -= x.mean(0)
     _, directions = np.linalg.eigh(x.T @ x)
     axes = directions[:, -2:][:, ::-1] if directions.shape[1] > 1 else np.repeat(directions, 2, axis=1)
     # An eigenvector's sign is arbitrary: the largest part of each is made positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
-    labels = ["kept", *(f"dropped by {label}" for label, _ in ledger.words)]
-    fates = ledger.fate[rows].tolist()
-    places = [(float(a), float(b), labels[fate]) for (a, b), fate in zip(x @ axes, fates, strict=True)]
+    reached, labels = excerpt.reached[rows], [*(f"dropped by {stage.label}" for stage in excerpt.stages), "kept"]
     # Kept ones first in the legend; the order of the points is the order of the steps.
-    places.sort(key=lambda place: labels.index(place[2]))
-    chart = pages.scatter([place[:2] for place in places], [place[2] for place in places])
+    order = np.lexsort((reached, reached < len(excerpt.stages)))
+    points = [(float(a), float(b)) for a, b in (x @ axes)[order]]
+    chart = pages.scatter(points, [labels[fate] for fate in reached[order].tolist()])
     lead = (
         f"{len(rows):,} samples, drawn at random, along the two directions in which their vectors differ most "
         "(principal components). Near on this map means somewhat alike; far means unlike."
@@ -305,28 +368,24 @@ def _map(ledger: Ledger) -> pages.Section | None:
     return pages.Section("A map", chart, lead)
 
 
-def _refused(ledger: Ledger) -> pages.Section | None:
-    if not ledger.embeddings.refused:
+def _refused(given: Given, summary: Mapping[str, Any]) -> pages.Section | None:
+    if not summary["refused"]:
         return None
-    counts: dict[str, int] = {}
-    for line in ledger.embeddings.refused:
-        counts[line["reason"]] = counts.get(line["reason"], 0) + 1
-    rows = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    rows = sorted(summary["left_out"]["read"].items(), key=lambda pair: (-pair[1], pair[0]))
     return pages.Section(
         "What could not be used",
         pages.table(rows, ["reason", "samples"]),
-        f"Each is named in {ledger.embeddings.path.name}/quarantine.jsonl.",
+        f"Each is named in {given.path.name}/quarantine.jsonl.",
     )
 
 
-def _recipe(recipe: CondenseRecipe, ledger: Ledger) -> pages.Section:
+def _recipe(recipe: CondenseRecipe) -> pages.Section:
     rows: list[Sequence[Any]] = []
     for label, config in recipe.steps.items():
         settings = config.model_dump(exclude={"step"}, exclude_none=True)
         said = ", ".join(f"{key} = {value}" for key, value in settings.items()) or "no settings"
         rows.append([label, config.step, STEPS[config.step].title, said])
-    encoder = ledger.embeddings.encoder
-    lead = f"Vectors by {encoder}; seed {recipe.seed}. The same recipe on the same pool gives the same ids."
+    lead = f"Vectors by {recipe.encoder}; seed {recipe.seed}. The same recipe on the same pool gives the same ids."
     return pages.Section("The recipe", pages.table(rows, ["label", "step", "what it does", "settings"]), lead)
 
 
