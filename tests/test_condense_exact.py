@@ -133,7 +133,7 @@ def chain(
             return engine.ingest(part, np.arange(first, first + part.n), Ids.of(ids[inside]), score[inside])
 
         rows = Rows(work, 0, tuple(run(take, engine.chunks_of(files, work / "rows" / "0", chunk))))
-        training = engine.training_rows(rows, rules.sample, rules.seed, work / "training.rows")
+        training = engine.training_rows(rows, rules.sample, rules.seed, work / "training.rows", run)
         centroids, _ = engine.train(training, rules.k, rules.iterations, run)
         rows = engine.group(rows, centroids, most, run)
         rows, sizes = engine.dedup(rows, "dedup", rules.threshold, rules.keep, centroids, most, run)

@@ -15,7 +15,7 @@ import numpy as np
 
 from leveret.condense import groups, lloyd, ranks, regroup
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.rows import Array, Floats, Ints, distances, spans, unit
+from leveret.condense.rows import TOGETHER, Array, Floats, Ints, distances, spans, unit
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
 from leveret.condense.working import Part, Rows
@@ -92,7 +92,7 @@ class Training:
         return self.shard.read(start, stop) if self.held is None else self.held[start:stop]
 
 
-def training_rows(rows: Rows, wanted: int, seed: int, path: Path, memory: int = 0) -> Training:
+def training_rows(rows: Rows, wanted: int, seed: int, path: Path, run: lloyd.Map, memory: int = 0) -> Training:
     """The alive rows whose ids' hashes come first, in that order (ties by id). Held where `memory` bytes suffice."""
     keys = rows.keys("hash", lambda hashes: ranks.hash_keys(hashes, seed, SALT_TRAIN))
     cut = ranks.cut_at(keys, min(wanted, rows.count()))
@@ -111,16 +111,22 @@ def training_rows(rows: Rows, wanted: int, seed: int, path: Path, memory: int = 
     # Rows come in the order of their files and are wanted in another: so many of them are gathered at once.
     together = len(rank) if hold else max(CHUNK, memory // (4 * width))
     x = np.empty((min(together, len(rank)), width), np.float32)
+    ends = np.cumsum([0, *(len(places) for _, places in chosen)])
+
+    def take(job: tuple[int, slice]) -> None:
+        number, span = job
+        part, places = chosen[number]
+        to = rank[ends[number] : ends[number + 1]]
+        inside = np.flatnonzero((to >= span.start) & (to < span.stop))
+        if len(inside):
+            found = part.vectors(places[inside])
+            for some in spans(len(inside), TOGETHER):
+                x[to[inside[some]] - span.start] = unit(found[some])
+
     half = path.with_suffix(".half")
     with open(half, "wb") as file:
         for span in spans(len(rank), together):
-            done = 0
-            for part, places in chosen:
-                to = rank[done : done + len(places)]
-                done += len(places)
-                inside = np.flatnonzero((to >= span.start) & (to < span.stop))
-                if len(inside):
-                    x[to[inside] - span.start] = unit(part.vectors()[places[inside]])
+            _finish(run(take, [(number, span) for number in range(len(chosen))]))
             file.write(x[: span.stop - span.start].astype("<f4", copy=False).data)
     half.rename(path)
     return Training(path, len(rank), width, held=x if hold else None)
@@ -243,7 +249,7 @@ def _components(
 ) -> tuple[Callable[[Ints], Array], Ints]:
     """A way to read alive rows by their place among them, and their components."""
     if part.n <= most:
-        x = part.vectors()[alive]
+        x = part.vectors(alive)
         cluster = part.read("cluster")[0][alive]
         inside = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
         return lambda places: x[places], groups.components(x, np.r_[inside, len(x)], threshold)
@@ -291,7 +297,7 @@ def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centr
     def judge(part: Part) -> None:
         if not rows.place(label, part).exists():
             alive = rows.alive(part)
-            x, (cluster, hashes) = part.vectors()[alive], (column[alive] for column in part.read("cluster", "hash"))
+            x, (cluster, hashes) = part.vectors(alive), (column[alive] for column in part.read("cluster", "hash"))
             away = distances(x, centroids, cluster) * (1 if first == "near" else -1)
             key: Array = ranks.hash_keys(hashes, seed, SALT_DRAW) if first == "random" else away
             rank = np.empty(len(alive), np.int64)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.rows import Ints, similarities
+from leveret.condense.rows import Ints, similarities, spans
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
-from leveret.condense.working import Part, Rows
-from leveret.runs import atomic_write
+from leveret.condense.working import BLOCK, Part, Rows
+from leveret.runs import atomic_file
 
 CARRIED = ("row", "id", "score", "hash")
 """Columns that go with a row from one order to the next."""
@@ -50,8 +50,7 @@ def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path) -> Run:
     if run.columns.exists():
         return run
     alive = rows.alive(part)
-    x = part.vectors()
-    x = x if len(alive) == part.n else x[alive]
+    x = part.vectors(None if len(alive) == part.n else alive)
     labels = nearest.of(x)
     closeness = similarities(x, nearest.centroids, labels)
     order = np.argsort(labels, kind="stable")
@@ -61,7 +60,9 @@ def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path) -> Run:
         for name, value in columns.items()
     }
     starts = np.searchsorted(labels[order], np.arange(len(nearest.centroids) + 1)).astype(np.int64)
-    atomic_write(run.vectors, np.ascontiguousarray(x[order]).tobytes())
+    with atomic_file(run.vectors) as file:
+        for some in spans(len(x), BLOCK):
+            file.write(x[order[some]].data)
     save(run.columns, {"starts": starts, **taken, "centroid_cosine": closeness[order]})  # last: then the run is whole
     return run
 

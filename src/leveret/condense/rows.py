@@ -29,7 +29,7 @@ def spans(n: int, size: int) -> Iterator[slice]:
 def unit(x: Array) -> Doubles:
     """[n, width] unit vectors of stored rows. Rows without a length must have been refused before."""
     wide = x.astype(np.float64)
-    return wide / np.sqrt(np.square(wide).sum(1))[:, None]
+    return np.divide(wide, np.sqrt(np.square(wide).sum(1))[:, None], out=wide)
 
 
 def unit32(x: Array) -> Floats:
@@ -60,12 +60,12 @@ def distances(x: Array, centroids: Array, labels: Ints) -> Doubles:
 
 def similarities(x: Array, centroids: Array, labels: Ints) -> Doubles:
     """[n] product of each row's unit vector with its centroid divided by its length; 0 for the zero centroid."""
+    wide = centroids.astype(np.float64)
+    lengths = np.sqrt(np.square(wide).sum(1))[:, None]
+    normal = np.divide(wide, lengths, out=np.zeros(wide.shape), where=lengths > 0)
     out = np.empty(len(x))
     for part in spans(len(x), TOGETHER):
-        own = centroids[labels[part]].astype(np.float64)
-        lengths = np.sqrt(np.square(own).sum(1))[:, None]
-        own = np.divide(own, lengths, out=np.zeros(own.shape), where=lengths > 0)
-        out[part] = (unit(x[part]) * own).sum(1)
+        out[part] = (unit(x[part]) * normal[labels[part]]).sum(1)
     return out
 
 

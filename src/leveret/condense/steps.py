@@ -176,9 +176,8 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
         notes = {"iterations": int(made), "training_rows": int(trained)}
     else:
         k = max(1, round(math.sqrt(n / 2))) if config.k == "auto" else min(int(config.k), n)
-        training = engine.training_rows(
-            rows, max(engine.LEAST, k * config.rows_per_centroid), shop.seed, folder / "training.rows", shop.memory // 2
-        )
+        wanted = max(engine.LEAST, k * config.rows_per_centroid)
+        training = engine.training_rows(rows, wanted, shop.seed, folder / "training.rows", shop.run, shop.memory // 2)
         centroids, rounds = engine.train(training, k, config.iterations, shop.run, folder, shop.memory // 4)
         counts = {"rounds": np.array(rounds), "training_rows": np.array(len(training))}
         save(folder / "centroids.npz", {"centroids": centroids, **counts})

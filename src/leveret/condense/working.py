@@ -20,10 +20,12 @@ import numpy as np
 
 from leveret.condense import ranks
 from leveret.condense.columns import Ids, load, save
-from leveret.condense.rows import Array, Ints
+from leveret.condense.rows import Array, Ints, spans
 from leveret.condense.shards import Shard
 
 ALIVE = 0
+BLOCK = 4096
+"""Rows read at once on their way to where they are wanted: little enough to stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,31 @@ class Part:
         with np.load(self.path, allow_pickle=False) as file:
             return list(dict.fromkeys(name.removesuffix(".blob").removesuffix(".ends") for name in file.files))
 
-    def vectors(self) -> Array:
-        """[n, width] as stored."""
-        whole: Array = np.concatenate([shard.read(start, stop) for shard, start, stop in self.pieces])
+    def vectors(self, places: Ints | None = None) -> Array:
+        """[n, width] as stored: of all rows, or of those at some places, in their order."""
         (source,) = load(self.path, "source")
-        return whole[source] if len(source) else whole
+        total = sum(stop - start for _, start, stop in self.pieces)
+        wanted = source if places is None else source[places] if len(source) else places
+        everything = places is None or len(places) == total
+        to: Ints | None = None  # where each row goes, where the order is another
+        if len(source) or not everything:
+            to = np.full(total, -1, np.int64)
+            to[wanted] = np.arange(len(wanted))
+        shard = self.pieces[0][0]
+        out = np.empty((total if places is None else len(places), shard.width), shard.dtype)
+        first = 0
+        for shard, start, stop in self.pieces:
+            for span in spans(stop - start, BLOCK):
+                inside = slice(first + span.start, first + span.stop)
+                block = start + span.start, start + span.stop
+                if to is None:
+                    out[inside] = shard.read(*block)
+                elif everything:
+                    out[to[inside]] = shard.read(*block)
+                elif len(some := np.flatnonzero(to[inside] >= 0)):
+                    out[to[inside][some]] = shard.read(*block)[some]
+            first += stop - start
+        return out
 
     def reader(self) -> Callable[[Ints], Array]:
         """Places to rows, for a part that does not fit in memory."""
