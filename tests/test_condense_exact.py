@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from leveret.condense import engine, groups, ranks, screen
+from leveret.condense import border, engine, groups, lloyd, ranks, screen
 from leveret.condense.columns import Ids, order_of
-from leveret.condense.rows import Array, first_of_equal
+from leveret.condense.rows import Array, first_of_equal, unit
 from leveret.condense.shards import Shard, open_npy, open_parquet
 from leveret.condense.working import Part, Rows
 from leveret.runs import DataError
@@ -370,3 +370,90 @@ def test_a_parquet_file_that_holds_no_vectors_is_told_why(tmp_path: Path) -> Non
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a readable parquet file"):
         open_parquet(tmp_path / "x.parquet")
+
+
+# --- k-means --------------------------------------------------------------------------------------------------------
+
+
+class Held:
+    def __init__(self, x: Array) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def read(self, start: int, stop: int) -> Array:
+        return self.x[start:stop]
+
+
+def plain_round(x: Array, centroids: Array) -> Array:
+    """Lloyd's round as docs/condense.md has it: everything is looked at."""
+    c, u = centroids.astype(np.float64), unit(x)
+    away = np.stack([np.sqrt(np.square(row - c).sum(1)) for row in u])
+    labels = away.argmin(1)
+    sums = np.zeros(c.shape)
+    for start in range(0, len(x), lloyd.CHUNK):
+        part = np.zeros(c.shape)
+        for row, label in zip(x[start : start + lloyd.CHUNK], labels[start : start + lloyd.CHUNK], strict=True):
+            part[label] += row.astype(np.float64)
+        sums += part
+    counts = np.bincount(labels, minlength=len(c))
+    new = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    far = np.lexsort((np.arange(len(x)), -away[np.arange(len(x)), labels]))
+    for place, row in zip(np.flatnonzero(counts == 0), far, strict=False):
+        new[place] = x[row]
+    return new
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+@pytest.mark.parametrize("kind", ["ordinary", "hub", "chains", "outlier"])
+def test_rounds_that_look_only_at_what_moved_are_rounds_that_look_at_everything(
+    kind: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lloyd, "CHUNK", 300)
+    x = unit(pool(kind, 900, 24, 7)[0]).astype(np.float32)
+    x[450:470] = x[3]
+    begin = lloyd.start(Held(x), 40)
+    rounds, centroids = lloyd.Lloyd(Held(x), begin, map, memory), begin
+    stayed = 0
+    for _ in range(12):
+        found, wanted = rounds.step(), plain_round(x, centroids)
+        np.testing.assert_array_equal(found, wanted)
+        stayed += int((found == centroids).all(1).sum())
+        centroids = wanted
+        if not rounds.moved.any():
+            break
+    assert stayed, "no centroid ever stayed: the short way was not taken"
+    again = lloyd.Lloyd(Held(x), begin, map, memory)
+    again.step()
+    resumed = lloyd.Lloyd(Held(x), again.centroids, map, memory)  # as after a kill: it knows only the centroids
+    for _ in range(3):
+        np.testing.assert_array_equal(again.step(), resumed.step())
+
+
+def test_what_borders_hide_is_counted_as_all_pairs_count_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(border, "TOGETHER", 100)
+    x, ids, score = pool("chains", 700, 32, 3)
+    np.save(tmp_path / "0.npy", x)
+    part, _ = engine.chunks_of([open_npy(tmp_path / "0.npy")], tmp_path / "rows" / "0", 1000)[0]
+    rows = Rows(tmp_path, 0, (engine.ingest(part, np.arange(700), Ids.of(ids), score),))
+    rows = engine.group(rows, lloyd.start(Held(unit(x).astype(np.float32)), 12), 300, map)
+    found = border.measure(rows, "dedup", 0.86, 0, map)
+    cluster = np.empty(700, np.int64)
+    for part in rows.parts:
+        row, label = part.read("row", "cluster")
+        cluster[row] = label
+    drawn = ranks.hash_keys(ranks.hash_ids(name.encode() for name in ids), 0, border.SALT)
+    sample = sorted(range(700), key=lambda at: (int(drawn[at]), ids[at]))[: border.SAMPLE]
+    near = unit(x) @ unit(x).T > 0.86
+    np.fill_diagonal(near, False)
+    own = near & (cluster[:, None] == cluster[None])
+    assert found == {
+        "sampled": len(sample),
+        "with_copies": int(near[sample].any(1).sum()),
+        "hidden": int((near[sample].any(1) & ~own[sample].any(1)).sum()),
+        "pairs": int(near[sample].sum()),
+        "pairs_hidden": int((near & ~own)[sample].sum()),
+    }
+    assert found["hidden"] and found["pairs_hidden"] < found["pairs"]
+    assert border.measure(Rows(tmp_path, 0, ()), "dedup", 0.86, 0, map) == found  # remembered

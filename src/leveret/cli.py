@@ -233,6 +233,9 @@ def condense(
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]
     for label, reasons in facts["left_out"].items():
         lines += _left_out(reasons, "refused" if label == "read" else f"left out by {label}")
+    from leveret.condense.border import in_words
+
+    lines += [f"borders of clusters: {in_words(step['border'])}" for step in facts["funnel"] if "border" in step]
     lines += [f"the fate of each stands in {folder / 'ledger'}"]
     lines += [f"the coreset is {folder / 'coreset.json'}, the report {folder / 'report.html'}"]
     _report(json, {"out": str(folder), **facts}, "\n".join(lines))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from leveret import pages
+from leveret.condense.border import in_words
 from leveret.condense.columns import load as load_columns
 from leveret.condense.given import Given
 from leveret.condense.ledger import Excerpt, Stage, places, under
@@ -138,15 +139,19 @@ def _told_dedup(stage: Stage, config: Any) -> tuple[str, str]:
     return "One of each group of copies", (
         f"{notes.get('near_copies', 0):,} near copies (cosine above {config.threshold:g}) and "
         f"{notes.get('exact_copies', 0):,} with the very vector of the one that stays left out; of each group the rule "
-        f"'{config.keep}' keeps one"
+        f"'{config.keep}' keeps one{_borders(stage)}"
     )
 
 
 def _told_pairs(stage: Stage, config: Any) -> tuple[str, str]:
     return "Without what has an earlier near neighbour", (
         f"{stage.before - stage.after:,} rows with a cosine above {config.threshold:g} to a row that comes before them "
-        f"({config.first} first): SemDeDup's rule"
+        f"({config.first} first): SemDeDup's rule{_borders(stage)}"
     )
+
+
+def _borders(stage: Stage) -> str:
+    return f"; {in_words(stage.notes['border'])}"
 
 
 def _told_band(stage: Stage, config: Any) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from leveret.condense import engine
+from leveret.condense import border, engine
 from leveret.condense.columns import load, save
 from leveret.condense.groups import KEEPS
 from leveret.condense.lloyd import Map
@@ -192,6 +192,7 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
 def _dedup(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
     """One row of each component of near copies."""
     assert state.centroids is not None, "check_columns lets no dedup through before a cluster"
+    hidden = border.measure(state.rows, label, config.threshold, shop.seed, shop.run)
     rows, sizes = engine.dedup(state.rows, label, config.threshold, config.keep, state.centroids, shop.most, shop.run)
     exact, near = engine.copies(rows, label)
     notes = {
@@ -200,6 +201,7 @@ def _dedup(state: State, label: str, config: Any, shop: Shop) -> tuple[State, No
         "sizes": [[int(size), count] for size, count in sizes.items()],
         "exact_copies": exact,
         "near_copies": near,
+        "border": hidden,
     }
     return replace(state, rows=rows), notes
 
@@ -207,8 +209,9 @@ def _dedup(state: State, label: str, config: Any, shop: Shop) -> tuple[State, No
 def _pairs(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
     """SemDeDup's rule."""
     assert state.centroids is not None, "check_columns lets no pairs through before a cluster"
+    hidden = border.measure(state.rows, label, config.threshold, shop.seed, shop.run)
     rows = engine.pairs(state.rows, label, config.threshold, config.first, shop.seed, state.centroids, shop.run)
-    return replace(state, rows=rows), {}
+    return replace(state, rows=rows), {"border": hidden}
 
 
 def _band(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
