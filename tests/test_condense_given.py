@@ -76,6 +76,46 @@ def test_parquet_and_bare_files_are_taken_too(tmp_path: Path) -> None:
     assert not is_given(tmp_path / "pool.parquet") and not is_given(tmp_path / "nothing")
 
 
+def test_words_and_vectors_of_some_rows_are_looked_up_in_any_order(tmp_path: Path) -> None:
+    captions = [None if i == 31 else f"c{i}" for i in range(50)]
+    given = open_given(retrieval(tmp_path / "e", caption=np.array(captions, object), image=np.array(IDS) + ".jpg"))
+    for places in (np.arange(50), np.array([3, 4, 28, 29, 30, 31, 49]), np.array([49, 0, 7, 6, 6, 25]), np.arange(0)):
+        expected = [(IDS[i], f"{IDS[i]}.jpg", captions[i] or "") for i in places.tolist()]
+        assert [tuple(told) for told in given.words(places)] == expected
+        if len(places):
+            assert np.array_equal(given.vectors(places), X[places])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    np.save(bare / "x.npy", X)
+    assert list(open_given(bare).words(np.array([4, 2]))) == [("4", "", ""), ("2", "", "")]
+
+
+def test_only_row_groups_that_hold_a_row_are_read(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "a.parquet"
+    column = pa.array(list(X), pa.list_(pa.float16()))
+    pq.write_table(pa.table({"uid": IDS, "emb": column, "text": IDS}), path, row_group_size=10)
+    given, read = open_given(path), []
+    whole, batches = pq.ParquetFile.read_row_groups, pq.ParquetFile.iter_batches
+
+    def groups(file: Any, wanted: list[int], **more: Any) -> Any:
+        read.append(wanted)
+        return whole(file, wanted, **more)
+
+    def blocks(file: Any, size: int, *, row_groups: list[int], **more: Any) -> Any:
+        read.append(row_groups)
+        return batches(file, size, row_groups=row_groups, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", groups)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", blocks)
+    places = np.array([41, 12, 45, 17])
+    assert np.array_equal(given.vectors(places), X[places]) and read == [[1], [4]]
+    read.clear()
+    assert [told.caption for told in given.words(np.sort(places))] == ["n12", "n17", "n41", "n45"] and read == [
+        [1],
+        [4],
+    ]
+
+
 def test_numbers_are_ids_as_their_digits(tmp_path: Path) -> None:
     folder = retrieval(tmp_path / "e", id=np.arange(100, 150))
     assert everything(folder)[1][:2] == [b"100", b"101"]

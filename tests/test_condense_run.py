@@ -18,7 +18,11 @@ from PIL import Image
 
 from leveret.condense import condense, embed
 from leveret.condense import embed as embed_function
+from leveret.condense.given import Given
+from leveret.condense.ledger import Excerpt, records, write_coreset
+from leveret.condense.pipeline import open_coreset
 from leveret.model import encoders
+from leveret.pool import open_source
 from leveret.runs import DataError, Interrupted, RecipeError
 
 
@@ -246,6 +250,27 @@ def test_a_folder_made_elsewhere_is_taken_as_it_is(tmp_path, recipe):
     assert record["conversations"][1]["value"].startswith("caption ")
 
 
+def test_vectors_in_parquet_or_alone_come_through_to_the_report(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "encoder: made elsewhere\nsteps: {cluster: {k: 2}, dedup: {}, budget: {count: 5}}\n"
+    )
+    x = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    words = {"id": [f"n{i}" for i in range(30)], "text": [f"c{i}" for i in range(30)]}
+    pq.write_table(pa.table({"emb": pa.array(list(x)), **words}), tmp_path / "x.parquet", row_group_size=8)
+    for name, id, caption in (("x.npy", "", ""), ("x.parquet", "n", "c")):
+        out = condense(tmp_path / name, tmp_path / f"out {name}", tmp_path / "r.yaml", workers=1)
+        kept = pq.read_table(out / "coreset.parquet")
+        records = json.loads((out / "coreset.json").read_text())
+        assert [record["id"] for record in records] == kept.column("id").to_pylist()
+        rows = kept.column("index").to_pylist()
+        assert [record["id"] for record in records] == [f"{id}{row}" for row in rows] and len(rows) == 5
+        assert [record["conversations"][1]["value"] for record in records] == [
+            f"{caption}{row}" if caption else "" for row in rows
+        ]
+        assert "A map" in (out / "report.html").read_text()
+
+
 def test_a_folder_with_faults_is_refused_by_name(tmp_path, recipe):
     long = condense(_foreign(tmp_path / "long", length=3.0), tmp_path / "out", recipe)  # a row is a direction
     assert len(_ledger(long)) == 40
@@ -261,6 +286,114 @@ def test_a_folder_with_faults_is_refused_by_name(tmp_path, recipe):
     (short / "img_emb" / "img_emb_0.npy").write_bytes(b"no")
     with pytest.raises(DataError, match=r"img_emb_0\.npy: not a readable"):
         condense(short, tmp_path / "out3", recipe)
+
+
+# --- what is written at the end, in memory that does not grow ------------------------------------------------------
+
+
+def test_the_coreset_is_one_record_a_line_in_the_order_of_the_source(tmp_path, recipe):
+    pool = _pool(tmp_path / "pool")
+    kept = pq.read_table(_condense(pool, tmp_path / "out", recipe) / "coreset.parquet").column("index").to_pylist()
+    source = json.loads(pool.read_text())
+    lines = ",\n".join(json.dumps(source[index], ensure_ascii=False) for index in kept)
+    assert (tmp_path / "out" / "coreset.json").read_text() == f"[\n{lines}\n]\n"
+    folder = _foreign(tmp_path / "emb")
+    for file in (folder / "metadata").iterdir():  # rows that are kept lie in several row groups
+        pq.write_table(pq.read_table(file), file, row_group_size=7)
+    out = condense(folder, tmp_path / "given", recipe, images="/data/photos")
+    ids = pq.read_table(out / "coreset.parquet").column("id").to_pylist()
+    assert len({id.split("/")[3] for id in ids}) == 2
+    expected = []
+    for id in ids:
+        shard, number = id.removesuffix(".jpg").split("/")[3:]
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"caption {shard} {number}"}]
+        expected.append({"id": id, "image": f"{shard}/{number}.jpg", "conversations": turns})
+    assert (out / "coreset.json").read_text() == "[\n" + ",\n".join(map(json.dumps, expected)) + "\n]\n"
+
+
+def test_records_are_read_when_they_are_written_and_a_fault_leaves_the_old_file(tmp_path, recipe, monkeypatch):
+    pool = _pool(tmp_path / "pool")
+    opened = open_coreset(_condense(pool, tmp_path / "out", recipe))
+    source, asked = open_source(pool, pool.parent / "pictures"), []
+    sample = source.sample
+    monkeypatch.setattr(source, "sample", lambda index: asked.append(index) or sample(index))
+    found = records(opened.state, opened.given, source, None)
+    assert next(found)["id"] == f"s{asked[0]}" and len(asked) == 1
+
+    def torn():
+        yield {"id": "a"}
+        raise DataError("lost")
+
+    path = tmp_path / "c" / "coreset.json"
+    write_coreset([{"id": "é"}], path)
+    with pytest.raises(DataError, match="lost"):
+        write_coreset(torn(), path)
+    assert path.read_text("utf-8") == '[\n{"id": "é"}\n]\n' and list(path.parent.iterdir()) == [path]
+
+
+def _section(page: str, title: str) -> str:
+    return page.split(f"<h2>{title}</h2>")[1].split("</section>")[0]
+
+
+def test_the_report_of_many_rows_looks_at_a_sample_and_says_so(tmp_path, recipe, monkeypatch):
+    pool = _pool(tmp_path / "pool", 300, broken=False)
+    whole = (_condense(pool, tmp_path / "whole", recipe) / "report.html").read_text()
+    assert "sample of" not in whole and "samples that came to this step" in whole
+    words, vectors = Given.words, Given.vectors
+    read = {"words": 0, "vectors": 0}
+    kept = len(json.loads((tmp_path / "whole" / "coreset.json").read_text()))
+
+    def counted(given, places):
+        read["words"] += len(places)
+        return words(given, places)
+
+    def counted_vectors(given, places):
+        read["vectors"] += len(places)
+        return vectors(given, places)
+
+    monkeypatch.setattr(Given, "words", counted)
+    monkeypatch.setattr(Given, "vectors", counted_vectors)
+    monkeypatch.setattr("leveret.condense.report.LOOKED_AT", 50)
+    page = (_condense(pool, tmp_path / "some", recipe) / "report.html").read_text()
+    assert f"{kept} of 300 samples were kept" in page and "a sample of 50 of 300 rows" in page
+    assert [part.split("<")[0] for part in page.split("<h2>")] == [part.split("<")[0] for part in whole.split("<h2>")]
+    for title in ("What was left after each step", "Some of what was kept"):  # counted and drawn from all rows
+        assert _section(page, title) == _section(whole, title)
+    assert _section(page, "Copies").split("<table")[1] == _section(whole, "Copies").split("<table")[1]
+    assert "Around the upper border" in page and "A sample: " in page
+    # Groups of copies, both borders of two cuts, what is kept; points of the map. Pools bring their own records.
+    assert 0 < read["words"] <= 6 * 5 + 2 * 2 * 10 + 12 and read["vectors"] == 50
+
+
+def test_no_pictures_no_words(tmp_path, recipe, monkeypatch):
+    folder = _foreign(tmp_path / "emb", texts=True)
+    asked = []
+    words = Given.words
+    monkeypatch.setattr(Given, "words", lambda given, places: asked.append(len(places)) or words(given, places))
+    out = condense(folder, tmp_path / "out", recipe)
+    assert asked == [len(json.loads((out / "coreset.json").read_text()))]  # the coreset's own
+    assert "A map" in (out / "report.html").read_text()
+
+
+def test_an_excerpt_hangs_on_ids_alone_and_tells_what_the_ledger_tells(tmp_path, recipe):
+    pool = _pool(tmp_path / "pool")
+    found = []
+    for shard in (7, 50):
+        made = embed(pool, tmp_path / f"emb{shard}", "fake", images=pool.parent / "pictures", shard=shard, workers=1)
+        opened = open_coreset(condense(made, tmp_path / f"out{shard}", recipe))
+        excerpt = Excerpt.of(opened.state, opened.stages, 20)
+        assert len(excerpt) == 20 and excerpt.total == 57 and not excerpt.whole
+        verdicts = {row["index"]: row["verdict"] for row in _ledger(opened.path)}
+        labels = [*(stage.label for stage in opened.stages), "kept"]
+        assert [labels[at] for at in excerpt.reached] == [verdicts[row] for row in excerpt.row.tolist()]
+        names = [told.id for told in opened.given.words(excerpt.place)]
+        assert names == [f"s{row}" for row in excerpt.row.tolist()]
+        found.append(excerpt)
+        assert set(excerpt.row) < set(Excerpt.of(opened.state, opened.stages, 30).row)
+        assert Excerpt.of(opened.state, opened.stages, 57).whole
+    assert found[0].row.tolist() == found[1].row.tolist()
+    closeness = [excerpt.column("centroid_cosine", "centroid") for excerpt in found]
+    np.testing.assert_array_equal(*closeness)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
