@@ -23,7 +23,7 @@ import numpy as np
 from leveret.condense.columns import Ids
 from leveret.condense.rows import Doubles, cosines
 from leveret.condense.shards import ParquetShard, Shard, open_npy, open_parquet
-from leveret.runs import DataError
+from leveret.runs import DataError, read_json
 
 IDS = ("id", "key", "uid", "sample_id", "image_path", "image", "url")
 SCORES = ("score", "similarity", "clip_score")
@@ -85,6 +85,12 @@ class Given:
             where = file.metadata if self.score is not None or file.text is None else file.text.path
             raise DataError(f"{where}: row {start + int(wrong[0]):,} has score {scores[wrong[0]]}; each needs a number")
         return ids, scores
+
+    def made_by(self) -> dict[str, str]:
+        """{"encoder": its id, "weights": its fingerprint} where the embeddings say so, as ours do."""
+        file = self.path / "manifest.json"
+        manifest = read_json(file) if file.is_file() else {}
+        return {name: str(manifest[name]) for name in ("encoder", "weights") if name in manifest}
 
     def fingerprint(self) -> str:
         """Hex digest of names and sizes of all files, the metadata's and 16 samples of 64 KiB of each file's bytes.

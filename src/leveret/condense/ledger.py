@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leveret.condense.columns import Ids
+from leveret.condense.against import MET
+from leveret.condense.columns import Ids, load
 from leveret.condense.engine import kept
 from leveret.condense.folder import Embeddings
 from leveret.condense.rows import Array, Ints
@@ -163,8 +164,7 @@ def _write_part(rows: Rows, part: Part, path: Path, *, whole: bool) -> None:
     def text(ids: Ids | None, present: Array | None = None) -> Any:
         if ids is None:
             return pa.nulls(len(told), pa.string())
-        names = [name.decode("utf-8", "surrogateescape") for name in ids.at(np.arange(len(ids)))]
-        return pa.array(names, pa.string(), mask=None if present is None else ~present)
+        return pa.array(_texts(ids), pa.string(), mask=None if present is None else ~present)
 
     def numbers(name: str, kind: Any) -> Any:
         found = column(name)
@@ -212,10 +212,46 @@ def write_ids(state: State, path: Path) -> Ints:
 
     found = list(kept(state.rows))
     row = np.concatenate([np.zeros(0, np.int64), *(part for part, _ in found)])
-    names = [name.decode("utf-8", "surrogateescape") for _, ids in found for name in ids.at(np.arange(len(ids)))]
+    names = [name for _, ids in found for name in _texts(ids)]
     order = np.argsort(row, kind="stable")
     _write_table({"id": pa.array([names[at] for at in order.tolist()], pa.string()), "index": row[order]}, path)
     return row[order]
+
+
+def write_contaminated(state: State, names: Sequence[str], path: Path) -> None:
+    """`contaminated.parquet`: what was dropped because of a benchmark, in the order of the source.
+
+    id; benchmark (of `names`), benchmark_id and cosine of its nearest image.
+    """
+    import pyarrow as pa
+
+    rows = (state.earlier or (state.rows,))[0]
+    index, number, cosine = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
+    ids, met = list[str](), list[str]()
+    for part in rows.parts:
+        label = rows.columns["benchmark"]
+        gone, which, name, near = load(rows.place(label, part), "dropped", *MET)
+        row, own = part.read("row", "id")
+        places = np.flatnonzero(gone)
+        for column, values in ((index, row), (number, which), (cosine, near)):
+            column.append(values[places])
+        ids += _texts(own.take(places))
+        met += _texts(name.take(places))
+    order = np.argsort(np.concatenate(index), kind="stable")
+    which = np.concatenate(number)[order]
+    _write_table(
+        {
+            "id": pa.array([ids[at] for at in order.tolist()], pa.string()),
+            "benchmark": pa.array([names[at] for at in which.tolist()], pa.string()),
+            "benchmark_id": pa.array([met[at] for at in order.tolist()], pa.string()),
+            "cosine": np.concatenate(cosine)[order],
+        },
+        path,
+    )
+
+
+def _texts(ids: Ids) -> list[str]:
+    return [name.decode("utf-8", "surrogateescape") for name in ids.at(np.arange(len(ids)))]
 
 
 # --- the coreset ---------------------------------------------------------------------------------------------------

@@ -101,6 +101,11 @@ class Pictures:
 # --- the funnel ----------------------------------------------------------------------------------------------------
 
 
+def _told_contaminated(stage: Stage, config: Any) -> tuple[str, str]:
+    met = ", ".join(f"{facts['met']:,} of {name}" for name, facts in stage.notes["against"].items())
+    return "Without images of benchmarks", f"cosine above {config.threshold:g} to an image of a benchmark: {met}"
+
+
 def _told_cluster(stage: Stage, config: Any) -> tuple[str, str]:
     notes = stage.notes
     if notes.get("clusters") == 1:
@@ -153,6 +158,7 @@ def _amount(config: Any) -> str:
 
 
 _TOLD: dict[str, Callable[[Stage, Any], tuple[str, str]]] = {
+    "contaminated": _told_contaminated,
     "cluster": _told_cluster,
     "dedup": _told_dedup,
     "pairs": _told_pairs,
