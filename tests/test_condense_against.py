@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,10 +286,10 @@ def test_a_crash_at_any_write_changes_nothing(recipe: Path, tmp_path: Path, monk
             break
         except KeyboardInterrupt:
             pass
-    assert count[1] > 12 and results(tmp_path / "out") == results(whole)
+    assert count[1] > 8 and results(tmp_path / "out") == results(whole)
 
 
-def test_a_coreset_is_opened_verified_and_recut(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coreset_is_opened_verified_and_recut(recipe: Path, tmp_path: Path) -> None:
     pool, bench = rows("ordinary")
     given(tmp_path / "pool", pool, names(len(pool), "p"))
     given(tmp_path / "bench", bench, names(len(bench), "b"))
@@ -321,9 +322,9 @@ def test_a_recut_embeds_no_benchmark_again(recipe: Path, tmp_path: Path, monkeyp
     (pool / "manifest.json").unlink()  # nothing says any more what made it
     (pool / "done/embed.json").unlink()
     out = condense(pool, tmp_path / "out", recipe, ["contaminated.threshold=0.7"], against=[bench], encoder="pixels")
-    monkeypatch.setattr("leveret.condense.embed._embed_shard", None)
-    made = recut(out, tmp_path / "cut", ["contaminated.threshold=0.99"])
-    assert set(told(out)) == set(COPIES) and len(told(made)) < 3
+    monkeypatch.setattr(sys.modules[embed.__module__], "_embed_shard", None)
+    made = recut(out, tmp_path / "cut", ["contaminated.threshold=0.998"])
+    assert set(told(out)) == set(COPIES) and set(told(made)) == {"03.jpg"}
 
 
 # --- what cannot be ------------------------------------------------------------------------------------------------

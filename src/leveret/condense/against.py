@@ -30,7 +30,7 @@ from leveret.records import IMAGE_MARK, ImageRef, Sample, Turn
 from leveret.runs import DataError, RecipeError
 
 LOT = 8192
-"""Benchmark images that are compared together. No part of any rule."""
+"""Benchmark images, and rows, that are compared together. No part of any rule."""
 
 MET = ("benchmark", "benchmark_id", "benchmark_cosine")
 """Columns that the step makes: number of the benchmark, id of its nearest image, and their cosine; -1, empty and NaN
@@ -258,14 +258,16 @@ class _Lineup:
         """([n] cosine of each stored row with the nearest image above the threshold, [n] that image's rank); -inf and
         -1 where there is none."""
         best, met = np.full(len(x), -np.inf), np.full(len(x), -1, np.int64)
-        own = screen.prepare(x, self.middle)
+        # In blocks: one row that 8 bits tell too coarsely has its whole block compared in float32.
+        own = [(part.start, screen.prepare(x[part], self.middle)) for part in spans(len(x), LOT)]
         for lot in self.lots:
             block = lot.block or screen.prepare(lot.vectors(), self.middle)
             y: Array | None = None
-            for i, j, _ in screen.candidates(own, block, threshold):
-                y = lot.vectors() if y is None else y
-                for part in spans(len(i), TOGETHER):
-                    _meet(x, i[part], y, j[part], lot.rank, threshold, best, met)
+            for start, rows in own:
+                for i, j, _ in screen.candidates(rows, block, threshold):
+                    y = lot.vectors() if y is None else y
+                    for part in spans(len(i), TOGETHER):
+                        _meet(x, start + i[part], y, j[part], lot.rank, threshold, best, met)
         return best, met
 
 
