@@ -112,7 +112,8 @@ def ledger(out: Path) -> list[dict[str, Any]]:
 def test_what_is_dropped_and_what_it_met_is_what_float64_says(
     kind: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leveret.condense.pipeline.LOT", 32)  # the benchmark is larger than a lot
+    monkeypatch.setattr("leveret.condense.pipeline.LOT", 32)  # the benchmarks and the pool are larger than a lot
+    monkeypatch.setattr("leveret.condense.against.LOT", 41)
     pool, bench = rows(kind)
     ids, first, second = names(len(pool), "p"), names(120, "b"), names(80, "a")
     given(tmp_path / "pool", pool, ids)
@@ -208,7 +209,6 @@ def test_copies_of_a_folder_of_bare_photos_are_found(tmp_path: Path, capsys: pyt
     (bench / "00.txt").write_text("")  # an empty caption: the picture counts all the same
     pool = contaminated_pool(tmp_path / "pool", bench)
     command = ["condense", str(pool), "-o", str(tmp_path / "out"), "-r", "photos", "--against", str(bench), "--json"]
-    command += ["contaminated.threshold=0.7"]
     assert run([*command, "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["against"] == {"bench": 11} and next(iter(plan["steps"])) == "contaminated"
@@ -231,7 +231,7 @@ def test_copies_of_a_folder_of_bare_photos_are_found(tmp_path: Path, capsys: pyt
         embed(against.Pictures(_source(bench)), tmp_path / "f", "pixels"),
     )
     for number, (source, other) in enumerate(((ours, theirs), (ours, bench), (pool, theirs))):
-        out = condense(source, tmp_path / f"o{number}", "photos", command[-1:], against=[other])
+        out = condense(source, tmp_path / f"o{number}", "photos", against=[other])
         assert {id: met[1:] for id, met in told(out).items()} == {id: met[1:] for id, met in found.items()}
 
 

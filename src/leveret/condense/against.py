@@ -224,7 +224,7 @@ class _Lineup:
     """All images of all benchmarks in the order of ties: benchmark, then id (bytewise).
 
     ids     by rank. number: [n] of the benchmark, by rank.
-    Memory: an id and 24 bytes an image; blocks are held within `memory` bytes, the others made when they are needed.
+    Memory: an id and 40 bytes an image; blocks are held within `memory` bytes, the others made when they are needed.
     """
 
     def __init__(self, benchmarks: Sequence[Benchmark], memory: int, run: Map) -> None:
