@@ -137,9 +137,10 @@ def test_what_is_dropped_and_what_it_met_is_what_float64_says(
         stage = summary["funnel"][1]
         assert (stage["label"], stage["left"]) == ("contaminated", len(pool) - len(expected))
         met = {name: sum(one == name for one, _, _ in expected.values()) for name in ("one", "two")}
+        counts = {"one": 120, "two": 80}
         assert stage["against"] == {
-            "one": {"images": 120, "met": met["one"]}, "two": {"images": 80, "met": met["two"]},
-        }  # fmt: skip
+            name: {"images": count, "refused": 0, "met": met[name]} for name, count in counts.items()
+        }
         assert sum(summary["left_out"]["contaminated"].values()) == len(expected)
         assert "Without images of benchmarks" in (out / "report.html").read_text()
 
@@ -212,9 +213,12 @@ def test_copies_of_a_folder_of_bare_photos_are_found(tmp_path: Path, capsys: pyt
     assert run([*command, "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["against"] == {"bench": 11} and next(iter(plan["steps"])) == "contaminated"
+    assert run(command[:-1]) == 0
+    said = capsys.readouterr().out
+    assert "3 near one of the 9 images of bench" in said and "2 images of bench could not be read" in said
     assert run(command) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["funnel"][1]["against"] == {"bench": {"images": 9, "met": 3}} and facts["kept"] == 9
+    assert facts["funnel"][1]["against"] == {"bench": {"images": 9, "refused": 2, "met": 3}} and facts["kept"] == 9
     found = told(tmp_path / "out")
     assert {id: met[1] for id, met in found.items()} == COPIES and all(met[2] > 0.7 for met in found.values())
     refused = (tmp_path / "out/against/00/quarantine.jsonl").read_text()
@@ -395,7 +399,7 @@ def test_a_benchmark_that_does_not_fit_is_refused(recipe: Path, tmp_path: Path) 
         with pytest.raises(kind, match=said):
             condense(tmp_path / "pool", tmp_path / f"out-{path}", recipe, against=[tmp_path / path])
     with pytest.raises(DataError, match=r"'pixels' makes vectors of width \d+, and .* has width 24"):
-        condense(tmp_path / "pool", tmp_path / "o", recipe, against=[tmp_path / "photos"], encoder="pixels")
+        condense(tmp_path / "pool", tmp_path / "o", recipe, against=tmp_path / "photos", encoder="pixels")
 
 
 def test_vectors_of_two_encoders_are_not_compared(tmp_path: Path) -> None:

@@ -237,6 +237,11 @@ def condense(
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]
     for label, reasons in facts["left_out"].items():
         lines += _left_out(reasons, "refused" if label == "read" else f"left out by {label}")
+    for name, met in next((stage["against"] for stage in facts["funnel"] if "against" in stage), {}).items():
+        lines += [
+            f"  {met['met']:,} near one of the {met['images']:,} images of {name}: {folder / 'contaminated.parquet'}"
+        ]
+        lines += [f"  {met['refused']:,} images of {name} could not be read"] if met["refused"] else []
     lines += [f"the fate of each stands in {folder / 'ledger'}"]
     lines += [f"the coreset is {folder / 'coreset.json'}, the report {folder / 'report.html'}"]
     _report(json, {"out": str(folder), **facts}, "\n".join(lines))

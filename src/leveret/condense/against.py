@@ -196,10 +196,12 @@ def _told_apart(places: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark with its vectors. images: how many. parts: its rows, read and checked by the first call."""
+    """A benchmark with its vectors. images: how many. refused: its images that could not be read, so that no row was
+    compared with them. parts: its rows, read and checked by the first call."""
 
     name: str
     images: int
+    refused: int
     parts: Callable[[], Sequence[Part]]
 
 
@@ -290,7 +292,7 @@ def contaminated(
     """Without the rows that are above the threshold with a benchmark image; adds the columns MET.
 
     most    rows that a task holds at once. memory: bytes for the benchmarks' blocks.
-    Also returns {"against": {benchmark: {"images": how many it has, "met": rows whose nearest image is one of them}}}.
+    Also returns {"against": {benchmark: {"images", "refused", "met": rows whose nearest image is one of its}}}.
     """
     if not all(rows.place(label, part).exists() for part in rows.parts):
         lineup = _Lineup(benchmarks, memory, run)
@@ -305,7 +307,10 @@ def contaminated(
     for part in rows.parts:
         number = load(rows.place(label, part), "benchmark")[0]
         met += np.bincount(number[number >= 0], minlength=len(benchmarks))
-    said = {one.name: {"images": one.images, "met": int(count)} for one, count in zip(benchmarks, met, strict=True)}
+    said = {
+        one.name: {"images": one.images, "refused": one.refused, "met": int(count)}
+        for one, count in zip(benchmarks, met, strict=True)
+    }
     return rows.after(label, MET), {"against": said}
 
 

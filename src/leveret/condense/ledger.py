@@ -238,11 +238,11 @@ def write_contaminated(state: State, names: Sequence[str], path: Path) -> None:
         ids += _texts(own.take(places))
         met += _texts(name.take(places))
     order = np.argsort(np.concatenate(index), kind="stable")
-    which = np.concatenate(number)[order]
+    numbers = np.concatenate(number)[order]
     _write_table(
         {
             "id": pa.array([ids[at] for at in order.tolist()], pa.string()),
-            "benchmark": pa.array([names[at] for at in which.tolist()], pa.string()),
+            "benchmark": pa.array([names[at] for at in numbers.tolist()], pa.string()),
             "benchmark_id": pa.array([met[at] for at in order.tolist()], pa.string()),
             "cosine": np.concatenate(cosine)[order],
         },

@@ -58,7 +58,7 @@ def condense(
     *,
     images: str | Path | None = None,
     encoder: str | None = None,
-    against: Sequence[str | Path] = (),
+    against: str | Path | Sequence[str | Path] = (),
     workers: int | None = None,
     device: str = "cpu",
     limit_share: float = 0.2,
@@ -79,6 +79,7 @@ def condense(
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
     """
+    against = [against] if isinstance(against, str | Path) else against
     if isinstance(recipe, CondenseRecipe):
         chosen = decontaminated(recipe, against=bool(against))
     else:
@@ -119,8 +120,10 @@ def condense(
         for number, side in enumerate(sides):
             with clock("embed benchmarks"):
                 there = side.embedded(run.path / "against" / f"{number:02d}", eyes, **how)
-            facts = {"name": side.name, "images": len(open_benchmark(there)), "path": str(side.path.resolve())}
-            met.append({**facts, "embeddings": str(there.resolve())})
+            held = open_benchmark(there)
+            counts = {"images": len(held), "refused": len(_refused(held))}
+            paths = {"path": str(side.path.resolve()), "embeddings": str(there.resolve())}
+            met.append({"name": side.name, **counts, **paths})
         if pool is not None:
             with clock("embed"):
                 folder = embed(pool, run.path / "embeddings", chosen.encoder, **how)
@@ -204,7 +207,7 @@ def _benchmarks(run: RunFolder, found: Sequence[Mapping[str, Any]], execute: Map
         return _ingest(open_benchmark(embeddings), run.path / "against" / f"{number:02d}", execute, LOT).parts
 
     return tuple(
-        Benchmark(facts["name"], facts["images"], partial(parts, number, facts["embeddings"]))
+        Benchmark(facts["name"], facts["images"], facts["refused"], partial(parts, number, facts["embeddings"]))
         for number, facts in enumerate(found)
     )
 

@@ -102,8 +102,12 @@ class Pictures:
 
 
 def _told_contaminated(stage: Stage, config: Any) -> tuple[str, str]:
-    met = ", ".join(f"{facts['met']:,} of {name}" for name, facts in stage.notes["against"].items())
-    return "Without images of benchmarks", f"cosine above {config.threshold:g} to an image of a benchmark: {met}"
+    told = [
+        f"{facts['met']:,} near one of the {facts['images']:,} of {name}"
+        + (f" ({facts['refused']:,} more could not be read)" if facts["refused"] else "")
+        for name, facts in stage.notes["against"].items()
+    ]
+    return "Without images of benchmarks", f"cosine above {config.threshold:g}: {', '.join(told)}"
 
 
 def _told_cluster(stage: Stage, config: Any) -> tuple[str, str]:
