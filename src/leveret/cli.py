@@ -201,6 +201,9 @@ def condense(
     recipe: Annotated[str, typer.Option("-r", "--recipe", help="A condensation recipe: a name or a path.")] = "bunny",
     images: Images = None,
     encoder: Annotated[str | None, typer.Option(help="Instead of the recipe's.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A benchmark's images, or their embeddings: no row may be one of them.")
+    ] = None,
     workers: Workers = None,
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
@@ -213,7 +216,7 @@ def condense(
 
     allowed = bytes_of(memory)
     if dry_run:
-        return _plan(json, _condense_plan(source, out, overrides or [], recipe, images, encoder))
+        return _plan(json, _condense_plan(source, out, overrides or [], recipe, images, encoder, against or []))
     from leveret.condense import condense as station
 
     with _reporting(json):
@@ -224,6 +227,7 @@ def condense(
             overrides or [],
             images=images,
             encoder=encoder,
+            against=against or [],
             workers=workers,
             limit_share=limit_share,
             device=device,
@@ -233,6 +237,11 @@ def condense(
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]
     for label, reasons in facts["left_out"].items():
         lines += _left_out(reasons, "refused" if label == "read" else f"left out by {label}")
+    for name, met in next((stage["against"] for stage in facts["funnel"] if "against" in stage), {}).items():
+        lines += [
+            f"  {met['met']:,} near one of the {met['images']:,} images of {name}: {folder / 'contaminated.parquet'}"
+        ]
+        lines += [f"  {met['refused']:,} images of {name} could not be read"] if met["refused"] else []
     from leveret.condense.border import in_words
 
     lines += [f"borders of clusters: {in_words(step['border'])}" for step in facts["funnel"] if "border" in step]
@@ -242,14 +251,24 @@ def condense(
 
 
 def _condense_plan(
-    source: str, out: Path, overrides: Sequence[str], recipe: str, images: Path | None, encoder: str | None
+    source: str,
+    out: Path,
+    overrides: Sequence[str],
+    recipe: str,
+    images: Path | None,
+    encoder: str | None,
+    against: Sequence[str],
 ) -> dict[str, Any]:
     from leveret.condense.given import is_given
     from leveret.condense.steps import read
     from leveret.recipe import dump
 
-    chosen = dump(read(recipe, overrides))
+    chosen = dump(read(recipe, overrides, against=bool(against)))
     facts: dict[str, Any] = {"recipe": recipe, "out": str(out)}
+    if against:
+        from leveret.condense.against import look_at
+
+        facts["against"] = {side.name: len(side.source) for side in look_at(against)}
     if is_given(source):
         facts["embeddings"] = source
     else:

@@ -23,7 +23,7 @@ import numpy as np
 from leveret.condense.columns import Ids
 from leveret.condense.rows import Array, Doubles, Ints, cosines
 from leveret.condense.shards import ParquetShard, Shard, open_npy, open_parquet
-from leveret.runs import DataError
+from leveret.runs import DataError, read_json
 
 IDS = ("id", "key", "uid", "sample_id", "image_path", "image", "url")
 SCORES = ("score", "similarity", "clip_score")
@@ -146,6 +146,12 @@ class Given:
         cuts = np.flatnonzero((np.diff(number) != 0) | (np.diff(places) <= 0)) + 1
         for run, at in zip(np.split(places, cuts), number[np.r_[0, cuts]].tolist(), strict=True):
             yield self.files[at], run - self.files[at].first
+
+    def made_by(self) -> dict[str, str]:
+        """{"encoder": its id, "weights": its fingerprint} where the embeddings say so, as ours do."""
+        file = self.path / "manifest.json"
+        manifest = read_json(file) if file.is_file() else {}
+        return {name: str(manifest[name]) for name in ("encoder", "weights") if name in manifest}
 
     def fingerprint(self) -> str:
         """Hex digest of names and sizes of all files, the metadata's and 16 samples of 64 KiB of each file's bytes.

@@ -122,10 +122,9 @@ class _Open:
 def is_edge(a: Array, i: Ints, b: Array, j: Ints, threshold: float) -> Array:
     """Whether rows a[i] and b[j] are nearer than the threshold: float32 says it where it can, float64 elsewhere."""
     edge = np.zeros(len(i), np.bool_)
-    slack = (a.shape[1] + 32) * 2.0**-22
     for part in exact.spans(len(i), exact.TOGETHER):
         one, two = a[i[part]], b[j[part]]
-        rough = np.einsum("ij,ij->i", exact.unit32(one), exact.unit32(two))
+        rough, slack = exact.rough_cosines(one, two)
         edge[part] = rough > threshold
         near = np.flatnonzero(np.abs(rough - threshold) <= slack)
         if len(near):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from leveret.condense.columns import Ids
+from leveret.condense.against import MET
+from leveret.condense.columns import Ids, load
 from leveret.condense.engine import kept
 from leveret.condense.given import Given
 from leveret.condense.ranks import cut_at, hash_keys
@@ -262,6 +263,38 @@ def write_ids(state: State, path: Path) -> Ints:
     names = Ids.join([ids for _, ids in found]).take(order).text()
     _write_table({"id": names, "index": row[order]}, path)
     return row[order]
+
+
+def write_contaminated(state: State, names: Sequence[str], path: Path) -> None:
+    """`contaminated.parquet`: what was dropped because of a benchmark, in the order of the source.
+
+    id; benchmark (of `names`), benchmark_id and cosine of its nearest image.
+    """
+    import pyarrow as pa
+
+    rows = (state.earlier or (state.rows,))[0]
+    index, number, cosine = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
+    ids, met = list[Ids](), list[Ids]()
+    for part in rows.parts:
+        label = rows.columns["benchmark"]
+        gone, which, name, near = load(rows.place(label, part), "dropped", *MET)
+        row, own = part.read("row", "id")
+        places = np.flatnonzero(gone)
+        for column, values in ((index, row), (number, which), (cosine, near)):
+            column.append(values[places])
+        ids.append(own.take(places))
+        met.append(name.take(places))
+    order = np.argsort(np.concatenate(index), kind="stable")
+    numbers = np.concatenate(number)[order]
+    _write_table(
+        {
+            "id": Ids.join(ids).take(order).text(),
+            "benchmark": pa.array([names[at] for at in numbers.tolist()], pa.string()),
+            "benchmark_id": Ids.join(met).take(order).text(),
+            "cosine": np.concatenate(cosine)[order],
+        },
+        path,
+    )
 
 
 # --- the coreset ---------------------------------------------------------------------------------------------------

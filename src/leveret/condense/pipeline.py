@@ -11,10 +11,11 @@ from __future__ import annotations
 import io
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import numpy as np
 
 from leveret import recipe as recipes
 from leveret.condense import engine
+from leveret.condense.against import LOT, Benchmark, Eyes, eyes_of, look_at, open_benchmark
 from leveret.condense.embed import embed
 from leveret.condense.given import Given, is_given, open_given
-from leveret.condense.ledger import Stage, records, write_coreset, write_ids, write_ledger
+from leveret.condense.ledger import Stage, records, write_contaminated, write_coreset, write_ids, write_ledger
 from leveret.condense.lloyd import Map
-from leveret.condense.steps import STEPS, CondenseRecipe, Shop, State, check_columns, read
+from leveret.condense.steps import STEPS, CondenseRecipe, Shop, State, check_columns, decontaminated, read
 from leveret.condense.working import Part, Rows
 from leveret.pool import Source, open_source
 from leveret.runs import (
@@ -55,6 +57,7 @@ def condense(
     *,
     images: str | Path | None = None,
     encoder: str | None = None,
+    against: str | Path | Sequence[str | Path] = (),
     workers: int | None = None,
     device: str = "cpu",
     limit_share: float = 0.2,
@@ -67,14 +70,19 @@ def condense(
     recipe    a name of `recipes/condense` or a path, under overrides such as `dedup.threshold=0.9`, `budget=1000`; or
               the recipe itself.
     images    the folder that image paths start from (for a folder of embeddings: where report pictures are).
-    encoder   instead of the recipe's.
+    encoder   instead of the recipe's; for embeddings that do not name theirs, what embeds the images of `against`.
+    against   benchmarks: what is an image of one is dropped first. Images, or embeddings by the same encoder.
     workers   threads and processes; changes no result.
     memory    bytes that vectors may take at once, roughly; changes no result.
     begin     called with the folder once it is known to be this run's, before any step: `recut` lays finished steps in.
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
     """
-    chosen = recipe if isinstance(recipe, CondenseRecipe) else read(recipe, overrides)
+    against = [against] if isinstance(against, str | Path) else against
+    if isinstance(recipe, CondenseRecipe):
+        chosen = decontaminated(recipe, against=bool(against))
+    else:
+        chosen = read(recipe, overrides, against=bool(against))
     workers = workers or cores()
     clock = Clock()
     pool: Source | None = None
@@ -82,6 +90,8 @@ def condense(
         pool = source
     elif not is_given(source):
         pool = open_source(source, images)
+    sides = look_at(against)
+    mark: dict[str, Any]
     if pool is not None:
         from leveret.model.encoders import load_encoder
 
@@ -89,31 +99,42 @@ def condense(
         loaded = load_encoder(chosen.encoder, device)
         check_columns(chosen, ("score",) if loaded.has_texts else (), f"the encoder {chosen.encoder!r}")
         mark = {"source": pool.fingerprint(), "weights": loaded.fingerprint}
+        eyes = Eyes(chosen.encoder, loaded.fingerprint, loaded.width, f"the pool {pool.path}")
     else:
         given = open_given(str(source))
         check_columns(chosen, ("score",) if given.has_scores else (), f"the embeddings {given.path}")
         chosen = chosen.model_copy(update={"encoder": _made_by(given)})
         mark = {"source": given.fingerprint(), "weights": "as given"}
+        eyes = eyes_of(given, encoder, sides, device)
+    for side in sides:
+        side.check(eyes)
+    if sides:
+        mark["against"] = [side.mark(eyes) for side in sides]
     run = RunFolder.open(out, "condense", {**recipes.dump(chosen), **mark, "rules": RULES})
     if begin is not None:
         begin(run.path)
+    how: dict[str, Any] = {"workers": workers, "limit_share": limit_share, "device": device}
     with graceful_stop(), _executor(workers) as execute:
+        met: list[dict[str, Any]] = []
+        for number, side in enumerate(sides):
+            with clock("embed benchmarks"):
+                there = side.embedded(run.path / "against" / f"{number:02d}", eyes, **how)
+            held = open_benchmark(there)
+            counts = {"images": len(held), "refused": len(_refused(held))}
+            paths = {"path": str(side.path.resolve()), "embeddings": str(there.resolve())}
+            met.append({"name": side.name, **counts, **paths})
         if pool is not None:
             with clock("embed"):
-                folder = embed(
-                    pool,
-                    run.path / "embeddings",
-                    chosen.encoder,
-                    workers=workers,
-                    limit_share=limit_share,
-                    device=device,
-                )
+                folder = embed(pool, run.path / "embeddings", chosen.encoder, **how)
                 given = open_given(folder)
-        state, stages = _run_steps(run, chosen, given, execute, memory, workers, clock)
+        benchmarks = _benchmarks(run, met, execute)
+        state, stages = _run_steps(run, chosen, given, execute, memory, workers, clock, benchmarks)
         with clock("write"):
             refused = _refused(given)
             write_ledger(state, refused, run.path / "ledger")
             write_ids(state, run.path / "coreset.parquet")
+            if benchmarks:
+                write_contaminated(state, [one.name for one in benchmarks], run.path / "contaminated.parquet")
     root = Path(images) if images is not None else None
     with clock("write"):
         write_coreset(records(state, given, pool, root), run.path / "coreset.json")
@@ -127,6 +148,8 @@ def condense(
         "embeddings": str(given.path.resolve()),
         "pool": None if pool is None else str(pool.path.resolve()),
         "images": None if images is None else str(Path(images).resolve()),
+        "benchmarks": met,
+        "encoder": encoder,
         "memory": memory,
         "workers": workers,
     }
@@ -163,14 +186,28 @@ def open_coreset(path: str | Path) -> Opened:
         raise DataError(f"{given.path} is not what {path} was made from: files there were changed since")
     run = RunFolder(path, "condense")
     with _executor(1) as execute:
-        state, stages = _run_steps(run, chosen, given, execute, manifest["memory"], manifest["workers"], Clock())
+        benchmarks = _benchmarks(run, manifest.get("benchmarks", []), execute)
+        state, stages = _run_steps(
+            run, chosen, given, execute, manifest["memory"], manifest["workers"], Clock(), benchmarks
+        )
     return Opened(path, chosen, given, state, stages)
 
 
 def _made_by(given: Given) -> str:
     """Which encoder made the embeddings, where they say so."""
-    manifest = given.path / "manifest.json"
-    return str(read_json(manifest).get("encoder", "made elsewhere")) if manifest.is_file() else "made elsewhere"
+    return given.made_by().get("encoder", "made elsewhere")
+
+
+def _benchmarks(run: RunFolder, found: Sequence[Mapping[str, Any]], execute: Map) -> tuple[Benchmark, ...]:
+    """Benchmarks whose vectors are read when they are asked for first. found: their entries in the manifest."""
+
+    def parts(number: int, embeddings: str) -> Sequence[Part]:
+        return _ingest(open_benchmark(embeddings), run.path / "against" / f"{number:02d}", execute, LOT).parts
+
+    return tuple(
+        Benchmark(facts["name"], facts["images"], facts["refused"], partial(parts, number, facts["embeddings"]))
+        for number, facts in enumerate(found)
+    )
 
 
 def _refused(given: Given) -> list[dict[str, Any]]:
@@ -212,7 +249,14 @@ def _executor(workers: int) -> Iterator[Map]:
 
 
 def _run_steps(
-    run: RunFolder, chosen: CondenseRecipe, given: Given, execute: Map, memory: int, workers: int, clock: Clock
+    run: RunFolder,
+    chosen: CondenseRecipe,
+    given: Given,
+    execute: Map,
+    memory: int,
+    workers: int,
+    clock: Clock,
+    benchmarks: tuple[Benchmark, ...],
 ) -> tuple[State, list[Stage]]:
     work = run.path / "work"
     with clock("read"):
@@ -221,7 +265,7 @@ def _run_steps(
     width = max((shard.row_bytes for shard in given.shards), default=1)
     # A bucket is held as it lies on disk, once more in its new order, and as 8-bit codes.
     most = max(1024, int(memory / (4 * width * workers)))
-    shop, state, stages = Shop(chosen.seed, most, memory, execute), State(rows), []
+    shop, state, stages = Shop(chosen.seed, most, memory, execute, benchmarks), State(rows), []
     before = rows.count()
     for position, (label, config) in enumerate(chosen.steps.items()):
         if stop_requested():
@@ -239,10 +283,10 @@ def _run_steps(
     return state, stages
 
 
-def _ingest(given: Given, work: Path, execute: Map) -> Rows:
-    """The rows as they come, in parts of a file."""
+def _ingest(given: Given, work: Path, execute: Map, size: int = engine.CHUNK) -> Rows:
+    """The rows as they come, in parts of a file of at most `size`."""
     index = _index(given)
-    pieces = engine.chunks_of(given.shards, work / "rows" / "0")
+    pieces = engine.chunks_of(given.shards, work / "rows" / "0", size)
     starts = {id(file.shard): number for number, file in enumerate(given.files)}
 
     def take(piece: tuple[Part, int]) -> Part:

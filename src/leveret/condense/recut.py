@@ -36,8 +36,17 @@ def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, w
     def begin(folder: Path) -> None:
         _link(path, folder, kept, sum(after.steps[label].step == "cluster" for label in kept))
 
-    source, images, memory = manifest["pool"] or manifest["embeddings"], manifest["images"], manifest["memory"]
-    return condense(source, out, after, images=images, memory=memory, workers=workers, begin=begin)
+    return condense(
+        manifest["pool"] or manifest["embeddings"],
+        out,
+        after,
+        images=manifest["images"],
+        encoder=manifest.get("encoder"),
+        against=[facts["path"] for facts in manifest.get("benchmarks", [])],
+        memory=manifest["memory"],
+        workers=workers,
+        begin=begin,
+    )
 
 
 def redone(path: str | Path, overrides: Sequence[str]) -> list[str]:
@@ -64,7 +73,7 @@ def _link(path: Path, out: Path, labels: Sequence[str], generations: int) -> Non
     names = [Path(label) for label in labels]
     names += [Path("rows", str(number)) for number in range(generations + 1)]
     names += [Path("runs", str(number)) for number in range(1, generations + 1)]
-    for name in [Path("embeddings"), *(Path("work") / name for name in names)]:
+    for name in [Path("embeddings"), Path("against"), *(Path("work") / name for name in names)]:
         there = (path / name).resolve()
         if there.is_dir() and not (out / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -126,6 +126,15 @@ class Pictures:
 # --- the funnel ----------------------------------------------------------------------------------------------------
 
 
+def _told_contaminated(stage: Stage, config: Any) -> tuple[str, str]:
+    told = [
+        f"{facts['met']:,} near one of the {facts['images']:,} of {name}"
+        + (f" ({facts['refused']:,} more could not be read)" if facts["refused"] else "")
+        for name, facts in stage.notes["against"].items()
+    ]
+    return "Without images of benchmarks", f"cosine above {config.threshold:g}: {', '.join(told)}"
+
+
 def _told_cluster(stage: Stage, config: Any) -> tuple[str, str]:
     notes = stage.notes
     if notes.get("clusters") == 1:
@@ -182,6 +191,7 @@ def _amount(config: Any) -> str:
 
 
 _TOLD: dict[str, Callable[[Stage, Any], tuple[str, str]]] = {
+    "contaminated": _told_contaminated,
     "cluster": _told_cluster,
     "dedup": _told_dedup,
     "pairs": _told_pairs,

@@ -13,6 +13,7 @@ Steps run in their order, each on what the one before it left. In overrides `ste
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from leveret.condense import border, engine
+from leveret.condense.against import Benchmark, contaminated
 from leveret.condense.columns import load, save
 from leveret.condense.groups import KEEPS
 from leveret.condense.lloyd import Map
@@ -36,6 +38,14 @@ class StepConfig(BaseModel):
 
     step: str
     """Which row of STEPS this is; the key itself where it is left out."""
+
+
+class Contaminated(StepConfig):
+    """Drop what is an image of a benchmark (`--against`)."""
+
+    threshold: float = Field(0.86, ge=-1, le=1)
+    """A row goes when its cosine with any image of a benchmark is greater than this. The default is dedup's: what would
+    count as a copy of a benchmark image, were that in the pool. An encoder of another scale needs another number."""
 
 
 class Cluster(StepConfig):
@@ -145,15 +155,24 @@ class State:
 @dataclass(frozen=True)
 class Shop:
     """Where steps work. seed: the recipe's. most: rows whose vectors are held at once by a task. memory: bytes that all
-    may hold. run: executes tasks, results in the order of the items."""
+    may hold. run: executes tasks, results in the order of the items. benchmarks: what no row may be an image of."""
 
     seed: int
     most: int
     memory: int
     run: Map
+    benchmarks: tuple[Benchmark, ...] = ()
 
 
 Notes = dict[str, Any]
+
+
+def _contaminated(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    """What no benchmark holds."""
+    rows, notes = contaminated(
+        state.rows, label, config.threshold, shop.benchmarks, shop.most, shop.memory // 4, shop.run
+    )
+    return replace(state, rows=rows), notes
 
 
 def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
@@ -271,7 +290,11 @@ def _clusters(config: Any) -> tuple[str, ...]:
     return ("cluster",)
 
 
+AGAINST = "contaminated"
+"""The step that `--against` puts first; it has this label and no other."""
+
 STEPS: dict[str, StepRow] = {
+    AGAINST: StepRow(_contaminated, Contaminated, _nothing, (), "drop what is an image of a benchmark"),
     "cluster": StepRow(_cluster, Cluster, _nothing, ("cluster", "centroid_cosine"), "group by likeness"),
     "dedup": StepRow(_dedup, Dedup, _of_dedup, ("component",), "keep one of each group of near copies"),
     "pairs": StepRow(_pairs, Pairs, _clusters, (), "drop what has an earlier near neighbour"),
@@ -372,12 +395,39 @@ def check_columns(recipe: CondenseRecipe, present: tuple[str, ...], source: str)
         raise RecipeError("this recipe cannot run:\n  " + "\n  ".join(faults))
 
 
-def read(name_or_path: str | Path, overrides: Sequence[str] = ()) -> CondenseRecipe:
-    """A recipe of `recipes/condense`, or of a file, under overrides in their short or their long form."""
+def read(name_or_path: str | Path, overrides: Sequence[str] = (), *, against: bool = False) -> CondenseRecipe:
+    """A recipe of `recipes/condense`, or of a file, under overrides in their short or their long form.
+
+    against  whether there are benchmarks to compare with (`decontaminated`). RecipeError also where an override speaks
+             of that step and there are none, or leaves it out though there are.
+    """
     from leveret import recipe as recipes
 
     labels = set(recipes.load(name_or_path, CondenseRecipe, "condense").steps) | set(STEPS)
-    return recipes.load(name_or_path, CondenseRecipe, "condense", [_long(given, labels) for given in overrides])
+    long = [_long(given, labels) for given in overrides]
+    found = recipes.load(name_or_path, CondenseRecipe, "condense", long)
+    asked = [given for given, key in zip(overrides, long, strict=True) if re.match(rf"steps\.{AGAINST}[.=]", key)]
+    if asked and not against:
+        raise RecipeError(
+            f"{asked[0]}: the step {AGAINST} needs a benchmark to compare with. Give one (--against BENCHMARK), or "
+            "leave this override out."
+        )
+    if asked and AGAINST not in found.steps:
+        raise RecipeError(f"{asked[0]} leaves out the step that --against asks for; give one of the two")
+    return decontaminated(found, against=against)
+
+
+def decontaminated(recipe: CondenseRecipe, *, against: bool) -> CondenseRecipe:
+    """The recipe as it runs: where there are benchmarks the step `contaminated` comes first, with the recipe's settings
+    or the default ones; where there are none it is left out, for what a recipe says of it is said for that case."""
+    for label, config in recipe.steps.items():
+        if (label == AGAINST) != (config.step == AGAINST):
+            raise RecipeError(
+                f"steps.{label}: {config.step}; the step {AGAINST} runs once and first, and has no other label"
+            )
+    others = {label: config for label, config in recipe.steps.items() if label != AGAINST}
+    first = {AGAINST: recipe.steps.get(AGAINST, Contaminated.model_validate({"step": AGAINST}))} if against else {}
+    return recipe.model_copy(update={"steps": first | others})
 
 
 def _long(given: str, labels: set[str]) -> str:
@@ -404,4 +454,4 @@ def changed(recipe: CondenseRecipe, overrides: Sequence[str]) -> CondenseRecipe:
     with TemporaryDirectory() as folder:
         file = Path(folder, "recipe.yaml")
         file.write_text(yaml.safe_dump(recipes.dump(recipe), sort_keys=False), "utf-8")
-        return read(file, overrides)
+        return read(file, overrides, against=AGAINST in recipe.steps)
