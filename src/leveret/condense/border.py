@@ -14,7 +14,7 @@ from leveret.condense.lloyd import Map
 from leveret.condense.rows import Ints, spans
 from leveret.condense.working import Part, Rows
 
-SAMPLE = 512
+SAMPLE = 256
 """Rows whose near copies are counted."""
 
 TOGETHER = 8192

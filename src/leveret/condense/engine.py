@@ -15,7 +15,7 @@ import numpy as np
 
 from leveret.condense import groups, lloyd, ranks, regroup
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.rows import TOGETHER, Array, Floats, Ints, distances, spans, unit
+from leveret.condense.rows import TOGETHER, Array, Floats, Ints, distances, floats, spans, unit
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
 from leveret.condense.working import Part, Rows
@@ -52,7 +52,7 @@ def ingest(part: Part, row: Ints, ids: Ids, score: Array | None) -> Part:
     ((shard, start, stop),) = part.pieces
     x = shard.read(start, stop)
     for span in spans(len(x), 4096):
-        wide = x[span].astype(np.float32)
+        wide = floats(x[span])
         lengths = np.einsum("ij,ij->i", wide, wide)
         wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
         if len(wrong):
@@ -249,7 +249,7 @@ def _components(
 ) -> tuple[Callable[[Ints], Array], Ints]:
     """A way to read alive rows by their place among them, and their components."""
     if part.n <= most:
-        x = part.vectors(alive)
+        x = part.vectors(alive, lent=True)
         cluster = part.read("cluster")[0][alive]
         inside = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
         return lambda places: x[places], groups.components(x, np.r_[inside, len(x)], threshold)
@@ -297,7 +297,10 @@ def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centr
     def judge(part: Part) -> None:
         if not rows.place(label, part).exists():
             alive = rows.alive(part)
-            x, (cluster, hashes) = part.vectors(alive), (column[alive] for column in part.read("cluster", "hash"))
+            x, (cluster, hashes) = (
+                part.vectors(alive, lent=True),
+                (column[alive] for column in part.read("cluster", "hash")),
+            )
             away = distances(x, centroids, cluster) * (1 if first == "near" else -1)
             key: Array = ranks.hash_keys(hashes, seed, SALT_DRAW) if first == "random" else away
             rank = np.empty(len(alive), np.int64)

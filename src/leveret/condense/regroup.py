@@ -50,7 +50,7 @@ def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path) -> Run:
     if run.columns.exists():
         return run
     alive = rows.alive(part)
-    x = part.vectors(None if len(alive) == part.n else alive)
+    x = part.vectors(None if len(alive) == part.n else alive, lent=True)
     labels = nearest.of(x)
     closeness = similarities(x, nearest.centroids, labels)
     order = np.argsort(labels, kind="stable")

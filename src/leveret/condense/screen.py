@@ -231,8 +231,9 @@ def _widened(block: Block) -> Any:
 BATCH = 1 << 19
 """Products taken at once: rows x centroids."""
 
-CROWD = 6
-"""Candidates a row from which float32 looks at all centroids again: without clusters many are nearly as near."""
+CROWD = 1 / 24
+"""Share of the centroids, as candidates of a row, from which float32 looks at all of them again: without clusters many
+are nearly as near."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ class Nearest:
     def _some(self, x: Stored, told: Told) -> tuple[Ints, Doubles]:
         product, unit, slack = self._by_codes(told) or self._by_floats(x, told)
         i, j = _within(product, 2 * slack / unit)
-        if len(i) > CROWD * len(x) and product.dtype.kind == "i":
+        if len(i) > max(6, CROWD * len(self.centroids)) * len(x) and product.dtype.kind == "i":
             product, unit, slack = self._by_floats(x, told)
             i, j = _within(product, 2 * slack)
         labels: Ints = np.empty(len(x), np.int64)

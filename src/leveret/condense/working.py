@@ -11,6 +11,7 @@ generation with the rows that are still alive. Everything is written whole or no
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,8 +47,11 @@ class Part:
         with np.load(self.path, allow_pickle=False) as file:
             return list(dict.fromkeys(name.removesuffix(".blob").removesuffix(".ends") for name in file.files))
 
-    def vectors(self, places: Ints | None = None) -> Array:
-        """[n, width] as stored: of all rows, or of those at some places, in their order."""
+    def vectors(self, places: Ints | None = None, *, lent: bool = False) -> Array:
+        """[n, width] as stored: of all rows, or of those at some places, in their order.
+
+        lent  in memory that this thread uses again for the next that are lent.
+        """
         (source,) = load(self.path, "source")
         total = sum(stop - start for _, start, stop in self.pieces)
         wanted = source if places is None else source[places] if len(source) else places
@@ -57,7 +61,8 @@ class Part:
             to = np.full(total, -1, np.int64)
             to[wanted] = np.arange(len(wanted))
         shard = self.pieces[0][0]
-        out = np.empty((total if places is None else len(places), shard.width), shard.dtype)
+        shape = total if places is None else len(places), shard.width
+        out = _memory(shape, shard.dtype) if lent else np.empty(shape, shard.dtype)
         first = 0
         for shard, start, stop in self.pieces:
             for span in spans(stop - start, BLOCK):
@@ -91,6 +96,19 @@ class Part:
             return out
 
         return at
+
+
+_local = threading.local()
+
+
+def _memory(shape: tuple[int, int], dtype: str) -> Array:
+    """Of this thread. To touch fresh memory, as large as a part, takes longer than to fill it."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    if not hasattr(_local, "bytes") or len(_local.bytes) < size:
+        _local.bytes = None  # freed before the larger one is there
+        _local.bytes = np.empty(size, np.uint8)
+    found: Array = _local.bytes[:size].view(dtype).reshape(shape)
+    return found
 
 
 def _scattered(shard: Shard, places: Ints) -> Array:
