@@ -194,6 +194,39 @@ def test_kill_minus_nine_and_again(tmp_path):
     assert _results(killed) == _results(whole)
 
 
+def test_ten_kills_at_random_moments(tmp_path):
+    """Of a chain on embeddings, with two workers and parts that do not fit together; each run goes on from the last."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((6000, 32), dtype=np.float32)
+    x[1::3] = x[::3] + 0.1 * x[2::3]
+    (tmp_path / "e").mkdir()
+    for number, part in enumerate(np.split(x, 6)):
+        np.save(tmp_path / f"e/{number}.npy", part)
+    steps = ["score=null", "centroid.low=0.1", "centroid.high=0.9", "budget=800", "cluster.k=40", "cluster.iterations=60"]
+
+    def run(out):
+        return condense(tmp_path / "e", out, "bunny", steps, workers=2, memory=1 << 20)
+
+    began = time.monotonic()
+    expected = _results(run(tmp_path / "whole"))
+    took = time.monotonic() - began
+    kills = 0
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 2)
+            try:
+                run(tmp_path / "killed")
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0, 0.4 * took))
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert kills >= 5
+    assert _results(run(tmp_path / "killed")) == expected
+
+
 def test_a_stop_is_heeded_between_parts(tmp_path, recipe, monkeypatch):
     pool = _pool(tmp_path / "pool")
     monkeypatch.setattr("leveret.condense.pipeline.stop_requested", lambda: True)
