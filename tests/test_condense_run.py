@@ -202,7 +202,8 @@ def test_ten_kills_at_random_moments(tmp_path):
     (tmp_path / "e").mkdir()
     for number, part in enumerate(np.split(x, 6)):
         np.save(tmp_path / f"e/{number}.npy", part)
-    steps = ["score=null", "centroid.low=0.1", "centroid.high=0.9", "budget=800", "cluster.k=40", "cluster.iterations=60"]
+    steps = ["score=null", "centroid.low=0.1", "centroid.high=0.9", "budget=800", "cluster.k=40"]
+    steps.append("cluster.iterations=60")
 
     def run(out):
         return condense(tmp_path / "e", out, "bunny", steps, workers=2, memory=1 << 20)
