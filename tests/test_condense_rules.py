@@ -221,7 +221,7 @@ def test_a_finished_coreset_is_verified_and_a_wrong_one_is_not(keep: str, tmp_pa
     assert found["clusters"] == 6 and found["rows"] == N and found["pairs"] > 1000
     assert (found["labels_wrong"], found["groups_wrong"], found["keepers_wrong"]) == (0, 0, 0)
     assert 0 < found["closest_pair"] < 0.1 and found["closest_centroid"] > 0
-    for part in (tmp_path / "out/work/dedup").glob("0*.npz"):
+    for part in (tmp_path / "out" / "work" / "dedup").glob("0*.npz"):
         with np.load(part) as file:
             columns = dict(file)
         columns["keeper"] = np.roll(columns["keeper"], 1)

@@ -219,7 +219,7 @@ class _Lot:
     block: screen.Block | None
 
     def vectors(self) -> Array:
-        return self.part.vectors()[self.places]
+        return self.part.vectors(self.places)
 
 
 class _Lineup:

@@ -297,10 +297,8 @@ def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centr
     def judge(part: Part) -> None:
         if not rows.place(label, part).exists():
             alive = rows.alive(part)
-            x, (cluster, hashes) = (
-                part.vectors(alive, lent=True),
-                (column[alive] for column in part.read("cluster", "hash")),
-            )
+            x = part.vectors(alive, lent=True)
+            cluster, hashes = (column[alive] for column in part.read("cluster", "hash"))
             away = distances(x, centroids, cluster) * (1 if first == "near" else -1)
             key: Array = ranks.hash_keys(hashes, seed, SALT_DRAW) if first == "random" else away
             rank = np.empty(len(alive), np.int64)

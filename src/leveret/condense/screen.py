@@ -278,7 +278,7 @@ def tell(x: Stored, mean: Floats, scale: float = 0.0) -> Told:
 def _away(x: Stored, mean: Floats) -> Floats:
     """u - m of stored rows, in float32."""
     rows = unit32(x)
-    return np.subtract(rows, mean, out=rows if rows is not x else None)
+    return np.subtract(rows, mean, out=rows)
 
 
 class Nearest:
