@@ -251,6 +251,30 @@ def test_constant_answers_do_not_pay() -> None:
         assert share < limit, (template, counts.most_common(3))
 
 
+def test_the_options_of_a_choice_do_not_tell_which_is_right() -> None:
+    """Whoever takes the option that has most, or least, in common with the others is right by chance only; of the
+    wrong options that adversarial sampling makes, the one with most in common is right far more often."""
+    picked: dict[str, list[float]] = {"exam most": [], "exam least": [], "reader most": []}
+    for index in range(6000):
+        rng = stream(5, "options", index)
+        scene = sample_scene(rng, flat=True)
+        for name, register in (("exam", questions.EXAM), ("reader", questions.READER)):
+            asked = questions.choice(scene, rng, register, forms=(1, 0, 0))
+            if asked is None:
+                continue
+            options = [tuple(option.split()) for option in asked.meta["choices"]]
+            here = {thing.name for thing in scene.things}
+            assert [" ".join(option) in here for option in options].count(True) == 1
+            shared = [sum((a[0] == b[0]) != (a[1] == b[1]) for b in options) for a in options]
+            for extreme, found in (("most", max(shared)), ("least", min(shared))):
+                if f"{name} {extreme}" in picked:
+                    best = [place for place, value in enumerate(shared) if value == found]
+                    picked[f"{name} {extreme}"].append((asked.meta["index"] in best) / len(best))
+    assert len(picked["exam most"]) > 5000
+    assert np.mean(picked["exam most"]) == np.mean(picked["exam least"]) == 0.25
+    assert np.mean(picked["reader most"]) > 0.33
+
+
 def test_absent_objects_are_sampled_in_three_ways() -> None:
     for way in questions.POPE_WAYS:
         for index in range(300):

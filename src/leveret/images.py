@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret import cells
@@ -85,6 +85,9 @@ class ImageFault(DataError):
         return ImageFault(self.reason, self.detail, where)
 
 
+_NO_PATH = re.compile("[\0\ud800-\udfff]")
+_URL = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]*://)")
+_BETWEEN = re.compile("/" if os.sep == "/" else r"[/\\]")
 _INSIDE: dict[Any, re.Pattern[str]] = {
     "tar": re.compile(r"(?is)(?P<file>.*?\.tar)#(?P<offset>\d{1,18})\+(?P<length>\d{1,18})/(?P<member>.*)"),
     "parquet": re.compile(
@@ -121,21 +124,22 @@ class Root:
         """
         if not isinstance(name, str):
             raise ImageFault("not a path", type(name).__name__)
-        if not name.strip() or re.search("[\0\ud800-\udfff]", name):
+        if not name.strip() or _NO_PATH.search(name):
             raise ImageFault("not a path")
-        if re.match(r"(?i)(data:|[a-z][a-z0-9+.-]*://)", name):
+        if ":" in name and _URL.match(name):
             raise ImageFault("is a URL")
-        for kind, form in _INSIDE.items():
+        for kind, form in _INSIDE.items() if "#" in name else ():
             if found := form.fullmatch(name):
                 told: dict[str, Any] = {key: text for key, text in found.groupdict().items() if text is not None}
                 told |= {key: int(told[key]) for key in ("offset", "length", "place") if key in told}
                 return replace(self.ref(told.pop("file")), kind=kind, **told)
-        if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        # Text in hand, not Path objects: this is asked of every image of every pool, twice.
+        if name[0] in "/\\" or name[1:2] == ":":
             raise ImageFault("path is absolute")
-        parts = PurePosixPath(name).parts if os.sep == "/" else Path(name).parts
         # Lists written on Windows hold backslashes; `..` between them is refused even where `\` is a plain character.
-        if ".." in re.split(r"[/\\]", name):
+        if ".." in name and ".." in re.split(r"[/\\]", name):
             raise ImageFault("path leaves the root")
+        parts = [part for part in _BETWEEN.split(name) if part not in ("", ".")]
         if not parts:
             raise ImageFault("not a path")
         path = os.path.join(self.path, *parts)
@@ -149,7 +153,10 @@ class Root:
 
     def name(self, ref: ImageRef) -> str:
         """The relative POSIX path that data calls `ref`, and where it lies in that file; `ref` takes it back."""
-        file = Path(ref.path).relative_to(self.path).as_posix()
+        within = os.path.join(self.path, "")
+        if not ref.path.startswith(within):
+            raise ValueError(f"{ref.path} is not in {self.path}")
+        file = ref.path[len(within) :].replace(os.sep, "/")
         return f"{file}#{ref.inside}" if ref.inside else file
 
     def _holds(self, path: str) -> bool:

@@ -8,7 +8,7 @@ metadata holds the configuration.
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,10 @@ class TinyDualEncoder(nn.Module):
 
             self._tokenizer = Tokenizer.from_str(self.config["tokenizer"])
         rows = [item.ids[: self.text.length] or [0] for item in self._tokenizer.encode_batch(texts)]
-        ids = torch.zeros(len(rows), max(map(len, rows), default=1), dtype=torch.long)
-        keep = torch.zeros_like(ids, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            keep[i, : len(row)] = True
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        keep = torch.arange(max(map(len, rows), default=1)) < lengths[:, None]
+        ids = torch.zeros(keep.shape, dtype=torch.long)
+        ids[keep] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
         return ids, keep
 
     def embed_texts(self, texts: list[str]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +38,8 @@ RELATION_GAP = 10
 POPE_WAYS = ("random", "popular", "adversarial")
 CHOICE_FORMS = (0.5, 0.25, 0.25)
 """Shares of multiple choice that ask which object is there, what colour one has, which stands where."""
+COUNT_FORMS = (0.45, 0.35, 0.2)
+"""Shares of counting that count a shape, a colour, everything."""
 NOTHING = "I see none of the shapes that I know."
 FOREIGN = (
     "dog", "cat", "bird", "horse", "cow", "car", "bus", "boat", "train", "house", "tree", "flower", "person", "child",
@@ -52,6 +54,12 @@ SECRETS = ("secret", "password", "key of the house", "number of the card", "way 
 REFUSAL = "I will not help with that."
 
 
+Pair = tuple[str, str]
+"""A colour and a shape."""
+Decoys = Callable[[Scene, random.Random, Pair, Sequence[Pair]], list[Pair] | None]
+"""(scene, random numbers, the right pair, pairs that may be named) -> three pairs that are not in the scene."""
+
+
 @dataclass(frozen=True, slots=True)
 class Register:
     """How questions are worded, and which things they may name.
@@ -60,13 +68,17 @@ class Register:
     said     answers that are worded otherwise here.
     pairs    (colour, shape) that may be named although they are not in the scene.
     labels   what stands before the options of a multiple choice, and how.
+    fact     how a sentence states a relation that a text-only question then asks about.
+    decoys   chooses the wrong options of "which object is there"; None where the scene leaves too few.
     """
 
     phrases: Mapping[str, Mapping[str, str]]
     said: Mapping[str, str]
-    pairs: tuple[tuple[str, str], ...]
+    pairs: Sequence[Pair]
     labels: str
     option: str
+    fact: str
+    decoys: Decoys
 
     def ask(
         self, rng: random.Random, kind: str, form: str, answer: str, meta: dict[str, Any], **slots: str
@@ -76,6 +88,72 @@ class Register:
         name = pick(rng, tuple(phrases))
         template = "/".join(part for part in (kind, form, name if len(phrases) > 1 else "") if part)
         return Question(kind, template, phrases[name].format(**slots), self.said.get(f"{kind}/{answer}", answer), meta)
+
+
+def _weight(pair: Pair) -> float:
+    return COLOUR_WEIGHTS[COLOURS.index(pair[0])] * SHAPE_WEIGHTS[SHAPES.index(pair[1])]
+
+
+POPULAR = sorted(PAIRS, key=_weight, reverse=True)[:20]
+
+
+def absent_pair(scene: Scene, rng: random.Random, way: str, pairs: Sequence[Pair] = PAIRS) -> Pair | None:
+    """A pair that is not in the scene, sampled in one of POPE's three ways.
+
+    random: by frequency. popular: one of the most frequent pairs. adversarial: shares its colour or its shape with
+    something in the scene (what a model that sees attributes but not their binding would affirm).
+    """
+    present = {(thing.colour, thing.shape) for thing in scene.things}
+    if way == "popular":
+        options = [pair for pair in POPULAR if pair not in present]
+    elif way == "adversarial":
+        colours, shapes = {c for c, _ in present}, {s for _, s in present}
+        both = [p for p in pairs if p not in present and p[0] in colours and p[1] in shapes]
+        either = [p for p in pairs if p not in present and (p[0] in colours) != (p[1] in shapes)]
+        options = both if both and rng.random() < 0.6 else either
+    else:
+        options = [pair for pair in pairs if pair not in present]
+        return pick(rng, options, [_weight(pair) for pair in options])
+    return pick(rng, options) if options else None
+
+
+def alike(scene: Scene, rng: random.Random, right: Pair, pairs: Sequence[Pair]) -> list[Pair] | None:
+    """Decoys that give nothing away: of the four options none stands out, whichever is right.
+
+    Either two colours times two shapes, which takes both to answer (those of the scene's other things where that goes),
+    or four colours with four shapes. Decoys that each resemble the right option, as POPE's adversarial ones do, would
+    make it the one that resembles most, and a reader who never sees the picture is right in four cases of ten.
+    """
+    colour, shape = right
+    present = {(thing.colour, thing.shape) for thing in scene.things}
+    free = {pair for pair in pairs if pair not in present}
+    if rng.random() < 0.6:
+        here = [{getattr(thing, name) for thing in scene.things} for name in ("colour", "shape")]
+        squares = [
+            [(colour, s), (c, shape), (c, s)]
+            for c, s in free
+            if c != colour and s != shape and (colour, s) in free and (c, shape) in free
+        ]
+        if squares:
+            squares.sort()
+            return pick(rng, squares, [1 + 3 * (q[2][0] in here[0]) + 3 * (q[2][1] in here[1]) for q in squares])
+    found = [right]
+    for pair in shuffled(rng, sorted(free)):
+        if all(pair[0] != other[0] and pair[1] != other[1] for other in found):
+            found.append(pair)
+    return found[1:4] if len(found) > 3 else None
+
+
+def by_popes_ways(scene: Scene, rng: random.Random, right: Pair, pairs: Sequence[Pair]) -> list[Pair] | None:
+    """Decoys as `existence` has them, often sharing something with the right option: what the language model read."""
+    others: list[Pair] = []
+    for _ in range(60):
+        pair = absent_pair(scene, rng, pick(rng, POPE_WAYS, (0.4, 0.1, 0.5)), pairs)
+        if pair and pair not in others:
+            others.append(pair)
+        if len(others) == 3:
+            return others
+    return None
 
 
 SHARED = {
@@ -111,6 +189,8 @@ EXAM = Register(
     PAIRS,
     "ABCD",
     "\n{label}. {option}",
+    "The {one} is {said} the {other}.",
+    alike,
 )
 """The benchmarks' wordings: those of tuning and of the examination. No absent thing is a held-out pair."""
 READER = Register(
@@ -128,6 +208,8 @@ READER = Register(
     ALL_PAIRS,
     "ABCDEFGH",
     " {label}) {option}",
+    "A {one} is {said} a {other}.",
+    by_popes_ways,
 )
 """The wordings of the language model's pre-training. It reads of all pairs of colour and shape, as a language model has
 read of everything. `colour` and `word` have no wording here: nobody asks it for the one or the other."""
@@ -169,35 +251,6 @@ def told(scene: Scene, *, boxes: bool = True) -> str:
 def _unique(scene: Scene, key: Callable[[Thing], str]) -> list[Thing]:
     counts = Counter(key(thing) for thing in scene.things)
     return [thing for thing in scene.things if counts[key(thing)] == 1]
-
-
-def _weight(pair: tuple[str, str]) -> float:
-    return COLOUR_WEIGHTS[COLOURS.index(pair[0])] * SHAPE_WEIGHTS[SHAPES.index(pair[1])]
-
-
-POPULAR = sorted(PAIRS, key=_weight, reverse=True)[:20]
-
-
-def absent_pair(
-    scene: Scene, rng: random.Random, way: str, pairs: tuple[tuple[str, str], ...] = PAIRS
-) -> tuple[str, str] | None:
-    """A pair that is not in the scene, sampled in one of POPE's three ways.
-
-    random: by frequency. popular: one of the most frequent pairs. adversarial: shares its colour or its shape with
-    something in the scene (what a model that sees attributes but not their binding would affirm).
-    """
-    present = {(thing.colour, thing.shape) for thing in scene.things}
-    if way == "popular":
-        options = [pair for pair in POPULAR if pair not in present]
-    elif way == "adversarial":
-        colours, shapes = {c for c, _ in present}, {s for _, s in present}
-        both = [p for p in pairs if p not in present and p[0] in colours and p[1] in shapes]
-        either = [p for p in pairs if p not in present and (p[0] in colours) != (p[1] in shapes)]
-        options = both if both and rng.random() < 0.6 else either
-    else:
-        options = [pair for pair in pairs if pair not in present]
-        return pick(rng, options, [_weight(pair) for pair in options])
-    return pick(rng, options) if options else None
 
 
 def existence(
@@ -252,8 +305,10 @@ def plural(shape_name: str) -> str:
     return {"cross": "crosses"}.get(shape_name, shape_name + "s")
 
 
-def count(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
-    form = pick(rng, ("shape", "colour", "all"), (0.45, 0.35, 0.2))
+def count(
+    scene: Scene, rng: random.Random, register: Register = EXAM, *, forms: tuple[float, float, float] = COUNT_FORMS
+) -> Question | None:
+    form = pick(rng, ("shape", "colour", "all"), forms)
     if form == "all":
         return register.ask(rng, "count", form, str(len(scene.things)), {"simple": True})
     values = SHAPES if form == "shape" else COLOURS
@@ -327,16 +382,11 @@ def choice(
     if form == "object":
         if not scene.things:
             return None
-        gold = pick(rng, scene.things).name
-        present = {thing.name for thing in scene.things}
-        others: list[str] = []
-        for _ in range(60):
-            pair = absent_pair(scene, rng, pick(rng, POPE_WAYS, (0.4, 0.1, 0.5)), register.pairs)
-            name = f"{pair[0]} {pair[1]}" if pair else ""
-            if name and name not in others and name not in present:
-                others.append(name)
-            if len(others) == 3:
-                break
+        thing = pick(rng, scene.things)
+        wrong = register.decoys(scene, rng, (thing.colour, thing.shape), register.pairs)
+        if wrong is None:
+            return None
+        gold, others = thing.name, [f"{colour} {shape}" for colour, shape in wrong]
     elif form == "colour":
         things = _unique(scene, lambda t: t.shape)
         if not things:
@@ -351,10 +401,10 @@ def choice(
         thing, said, other = place
         gold, slots = thing.name, {"said": said, "other": other.name}
         present = {t.name for t in scene.things}
-        wrong = [t.name for t in _unique(scene, lambda t: t.name) if t is not thing and t is not other
-                 and not holds(said, t, other)]  # fmt: skip
+        elsewhere = [t.name for t in _unique(scene, lambda t: t.name) if t is not thing and t is not other
+                     and not holds(said, t, other)]  # fmt: skip
         rest = [f"{c} {s}" for c, s in shuffled(rng, register.pairs) if f"{c} {s}" not in present]
-        others = shuffled(rng, wrong)[:2]
+        others = shuffled(rng, elsewhere)[:2]
         others += rest[: 3 - len(others)]
     if len(others) < 3:
         return None
@@ -514,7 +564,7 @@ def text_only(rng: random.Random, register: Register = EXAM, *, form: str | None
     while c1 == c2 or s1 == s2:
         (c1, s1), (c2, s2) = shuffled(rng, register.pairs)[:2]
     said = pick(rng, tuple(OPPOSITE))
-    fact = f"A {c1} {s1} is {said} a {c2} {s2}."
+    fact = register.fact.format(one=f"{c1} {s1}", said=said, other=f"{c2} {s2}")
     if form == "colour":
         asked, answer = pick(rng, ((s1, c1), (s2, c2)))
         if "colour" in register.phrases:
@@ -567,9 +617,9 @@ TUNE_WEIGHTS = {
     "existence": 0.7,
     "colour": 1.4,
     "shape": 0.4,
-    "count": 4.0,
+    "count": 5.6,
     "relation": 1.0,
-    "choice": 4.6,
+    "choice": 2.8,
     "box": 0.6,
     "word": 4.8,
     "side": 0.2,
@@ -578,7 +628,7 @@ TUNE_WEIGHTS = {
     "absent": 0.12,
     "insufficient": 0.25,
 }
-TUNE_OPTIONS = {"choice": {"forms": (0.2, 0.52, 0.28)}}
+TUNE_OPTIONS = {"choice": {"forms": (0.2, 0.52, 0.28)}, "count": {"forms": (0.5, 0.43, 0.07)}}
 """What the backbones bring needs few examples; what they were never asked, and what takes two steps (find it, then
 find its letter), gets most."""
 

@@ -41,7 +41,7 @@ from leveret.world.questions import (
 )
 from leveret.world.scenes import PAIRS, Scene, Thing, between, sample_scene, shuffled, stream
 
-VERSION = 2
+VERSION = 3
 CHUNK = 2000
 DESCRIBE = "Describe the image."
 
