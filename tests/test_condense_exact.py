@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from leveret.condense import border, engine, groups, lloyd, ranks, screen
+from leveret.condense import border, engine, groups, linked, lloyd, ranks, screen
 from leveret.condense.columns import Ids, order_of
 from leveret.condense.rows import Array, first_of_equal, unit
 from leveret.condense.shards import Shard, open_npy, open_parquet
@@ -81,6 +81,7 @@ class Rules:
     centroid: tuple[str, str] | None = ("0.15", "0.35")
     budget: int | None = None
     seed: int = 0
+    per_row: int = 1
 
 
 def brute(given: Pool, rules: Rules, centroids: Array) -> set[bytes]:
@@ -91,13 +92,22 @@ def brute(given: Pool, rules: Rules, centroids: Array) -> set[bytes]:
     c = centroids.astype(np.float64)
     away = np.stack([np.sqrt(np.square(row - c).sum(1)) for row in u])
     label = away.argmin(1)
+    sits = np.zeros(away.shape, np.bool_)
+    np.put_along_axis(sits, np.argsort(away, axis=1, kind="stable")[:, : rules.per_row], True, axis=1)
+    edges = (u @ u.T > rules.threshold) & (sits.astype(np.float32) @ sits.T.astype(np.float32) > 0)
+    count, group = connected_components(coo_matrix(edges), directed=False)
+    rule = groups.KEEPS[rules.keep]
     kept: list[int] = []
-    for cluster in np.unique(label):
-        members = np.flatnonzero(label == cluster)
-        count, group = connected_components(coo_matrix(u[members] @ u[members].T > rules.threshold), directed=False)
-        for g in range(count):
-            inside = sorted(members[group == g], key=lambda i: (away[i, cluster], ids[i].encode()))
-            kept.append(inside[int(groups.KEEPS[rules.keep].place(np.array(len(inside))))])
+    for g in range(count):
+        members = np.array(sorted(np.flatnonzero(group == g), key=lambda i: ids[i].encode()))
+        middle = u[members].sum(0) / len(members)
+        key = {
+            "distance": lambda i: away[i, label[i]],
+            "mean": lambda i, middle=middle: round(float(np.sqrt(np.square(u[i] - middle).sum())), 12),
+            "score": lambda i: -score[i],
+        }[rule.by]
+        inside = sorted(members, key=lambda i: (key(i), ids[i].encode()))
+        kept.append(inside[int(rule.place(np.array(len(inside))))])
     length = np.sqrt(np.square(c).sum(1))
     near = np.array([(u[i] * (c[label[i]] / (length[label[i]] or 1.0))).sum() for i in range(len(u))])
     for values, window in ((score, rules.score), (near, rules.centroid)):
@@ -111,10 +121,10 @@ def brute(given: Pool, rules: Rules, centroids: Array) -> set[bytes]:
     return {ids[i].encode() for i in kept}
 
 
-def chain(
-    given: Pool, rules: Rules, work: Path, *, shards: int = 3, chunk: int = 400, most: int = 700, workers: int = 1
-) -> tuple[set[bytes], Array]:
-    """By the engine, in files; the ids kept, and the centroids it trained."""
+def grouped(
+    given: Pool, rules: Rules, work: Path, *, shards: int = 3, chunk: int = 400, most: int = 300, run: lloyd.Map = map
+) -> tuple[Rows, Array]:
+    """The rows in files, by clusters, and the centroids that were trained."""
     x, ids, score = given
     work.mkdir(parents=True)
     files = []
@@ -122,22 +132,39 @@ def chain(
     for number, (a, b) in enumerate(pairwise(cuts.tolist())):
         np.save(work / f"{number}.npy", x[a:b])
         files.append(open_npy(work / f"{number}.npy"))
+
+    def take(piece: tuple[Part, int]) -> Part:
+        part, first = piece
+        inside = slice(first, first + part.n)
+        return engine.ingest(part, np.arange(first, first + part.n), Ids.of(ids[inside]), score[inside])
+
+    rows = Rows(work, 0, tuple(run(take, engine.chunks_of(files, work / "rows" / "0", chunk))))
+    training = engine.training_rows(rows, rules.sample, rules.seed, work / "training.rows", run)
+    centroids, _ = engine.train(training, rules.k, rules.iterations, run)
+    return engine.group(rows, centroids, most, run, rules.per_row), centroids
+
+
+def chain(
+    given: Pool,
+    rules: Rules,
+    work: Path,
+    *,
+    shards: int = 3,
+    chunk: int = 400,
+    most: int = 700,
+    workers: int = 1,
+    memory: int = 1 << 30,
+) -> tuple[set[bytes], Array]:
+    """By the engine, in files; the ids kept, and the centroids it trained."""
     with ThreadPoolExecutor(workers) as threads:
 
         def run(function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
             return threads.map(function, items)
 
-        def take(piece: tuple[Part, int]) -> Part:
-            part, first = piece
-            inside = slice(first, first + part.n)
-            return engine.ingest(part, np.arange(first, first + part.n), Ids.of(ids[inside]), score[inside])
-
-        rows = Rows(work, 0, tuple(run(take, engine.chunks_of(files, work / "rows" / "0", chunk))))
-        training = engine.training_rows(rows, rules.sample, rules.seed, work / "training.rows", run)
-        centroids, _ = engine.train(training, rules.k, rules.iterations, run)
-        rows = engine.group(rows, centroids, most, run)
-        rows, sizes = engine.dedup(rows, "dedup", rules.threshold, rules.keep, centroids, most, run)
-        assert sum(int(size) * count for size, count in sizes.items()) == len(x)
+        rows, centroids = grouped(given, rules, work, shards=shards, chunk=chunk, most=most, run=run)
+        told = (rows, "dedup", rules.threshold, rules.keep, centroids, most)
+        rows, sizes = engine.dedup(*told, run) if rules.per_row == 1 else linked.dedup(*told, memory, run)
+        assert sum(int(size) * count for size, count in sizes.items()) == len(given[0])
         for label, by, window in (("score", "score", rules.score), ("centroid", "centroid_cosine", rules.centroid)):
             rows = rows if window is None else engine.band(rows, label, by, *window)
         rows = rows if rules.budget is None else engine.draw(rows, "budget", rules.budget, rules.seed)
@@ -176,6 +203,42 @@ def test_files_chunks_buckets_and_workers_change_no_id(kind: str, tmp_path: Path
     for place, way in enumerate(ways):
         kept, same = chain(other, rules, tmp_path / f"b{place}", **way)
         assert np.array_equal(same, centroids) and kept == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("k", "keep"), [(9, "middle"), (60, "inner-middle"), (60, "best-score"), (2, "far")])
+def test_rows_that_sit_in_two_clusters_keep_the_ids_of_a_brute_force(
+    kind: str, k: int, keep: str, tmp_path: Path
+) -> None:
+    given, rules = pool(kind, n=900), Rules(k=k, keep=keep, score=None, centroid=None, per_row=2)
+    kept, centroids = chain(given, rules, tmp_path / "a")
+    assert kept == brute(given, rules, centroids)
+    # Other files, a cluster that no task can hold, parents on disk and members settled in several shares.
+    x, ids, score = given
+    shuffled = np.random.default_rng(1).permutation(len(x))
+    other = x[shuffled], [ids[i] for i in shuffled], score[shuffled]
+    again, same = chain(other, rules, tmp_path / "b", shards=5, chunk=70, most=50, workers=2, memory=20_000)
+    assert np.array_equal(same, centroids) and again == kept
+    if k == 60 and kind in ("ordinary", "float16"):  # what the borders hid is found
+        alone, _ = chain(given, replace(rules, per_row=1), tmp_path / "c")
+        assert len(alone) > len(kept)
+
+
+def test_rows_dropped_before_link_nothing(tmp_path: Path) -> None:
+    """A step between the clusters and the copies: who is gone joins nobody, in one cluster or in two."""
+    given = pool("ordinary", n=900)
+    for per_row in (1, 2):
+        work = tmp_path / str(per_row)
+        rules = Rules(k=9, per_row=per_row)
+        rows, centroids = grouped(given, rules, work)
+        rows = engine.band(rows, "score", "score", "0.2", "0.9")
+        told = (rows, "dedup", 0.86, "middle", centroids, 300)
+        rows, _ = engine.dedup(*told, map) if per_row == 1 else linked.dedup(*told, 1 << 30, map)
+        x, ids, score = given
+        order = sorted(range(len(x)), key=lambda i: (-score[i], ids[i].encode()))[180:810]
+        left = x[order], [ids[i] for i in order], score[order]
+        kept = {name for _, names in engine.kept(rows) for name in names}
+        assert kept == brute(left, replace(rules, score=None, centroid=None), centroids)
 
 
 def test_a_row_without_a_direction_is_named(tmp_path: Path) -> None:

@@ -208,6 +208,9 @@ def condense(
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
     memory: Annotated[str, typer.Option(help="What the run may hold at once; changes no id.")] = "2GB",
+    clusters_per_row: Annotated[
+        int | None, typer.Option(help="Clusters a row sits in; 2 finds near copies that borders of clusters hide.")
+    ] = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -215,6 +218,8 @@ def condense(
     from leveret.runs import bytes_of
 
     allowed = bytes_of(memory)
+    if clusters_per_row is not None:
+        overrides = [*(overrides or []), f"cluster.clusters_per_row={clusters_per_row}"]
     if dry_run:
         return _plan(json, _condense_plan(source, out, overrides or [], recipe, images, encoder, against or []))
     from leveret.condense import condense as station

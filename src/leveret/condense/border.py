@@ -28,7 +28,7 @@ def measure(rows: Rows, label: str, threshold: float, seed: int, run: Map) -> di
     """Of the first SAMPLE alive rows in the seeded order of id hashes (ties by id), as the step `label` meets them:
 
     sampled, with_copies (rows that have a near copy, cosine above the threshold), hidden (those of them that have none
-    in their own cluster), pairs (of a sampled row and a near copy), pairs_hidden (those in two clusters).
+    in a cluster of theirs), pairs (of a sampled row and a near copy), pairs_hidden (those that share no cluster).
     """
     path = rows.work / label / "border.npz"
     if path.exists():
@@ -45,7 +45,7 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
     for part, (key, at) in zip(rows.parts, keys(), strict=True):
         places = rows.alive(part)[np.flatnonzero(cut.before(key, at))]
         if len(places):
-            taken.append((part.vectors(places), *(column[places] for column in part.read("row", "cluster"))))
+            taken.append((part.vectors(places), part.read("row")[0][places], _clusters(rows, part)[places]))
     if not taken:
         return dict.fromkeys(COUNTS, 0)
     x, row, cluster = (np.concatenate(column) for column in zip(*taken, strict=True))
@@ -56,7 +56,7 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
         """[sample] near copies of each row among the part's, and those of its own cluster."""
         everywhere, inside = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
         alive = rows.alive(part)
-        others, clusters = (column[alive] for column in part.read("row", "cluster"))
+        others, clusters = part.read("row")[0][alive], _clusters(rows, part)[alive]
         for span in spans(len(alive), TOGETHER):
             y = part.vectors(alive[span])
             for i, j, sure in screen.candidates(one, screen.prepare(y, middle), threshold):
@@ -64,7 +64,9 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
                 near[~sure] = groups.is_edge(x, i[~sure], y, j[~sure], threshold)
                 near &= row[i] != others[span][j]
                 np.add.at(everywhere, i[near], 1)
-                own = near & (cluster[i] == clusters[span][j])
+                own = np.flatnonzero(near)
+                mine, theirs = cluster[i[own]], clusters[span][j[own]]
+                own = own[(mine[:, :, None] == theirs[:, None, :]).any((1, 2))]
                 np.add.at(inside, i[own], 1)
         return everywhere, inside
 
@@ -79,6 +81,12 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
         "pairs": int(everywhere.sum()),
         "pairs_hidden": int((everywhere - inside).sum()),
     }
+
+
+def _clusters(rows: Rows, part: Part) -> Ints:
+    """[n, m] the clusters that each row sits in."""
+    own = part.read("cluster")[0][:, None]
+    return np.concatenate([own, part.read("also")[0]], axis=1) if rows.per_row > 1 else own
 
 
 def in_words(found: dict[str, int]) -> str:

@@ -188,19 +188,24 @@ def cluster_sizes(rows: Rows, k: int) -> Ints:
     return sizes
 
 
-def group(rows: Rows, centroids: Floats, most: int, run: lloyd.Map) -> Rows:
-    """A new generation: the alive rows by (cluster, id), in parts of at most `most` rows (but for a larger cluster)."""
+def group(rows: Rows, centroids: Floats, most: int, run: lloyd.Map, per_row: int = 1) -> Rows:
+    """A new generation: the alive rows by (cluster, id), in parts of at most `most` rows (but for a larger cluster).
+
+    per_row  clusters that a row sits in. Its own is the nearest; the others only show it to `linked.dedup`.
+    """
     number = rows.generation + 1
     folder, runs_folder = rows.work / "rows" / str(number), rows.work / "runs" / str(number)
     nearest = Nearest(centroids)
     shard = rows.parts[0].pieces[0][0]
-    runs = list(run(lambda part: regroup.assign(rows, part, nearest, runs_folder), rows.parts))
+    per_row = min(per_row, len(centroids))
+    more = ("also",) if per_row > 1 else ()
+    runs = list(run(lambda part: regroup.assign(rows, part, nearest, runs_folder, per_row), rows.parts))
     buckets = regroup.plan(runs, len(centroids), most)
 
     def gather(bucket: regroup.Bucket) -> Part:
-        return regroup.gather(bucket, runs, shard.width, shard.dtype, folder / f"{bucket.number:06d}.npz")
+        return regroup.gather(bucket, runs, shard.width, shard.dtype, folder / f"{bucket.number:06d}.npz", more)
 
-    return Rows(rows.work, number, tuple(run(gather, buckets)))
+    return Rows(rows.work, number, tuple(run(gather, buckets)), per_row=per_row)
 
 
 # --- near copies ----------------------------------------------------------------------------------------------------

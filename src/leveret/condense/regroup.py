@@ -1,6 +1,7 @@
 """From rows in the order of their files to rows in the order of their clusters, in memory that does not grow with them.
 
 part (alive rows)   --assign-->  run: the part's rows sorted by cluster, and where each cluster begins
+                                 (and once more as guests of their second nearest clusters, where rows sit in several)
 all runs' clusters  --plan-->    buckets: neighbouring clusters that fit in memory together
 bucket              --gather-->  a new part: rows by (cluster, id), the same whatever the files were
 """
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.rows import Ints, similarities, spans
+from leveret.condense.rows import Array, Ints, similarities, spans
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
 from leveret.condense.working import BLOCK, Part, Rows
@@ -29,7 +30,9 @@ CARRIED = ("row", "id", "score", "hash")
 class Run:
     """A part's alive rows sorted by cluster.
 
-    FOLDER/NUMBER.rows   vectors as stored. FOLDER/NUMBER.npz: starts [k + 1], the carried columns, centroid_cosine.
+    FOLDER/NUMBER.rows     vectors as stored. FOLDER/NUMBER.npz: starts [k + 1], the carried columns, centroid_cosine,
+                           also [n, m - 1] (the other clusters that a row sits in, nearest first).
+    FOLDER/NUMBER.guests   where m > 1, vectors by those other clusters; guest_starts [k + 1], guest_row.
     """
 
     folder: Path
@@ -40,18 +43,23 @@ class Run:
         return self.folder / f"{self.number:06d}.rows"
 
     @property
+    def guests(self) -> Path:
+        return self.folder / f"{self.number:06d}.guests"
+
+    @property
     def columns(self) -> Path:
         return self.folder / f"{self.number:06d}.npz"
 
 
-def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path) -> Run:
-    """Writes a part's run, or finds it."""
+def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path, per_row: int = 1) -> Run:
+    """Writes a part's run, or finds it. per_row: clusters that a row sits in, the nearest ones."""
     run = Run(folder, part.number)
     if run.columns.exists():
         return run
     alive = rows.alive(part)
     x = part.vectors(None if len(alive) == part.n else alive, lent=True)
-    labels = nearest.of(x)
+    found = nearest.of(x)[:, None] if per_row == 1 else nearest.several(x, per_row)
+    labels, also = found[:, 0], found[:, 1:].astype(np.int32)
     closeness = similarities(x, nearest.centroids, labels)
     order = np.argsort(labels, kind="stable")
     columns = dict(zip(CARRIED, part.read(*CARRIED), strict=True))
@@ -59,12 +67,30 @@ def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path) -> Run:
         name: value.take(alive[order]) if isinstance(value, Ids) else value[alive[order]]
         for name, value in columns.items()
     }
-    starts = np.searchsorted(labels[order], np.arange(len(nearest.centroids) + 1)).astype(np.int64)
-    with atomic_file(run.vectors) as file:
-        for some in spans(len(x), BLOCK):
-            file.write(x[order[some]].data)
-    save(run.columns, {"starts": starts, **taken, "centroid_cosine": closeness[order]})  # last: then the run is whole
+    taken |= {"starts": _starts(labels[order], nearest), "centroid_cosine": closeness[order]}
+    _write(run.vectors, x, order)
+    if per_row > 1:
+        visits = np.argsort(also.ravel(), kind="stable")
+        guest = visits // also.shape[1]
+        _write(run.guests, x, guest)
+        taken |= {
+            "also": also[order],
+            "guest_starts": _starts(also.ravel()[visits], nearest),
+            "guest_row": columns["row"][alive][guest],
+        }
+    save(run.columns, taken)  # last: then the run is whole
     return run
+
+
+def _starts(labels: Array, nearest: Nearest) -> Ints:
+    """[k + 1] where each cluster begins among sorted labels."""
+    return np.searchsorted(labels, np.arange(len(nearest.centroids) + 1)).astype(np.int64)
+
+
+def _write(path: Path, x: Array, order: Ints) -> None:
+    with atomic_file(path) as file:
+        for some in spans(len(order), BLOCK):
+            file.write(x[order[some]].data)
 
 
 @dataclass(frozen=True)
@@ -77,11 +103,11 @@ class Bucket:
     n: int
 
 
-def plan(runs: Sequence[Run], k: int, most: int) -> list[Bucket]:
-    """Buckets of at most `most` rows, but for a cluster that alone has more."""
+def plan(runs: Sequence[Run], k: int, most: int, starts: Sequence[str] = ("starts",)) -> list[Bucket]:
+    """Buckets of at most `most` rows, but for a cluster that alone has more. starts: what is counted of the runs."""
     sizes = np.zeros(k, np.int64)
     for run in runs:
-        sizes += np.diff(load(run.columns, "starts")[0])
+        sizes += sum(np.diff(column) for column in load(run.columns, *starts))
     found: list[Bucket] = []
     first, n = 0, 0
     for cluster, size in enumerate(sizes.tolist()):
@@ -92,8 +118,10 @@ def plan(runs: Sequence[Run], k: int, most: int) -> list[Bucket]:
     return [*found, Bucket(len(found), first, k, n)] if n else found
 
 
-def gather(bucket: Bucket, runs: Sequence[Run], width: int, dtype: str, path: Path) -> Part:
-    """Writes the part of a bucket, or finds it: its columns sorted by (cluster, id), and where its vectors are."""
+def gather(bucket: Bucket, runs: Sequence[Run], width: int, dtype: str, path: Path, more: Sequence[str] = ()) -> Part:
+    """Writes the part of a bucket, or finds it: its columns sorted by (cluster, id), and where its vectors are.
+
+    more  names of the runs' columns that it takes over besides CARRIED and centroid_cosine."""
     starts = [load(run.columns, "starts")[0] for run in runs]
     pieces = tuple(
         (Shard(run.vectors, int(s[-1]), width, dtype), int(s[bucket.first]), int(s[bucket.last]))
@@ -103,7 +131,7 @@ def gather(bucket: Bucket, runs: Sequence[Run], width: int, dtype: str, path: Pa
     part = Part(bucket.number, path, bucket.n, pieces)
     if path.exists():
         return part
-    names = (*CARRIED, "centroid_cosine")
+    names = (*CARRIED, "centroid_cosine", *more)
     labels: list[Ints] = []
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for run, s in zip(runs, starts, strict=True):

@@ -225,8 +225,8 @@ def _funnel(recipe: CondenseRecipe, stages: Sequence[Stage], summary: Mapping[st
 
 @dataclass(frozen=True)
 class _Group:
-    """A component of near copies. component, keeper: rows that name it and that stay of it. part: where its members
-    are, all of them: they lie in one cluster, and a cluster lies in one part."""
+    """A component of near copies. component, keeper: rows that name it and that stay of it. part: where its first
+    member is, and all others too unless rows sit in several clusters."""
 
     part: Part
     component: int
@@ -290,17 +290,22 @@ def _some_groups(rows: Rows, label: str, excerpt: Excerpt) -> list[_Group]:
 
 def _others(rows: Rows, label: str, group: _Group) -> tuple[Ints, Doubles]:
     """Members of a group but the one that stays, ascending, and the cosine of each with that one."""
-    (component,) = load_columns(rows.place(label, group.part), "component")
-    (row,) = group.part.read("row")
-    members = np.flatnonzero(component == group.component)
-    members = members[np.argsort(row[members], kind="stable")]
-    others = members[row[members] != group.keeper]
-    read = group.part.reader()
-    kept = read(members[row[members] == group.keeper])
-    near = np.empty(len(others))
-    for span in spans(len(others), 4096):  # a chain may be long
-        near[span] = cosines(read(others[span]), np.repeat(kept, len(others[span]), axis=0))
-    return row[others], near
+    found: list[tuple[Part, Ints, Ints]] = []
+    for part in rows.parts if rows.per_row > 1 else [group.part]:
+        places = np.flatnonzero(load_columns(rows.place(label, part), "component")[0] == group.component)
+        if len(places):
+            found.append((part, places, part.read("row")[0][places]))
+    kept = next(part.reader()(places[row == group.keeper]) for part, places, row in found if group.keeper in row)
+    others, near = [], []
+    for part, places, row in found:
+        read = part.reader()
+        for span in spans(len(row), 4096):  # a chain may be long
+            others.append(row[span])
+            near.append(cosines(read(places[span]), np.repeat(kept, len(row[span]), axis=0)))
+    number, cosine = np.concatenate(others), np.concatenate(near)
+    order = np.argsort(number, kind="stable")
+    order = order[number[order] != group.keeper]
+    return number[order], cosine[order]
 
 
 # --- cuts ----------------------------------------------------------------------------------------------------------

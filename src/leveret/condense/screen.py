@@ -281,6 +281,10 @@ def _away(x: Stored, mean: Floats) -> Floats:
     return np.subtract(rows, mean, out=rows)
 
 
+_Screen = tuple[Any, float, Doubles]
+"""Closeness [n, k] of rows to centroids by rough products, its unit, and a bound [n] on its error."""
+
+
 class Nearest:
     """Finds each row's nearest centroid: screened in 8 bits, then in float32; where both leave it open float64 decides.
 
@@ -323,6 +327,17 @@ class Nearest:
                 labels[part], least[part] = self._some(rows, tell(rows, self.mean) if told is None else told.at(part))
         return labels, least
 
+    def several(self, x: Stored, m: int) -> Ints:
+        """[n, m] the m nearest centroids of stored rows, the nearest first; ties as in `of`. At most all of them."""
+        found = np.zeros((len(x), min(m, len(self.centroids))), np.int64)
+        for part in self._parts(len(x)) if len(self.centroids) > 1 else ():
+            rows, taken = x[part], found[part]
+            told = tell(rows, self.mean)
+            screen = self._screen(rows, told)
+            for column in range(taken.shape[1]):
+                taken[:, column], screen = self._decide(rows, told, screen, taken[:, :column])
+        return found
+
     def rivals(self, x: Stored, told: Told, least: Doubles) -> Ints:
         """Rows to which one of these centroids may be as close as `least` [n] says; surely none is to the others.
 
@@ -331,7 +346,7 @@ class Nearest:
         found = [np.zeros(0, np.int64)]
         for part in self._parts(len(told)):
             rows = told.at(part)
-            product, unit, slack = self._by_codes(rows) or self._by_floats(x[part], rows)
+            product, unit, slack = self._screen(x[part], rows)
             highest = product[np.arange(len(product)), product.argmax(1)] * unit
             found.append(part.start + np.flatnonzero(highest + slack >= least[part]))
         return np.concatenate(found)
@@ -340,19 +355,32 @@ class Nearest:
         return spans(n, max(16, min(1024, BATCH // len(self.centroids))))
 
     def _some(self, x: Stored, told: Told) -> tuple[Ints, Doubles]:
-        product, unit, slack = self._by_codes(told) or self._by_floats(x, told)
+        labels, (product, unit, slack) = self._decide(x, told, self._screen(x, told))
+        return labels, product[np.arange(len(x)), labels] * unit - slack
+
+    def _screen(self, x: Stored, told: Told) -> _Screen:
+        return self._by_codes(told) or self._by_floats(x, told)
+
+    def _decide(self, x: Stored, told: Told, screen: _Screen, taken: Ints | None = None) -> tuple[Ints, _Screen]:
+        """Labels, and the screen that they were found by. taken: [n, any] centroids that are out of question for each
+        row, the last of which `screen` does not know of yet."""
+        product, unit, slack = screen
+        if taken is not None:
+            _without(product, taken[:, -1:])
         i, j = _within(product, 2 * slack / unit)
         if len(i) > max(6, CROWD * len(self.centroids)) * len(x) and product.dtype.kind == "i":
             product, unit, slack = self._by_floats(x, told)
+            if taken is not None:
+                _without(product, taken)
             i, j = _within(product, 2 * slack)
         labels: Ints = np.empty(len(x), np.int64)
         labels[i[::-1]] = j[::-1]  # the first candidate of each row; rows with one are done
         several = np.bincount(i, minlength=len(x))[i] > 1
         if several.any():
             self._look_again(x, told.length, i[several], j[several], labels)
-        return labels, product[np.arange(len(x)), labels] * unit - slack
+        return labels, (product, unit, slack)
 
-    def _by_codes(self, told: Told) -> tuple[Any, float, Doubles] | None:
+    def _by_codes(self, told: Told) -> _Screen | None:
         """(closeness [n, k] by 8-bit products, its unit, bound on its error [n]); None where 8 bits cannot say it."""
         import torch
 
@@ -365,7 +393,7 @@ class Nearest:
         slack = told.error * self.longest + self.error * (told.length + told.error) + 0.51 * unit
         return product, unit, slack
 
-    def _by_floats(self, x: Stored, told: Told) -> tuple[Any, float, Doubles]:
+    def _by_floats(self, x: Stored, told: Told) -> _Screen:
         """The same by float32 products."""
         import torch
 
@@ -400,6 +428,12 @@ class Nearest:
         order = np.lexsort((j, away, i))
         found, first = np.unique(i[order], return_index=True)
         labels[found] = j[order][first]
+
+
+def _without(product: NDArray[Any], taken: Ints) -> None:
+    """Makes some columns of each row the farthest."""
+    least = np.iinfo(product.dtype).min if product.dtype.kind == "i" else -np.inf
+    np.put_along_axis(product, taken, product.dtype.type(least), axis=1)
 
 
 def _within(product: NDArray[Any], slack: Doubles) -> tuple[Ints, Ints]:

@@ -75,6 +75,8 @@ def _one(opened: Opened, rows: Rows, part: Part, cluster: int, found: dict[str, 
     component, keeper = (rows.column(name, part)[places] for name in ("component", "keeper"))
     row, score = (column[places] for column in part.read("row", "score"))
     edges = cosines > config.threshold
+    # Where rows sit in several clusters their components reach beyond this one.
+    partly = partly or rows.per_row > 1
     _groups(x, edges, row, component, keeper, partly, config, centroids[cluster], score, found)
 
 

@@ -126,6 +126,7 @@ class Rows:
 
     judged   labels of the steps that wrote `fate` for this generation, in order.
     columns  label -> names of the columns that step added.
+    per_row  clusters that a row sits in.
     """
 
     work: Path
@@ -133,6 +134,7 @@ class Rows:
     parts: tuple[Part, ...]
     judged: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)
+    per_row: int = 1
 
     def fate(self, part: Part) -> Array:
         """[n] uint8: 0 while alive, else 1 + position in `judged` of the step that dropped the row."""
