@@ -142,19 +142,25 @@ def test_the_ledger_tells_the_fate_of_every_sample(tmp_path, recipe):
     assert page.count('class="badge bad"') > 5 and page.count("<img") > 20
 
 
-def test_a_rerun_and_other_workers_and_shards_give_the_same_bytes(tmp_path, recipe):
+ALONE_OR_TWO = pytest.mark.parametrize("more", [(), ("cluster.clusters_per_row=2", "cluster.k=4")])
+"""Rows that sit in one cluster, and in two."""
+
+
+@ALONE_OR_TWO
+def test_a_rerun_and_other_workers_and_shards_give_the_same_bytes(tmp_path, recipe, more):
     pool = _pool(tmp_path / "pool")
-    out = _condense(pool, tmp_path / "one", recipe)
+    out = _condense(pool, tmp_path / "one", recipe, *more)
     first = _results(out)
-    assert _results(_condense(pool, tmp_path / "one", recipe)) == first
+    assert _results(_condense(pool, tmp_path / "one", recipe, *more)) == first
     made = embed(pool, tmp_path / "emb", "fake", images=pool.parent / "pictures", shard=7, batch=4, workers=1)
-    again = condense(made, tmp_path / "two", recipe, images=pool.parent / "pictures", workers=1)
+    again = condense(made, tmp_path / "two", recipe, more, images=pool.parent / "pictures", workers=1)
     assert _ledger(again) == first[0] and (again / "coreset.parquet").read_bytes() == first[3]
 
 
-def test_a_crash_at_any_write_changes_nothing(tmp_path, recipe, monkeypatch):
+@ALONE_OR_TWO
+def test_a_crash_at_any_write_changes_nothing(tmp_path, recipe, monkeypatch, more):
     pool = _pool(tmp_path / "pool", 30)
-    expected = _results(_condense(pool, tmp_path / "whole", recipe))
+    expected = _results(_condense(pool, tmp_path / "whole", recipe, *more))
     real, count = os.replace, [0, 0]
 
     def failing(source, target):
@@ -169,7 +175,7 @@ def test_a_crash_at_any_write_changes_nothing(tmp_path, recipe, monkeypatch):
     for count[1] in range(1, 200):
         count[0] = 0
         try:
-            _condense(pool, tmp_path / "out", recipe)
+            _condense(pool, tmp_path / "out", recipe, *more)
             break
         except KeyboardInterrupt:
             pass
@@ -459,6 +465,7 @@ def test_faults_of_steps_are_reported_together(tmp_path):
 
 @pytest.mark.parametrize(("change", "word"), [
     ("cluster=null", "needs 'cluster'"), ("steps.cluster=null", "needs 'cluster'"),
+    ("steps={cluster: {clusters_per_row: 2}, pairs: {}}", "clusters_per_row is 2"),
 ])  # fmt: skip
 def test_steps_in_an_order_that_cannot_work(tmp_path, recipe, change, word):
     with pytest.raises(RecipeError, match=word):

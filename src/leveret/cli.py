@@ -45,6 +45,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE",
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads; all cores by default.")]
+Executor = Annotated[str, typer.Option(help="Where tasks run: local, ray, or ray:ADDRESS; changes no result.")]
 LimitShare = Annotated[float, typer.Option(min=0, max=1, help="Stop when a larger share of the samples is unusable.")]
 Source = Annotated[str, typer.Argument(help="LLaVA JSON, tars, parquet, or a folder of images with captions.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
@@ -155,6 +156,7 @@ def embed(
     batch: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 256,
     shard: Annotated[int, typer.Option(min=1, help="Samples in one file.")] = 20000,
     workers: Workers = None,
+    executor: Executor = "local",
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -179,6 +181,7 @@ def embed(
             workers=workers,
             limit_share=limit_share,
             device=device,
+            run_on=executor,
         )
     made = jsonlib.loads((folder / "manifest.json").read_text("utf-8"))
     refused = made["refused"]
@@ -205,6 +208,7 @@ def condense(
         list[str] | None, typer.Option(help="A benchmark's images, or their embeddings: no row may be one of them.")
     ] = None,
     workers: Workers = None,
+    executor: Executor = "local",
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
     memory: Annotated[str, typer.Option(help="What the run may hold at once; changes no id.")] = "2GB",
@@ -237,6 +241,7 @@ def condense(
             limit_share=limit_share,
             device=device,
             memory=allowed,
+            run_on=executor,
         )
     facts = jsonlib.loads((folder / "summary.json").read_text("utf-8"))
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]

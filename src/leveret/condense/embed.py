@@ -14,11 +14,14 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from leveret.condense.executors import executor
+from leveret.condense.lloyd import Map
 from leveret.condense.worker import Done, Job, look, pack_job, unpack_done, work
 from leveret.pool import SampleFault, Source, open_source
 from leveret.processes import Worker
@@ -57,6 +60,7 @@ def embed(
     workers: int | None = None,
     limit_share: float = 0.2,
     device: str = "cpu",
+    run_on: str = "local",
 ) -> Path:
     """Embed every readable sample of a pool into `out` (clip-retrieval's layout), or go on where a run was killed.
 
@@ -66,6 +70,7 @@ def embed(
     encoder      an id of `leveret.model.encoders`. batch: images in one pass. shard: samples in one file.
     workers      processes (small encoders) or decoding threads (large ones); the cores by default. The vectors are
                  the same for any number of processes.
+    run_on       `local`, `ray` or `ray:ADDRESS` (`executors`), where every machine must see the pool's files.
     limit_share  DataError when more than this share of the samples is refused.
 
     Returns `out`. Raises RecipeError when the folder holds embeddings of another pool, encoder or shard size.
@@ -96,7 +101,7 @@ def embed(
             seen += min(shard, n - start)
     with graceful_stop(), ExitStack() as stack:
         progress = stack.enter_context(Progress(left, "embedding", "images"))
-        fleet = stack.enter_context(_fleet(encoder, loaded, workers, left, device))
+        fleet = stack.enter_context(_fleet(encoder, loaded, workers, left, device, run_on))
         for start in starts:
             end = min(start + shard, n)
             refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, progress, bad.total())
@@ -293,10 +298,30 @@ class Processes(Fleet):
             threads.shutdown()
 
 
+class Elsewhere(Fleet):
+    """On an executor's machines, a job a task; each loads the encoder once."""
+
+    def __init__(self, encoder: str, device: str, execute: Map) -> None:
+        self.task, self.execute = partial(_there, encoder, device), execute
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
+        yield from self.execute(self.task, jobs)
+
+
+def _there(encoder: str, device: str, job: Job) -> Done:
+    from leveret.model.encoders import load_encoder
+
+    return work(load_encoder(encoder, device), job)
+
+
 @contextmanager
-def _fleet(id: str, encoder: Encoder, workers: int, left: int, device: str) -> Iterator[Fleet]:
+def _fleet(id: str, encoder: Encoder, workers: int, left: int, device: str, run_on: str) -> Iterator[Fleet]:
     from leveret.model.encoders import is_light
 
+    if run_on != "local":
+        with executor(run_on, workers) as execute:
+            yield Elsewhere(id, device, execute)
+        return
     if is_light(id) and device == "cpu" and workers > 1 and left >= PROCESSES_FROM:
         processes = Processes(id, workers)
         try:

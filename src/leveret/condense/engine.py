@@ -91,6 +91,10 @@ class Training:
     def read(self, start: int, stop: int) -> Floats:
         return self.shard.read(start, stop) if self.held is None else self.held[start:stop]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process reads the file."""
+        return self.__dict__ | {"held": None}
+
 
 def training_rows(rows: Rows, wanted: int, seed: int, path: Path, run: lloyd.Map, memory: int = 0) -> Training:
     """The alive rows whose ids' hashes come first, in that order (ties by id). Held where `memory` bytes suffice."""
@@ -113,20 +117,25 @@ def training_rows(rows: Rows, wanted: int, seed: int, path: Path, run: lloyd.Map
     x = np.empty((min(together, len(rank)), width), np.float32)
     ends = np.cumsum([0, *(len(places) for _, places in chosen)])
 
-    def take(job: tuple[int, slice]) -> None:
-        number, span = job
-        part, places = chosen[number]
-        to = rank[ends[number] : ends[number + 1]]
-        inside = np.flatnonzero((to >= span.start) & (to < span.stop))
-        if len(inside):
-            found = part.vectors(places[inside])
-            for some in spans(len(inside), TOGETHER):
-                x[to[inside[some]] - span.start] = unit(found[some])
+    def take(job: tuple[Part, Ints]) -> Floats:
+        part, places = job
+        found = part.vectors(places, lent=True)
+        out = np.empty(found.shape, np.float32)
+        for some in spans(len(out), TOGETHER):
+            out[some] = unit(found[some])
+        return out
 
     half = path.with_suffix(".half")
     with open(half, "wb") as file:
         for span in spans(len(rank), together):
-            _finish(run(take, [(number, span) for number in range(len(chosen))]))
+            jobs, to = [], []
+            for (part, places), start, stop in zip(chosen, ends[:-1], ends[1:], strict=True):
+                inside = np.flatnonzero((rank[start:stop] >= span.start) & (rank[start:stop] < span.stop))
+                if len(inside):
+                    jobs.append((part, places[inside]))
+                    to.append(rank[start:stop][inside] - span.start)
+            for at, found in zip(to, run(take, jobs), strict=True):
+                x[at] = found
             file.write(x[: span.stop - span.start].astype("<f4", copy=False).data)
     half.rename(path)
     return Training(path, len(rank), width, held=x if hold else None)

@@ -7,7 +7,8 @@ Training rows stand in the order of their ids' hash and are summed in fixed chun
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,8 +32,9 @@ class Rows(Protocol):
     def read(self, start: int, stop: int) -> Floats: ...
 
 
-Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
-"""(function, items) -> the function of each, in the order of the items."""
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+"""(function, items) -> the function of each, in the order of the items. It may run in another process: what it needs
+comes with it, and what it finds it returns, or writes to a file."""
 
 
 def start(rows: Rows, k: int) -> Floats:
@@ -48,6 +50,16 @@ def start(rows: Rows, k: int) -> Floats:
                 if len(found) == k:
                     return np.stack(found)
     return np.stack(found)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows that are looked at together, and what is known of each: its label, its bound, and itself made ready."""
+
+    span: slice
+    labels: Ints
+    least: Doubles
+    told: Told | None
 
 
 class Lloyd:
@@ -103,57 +115,57 @@ class Lloyd:
 
     def _label(self) -> None:
         """Every row's nearest centroid."""
-        nearest, moved = Nearest(self.centroids, self.mean), np.flatnonzero(self.moved)
-        few = Nearest(self.centroids[moved], self.mean) if 0 < len(moved) < MANY * len(self.centroids) else None
+        rows, mean, scale, moved, keeps = self.rows, self.mean, self.scale, self.moved, self.keeps
+        nearest, which = Nearest(self.centroids, mean), np.flatnonzero(moved)
+        few = Nearest(self.centroids[which], mean) if 0 < len(which) < MANY * len(moved) else None
 
-        def part(number: int) -> None:
-            span = self.spans[number]
-            labels, least = self.labels[span], self.least[span]
-            open_ = (labels < 0) | self.moved[labels]
-            if not len(moved) and not open_.any():
-                return
-            x, told = self._read(number)
-            if few is None:
-                labels[:], least[:] = nearest.closest(x, told)
-                return
-            open_[few.rivals(x, told, least)] = True
-            again = np.flatnonzero(open_)
-            labels[again], least[again] = nearest.closest(x[again], told.at(again))
+        def look(chunk: _Chunk) -> tuple[Ints, Ints, Doubles, Told | None] | None:
+            """(places, their labels, their bounds, the rows made ready); None where nothing can have changed."""
+            open_ = (chunk.labels < 0) | moved[chunk.labels]
+            if not len(which) and not open_.any():
+                return None
+            x = rows.read(chunk.span.start, chunk.span.stop)
+            told = tell(x, mean, scale) if chunk.told is None else chunk.told
+            if few is not None:
+                open_[few.rivals(x, told, chunk.least)] = True
+            again = np.arange(len(x)) if few is None else np.flatnonzero(open_)
+            found = nearest.closest(x, told) if few is None else nearest.closest(x[again], told.at(again))
+            return again, *found, told if keeps else None
 
-        for _ in self.run(part, range(len(self.spans))):
-            pass
-
-    def _read(self, number: int) -> tuple[Floats, Told]:
-        span, told = self.spans[number], self.told[number]
-        x = self.rows.read(span.start, span.stop)
-        if told is None:
-            told = tell(x, self.mean, self.scale)
-            if self.keeps:
-                self.told[number] = told
-        return x, told
+        chunks = [
+            _Chunk(span, self.labels[span], self.least[span], told)
+            for span, told in zip(self.spans, self.told, strict=True)
+        ]
+        for number, found in enumerate(self.run(look, chunks)):
+            if found is not None:
+                span = self.spans[number]
+                self.labels[span][found[0]], self.least[span][found[0]], self.told[number] = found[1:]
 
     def _sums(self, wanted: Bools) -> Doubles:
         """[wanted, width] float64 sums of some centroids' rows."""
-        number = np.cumsum(wanted) - 1
+        rows, number = self.rows, np.cumsum(wanted) - 1
 
-        def part(span: slice) -> tuple[Ints, Doubles] | None:
-            inside = np.flatnonzero(wanted[self.labels[span]])
+        def part(chunk: tuple[slice, Ints]) -> tuple[Ints, Doubles] | None:
+            span, labels = chunk
+            inside = np.flatnonzero(wanted[labels])
             if not len(inside):
                 return None
-            x = self.rows.read(span.start, span.stop)
-            return _sums(x if len(inside) == len(x) else x[inside], number[self.labels[span][inside]])
+            x = rows.read(span.start, span.stop)
+            return _sums(x if len(inside) == len(x) else x[inside], number[labels[inside]])
 
         sums = np.zeros((int(wanted.sum()), self.centroids.shape[1]))
-        for found in self.run(part, self.spans):
+        for found in self.run(part, [(span, self.labels[span]) for span in self.spans]):
             if found is not None:
                 sums[found[0]] += found[1]
         return sums
 
     def _away(self) -> Doubles:
-        def part(span: slice) -> Doubles:
-            return distances(self.rows.read(span.start, span.stop), self.centroids, self.labels[span])
+        rows, centroids = self.rows, self.centroids
 
-        return np.concatenate(list(self.run(part, self.spans)))
+        def part(chunk: tuple[slice, Ints]) -> Doubles:
+            return distances(rows.read(chunk[0].start, chunk[0].stop), centroids, chunk[1])
+
+        return np.concatenate(list(self.run(part, [(span, self.labels[span]) for span in self.spans])))
 
 
 def _sums(x: Floats, labels: Ints) -> tuple[Ints, Doubles]:

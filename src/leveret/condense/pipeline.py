@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from leveret import recipe as recipes
 from leveret.condense import engine
 from leveret.condense.against import LOT, Benchmark, Eyes, eyes_of, look_at, open_benchmark
 from leveret.condense.embed import embed
+from leveret.condense.executors import executor
 from leveret.condense.given import Given, is_given, open_given
 from leveret.condense.ledger import Stage, records, write_contaminated, write_coreset, write_ids, write_ledger
 from leveret.condense.lloyd import Map
@@ -62,6 +61,7 @@ def condense(
     device: str = "cpu",
     limit_share: float = 0.2,
     memory: int = 2 << 30,
+    run_on: str = "local",
     begin: Callable[[Path], None] | None = None,
 ) -> Path:
     """Choose a coreset and write it, with the fate of every sample, into the folder `out`; returns `out`.
@@ -74,6 +74,7 @@ def condense(
     against   benchmarks: what is an image of one is dropped first. Images, or embeddings by the same encoder.
     workers   threads and processes; changes no result.
     memory    bytes that vectors may take at once, roughly; changes no result.
+    run_on    `local`, `ray` or `ray:ADDRESS` (`executors`); changes no result.
     begin     called with the folder once it is known to be this run's, before any step: `recut` lays finished steps in.
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
@@ -84,6 +85,10 @@ def condense(
     else:
         chosen = read(recipe, overrides, against=bool(against))
     workers = workers or cores()
+    where = executor(run_on, workers)
+    if run_on != "local":  # other machines know no working directory of ours
+        out = Path(out).resolve()
+        source = source if isinstance(source, Source) else Path(source).resolve()
     clock = Clock()
     pool: Source | None = None
     if isinstance(source, Source):
@@ -113,8 +118,8 @@ def condense(
     run = RunFolder.open(out, "condense", {**recipes.dump(chosen), **mark, "rules": RULES})
     if begin is not None:
         begin(run.path)
-    how: dict[str, Any] = {"workers": workers, "limit_share": limit_share, "device": device}
-    with graceful_stop(), _executor(workers) as execute:
+    how: dict[str, Any] = {"workers": workers, "limit_share": limit_share, "device": device, "run_on": run_on}
+    with graceful_stop(), where as execute:
         met: list[dict[str, Any]] = []
         for number, side in enumerate(sides):
             with clock("embed benchmarks"):
@@ -185,7 +190,7 @@ def open_coreset(path: str | Path) -> Opened:
     if manifest["weights"] == "as given" and given.fingerprint() != manifest["source"]:
         raise DataError(f"{given.path} is not what {path} was made from: files there were changed since")
     run = RunFolder(path, "condense")
-    with _executor(1) as execute:
+    with executor("local", 1) as execute:
         benchmarks = _benchmarks(run, manifest.get("benchmarks", []), execute)
         state, stages = _run_steps(
             run, chosen, given, execute, manifest["memory"], manifest["workers"], Clock(), benchmarks
@@ -214,38 +219,6 @@ def _refused(given: Given) -> list[dict[str, Any]]:
     """Samples of the pool that could not be embedded."""
     file = given.path / "quarantine.jsonl"
     return read_jsonl(file) if file.is_file() else []
-
-
-@contextmanager
-def _executor(workers: int) -> Iterator[Map]:
-    """Runs tasks on threads, few in flight, results in the order of the items; stops between two when asked to."""
-    from leveret.model.threads import torch_threads
-
-    def checked(function: Callable[[Any], Any], item: Any) -> Any:
-        if stop_requested():
-            raise Interrupted("stopped as asked; the same command goes on from there")
-        return function(item)
-
-    # One product per thread, each on one core: threads inside small products cost more than they bring.
-    with torch_threads(1), ThreadPoolExecutor(workers) as pool:
-
-        def execute(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-            if workers == 1 or len(items) < 2:
-                yield from (checked(function, item) for item in items)
-                return
-            waiting: deque[Future[Any]] = deque()
-            try:
-                for item in items:
-                    waiting.append(pool.submit(checked, function, item))
-                    if len(waiting) > 2 * workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-        yield execute
 
 
 def _run_steps(
@@ -287,13 +260,13 @@ def _ingest(given: Given, work: Path, execute: Map, size: int = engine.CHUNK) ->
     """The rows as they come, in parts of a file of at most `size`."""
     index = _index(given)
     pieces = engine.chunks_of(given.shards, work / "rows" / "0", size)
-    starts = {id(file.shard): number for number, file in enumerate(given.files)}
+    starts = {file.shard.path: number for number, file in enumerate(given.files)}
 
     def take(piece: tuple[Part, int]) -> Part:
         part, first = piece
         if not part.path.exists():
             ((shard, start, stop),) = part.pieces
-            ids, score = given.columns(starts[id(shard)], start, stop)
+            ids, score = given.columns(starts[shard.path], start, stop)
             row = np.arange(first, first + part.n) if index is None else index[first : first + part.n]
             engine.ingest(part, row, ids, score)
         return part
