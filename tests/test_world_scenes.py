@@ -231,9 +231,7 @@ def test_no_training_question_names_a_held_out_pair() -> None:
     banned = [f"{c} {s}" for c, s in HELD_OUT]
     for index in range(1500):
         scene = scene_at(index, "tune")
-        for question in questions.conversation(
-            scene, stream(0, "q", index), 10, questions.TUNE_WEIGHTS, opening={"tell": 0.2}
-        ):
+        for question in questions.conversation(scene, stream(0, "q", index), 10, questions.TUNE_WEIGHTS, describe=0.2):
             assert not any(name in question.text or name in question.answer for name in banned)
         assert not any(name in questions.text_only(stream(0, "x", index)).text for name in banned)
 

@@ -262,9 +262,7 @@ class Writer:
             turns = [(q.text, q.answer) for q in questions]
             return self.row(None, None, turns, {i: _places(scene, q) for i, q in enumerate(questions)}, slots)
         phase = phase_at(step)
-        questions = conversation(
-            scene, rng, 10, phase.weights, phase.register, opening={"tell": DESCRIBE}, options=OPTIONS
-        )
+        questions = conversation(scene, rng, 10, phase.weights, phase.register, describe=DESCRIBE, options=OPTIONS)
         hints = {
             i: _places(scene, q)
             for i, q in enumerate(questions)

@@ -619,19 +619,15 @@ TUNE_WEIGHTS = {
     "shape": 0.4,
     "count": 5.6,
     "relation": 1.0,
-    "choice": 3.0,
+    "choice": 2.8,
     "box": 0.6,
-    "word": 3.0,
+    "word": 4.8,
     "side": 0.2,
     "names": 0.5,
     "foreign": 0.25,
     "absent": 0.12,
     "insufficient": 0.25,
 }
-TUNE_OPENING = {"tell": 0.1, "word": 0.45}
-"""Letters are read in their order: where the picture stands just before the question that is learned soonest."""
-ONCE = ("word",)
-"""Kinds with one answer a scene: asked again, in whatever words, it could be copied from the turn before."""
 TUNE_OPTIONS = {"choice": {"forms": (0.2, 0.52, 0.28)}, "count": {"forms": (0.5, 0.43, 0.07)}}
 """What the backbones bring needs few examples; what they were never asked, and what takes two steps (find it, then
 find its letter), gets most."""
@@ -644,30 +640,25 @@ def conversation(
     weights: Mapping[str, float],
     register: Register = EXAM,
     *,
-    opening: Mapping[str, float] = MappingProxyType({}),
+    describe: float = 0.0,
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[Question]:
-    """`turns` questions on one scene, kinds drawn by weight, no question twice, and no kind of ONCE twice.
+    """`turns` questions on one scene, kinds drawn by weight, no question twice.
 
-    opening   probabilities of the kinds that the conversation may open with; what is left opens like any turn.
+    describe  probability that the conversation opens with the whole scene told.
     options   arguments for the generator of a kind, such as {"relation": {"short": 0.6}}.
     """
     asked: list[Question] = []
     seen: set[str] = set()
-    drawn = rng.random()
-    for kind, share in opening.items():
-        if 0 <= drawn < share and (first := KINDS[kind](scene, rng, register, **options.get(kind, {}))):
-            seen.add(first.text)
-            asked.append(first)
-        drawn -= share
+    if rng.random() < describe:
+        asked.append(KINDS["tell"](scene, rng, register))  # type: ignore[arg-type]
     kinds, shares = list(weights), list(weights.values())
     for _ in range(4 * turns):
         if len(asked) >= turns:
             break
         kind = pick(rng, kinds, shares)
         question = KINDS[kind](scene, rng, register, **options.get(kind, {}))
-        again = kind in ONCE and any(question.kind == kind for question in asked)
-        if question is not None and question.text not in seen and not again:
+        if question is not None and question.text not in seen:
             seen.add(question.text)
             asked.append(question)
     return asked

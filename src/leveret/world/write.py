@@ -31,7 +31,6 @@ from leveret.world.questions import (
     KINDS,
     POPE_WAYS,
     TEXT_FORMS,
-    TUNE_OPENING,
     TUNE_OPTIONS,
     TUNE_WEIGHTS,
     Question,
@@ -98,7 +97,7 @@ class WorldSize:
     web: int = 75_000
     strength: str = "usual"
     tune: int = 8_000
-    turns: int = 9
+    turns: int = 10
     text_share: float = 0.04
     test: int = 1_000
     harder: int = 100
@@ -168,7 +167,7 @@ def _tune_chunk(root: str, seed: int, start: int, stop: int, turns: int, text_sh
         scene = tune_scene(seed, index)
         Path(root, "images", _image_file("tune", index)).write_bytes(jpeg(render(scene)))
         rng = stream(seed, "tune/questions", index)
-        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, opening=TUNE_OPENING, options=TUNE_OPTIONS)
+        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1, options=TUNE_OPTIONS)
         records.append(_conversation_record(f"tune-{index:06d}", questions, "images/" + _image_file("tune", index)))
         if rng.random() < text_share:
             records.append(_conversation_record(f"text-{index:06d}", [text_only(rng) for _ in range(turns)], None))
