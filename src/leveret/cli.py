@@ -507,6 +507,26 @@ def coreset_recut(
     _report(json, {"out": str(folder), "redone": again, **facts}, "\n".join(lines))
 
 
+@_verb("add", "leveret.condense.add", group=coreset)
+def coreset_add(
+    path: Annotated[Path, typer.Argument(help="A finished coreset's folder.")],
+    new: Annotated[list[Path], typer.Argument(help="Folders or files of embeddings that are new.")],
+    out: Out,
+    workers: Workers = None,
+    executor: Executor = "local",
+    json: Json = False,
+) -> None:
+    """Add new embeddings: what condensing all together with the old centroids would give."""
+    from leveret.condense.add import add, in_words
+
+    with _reporting(json):
+        folder = add(path, new, out, workers=workers, run_on=executor)
+    facts = jsonlib.loads((folder / "summary.json").read_text("utf-8"))
+    added = jsonlib.loads((folder / "added.json").read_text("utf-8"))
+    lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept", in_words(added), f"the coreset is in {folder}"]
+    _report(json, {"out": str(folder), "added": added, **facts}, "\n".join(filter(None, lines)))
+
+
 @_verb("verify", "leveret.condense.verify", group=coreset)
 def coreset_verify(
     path: Annotated[Path, typer.Argument(help="A coreset's folder.")],

@@ -178,13 +178,19 @@ class Opened:
     stages: list[Stage]
 
 
+def finished(path: Path) -> dict[str, Any]:
+    """The manifest of a coreset that `condense` finished. DataError where there is none."""
+    if not (path / "manifest.json").is_file() or not (path / "done" / "condense.json").is_file():
+        raise DataError(f"{path} holds no finished coreset (no manifest.json); `leveret condense` makes one")
+    found: dict[str, Any] = read_json(path / "manifest.json")
+    return found
+
+
 def open_coreset(path: str | Path) -> Opened:
     """Opens a coreset that `condense` finished; nothing is computed. DataError where it is none, or its embeddings are
     gone or were changed."""
     path = Path(path)
-    if not (path / "manifest.json").is_file() or not (path / "done" / "condense.json").is_file():
-        raise DataError(f"{path} holds no finished coreset (no manifest.json); `leveret condense` makes one")
-    manifest = read_json(path / "manifest.json")
+    manifest = finished(path)
     chosen = CondenseRecipe.model_validate(manifest["recipe"])
     given = open_given(manifest["embeddings"])
     if manifest["weights"] == "as given" and given.fingerprint() != manifest["source"]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from leveret import recipe as recipes
-from leveret.condense.pipeline import condense
+from leveret.condense.pipeline import condense, finished
 from leveret.condense.steps import CondenseRecipe, changed
-from leveret.runs import DataError, RecipeError, read_json
+from leveret.runs import RecipeError
 
 
 def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, workers: int | None = None) -> Path:
@@ -23,7 +22,7 @@ def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, w
     and DataError (`path` holds no finished coreset, or its data are gone or were changed).
     """
     path, out = Path(path), Path(out)
-    manifest = _manifest(path)
+    manifest = finished(path)
     before = CondenseRecipe.model_validate(manifest["recipe"])
     after = changed(before, overrides)
     for name in ("seed", "encoder"):
@@ -51,21 +50,13 @@ def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, w
 
 def redone(path: str | Path, overrides: Sequence[str]) -> list[str]:
     """Labels of the steps that a recut does again: from the first whose settings, or whose place, differ."""
-    before = CondenseRecipe.model_validate(_manifest(Path(path))["recipe"])
+    before = CondenseRecipe.model_validate(finished(Path(path))["recipe"])
     after = changed(before, overrides)
     old, new = list(before.steps.items()), list(after.steps.items())
     same = 0
     while same < min(len(old), len(new)) and old[same] == new[same]:
         same += 1
     return [label for label, _ in new[same:]]
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
-    if not file.is_file() or not (path / "done" / "condense.json").is_file():
-        raise DataError(f"{path} holds no finished coreset (no manifest.json); `leveret condense` makes one")
-    found: dict[str, Any] = read_json(file)
-    return found
 
 
 def _link(path: Path, out: Path, labels: Sequence[str], generations: int) -> None:

@@ -1,0 +1,159 @@
+"""New embeddings beside those of a finished coreset: as if all had been there, and the centroids had been given.
+
+What was found of the old rows and cannot change is taken over: their columns, what they are to the benchmarks, and,
+where nothing but benchmarks came before the clusters, their nearest centroids.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leveret.condense.columns import load
+from leveret.condense.given import Given, is_given, open_given
+from leveret.condense.pipeline import condense, finished
+from leveret.condense.shards import ParquetShard
+from leveret.condense.steps import AGAINST, CondenseRecipe, changed
+from leveret.runs import DataError, RecipeError, write_json
+
+
+def add(
+    path: str | Path, new: Sequence[str | Path], out: str | Path, *, workers: int | None = None, run_on: str = "local"
+) -> Path:
+    """Makes the coreset `out` of the rows of the finished one at `path` and of the embeddings `new`; returns `out`.
+
+    It equals `condense` on all of them (the folder `out/.all`, which links their files) with the centroids of `path`.
+    `out/added.json` says how near the old and the new rows lie to their centroids.
+
+    Raises RecipeError (the recipe trains no centroids, or more than once) and DataError (`path` holds no finished
+    coreset, its embeddings are gone or were changed, `new` are none or do not fit them, an id that stands twice).
+    """
+    path, out = Path(path).resolve(), Path(out).resolve()
+    manifest = finished(path)
+    recipe = CondenseRecipe.model_validate(manifest["recipe"])
+    grouping = [label for label, config in recipe.steps.items() if config.step == "cluster"]
+    if len(grouping) != 1:
+        raise RecipeError(
+            f"{path} groups its rows {len(grouping)} times; adding goes by the centroids of the one step `cluster`. "
+            "Condense all the embeddings together instead."
+        )
+    old = open_given(manifest["embeddings"])
+    if manifest["weights"] == "as given" and old.fingerprint() != manifest["source"]:
+        raise DataError(f"{old.path} is not what {path} was made from: files there were changed since")
+    if wrong := [place for place in new if not is_given(place)]:
+        raise DataError(f"{wrong[0]} is no folder of embeddings; `leveret embed` makes one of a pool")
+    together = _linked([old, *(open_given(place) for place in new)], out / ".all")
+    label = grouping[0]
+    after = changed(recipe, [f"steps.{label}.centroids={path / 'centroids.npy'}"])
+
+    def begin(folder: Path) -> None:
+        _take_over(path, folder, recipe, label, old)
+
+    encoder = manifest.get("encoder") or (recipe.encoder if manifest["weights"] != "as given" else None)
+    condense(
+        together,
+        out,
+        after,
+        images=manifest["images"],
+        encoder=encoder,
+        against=[facts["path"] for facts in manifest.get("benchmarks", [])],
+        memory=manifest["memory"],
+        workers=workers,
+        run_on=run_on,
+        begin=begin,
+    )
+    write_json(out / "added.json", _nearness(out, len(old)))
+    return out
+
+
+def _linked(every: Sequence[Given], folder: Path) -> Path:
+    """One folder of embeddings that links the files of several, in their order."""
+    files = [file for given in every for file in given.files]
+    kinds = {"parquet" if isinstance(file.shard, ParquetShard) else "npy" for file in files}
+    if len(kinds) > 1:
+        raise DataError("embeddings in parquet and in .npy cannot be one set; write the new ones like the old ones")
+    beside = [(file.metadata is not None, file.text is not None) for file in files]
+    if kinds == {"npy"} and len(set(beside)) > 1:
+        raise DataError(
+            "some of these embeddings have metadata or captions' vectors beside them and others have none; ids and "
+            "scores would mean different things"
+        )
+    for number, file in enumerate(files):
+        if kinds == {"parquet"}:
+            links = {f"{number:06d}.parquet": file.shard.path}
+        elif beside[0] == (False, False):
+            links = {f"{number:06d}.npy": file.shard.path}
+        else:
+            links = {f"img_emb/img_emb_{number}.npy": file.shard.path}
+            links |= {f"metadata/metadata_{number}.parquet": file.metadata} if file.metadata else {}
+            links |= {f"text_emb/text_emb_{number}.npy": file.text.path} if file.text else {}
+        for name, target in links.items():
+            _link(target, folder / name)
+    return folder
+
+
+def _link(target: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.is_symlink():
+        place.symlink_to(target.resolve())
+    elif place.resolve() != target.resolve():
+        raise DataError(f"{place} links {place.resolve()}, not {target.resolve()}: give another folder for the result")
+
+
+def _take_over(path: Path, folder: Path, recipe: CondenseRecipe, label: str, old: Given) -> None:
+    """Links what was found of the old rows, which stand first in both."""
+    first = path / "work" / "rows" / "0"
+    parts = sorted(first.glob("*.npz"))
+    counted = 0
+    for part in parts:  # our own embeddings number rows as the pool did; where some were refused the numbers differ
+        (row,) = load(part, "row")
+        if not np.array_equal(row, np.arange(counted, counted + len(row))):
+            return
+        counted += len(row)
+    if counted != len(old):
+        return
+    places = [Path("rows", "0")]
+    before = list(recipe.steps)[: list(recipe.steps).index(label)]
+    if AGAINST in before:
+        places.append(Path(AGAINST))
+    if set(before) <= {AGAINST}:
+        places.append(Path("runs", "1"))
+    for place in places:
+        for file in sorted((path / "work" / place).iterdir()):
+            target = folder / "work" / place / file.name
+            if not os.path.lexists(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(file.resolve())
+    if (path / "against").is_dir() and not (folder / "against").exists():
+        (folder / "against").symlink_to((path / "against").resolve(), target_is_directory=True)
+
+
+def _nearness(out: Path, before: int) -> dict[str, Any]:
+    """Rows that came to the clusters, old and new: how many, and their mean similarity to their centroid."""
+    sums, counts = np.zeros(2), np.zeros(2, np.int64)
+    for part in sorted((out / "work" / "rows" / "1").glob("*.npz")):
+        row, near = load(part, "row", "centroid_cosine")
+        fresh = (row >= before).astype(np.int64)
+        sums += np.bincount(fresh, near, 2)
+        counts += np.bincount(fresh, minlength=2)
+    means = [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+    return {name: {"rows": int(counts[at]), "nearness": means[at]} for at, name in enumerate(("old", "new"))}
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """For the terminal: how well the old centroids fit the new rows."""
+    old, new = (found[name]["nearness"] for name in ("old", "new"))
+    if old is None or new is None:
+        return ""
+    told = f"mean similarity to the centroid: old rows {old:.3f}, new rows {new:.3f}"
+    if new < old - DRIFT * (1 - old):
+        return f"{told}: the new rows lie elsewhere; condense all together, so that they have centroids of their own"
+    return told
+
+
+DRIFT = 0.1
+"""How much farther from 1 than that of the old rows the new rows' similarity may be before it is said."""

@@ -1,0 +1,112 @@
+"""`leveret coreset add`: the old rows and the new ones, as if all had been condensed with the old centroids."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from leveret.condense import condense
+from leveret.condense.add import add
+from leveret.runs import DataError, RecipeError
+
+N, WIDTH = 1200, 24
+STEPS = ["cluster.k=15", "score.low=0.1", "score.high=0.9", "centroid=null", "budget=300"]
+
+
+def _rows(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((N, WIDTH), dtype=np.float32)
+    copies = rng.permutation(N)[: N // 3]
+    x[copies] = x[rng.integers(0, N, N // 3)] + 0.15 * x[copies]
+    return x
+
+
+def _layout(folder: Path, x: np.ndarray, start: int, stop: int, files: int = 2) -> Path:
+    """clip-retrieval's layout of rows [start, stop)."""
+    for kind in ("img_emb", "metadata"):
+        (folder / kind).mkdir(parents=True)
+    for number, rows in enumerate(np.array_split(np.arange(start, stop), files)):
+        np.save(folder / "img_emb" / f"img_emb_{number}.npy", x[rows].astype(np.float16))
+        table = pa.table({"key": [f"k{row * 7919 % 100_003}" for row in rows], "similarity": np.sin(rows)})
+        pq.write_table(table, folder / "metadata" / f"metadata_{number}.parquet")
+    return folder
+
+
+def _results(out: Path) -> tuple[object, ...]:
+    rows = [row for path in sorted((out / "ledger").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    ledger = sorted(rows, key=lambda row: row["index"])
+    return ledger, (out / "coreset.parquet").read_bytes(), (out / "coreset.json").read_bytes()
+
+
+@pytest.mark.parametrize("more", [[], ["cluster.clusters_per_row=2"]])
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_adding_equals_condensing_all_with_the_old_centroids(tmp_path: Path, more: list[str], benchmark: bool) -> None:
+    x, steps = _rows(), [*STEPS, *more]
+    old = _layout(tmp_path / "old", x, 0, 900)
+    new, newer = _layout(tmp_path / "new", x, 900, 1100), _layout(tmp_path / "newer", x, 1100, N, files=1)
+    np.save(tmp_path / "benchmark.npy", x[::50])
+    against = [tmp_path / "benchmark.npy"] if benchmark else []
+    first = condense(old, tmp_path / "first", "bunny", steps, workers=1, against=against)
+    assigned = {file: file.stat().st_mtime_ns for file in (first / "work" / "runs" / "1").iterdir()}
+    out = add(first, [new, newer], tmp_path / "out", workers=2)
+    fixed = [*steps, f"centroids={first / 'centroids.npy'}"]
+    whole = condense(_layout(tmp_path / "all", x, 0, N, files=7), tmp_path / "whole", "bunny", fixed, against=against)
+    assert _results(out) == _results(whole)
+    assert _results(add(first, [new, newer], tmp_path / "out", workers=1)) == _results(whole)  # done: nothing changes
+    linked = [file for file in (out / "work" / "runs" / "1").iterdir() if file.is_symlink()]
+    assert {file.resolve() for file in linked} == set(assigned)  # old rows were not compared with centroids again
+    assert {file: file.stat().st_mtime_ns for file in assigned} == assigned
+    told = json.loads((out / "added.json").read_text())
+    gone = len(pq.read_table(out / "contaminated.parquet")) if benchmark else 0
+    assert told["old"]["rows"] + told["new"]["rows"] == N - gone
+
+
+def test_rank_steps_before_the_clusters_are_done_again(tmp_path: Path) -> None:
+    """Then which old rows come to the clusters hangs on the new ones."""
+    x = _rows(1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps:\n  top: {by: score, share: 0.5}\n  cluster: {k: 9}\n  dedup: {threshold: 0.9}\n")
+    first = condense(_layout(tmp_path / "old", x, 0, 900), tmp_path / "first", recipe, workers=1)
+    out = add(first, [_layout(tmp_path / "new", x, 900, N)], tmp_path / "out", workers=1)
+    fixed = [f"centroids={first / 'centroids.npy'}"]
+    assert _results(out) == _results(condense(_layout(tmp_path / "all", x, 0, N), tmp_path / "w", recipe, fixed))
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    x = _rows(2)
+    first = condense(_layout(tmp_path / "old", x, 0, 600), tmp_path / "first", "bunny", STEPS, workers=1)
+    with pytest.raises(DataError, match="stands twice"):
+        add(first, [_layout(tmp_path / "again", x, 500, 700)], tmp_path / "a")
+    with pytest.raises(DataError, match="width 12"):
+        add(first, [_layout(tmp_path / "narrow", x[:, :12], 600, 700)], tmp_path / "b")
+    np.save(tmp_path / "bare.npy", x[600:700].astype(np.float16))
+    with pytest.raises(DataError, match="others have none"):
+        add(first, [tmp_path / "bare.npy"], tmp_path / "c")
+    with pytest.raises(DataError, match="no folder of embeddings"):
+        add(first, [tmp_path / "first"], tmp_path / "d")
+    with pytest.raises(DataError, match="no finished coreset"):
+        add(tmp_path / "old", [tmp_path / "again"], tmp_path / "e")
+    alone = condense(tmp_path / "old", tmp_path / "random", "random", ["random.count=100", "random.share=null"])
+    with pytest.raises(RecipeError, match="groups its rows 0 times"):
+        add(alone, [_layout(tmp_path / "more", x, 600, 700)], tmp_path / "f")
+    (tmp_path / "old" / "img_emb" / "img_emb_0.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="img_emb_0"):
+        add(first, [tmp_path / "more"], tmp_path / "g")
+
+
+def test_rows_that_lie_elsewhere_are_told(tmp_path: Path) -> None:
+    x = _rows(3)
+    x[:900] = x[:900] * 0.2 + np.repeat(_rows(4)[:9], 100, axis=0)
+    first = condense(_layout(tmp_path / "old", x, 0, 900), tmp_path / "first", "bunny", STEPS, workers=1)
+    new = _layout(tmp_path / "new", x, 900, N)
+    call = [sys.executable, "-c", "from leveret.cli import main; main()", "coreset", "add", str(first), str(new)]
+    done = subprocess.run([*call, "-o", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the new rows lie elsewhere" in done.stdout and "1,200 samples" in done.stdout
