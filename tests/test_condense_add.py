@@ -89,8 +89,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "bare.npy", x[600:700].astype(np.float16))
     with pytest.raises(DataError, match="others have none"):
         add(first, [tmp_path / "bare.npy"], tmp_path / "c")
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="no folder of embeddings"):
-        add(first, [tmp_path / "first"], tmp_path / "d")
+        add(first, [tmp_path / "nothing"], tmp_path / "d")
     with pytest.raises(DataError, match="no finished coreset"):
         add(tmp_path / "old", [tmp_path / "again"], tmp_path / "e")
     alone = condense(tmp_path / "old", tmp_path / "random", "random", ["random.count=100", "random.share=null"])

@@ -527,6 +527,23 @@ def coreset_add(
     _report(json, {"out": str(folder), "added": added, **facts}, "\n".join(filter(None, lines)))
 
 
+@_verb("export", "leveret.condense.export", group=coreset)
+def coreset_export(
+    path: Annotated[Path, typer.Argument(help="A finished coreset's folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder for a store, a file for the others.")],
+    kind: Annotated[str, typer.Option("--as", help="store, filter, datacomp or text.")] = "store",
+    workers: Workers = None,
+    json: Json = False,
+) -> None:
+    """Write a coreset as tars ready for training, or as a filter for a loader that exists."""
+    from leveret.condense.export import KINDS, export
+
+    with _reporting(json):
+        made = export(path, out, kind, **({"workers": workers} if workers else {}))
+    counts = ", ".join(f"{value:,} {name}" for name, value in made.items() if name != "out")
+    _report(json, made, f"{counts}: {made['out']} ({KINDS[kind].about})")
+
+
 @_verb("verify", "leveret.condense.verify", group=coreset)
 def coreset_verify(
     path: Annotated[Path, typer.Argument(help="A coreset's folder.")],
