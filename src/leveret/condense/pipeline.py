@@ -27,7 +27,17 @@ from leveret.condense.executors import executor
 from leveret.condense.given import Given, is_given, open_given
 from leveret.condense.ledger import Stage, records, write_contaminated, write_coreset, write_ids, write_ledger
 from leveret.condense.lloyd import Map
-from leveret.condense.steps import STEPS, CondenseRecipe, Shop, State, check_columns, decontaminated, read
+from leveret.condense.steps import (
+    STEPS,
+    Cluster,
+    CondenseRecipe,
+    ImageCluster,
+    Shop,
+    State,
+    check_columns,
+    decontaminated,
+    read,
+)
 from leveret.condense.working import Part, Rows
 from leveret.pool import Source, open_source
 from leveret.runs import (
@@ -113,6 +123,8 @@ def condense(
         eyes = eyes_of(given, encoder, sides, device)
     for side in sides:
         side.check(eyes)
+    if files := _files(chosen):
+        mark["files"] = files
     if sides:
         mark["against"] = [side.mark(eyes) for side in sides]
     run = RunFolder.open(out, "condense", {**recipes.dump(chosen), **mark, "rules": RULES})
@@ -202,6 +214,19 @@ def open_coreset(path: str | Path) -> Opened:
             run, chosen, given, execute, manifest["memory"], manifest["workers"], Clock(), benchmarks
         )
     return Opened(path, chosen, given, state, stages)
+
+
+def _files(chosen: CondenseRecipe) -> dict[str, str]:
+    """Digests of what the recipe reads besides the rows: they are part of what a run is."""
+    found = {}
+    for label, config in chosen.steps.items():
+        if isinstance(config, Cluster) and config.centroids is not None:
+            if not Path(config.centroids).is_file():
+                raise DataError(f"steps.{label}.centroids: there is no file {config.centroids}")
+            found[label] = sha256_of(Path(config.centroids))
+        elif isinstance(config, ImageCluster) and config.targets is not None:
+            found[label] = open_given(config.targets).fingerprint()
+    return found
 
 
 def _made_by(given: Given) -> str:

@@ -177,6 +177,22 @@ def _told_drop_top(stage: Stage, config: Any) -> tuple[str, str]:
     return f"Without the highest {_NAMES[config.by]}", f"the highest {_amount(config)} left out{_values(stage)}"
 
 
+def _told_density(stage: Stage, config: Any) -> tuple[str, str]:
+    notes, first = stage.notes, {"hard": "the least typical first", "easy": "the most typical first", "random": "any"}
+    shares = f"; of a cluster between {notes['least']:.1%} and {notes['most']:.1%}" if "least" in notes else ""
+    return "More of what is varied", (
+        f"{_amount(config)}, more of clusters that are wide and stand apart (density-based pruning), "
+        f"{first[config.keep]}{shares}"
+    )
+
+
+def _told_image_cluster(stage: Stage, config: Any) -> tuple[str, str]:
+    notes = stage.notes
+    return "Clusters that hold a target", (
+        f"{notes['clusters']:,} clusters are the nearest of at least one of {notes['targets']:,} target images"
+    )
+
+
 def _told_draw(stage: Stage, config: Any) -> tuple[str, str]:
     return "Drawn at random", f"{_amount(config)}, in an order that only the ids and the seed decide"
 
@@ -197,6 +213,8 @@ _TOLD: dict[str, Callable[[Stage, Any], tuple[str, str]]] = {
     "pairs": _told_pairs,
     "score": _told_band,
     "centroid": _told_band,
+    "density": _told_density,
+    "image_cluster": _told_image_cluster,
     "top": _told_top,
     "drop_top": _told_drop_top,
     "random": _told_draw,

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from leveret.condense import border, engine, linked
+from leveret.condense import border, concepts, engine, linked
 from leveret.condense.against import Benchmark, contaminated
 from leveret.condense.columns import load, save
 from leveret.condense.groups import KEEPS
@@ -141,6 +141,24 @@ class DropTop(Amount):
 
 class Draw(Amount):
     """Keep rows drawn by the seeded hash of their ids."""
+
+
+class Density(Amount):
+    """Keep more of clusters that are wide and stand apart (Density-Based Pruning)."""
+
+    temperature: float = Field(0.1, gt=0)
+    """Of the softmax over clusters' complexities: small numbers favour the complex ones more."""
+    neighbours: int = Field(20, ge=1)
+    """Nearest other centroids that say how far a cluster stands apart."""
+    keep: Literal["hard", "easy", "random"] = "hard"
+    """Which rows of a cluster: the least similar to its centroid, the most similar, or a seeded order."""
+
+
+class ImageCluster(StepConfig):
+    """Keep clusters that a target image falls into (DataComp's image-based filter)."""
+
+    targets: str | None = None
+    """Embeddings of the target images, by the encoder of the rows: a folder or file as `leveret condense` takes."""
 
 
 # --- what a step does ----------------------------------------------------------------------------------------------
@@ -264,6 +282,22 @@ def _draw(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Not
     return replace(state, rows=engine.draw(state.rows, label, count, shop.seed)), {}
 
 
+def _density(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    assert state.centroids is not None, "check_columns lets no density through before a cluster"
+    settings = {"temperature": config.temperature, "neighbours": config.neighbours, "keep": config.keep}
+    amount = _amount(config, state.rows.count())
+    rows, notes = concepts.density(state.rows, label, amount, state.centroids, **settings, seed=shop.seed, run=shop.run)
+    return replace(state, rows=rows), notes
+
+
+def _image_cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
+    from leveret.condense.given import open_given
+
+    assert state.centroids is not None, "check_columns lets no image_cluster through before a cluster"
+    rows, notes = concepts.image_cluster(state.rows, label, open_given(config.targets), state.centroids, shop.run)
+    return replace(state, rows=rows), notes
+
+
 @dataclass(frozen=True)
 class StepRow:
     """A step: what it does, its settings, the columns it reads and those it makes.
@@ -305,6 +339,8 @@ STEPS: dict[str, StepRow] = {
     "pairs": StepRow(_pairs, Pairs, _clusters, (), "drop what has an earlier near neighbour"),
     "score": StepRow(_band, RankBand, _by, (), "keep a band of image-text scores"),
     "centroid": StepRow(_band, CentroidBand, _by, (), "keep a band of closeness to the centre"),
+    "density": StepRow(_density, Density, _clusters, (), "keep more of clusters that are wide and stand apart"),
+    "image_cluster": StepRow(_image_cluster, ImageCluster, _clusters, (), "keep clusters that a target falls into"),
     "top": StepRow(_top, Top, _by, (), "keep the highest"),
     "drop_top": StepRow(_drop_top, DropTop, _by, (), "drop the highest"),
     "random": StepRow(_draw, Draw, _nothing, (), "draw at random"),
@@ -385,6 +421,11 @@ def check_columns(recipe: CondenseRecipe, present: tuple[str, ...], source: str)
         row = STEPS[config.step]
         if isinstance(config, Cluster):
             per_row = config.clusters_per_row
+        elif isinstance(config, ImageCluster) and config.targets is None:
+            faults.append(
+                f"steps.{label} (image_cluster) needs targets, the embeddings of the images whose clusters are kept: "
+                f"{label}.targets=FOLDER"
+            )
         elif isinstance(config, Pairs) and per_row > 1:
             faults.append(
                 f"steps.{label} (pairs): SemDeDup's rule goes by the order inside one cluster, and there "
