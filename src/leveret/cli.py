@@ -80,8 +80,8 @@ def _report(json: bool, facts: dict[str, Any], text: str = "") -> None:
         print(text)
 
 
-def _plan(json: bool, facts: dict[str, Any]) -> None:
-    """What a dry run found out, one fact a line."""
+def _plan(json: bool, facts: dict[str, Any], more: Sequence[str] = ()) -> None:
+    """What a dry run found out, one fact a line; and `more`, which is the fact `estimate` in words."""
     lines = ["would do, but this is a dry run:"]
 
     def tell(facts: dict[str, Any], indent: str) -> None:
@@ -97,8 +97,8 @@ def _plan(json: bool, facts: dict[str, Any]) -> None:
                 value = f"{value:,}"
             lines.append(f"{indent}{name:<{width}}  {value}")
 
-    tell(facts, "  ")
-    _report(json, facts, "\n".join(lines))
+    tell({name: value for name, value in facts.items() if name != "estimate"}, "  ")
+    _report(json, facts, "\n".join([*lines, *more]))
 
 
 def _version(asked: bool) -> None:
@@ -225,7 +225,8 @@ def condense(
     if clusters_per_row is not None:
         overrides = [*(overrides or []), f"cluster.clusters_per_row={clusters_per_row}"]
     if dry_run:
-        return _plan(json, _condense_plan(source, out, overrides or [], recipe, images, encoder, against or []))
+        told = source, out, overrides or [], recipe, images, encoder, against or []
+        return _plan(json, *_condense_plan(*told, allowed, workers))
     from leveret.condense import condense as station
 
     with _reporting(json):
@@ -268,24 +269,33 @@ def _condense_plan(
     images: Path | None,
     encoder: str | None,
     against: Sequence[str],
-) -> dict[str, Any]:
-    from leveret.condense.given import is_given
+    memory: int,
+    workers: int | None,
+) -> tuple[dict[str, Any], Sequence[str]]:
+    """What would be done; and, of embeddings, what it would come to."""
+    from leveret.condense.given import is_given, open_given
     from leveret.condense.steps import read
     from leveret.recipe import dump
+    from leveret.runs import cores
 
-    chosen = dump(read(recipe, overrides, against=bool(against)))
+    steps = read(recipe, overrides, against=bool(against))
+    chosen, lines = dump(steps), ["embed the pool first (`leveret embed`) to be told what the steps would come to"]
     facts: dict[str, Any] = {"recipe": recipe, "out": str(out)}
     if against:
         from leveret.condense.against import look_at
 
         facts["against"] = {side.name: len(side.source) for side in look_at(against)}
     if is_given(source):
+        from leveret.condense.estimate import estimate, in_words
+
         facts["embeddings"] = source
+        facts["estimate"] = estimate(open_given(source), steps, workers=workers or cores(), memory=memory)
+        lines = list(in_words(facts["estimate"]))
     else:
         from leveret.pool import open_source
 
         facts |= {"samples": len(open_source(source, images)), "encoder": encoder or chosen.get("encoder")}
-    return facts | {"steps": chosen["steps"]}
+    return facts | {"steps": chosen["steps"]}, lines
 
 
 @_verb("train", "leveret.train")

@@ -53,8 +53,8 @@ def density(
         """[k] rows of each cluster, and the sum of their distances to the centroid, in the order of ids."""
         alive = rows.alive(part)
         cluster, near = (column[alive] for column in part.read("cluster", "centroid_cosine"))
-        found: tuple[Ints, Doubles] = np.bincount(cluster, minlength=k), np.bincount(cluster, 1.0 - near, k)
-        return found
+        count, distance = np.bincount(cluster, minlength=k), np.bincount(cluster, 1.0 - near, k)
+        return count.astype(np.int64), distance.astype(np.float64)
 
     sizes, away = np.zeros(k, np.int64), np.zeros(k)
     for count, distance in run(widths, rows.parts):

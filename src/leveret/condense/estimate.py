@@ -1,0 +1,227 @@
+"""What condensing would do and cost, told from a hundredth of the rows before anything is spent.
+
+Of near copies a sample shows few: a pair is seen when both its rows are drawn. So what dedup leaves is told as a range.
+At least as large a share is dropped of all rows as of the sample, and at most one row for each pair that the pairs in
+the sample stand for (exactly that where copies come in pairs). Ranges pass on to the steps that follow.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from leveret.condense import groups, screen
+from leveret.condense.given import Given
+from leveret.condense.ranks import rank_of
+from leveret.condense.rows import Array, floats
+from leveret.condense.steps import (
+    Amount,
+    Cluster,
+    CondenseRecipe,
+    Dedup,
+    DropTop,
+    ImageCluster,
+    Pairs,
+    RankBand,
+)
+
+SHARE, LEAST, MOST = 0.01, 2_000, 20_000
+"""Rows that are looked at: this share of all, but no fewer and no more."""
+BLOCK = 64
+"""Rows next to each other that are read together."""
+THRESHOLDS = (0.80, 0.84, 0.86, 0.90, 0.945)
+"""Where near copies are counted besides the recipe's own threshold."""
+OVERHEAD = 4.5
+"""Seconds of a whole run over those of its products at the best rate, as measured with 1,000,000 rows (docs/log.md)."""
+COLUMNS = 120
+"""Bytes of a row's columns on disk, roughly."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """How many rows, at least and at most."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return f"{self.low:,}" if self.low == self.high else f"{self.low:,} to {self.high:,}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows that were drawn: x [m, width] as stored. of: all rows. rate: bytes a second that were read."""
+
+    x: Array
+    of: int
+    rate: float
+
+
+def draw(given: Given, seed: int) -> Sample:
+    """Blocks of rows at places that the seed says."""
+    n = len(given)
+    wanted = min(n, max(LEAST, min(MOST, round(SHARE * n))))
+    blocks = np.arange(-(-n // BLOCK))
+    chosen = np.sort(np.random.default_rng(seed).permutation(blocks)[: -(-wanted // BLOCK)])
+    began, found = time.perf_counter(), []
+    for file in given.files:
+        for block in chosen[(chosen * BLOCK >= file.first) & (chosen * BLOCK < file.first + file.shard.n)].tolist():
+            start = block * BLOCK - file.first
+            found.append(file.shard.read(start, min(start + BLOCK, file.shard.n)))
+    x = np.concatenate(found) if found else np.zeros((0, 1), np.float32)
+    good = np.isfinite(floats(x)).all(1) & (floats(x) != 0).any(1)
+    return Sample(x[good], n, x.nbytes / max(time.perf_counter() - began, 1e-6))
+
+
+def near_copies(x: Array, threshold: float) -> tuple[int, int]:
+    """(pairs above the threshold, rows that would be dropped) among all rows of a sample."""
+    joined, pairs = groups.Joined(len(x)), 0
+    block = screen.prepare(x, screen.middle_of(x))
+    for i, j, sure in screen.candidates(block, block, threshold, same=True):
+        edge = sure.copy()
+        edge[~sure] = groups.is_edge(x, i[~sure], x, j[~sure], threshold)
+        pairs += int(edge.sum())
+        joined.add(i[edge], j[edge])
+    return pairs, len(x) - len(np.unique(joined.settle()))
+
+
+def after_dedup(sample: Sample, threshold: float, came: Range) -> Range:
+    """What dedup leaves of `came` rows."""
+    m = len(sample.x)
+    if m < 2:
+        return came
+    pairs, dropped = near_copies(sample.x, threshold)
+
+    def left(n: int, gone: float) -> int:
+        return max(1, n - round(min(gone, n - 1))) if n else 0
+
+    # Two standard deviations of what a count of pairs may be off.
+    most = (pairs + 2 * math.sqrt(pairs + 1)) * came.high * (came.high - 1) / (m * (m - 1))
+    return Range(left(came.low, max(most, came.low * dropped / m)), left(came.high, came.high * dropped / m))
+
+
+def skew(x: Array, seed: int) -> float:
+    """k sum(n_c^2) / n^2 of a coarse grouping: how many times the pairs of equal clusters these have."""
+    k = max(1, round(math.sqrt(len(x) / 8)))
+    centroids = floats(x[np.random.default_rng(seed).permutation(len(x))[:k]])
+    lengths = np.sqrt(np.square(centroids).sum(1, keepdims=True))
+    sizes = np.bincount(screen.Nearest(centroids / lengths).of(x), minlength=len(centroids))
+    return float(len(centroids) * np.square(sizes / max(len(x), 1)).sum())
+
+
+def product_rate(threads: int) -> float:
+    """Operations a second of the products that screening makes here."""
+    import torch
+
+    from leveret.model.threads import torch_threads
+
+    kind = torch.int8 if screen.has_int8() else torch.float32
+    a = torch.randint(-127, 128, (1024, 1024), dtype=torch.int8).to(kind)
+    best = 0.0
+    with torch_threads(threads):
+        for _ in range(8):
+            began = time.perf_counter()
+            _ = torch._int_mm(a, a.T) if kind == torch.int8 else torch.mm(a, a.T)
+            best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+    return best
+
+
+def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int) -> dict[str, Any]:
+    """Rows after each step, clusters, seconds, bytes of memory and of disk that `condense` would come to.
+
+    {"rows", "sampled", "steps": {label: {"left": [least, most], ...}}, "thresholds": {threshold: [least, most]} after
+    the first dedup, "seconds", "memory", "disk"}. Seconds are those of this machine; a machine that other work shares
+    takes longer.
+    """
+    sample = draw(given, recipe.seed)
+    n, width, size = len(given), given.shards[0].width if given.shards else 0, sample.x.itemsize
+    rate = product_rate(workers)
+    left, k, flop, disk, per_row = Range(n, n), 1, 0.0, n * COLUMNS, 1
+    steps: dict[str, dict[str, Any]] = {}
+    thresholds: dict[str, list[int]] = {}
+    uneven = skew(sample.x, recipe.seed) if len(sample.x) > 100 else 1.0
+    for label, config in recipe.steps.items():
+        facts: dict[str, Any] = {}
+        if isinstance(config, Cluster):
+            k, trained = _clusters(config, left.high, width)
+            per_row = config.clusters_per_row
+            flop += 2.0 * width * (trained * k * (config.iterations if trained else 0) + left.high * k)
+            disk += left.high * (per_row * width * size + COLUMNS)
+            facts = {"clusters": k, "training_rows": trained}
+        elif isinstance(config, Dedup | Pairs):
+            flop += per_row**2 * uneven * width * left.high**2 / k
+            if not thresholds:
+                asked = sorted({*THRESHOLDS, config.threshold})
+                found = {one: after_dedup(sample, one, left) for one in asked}
+                thresholds = {f"{one:g}": [at.low, at.high] for one, at in found.items()}
+                left = found[config.threshold]
+            else:
+                left = after_dedup(sample, config.threshold, left)
+        else:
+            left = _counted(config, left)
+        steps[label] = {**facts, "left": [left.low, left.high]}
+    reading = n * width * size / sample.rate
+    return {
+        "rows": n,
+        "sampled": len(sample.x),
+        "steps": steps,
+        "thresholds": thresholds,
+        "seconds": round(OVERHEAD * flop / rate + 2 * reading + 3, 1),
+        "memory": memory + (8 * n if per_row > 1 else 0),
+        "disk": disk,
+    }
+
+
+def _clusters(config: Cluster, n: int, width: int) -> tuple[int, int]:
+    """(k, training rows; 0 where the centroids are given)."""
+    from leveret.condense import engine
+
+    if config.centroids is not None:
+        return len(engine.given_centroids(config.centroids, width)), 0
+    k = max(1, round(math.sqrt(n / 2))) if config.k == "auto" else min(int(config.k), n)
+    return k, min(n, max(engine.LEAST, k * config.rows_per_centroid))
+
+
+def _counted(config: Any, left: Range) -> Range:
+    """Steps that go by ranks alone."""
+
+    def amount(n: int) -> int:
+        return min(n, int(config.count if config.count is not None else rank_of(config.share, n)))
+
+    if isinstance(config, RankBand):
+        published = config.rank_rule == "published"
+        ends = [rank_of(config.high, n) - rank_of(config.low, n) - published for n in (left.low, left.high)]
+        return Range(max(0, ends[0]), max(0, ends[1]))
+    if isinstance(config, DropTop):
+        return Range(left.low - amount(left.low), left.high - amount(left.high))
+    if isinstance(config, Amount):
+        return Range(amount(left.low), amount(left.high))
+    return Range(0, left.high) if isinstance(config, ImageCluster) else left
+
+
+def in_words(found: dict[str, Any]) -> Sequence[str]:
+    """Lines for the terminal."""
+    lines = [f"{found['rows']:,} rows; told from {found['sampled']:,} of them"]
+    for label, facts in found["steps"].items():
+        more = f" ({facts['clusters']:,} clusters)" if "clusters" in facts else ""
+        lines.append(f"  after {label:<14} {Range(*facts['left'])}{more}")
+    if found["thresholds"]:
+        lines.append("left by dedup at other thresholds:")
+        lines += [f"  {threshold:<20} {Range(*ends)}" for threshold, ends in found["thresholds"].items()]
+    lines.append(
+        f"about {_time(found['seconds'])} here, {found['memory'] / 1e9:.1f} GB of memory, "
+        f"{found['disk'] / 1e9:.2f} GB of disk"
+    )
+    return lines
+
+
+def _time(seconds: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} seconds"
