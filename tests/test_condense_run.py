@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from leveret.cli import explain
 from leveret.condense import condense, embed
 from leveret.condense import embed as embed_function
 from leveret.condense.given import Given
@@ -24,7 +26,7 @@ from leveret.condense.ledger import Excerpt, records, write_coreset
 from leveret.condense.pipeline import open_coreset
 from leveret.model import encoders
 from leveret.pool import open_source
-from leveret.runs import DataError, Interrupted, RecipeError
+from leveret.runs import DataError, EnvironmentFault, Interrupted, RecipeError
 
 
 class _Fake:
@@ -181,6 +183,32 @@ def test_a_crash_at_any_write_changes_nothing(tmp_path, recipe, monkeypatch, mor
             pass
     assert count[1] > 6
     assert _results(tmp_path / "out") == expected
+
+
+@ALONE_OR_TWO
+def test_a_full_disk_stops_the_run_and_what_was_done_is_kept(tmp_path, recipe, monkeypatch, more):
+    folder = _foreign(tmp_path / "emb")
+    expected = _results(condense(folder, tmp_path / "whole", recipe, more))
+    real, writes = os.replace, [0]
+
+    def full(source, target):
+        writes[0] += 1
+        if writes[0] > 12:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            condense(folder, tmp_path / "out", recipe, more)
+    code, said = explain(caught.value)
+    assert code == 5 and "the disk is full" in said and not list((tmp_path / "out").rglob("*.tmp*"))
+    assert _results(condense(folder, tmp_path / "out", recipe, more)) == expected
+    # Where it can be known beforehand it is said before hours of work.
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(EnvironmentFault, match="writes them once more, about 0"):
+        condense(folder, tmp_path / "other", recipe, more)
 
 
 def test_kill_minus_nine_and_again(tmp_path):

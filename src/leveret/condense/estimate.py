@@ -20,6 +20,7 @@ from leveret.condense.given import Given
 from leveret.condense.ranks import rank_of
 from leveret.condense.rows import Array, floats
 from leveret.condense.steps import (
+    COLUMN_BYTES,
     Amount,
     Cluster,
     CondenseRecipe,
@@ -38,8 +39,6 @@ THRESHOLDS = (0.80, 0.84, 0.86, 0.90, 0.945)
 """Where near copies are counted besides the recipe's own threshold."""
 OVERHEAD = 4.5
 """Seconds of a whole run over those of its products at the best rate, as measured with 1,000,000 rows (docs/log.md)."""
-COLUMNS = 120
-"""Bytes of a row's columns on disk, roughly."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int)
     sample = draw(given, recipe.seed)
     n, width, size = len(given), given.shards[0].width if given.shards else 0, sample.x.itemsize
     rate = product_rate(workers)
-    left, k, flop, disk, per_row = Range(n, n), 1, 0.0, n * COLUMNS, 1
+    left, k, flop, disk, per_row = Range(n, n), 1, 0.0, n * COLUMN_BYTES, 1
     steps: dict[str, dict[str, Any]] = {}
     thresholds: dict[str, list[int]] = {}
     uneven = skew(sample.x, recipe.seed) if len(sample.x) > 100 else 1.0
@@ -151,7 +150,7 @@ def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int)
             k, trained = _clusters(config, left.high, width)
             per_row = config.clusters_per_row
             flop += 2.0 * width * (trained * k * (config.iterations if trained else 0) + left.high * k)
-            disk += left.high * (per_row * width * size + COLUMNS)
+            disk += left.high * (per_row * width * size + COLUMN_BYTES)
             facts = {"clusters": k, "training_rows": trained}
         elif isinstance(config, Dedup | Pairs):
             flop += per_row**2 * uneven * width * left.high**2 / k

@@ -73,7 +73,11 @@ class Parents:
         else:
             self.path = path
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parent = np.memmap(path, np.int64, "w+", shape=(n,))
+            with open(path, "wb") as file:  # a mapped file with holes kills the process when the disk is full
+                for part in spans(n, groups.PENDING):
+                    file.write(np.arange(part.start, part.stop).data)
+            self.parent = np.memmap(path, np.int64, "r+", shape=(n,))
+            return
         for part in spans(n, groups.PENDING):
             self.parent[part] = np.arange(part.start, part.stop)
 

@@ -14,6 +14,7 @@ Steps run in their order, each on what the one before it left. In overrides `ste
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from leveret.condense.lloyd import Map
 from leveret.condense.ranks import rank_of
 from leveret.condense.rows import Floats
 from leveret.condense.working import Rows
-from leveret.runs import RecipeError, closest
+from leveret.runs import EnvironmentFault, RecipeError, closest
 
 
 class StepConfig(BaseModel):
@@ -186,6 +187,8 @@ class Shop:
 
 
 Notes = dict[str, Any]
+COLUMN_BYTES = 120
+"""What a row's columns take on disk, roughly, besides its vector."""
 
 
 def _contaminated(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
@@ -223,10 +226,24 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
         save(folder / "centroids.npz", {"centroids": centroids, **counts})
         training.path.unlink()
         notes = {"iterations": rounds, "training_rows": len(training)}
+    _room(rows, n, config.clusters_per_row)
     grouped = engine.group(rows, centroids, shop.most, shop.run, config.clusters_per_row)
     sizes = engine.cluster_sizes(grouped, len(centroids))
     notes |= {"clusters": len(centroids), "empty": int((sizes == 0).sum()), "largest": int(sizes.max(initial=0))}
     return State(grouped, centroids, (*state.earlier, rows)), notes
+
+
+def _room(rows: Rows, n: int, per_row: int) -> None:
+    """EnvironmentFault where the disk cannot hold the rows once more, in the order of their clusters."""
+    runs = rows.work / "runs" / str(rows.generation + 1)
+    there = sum(file.stat().st_size for file in runs.glob("*")) if runs.is_dir() else 0
+    needed = n * (per_row * rows.parts[0].pieces[0][0].row_bytes + COLUMN_BYTES) - there
+    free = shutil.disk_usage(rows.work).free
+    if needed > free:
+        raise EnvironmentFault(
+            f"grouping {n:,} rows by cluster writes them once more, about {needed / 1e9:.1f} GB, and {rows.work} has "
+            f"{free / 1e9:.1f} GB free. Make room, or give -o a folder on a larger disk; what is done is kept."
+        )
 
 
 def _dedup(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
