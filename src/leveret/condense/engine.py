@@ -6,6 +6,7 @@ on where it was, tasks may run anywhere, and memory is set by the size of a buck
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from leveret.condense.rows import TOGETHER, Array, Floats, Ints, distances, floa
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
 from leveret.condense.working import Part, Rows
-from leveret.runs import DataError
+from leveret.runs import DataError, atomic_file
 
 CHUNK = 65_536
 """Rows of a file that are read together. No part of any rule."""
@@ -79,7 +80,7 @@ def rename(part: Part, names: Mapping[int, bytes]) -> None:
 
 
 class Training:
-    """Training rows in a file, in the order of their ids' hash: float32 unit vectors. held: the same in memory."""
+    """Training rows in the order of their ids' hash: float32 unit vectors, in memory (`held`) or in a file."""
 
     def __init__(self, path: Path, n: int, width: int, held: Floats | None = None) -> None:
         self.path, self.held = path, held
@@ -92,7 +93,10 @@ class Training:
         return self.shard.read(start, stop) if self.held is None else self.held[start:stop]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process reads the file."""
+        """Another process reads the file, which is written when the first asks for it."""
+        if self.held is not None and not self.path.exists():
+            with atomic_file(self.path) as file:
+                file.write(self.held.astype("<f4", copy=False).data)
         return self.__dict__ | {"held": None}
 
 
@@ -125,8 +129,7 @@ def training_rows(rows: Rows, wanted: int, seed: int, path: Path, run: lloyd.Map
             out[some] = unit(found[some])
         return out
 
-    half = path.with_suffix(".half")
-    with open(half, "wb") as file:
+    with contextlib.nullcontext() if hold else atomic_file(path) as file:
         for span in spans(len(rank), together):
             jobs, to = [], []
             for (part, places), start, stop in zip(chosen, ends[:-1], ends[1:], strict=True):
@@ -136,8 +139,8 @@ def training_rows(rows: Rows, wanted: int, seed: int, path: Path, run: lloyd.Map
                     to.append(rank[start:stop][inside] - span.start)
             for at, found in zip(to, run(take, jobs), strict=True):
                 x[at] = found
-            file.write(x[: span.stop - span.start].astype("<f4", copy=False).data)
-    half.rename(path)
+            if file is not None:
+                file.write(x[: span.stop - span.start].astype("<f4", copy=False).data)
     return Training(path, len(rank), width, held=x if hold else None)
 
 

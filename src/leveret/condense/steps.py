@@ -224,7 +224,7 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
         centroids, rounds = engine.train(training, k, config.iterations, shop.run, folder, shop.memory // 4)
         counts = {"rounds": np.array(rounds), "training_rows": np.array(len(training))}
         save(folder / "centroids.npz", {"centroids": centroids, **counts})
-        training.path.unlink()
+        training.path.unlink(missing_ok=True)
         notes = {"iterations": rounds, "training_rows": len(training)}
     _room(rows, n, config.clusters_per_row)
     grouped = engine.group(rows, centroids, shop.most, shop.run, config.clusters_per_row)

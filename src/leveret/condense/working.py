@@ -178,8 +178,12 @@ class Rows:
         def each() -> Iterator[tuple[Array, Callable[[Array], list[bytes]]]]:
             for part in self.parts:
                 alive = self.alive(part)
-                ids: Ids = part.read("id")[0].take(alive)
-                yield key(self.column(name, part)[alive]), ids.at
+
+                def at(places: Array, part: Part = part, alive: Ints = alive) -> list[bytes]:
+                    ids: Ids = part.read("id")[0]  # few passes ask for any: they are as much to read as all the rest
+                    return ids.at(alive[places])
+
+                yield key(self.column(name, part)[alive]), at
 
         return each
 
