@@ -52,7 +52,7 @@ def test_ranges_hold_what_a_run_finds(folder: Path, tmp_path: Path) -> None:
 
 def test_every_preset_is_estimated_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
     given = open_given(folder)
-    for name in ("bunny", "semdedup-far", "clip-score-top", "density", "random", "world", "photos"):
+    for name in ("bunny", "semdedup-far", "clip-score-top", "density", "leveret", "random", "world", "photos"):
         found = estimate(given, read(name), workers=1, memory=1 << 30)
         ends = [facts["left"] for facts in found["steps"].values()]
         assert all(0 <= low <= high <= N for low, high in ends), name
