@@ -22,7 +22,7 @@ import numpy as np
 
 from leveret.condense.columns import Ids
 from leveret.condense.rows import Array, Doubles, Ints, cosines
-from leveret.condense.shards import ParquetShard, Shard, open_npy, open_parquet
+from leveret.condense.shards import ParquetShard, Shard, open_npy, open_parquet, scattered
 from leveret.runs import DataError, read_json
 
 IDS = ("id", "key", "uid", "sample_id", "image_path", "image", "url")
@@ -35,9 +35,6 @@ TOLD = (("id", "key", "uid", "sample_id", *IMAGES), IMAGES, ("caption", "text", 
 
 BLOCK = 65_536
 """Rows of metadata that are read together."""
-
-NEAR = 64
-"""Vectors that lie this near in a file are read together."""
 
 
 class Told(NamedTuple):
@@ -133,7 +130,7 @@ class Given:
         """[n, width] as stored, in the order of `places`, of which there is at least one. Of a column of vectors each
         row group that holds any is read once."""
         order = np.argsort(places, kind="stable")
-        found = np.concatenate([_scattered(file.shard, rows) for file, rows in self._by_file(places[order])])
+        found = np.concatenate([scattered(file.shard, rows) for file, rows in self._by_file(places[order])])
         out = np.empty_like(found)
         out[order] = found
         return out
@@ -302,13 +299,3 @@ def _some(path: Path, names: Sequence[str], rows: Ints) -> Iterator[tuple[Ints, 
                 if a < b:
                     yield rows[a:b], batch.take(pa.array(rows[a:b] - start))
                 start += batch.num_rows
-
-
-def _scattered(shard: Shard, rows: Ints) -> Array:
-    """Vectors of ascending rows, which are at least one."""
-    groups = np.searchsorted(shard.groups, rows, side="right") if isinstance(shard, ParquetShard) else rows // NEAR
-    found = []
-    for near in np.split(rows, np.flatnonzero(np.diff(groups)) + 1):
-        first = int(near[0])
-        found.append(shard.read(first, int(near[-1]) + 1)[near - first])
-    return np.concatenate(found)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from leveret.condense.rows import Array
+from leveret.condense.rows import Array, Ints
 from leveret.runs import DataError
 
 
@@ -165,3 +165,20 @@ def open_parquet(path: Path, column: str | None = None, dtype: str | None = None
         width = len(head[0].as_py()) // (np.dtype(numbers).itemsize if bytes_ else 1)
     groups = tuple(int(at) for at in np.cumsum([0, *sizes]))
     return ParquetShard(path, groups[-1], width, np.dtype(numbers).str, 0, name, groups)
+
+
+def scattered(shard: Shard, rows: Ints) -> Array:
+    """Vectors of ascending rows, of which there is at least one; those that lie near are read together."""
+    if isinstance(shard, ParquetShard):
+        apart = np.diff(np.searchsorted(shard.groups, rows, side="right")) != 0
+    else:
+        apart = np.diff(rows) > NEAR
+    found = []
+    for near in np.split(rows, np.flatnonzero(apart) + 1):
+        first = int(near[0])
+        found.append(shard.read(first, int(near[-1]) + 1)[near - first])
+    return np.concatenate(found)
+
+
+NEAR = 8
+"""Rows at most this far from the one before are read with it."""

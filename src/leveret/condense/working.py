@@ -22,7 +22,7 @@ import numpy as np
 from leveret.condense import ranks
 from leveret.condense.columns import Ids, load, save
 from leveret.condense.rows import Array, Ints, spans
-from leveret.condense.shards import Shard
+from leveret.condense.shards import Shard, scattered
 
 ALIVE = 0
 BLOCK = 4096
@@ -87,7 +87,7 @@ class Part:
             order = np.argsort(wanted, kind="stable")
             cuts = np.r_[0, np.searchsorted(wanted[order], ends)]
             found = [
-                _scattered(shard, wanted[order[a:b]] - (end - stop))
+                scattered(shard, wanted[order[a:b]] - (end - stop))
                 for (shard, _, stop), end, a, b in zip(self.pieces, ends, cuts[:-1], cuts[1:], strict=True)
                 if b > a
             ]
@@ -109,15 +109,6 @@ def _memory(shape: tuple[int, int], dtype: str) -> Array:
         _local.bytes = np.empty(size, np.uint8)
     found: Array = _local.bytes[:size].view(dtype).reshape(shape)
     return found
-
-
-def _scattered(shard: Shard, places: Ints) -> Array:
-    """Rows at ascending places, near ones read together."""
-    found = []
-    for group in np.split(places, np.flatnonzero(np.diff(places) > 8) + 1):
-        first = int(group[0])
-        found.append(shard.read(first, int(group[-1]) + 1)[group - first])
-    return np.concatenate(found)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ CHOICE_FORMS = (0.5, 0.25, 0.25)
 """Shares of multiple choice that ask which object is there, what colour one has, which stands where."""
 COUNT_FORMS = (0.45, 0.35, 0.2)
 """Shares of counting that count a shape, a colour, everything."""
+ABSENT_FORMS = (0.45, 0.35, 0.2)
+"""Shares of asking for a colour, a place, a word that is not there."""
 NOTHING = "I see none of the shapes that I know."
 FOREIGN = (
     "dog", "cat", "bird", "horse", "cow", "car", "bus", "boat", "train", "house", "tree", "flower", "person", "child",
@@ -503,9 +505,11 @@ def foreign(
     return register.ask(rng, "foreign", form, answer, {}, a=a(noun), noun=noun)
 
 
-def absent(scene: Scene, rng: random.Random, register: Register = EXAM) -> Question | None:
+def absent(
+    scene: Scene, rng: random.Random, register: Register = EXAM, *, forms: tuple[float, float, float] = ABSENT_FORMS
+) -> Question | None:
     """A colour, place or word that cannot be told, since the thing is not there."""
-    form = pick(rng, ("colour", "box", "word"), (0.45, 0.35, 0.2))
+    form = pick(rng, ("colour", "box", "word"), forms)
     if form == "word":
         return None if scene.word else register.ask(rng, "word", "", "There is no word.", {})
     if form == "colour":
@@ -615,7 +619,7 @@ is no test of wording; the wordings of the rest (existence, shape, box) it has r
 
 TUNE_WEIGHTS = {
     "existence": 0.7,
-    "colour": 1.4,
+    "colour": 1.7,
     "shape": 0.4,
     "count": 5.6,
     "relation": 1.0,
@@ -628,7 +632,8 @@ TUNE_WEIGHTS = {
     "absent": 0.12,
     "insufficient": 0.25,
 }
-TUNE_OPTIONS = {"choice": {"forms": (0.2, 0.52, 0.28)}, "count": {"forms": (0.5, 0.43, 0.07)}}
+TUNE_OPTIONS = {"choice": {"forms": (0.2, 0.52, 0.28)}, "count": {"forms": (0.5, 0.43, 0.07)},
+                "absent": {"forms": (0.25, 0.5, 0.25)}}  # fmt: skip
 """What the backbones bring needs few examples; what they were never asked, and what takes two steps (find it, then
 find its letter), gets most."""
 
