@@ -301,6 +301,18 @@ def test_the_nearest_centroid_is_the_nearest_also_among_equal_ones(spread: float
     assert np.array_equal(found, expected) and not ((found >= 40) & (found < 80)).any()  # the lower of two equal ones
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_a_cluster_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _, _ = pool(kind, n=700)
+    rank = np.random.default_rng(2).permutation(700)
+    bounds = [0, 400, 401, 700]
+    whole = groups.components(x, bounds, 0.86), groups.with_earlier_neighbour(x, bounds, 0.86, rank)
+    monkeypatch.setattr(groups, "BLOCK", 37)
+    parted = groups.components(x, bounds, 0.86), groups.with_earlier_neighbour(x, bounds, 0.86, rank)
+    assert all(np.array_equal(one, two) for one, two in zip(whole, parted, strict=True))
+    assert len(np.unique(whole[0])) < 700 and whole[1].any()
+
+
 def test_components_of_a_cluster_that_does_not_fit_are_the_same() -> None:
     for kind in KINDS:
         x, _, _ = pool(kind, n=500)

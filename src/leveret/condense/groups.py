@@ -7,7 +7,7 @@ Pairs are joined as they are met; no list of edges is kept. Positions below are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -20,6 +20,10 @@ from leveret.condense.rows import Array, Bools, Doubles, Ints
 
 PENDING = 1 << 20
 """Pairs that wait to be joined: joining many at once is cheap, and this bounds what waits."""
+
+
+BLOCK = 8192
+"""Rows of a cluster that are made ready for products together."""
 
 
 class Joined:
@@ -134,15 +138,26 @@ def is_edge(a: Array, i: Ints, b: Array, j: Ints, threshold: float) -> Array:
 
 def _inside(x: Array, places: Ints, threshold: float, joined: Joined, open_pairs: _Open) -> None:
     """One cluster, held in memory: `places` are its distinct rows."""
-    together = places[-1] - places[0] + 1 == len(places)
-    own = x[places[0] : places[-1] + 1] if together else x[places]
-    block = screen.prepare(own, screen.middle_of(own))
-    for i, j, sure in screen.candidates(block, block, threshold, same=True):
-        i, j = places[i], places[j]
+    for i, j, sure in _candidates(x, places, threshold):
         joined.add(i[sure], j[sure])
         open_pairs.add(i[~sure], j[~sure])
-    if open_pairs.count > PENDING:
-        open_pairs.decide(x, threshold, joined)
+        if open_pairs.count > PENDING:
+            open_pairs.decide(x, threshold, joined)
+
+
+def _candidates(x: Array, places: Ints, threshold: float) -> Iterator[tuple[Ints, Ints, Bools]]:
+    """Pairs (i, j) of rows of x, among `places`, that may be nearer than the threshold, and which surely are.
+
+    In blocks: one row that 8 bits tell too coarsely has its whole block compared in float32.
+    """
+    together = places[-1] - places[0] + 1 == len(places)
+    own = x[places[0] : places[-1] + 1] if together else x[places]
+    middle = screen.middle_of(own)
+    blocks = [(part.start, screen.prepare(own[part], middle)) for part in exact.spans(len(own), BLOCK)]
+    for number, (above, one) in enumerate(blocks):
+        for left, two in blocks[number:]:
+            for i, j, sure in screen.candidates(one, two, threshold, same=two is one):
+                yield places[above + i], places[left + j], sure
 
 
 def components_apart(read: Callable[[Ints], Array], n: int, threshold: float, size: int) -> Ints:
@@ -204,10 +219,7 @@ def with_earlier_neighbour(x: Array, bounds: Sequence[int] | Ints, threshold: fl
         places = fresh[start:stop]
         if len(places) < 2:
             continue
-        own = x[places]
-        block = screen.prepare(own, screen.middle_of(own))
-        for i, j, sure in screen.candidates(block, block, threshold, same=True):
-            one, two = places[i], places[j]
+        for one, two, sure in _candidates(x, places, threshold):
             later = np.where(rank[one] > rank[two], one, two)
             gone[later[sure]] = True
             open_ = np.flatnonzero(~sure & ~gone[later])
