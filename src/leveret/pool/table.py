@@ -5,6 +5,7 @@ Images stand in a column `images` or `image`, in the form that Hugging Face's `I
 
     conversations   LLaVA's: a list of {from, value}
     texts           The Cauldron's and FineVision's: a list of {user, assistant}, each a pair of turns
+    messages        the chat form of OpenAI, TRL and the Hub: a list of {role, content}
     caption, text   one string
 
 Where no user turn holds an image mark, the marks are put at the start of the first one. A column `id` gives ids; else
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from leveret import cells
 from leveret.images import Root
 from leveret.pool.base import SampleFault, Source
-from leveret.pool.llava import OWN, Refuse, named, spoken
+from leveret.pool.llava import OWN, Refuse, chatted, marked, named, spoken
 from leveret.pool.webdataset import captioned, shard_name
-from leveret.records import IMAGE_MARK, ImageRef, Sample, Turn
+from leveret.records import ImageRef, Sample, Turn
 from leveret.runs import DataError
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Layout:
 
 def _said(cell: Any, images: int, refuse: Refuse) -> Words:
     return spoken({"conversations": cell}, refuse), {}
+
+
+def _chatted(cell: Any, images: int, refuse: Refuse) -> Words:
+    return chatted(cell, refuse), {}
 
 
 def _pairs(cell: Any, images: int, refuse: Refuse) -> Words:
@@ -88,6 +93,13 @@ def _list_of(*names: str) -> Callable[[Any], bool]:
     return fits
 
 
+def _is_chat(kind: Any) -> bool:
+    if not _list_of("role", "content")(kind):
+        return False
+    content = _entry(kind).field("content").type
+    return _is_text(content) or _list_of("type")(content)
+
+
 def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
@@ -103,6 +115,13 @@ LAYOUTS = (
         _list_of("user", "assistant"),
         _pairs,
         "texts: list<struct<user, assistant>> (The Cauldron, FineVision)",
+    ),
+    Layout(
+        4,
+        "messages",
+        _is_chat,
+        _chatted,
+        "messages: list<struct<role, content>>, content a string or list<struct<type, text>> (OpenAI, TRL)",
     ),
     Layout(2, "caption", _is_text, _caption, "caption: string"),
     Layout(3, "text", _is_text, _caption, "text: string"),
@@ -212,7 +231,7 @@ class TableSource(Source):
         layout = LAYOUTS[plan.layout]
         turns, more = layout.words(record.pop(layout.column), len(refs), refuse)
         meta = {key: value for key, value in {**more, **record}.items() if key not in OWN}
-        return Sample(id, refs, _marked(turns, len(refs)), self.name, meta)
+        return Sample(id, refs, marked(turns, len(refs)), self.name, meta)
 
     def _trace(self, index: int) -> tuple[bytes, Sequence[str]]:
         """Of each group, at its first row: the words and image paths as they are packed in the file, byte for byte,
@@ -229,15 +248,6 @@ class TableSource(Source):
         except (OSError, cells.Unreadable) as error:
             digest.update(type(error).__name__.encode())
         return digest.digest(), ()
-
-
-def _marked(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
-    """The turns with a mark for each image, at the start of the first user turn, where there is none at all."""
-    first = next((at for at, turn in enumerate(turns) if turn.role == "user"), None)
-    if first is None or not images or any(IMAGE_MARK in turn.text for turn in turns if turn.role == "user"):
-        return turns
-    marks = f"{IMAGE_MARK}\n" * images
-    return (*turns[:first], Turn("user", marks + turns[first].text), *turns[first + 1 :])
 
 
 # --- which column is what ------------------------------------------------------------------------------------------
