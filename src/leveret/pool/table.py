@@ -135,7 +135,7 @@ class TableSource(Source):
     Rows lie in groups (parquet's row groups, Arrow's record batches), and a row's words are read with its group's.
     """
 
-    kind: ClassVar[Literal["parquet"]]
+    kind: ClassVar[Literal["parquet", "arrow"]]
     group: ClassVar[str]
     """What a group of rows is called, for messages."""
 
@@ -279,6 +279,8 @@ class Plan(NamedTuple):
 def understood(path: Path, schema: Any) -> Plan:
     """Where things stand in a file of this Arrow schema; `read` names whole columns. `DataError` if it is not told."""
     kinds: dict[str, Any] = {field.name: field.type for field in schema}
+    if twice := [name for name in kinds if schema.names.count(name) > 1]:
+        raise DataError(f"{path}: several columns are named {', '.join(map(ascii, twice))}. Rename all but one.")
     images = next((name for name in COLUMNS if name in kinds and _is_images(kinds[name])), None)
     layout = next((at for at, row in enumerate(LAYOUTS) if row.column in kinds and row.fits(kinds[row.column])), None)
     if images is None or layout is None:
