@@ -131,6 +131,47 @@ def test_the_cauldron_and_finevision(tmp_path: Path) -> None:
     assert (second.images, second.turns[0].text) == ((), "words")
 
 
+PART = pa.struct([("index", pa.int64()), ("text", pa.string()), ("type", pa.string())])
+PLAIN = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+PARTS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(PART))]))
+
+
+def chat(*contents: Any) -> list[Any]:
+    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
+
+
+def text(words: str | None) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def picture(index: int | None = None) -> dict[str, Any]:
+    return {"type": "image", "index": index}
+
+
+def test_messages(tmp_path: Path) -> None:
+    talks = [
+        chat([picture(), text("What?")], [text("A cat.")]),
+        chat([text("First?\n"), picture(0)], [text("1")], [text("And"), picture(1), text("this?")], [text("2")]),
+        [{"role": "system", "content": [text("S")]}, *chat([text("Q")], [text("A")])],
+    ]
+    columns = {
+        "images": (pa.list_(IMAGE), [[cell(0)], [cell(1), cell(2)], [cell(3), cell(4)]]),
+        "messages": (PARTS, talks),
+        "text": (pa.string(), ["templated"] * 3),
+    }
+    source = open_source(written(tmp_path / "a.parquet", columns))
+    assert [[turn.text for turn in source.sample(at).turns] for at in range(3)] == [
+        ["<image>\nWhat?", "A cat."],
+        ["First?\n<image>", "1", "And\n<image>\nthis?", "2"],
+        ["S", "<image>\n<image>\nQ", "A"],
+    ]
+    assert source.sample(2).turns[0].role == "system"
+    assert dict(source.sample(0).meta) == {"text": "templated"}
+    columns = {"image": (IMAGE, [cell(), None]), "messages": (PLAIN, [chat("Q", "A"), chat("only words", "yes")])}
+    source = open_source(written(tmp_path / "b.parquet", columns))
+    assert [source.sample(at).turns[0].text for at in range(2)] == ["<image>\nQ", "only words"]
+
+
 # --- order and access ----------------------------------------------------------------------------------------------
 
 
@@ -264,6 +305,34 @@ def test_pairs_that_are_refused(tmp_path: Path) -> None:
     assert [refusal(source, n).reason for n in range(4)] == ["turn's value is not text"] * 2 + ["no turns"] * 2
 
 
+@pytest.mark.parametrize(
+    ("talk", "reason"),
+    [
+        (None, "messages is not a list"),
+        ([], "no turns"),
+        ([None], "message has no role and content"),
+        ([{"role": "tool", "content": [text("x")]}], "unknown role"),
+        ([{"role": None, "content": [text("x")]}], "unknown role"),
+        (chat(None, [text("A")]), "message's content is not text"),
+        (chat([text(None)], [text("A")]), "message's content is not text"),
+        (chat([text("Q")], []), "empty turn"),
+        (chat([text("Q")]), "no assistant turn"),
+        (chat([text("Q")], [text("A")])[::-1], "roles do not alternate"),
+        (chat([{"type": "video"}], [text("A")]), "unknown part of a message"),
+        (chat([None], [text("A")]), "unknown part of a message"),
+        (chat([picture(), picture()], [text("A")]), "image marks do not match"),
+        (chat([picture(1)], [text("A")]), "images are not in order"),
+        (chat([text("Q")], [picture(), text("A")]), "image outside a user's message"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_messages_that_are_refused(tmp_path: Path, talk: Any, reason: str) -> None:
+    columns = {"image": (IMAGE, [cell()] * 2), "messages": (PARTS, [talk, chat([text("Q")], [text("A")])])}
+    source = open_source(written(tmp_path / "a.parquet", columns))
+    assert refusal(source).reason == reason
+    assert source.sample(1).caption == "A"
+
+
 def test_images_are_judged_by_check(tmp_path: Path) -> None:
     images = [
         cell(),
@@ -324,6 +393,13 @@ def test_a_file_that_is_damaged_inside(tmp_path: Path) -> None:
             ["no column of images", "image: string"],
         ),
         ({"image": (IMAGE, [cell()]), "texts": (pa.string(), ["x"])}, ["no column of words", "texts: string"]),
+        (
+            {
+                "image": (IMAGE, [cell()]),
+                "messages": (pa.list_(pa.struct([("role", pa.string()), ("content", pa.int64())])), [[]]),
+            },
+            ["no column of words", "messages: list<", "list<struct<role, content>>"],
+        ),
         ({"a": (pa.int8(), [1])}, ["no column of images and words"]),
         ({"image": (IMAGE, []), "caption": (pa.string(), [])}, ["no rows"]),
     ],

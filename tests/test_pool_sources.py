@@ -77,6 +77,34 @@ def test_a_llava_file(tmp_path: Path, name: str) -> None:
         source.sample(-1)
 
 
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_messages_in_place_of_conversations(tmp_path: Path, name: str) -> None:
+    parts = [{"type": "text", "text": "One:"}, {"type": "image"}, {"type": "image"}, {"type": "text", "text": "what?"}]
+    answer = {"role": "assistant", "content": "A cat."}
+    records = [
+        {"id": "0", "image": "a.jpg", "messages": [{"role": "user", "content": "What?"}, answer], "model": "m"},
+        {"images": ["a.jpg", "b/c.jpg"], "messages": [{"role": "user", "content": parts}, answer]},
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}, answer]},
+        {"image": "a.jpg", "messages": [{"role": "user", "content": "this <image>?"}, answer]},
+        record("4", messages=[]),
+    ]
+    source = open_source(written(tmp_path, records, name))
+    samples = [source.sample(index) for index in range(5)]
+    assert [[turn.text for turn in sample.turns][-2] for sample in samples] == [
+        "<image>\nWhat?",
+        "One:\n<image>\n<image>\nwhat?",
+        "Hi",
+        "this <image>?",
+        "<image>\nWhat?",
+    ]
+    assert [source.root.name(ref) for ref in samples[1].images] == ["a.jpg", "b/c.jpg"]
+    assert [dict(sample.meta) for sample in samples] == [{"model": "m"}, {}, {}, {}, {"messages": []}]
+    assert samples[2].turns[0] == Turn("system", "S")
+    before = source.fingerprint()
+    (tmp_path / "a.jpg").write_bytes(b"now there")
+    assert open_source(source.path).fingerprint() != before
+
+
 def test_the_image_folder_is_the_files_own_by_default(tmp_path: Path) -> None:
     source = open_source(written(tmp_path, [record()]))
     assert source.sample(0).images[0].path == str(tmp_path.resolve() / "a.jpg")
@@ -104,6 +132,19 @@ def test_the_image_folder_is_the_files_own_by_default(tmp_path: Path) -> None:
         (record(conversations=talk(("human", "<image><image>"), ("gpt", "x"))), "image marks do not match"),
         (record(conversations=talk(("human", "<image>"), ("gpt", "See <image>"))), "an assistant turn holds <image>"),
         (record(image=None), "image marks do not match"),
+        ({"messages": None}, "messages is not a list"),
+        ({"messages": ["hello"]}, "message has no role and content"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "human", "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "message's content is not text"),
+        ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "message's content is not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "message's content is not text"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "unknown part of a message"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unknown part of a message"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "roles do not alternate"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no assistant turn"),
+        ({"image": "../a.jpg", "messages": []}, "image path leaves the root"),
+        ({"images": [7], "messages": []}, "image not a path"),
         (record(conversations=talk(("human", "<image>"), ("gpt", "\ud83d"))), "text is not Unicode"),
         (record(id="\ud83d"), "text is not Unicode"),
         (record(id=["1"]), "id is not text"),

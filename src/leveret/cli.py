@@ -47,7 +47,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, t
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads; all cores by default.")]
 Executor = Annotated[str, typer.Option(help="Where tasks run: local, ray, or ray:ADDRESS; changes no result.")]
 LimitShare = Annotated[float, typer.Option(min=0, max=1, help="Stop when a larger share of the samples is unusable.")]
-Source = Annotated[str, typer.Argument(help="LLaVA JSON, tars, parquet, or a folder of images with captions.")]
+Source = Annotated[
+    str, typer.Argument(help="LLaVA JSON, tars, parquet, a folder of save_to_disk, or of images with captions.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 
 

@@ -90,9 +90,12 @@ _URL = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]*://)")
 _BETWEEN = re.compile("/" if os.sep == "/" else r"[/\\]")
 _INSIDE: dict[Any, re.Pattern[str]] = {
     "tar": re.compile(r"(?is)(?P<file>.*?\.tar)#(?P<offset>\d{1,18})\+(?P<length>\d{1,18})/(?P<member>.*)"),
-    "parquet": re.compile(
-        r"(?is)(?P<file>.*?\.parquet)#(?P<offset>\d{1,18})/(?P<member>[^/\[]*)(\[(?P<place>\d{1,9})\])?"
-    ),
+    **{
+        kind: re.compile(
+            rf"(?is)(?P<file>.*?\.{kind})#(?P<offset>\d{{1,18}})/(?P<member>[^/\[]*)(\[(?P<place>\d{{1,9}})\])?"
+        )
+        for kind in ("parquet", "arrow")
+    },
 }
 """How an image is named that lies inside a file."""
 
@@ -220,23 +223,27 @@ def _read_data(ref: ImageRef) -> bytes:
         raise ImageFault("not a data URI") from None
 
 
-def _read_cell(ref: ImageRef) -> bytes:
-    _file_size(ref.path)
-    try:
-        data = cells.image(ref.path, ref.member, ref.offset, ref.place)
-    except cells.Unreadable:
-        raise ImageFault("damaged") from None
-    if data is None:
-        raise ImageFault("not embedded")
-    if len(data) > MAX_BYTES:
-        raise ImageFault("too large a file", f"{len(data):,} bytes")
-    return data
+def _cell(image: Callable[[str, str, int, int], bytes | None]) -> Callable[[ImageRef], bytes]:
+    def read(ref: ImageRef) -> bytes:
+        _file_size(ref.path)
+        try:
+            data = image(ref.path, ref.member, ref.offset, ref.place)
+        except cells.Unreadable:
+            raise ImageFault("damaged") from None
+        if data is None:
+            raise ImageFault("not embedded")
+        if len(data) > MAX_BYTES:
+            raise ImageFault("too large a file", f"{len(data):,} bytes")
+        return data
+
+    return read
 
 
 _READERS: dict[str, Callable[[ImageRef], bytes]] = {
     "file": _read_file,
     "tar": _read_tar,
-    "parquet": _read_cell,
+    "parquet": _cell(cells.image),
+    "arrow": _cell(cells.mapped_image),
     "data": _read_data,
 }
 

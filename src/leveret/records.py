@@ -31,12 +31,13 @@ class ImageRef:
 
     kind    "file": the whole file at `path`. "tar": `length` bytes at `offset` of the tar at `path`.
             "parquet": row `offset` (over all row groups) of the column `member` of the file at `path`; where the cell
-            holds a list, its entry `place`. "data": `path` is a data URI (`data:image/png;base64,...`).
+            holds a list, its entry `place`. "arrow": the same of an Arrow stream.
+            "data": `path` is a data URI (`data:image/png;base64,...`).
     member  the column; of a tar the member's name, for messages.
     """
 
     path: str
-    kind: Literal["file", "tar", "parquet", "data"] = "file"
+    kind: Literal["file", "tar", "parquet", "arrow", "data"] = "file"
     offset: int = 0
     length: int = -1
     member: str = ""
@@ -47,7 +48,7 @@ class ImageRef:
         """Where it lies in the file at `path`; "" where it is the file. `images.Root` reads it back."""
         if self.kind == "tar":
             return f"{self.offset}+{self.length}/{self.member}"
-        if self.kind == "parquet":
+        if self.kind in ("parquet", "arrow"):
             return f"{self.offset}/{self.member}{f'[{self.place}]' if self.place >= 0 else ''}"
         return ""
 

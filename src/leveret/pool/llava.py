@@ -4,6 +4,13 @@
                                                          {"from": "gpt", "value": "A cat."}]}
 
 `image` may be a list of paths, null, or absent (a text-only dialogue). Every other key travels in `Sample.meta`.
+
+Where `conversations` is absent, `messages` may hold the words in the chat form of OpenAI, TRL and the Hub, and `images`
+the paths where `image` is absent:
+
+    {"images": ["coco/1.jpg"], "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A cat."}]}
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from typing import Any
 from leveret.images import Root
 from leveret.pool import jsonfile
 from leveret.pool.base import SampleFault, Source
-from leveret.records import Role, Sample, Turn
+from leveret.records import IMAGE_MARK, Role, Sample, Turn
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -27,8 +34,14 @@ ROLES: dict[str, Role] = {
 }
 """What `from` may say."""
 
+CHAT_ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+"""What `role` may say."""
+
 OWN = ("id", "image", "conversations")
 """What every record of this form says; never in `Sample.meta`."""
+
+OWN_CHAT = (*OWN, "images", "messages")
+"""The same of a record whose words are in `messages`."""
 
 SAID: dict[Role, str] = {"user": "human", "assistant": "gpt", "system": "system"}
 """What `from` says where we write."""
@@ -58,8 +71,12 @@ class LlavaSource(Source):
         names = _names(record)
         image = ", ".join(str(name)[:200] for name in names)
         images = tuple(self._ref(name, index, id) for name in names)
-        turns = spoken(record, refuse)
-        meta = {key: value for key, value in record.items() if key not in OWN}
+        own: tuple[str, ...] = OWN
+        if _is_chat(record):
+            turns, own = marked(chatted(record["messages"], refuse), len(images)), OWN_CHAT
+        else:
+            turns = spoken(record, refuse)
+        meta = {key: value for key, value in record.items() if key not in own}
         return Sample(id=id, images=images, turns=turns, source=self.name, meta=meta)
 
     def _trace(self, index: int) -> tuple[bytes, Sequence[str]]:
@@ -71,8 +88,14 @@ class LlavaSource(Source):
         return recorded, [name for name in _names(record) if isinstance(name, str)] if isinstance(record, dict) else ()
 
 
+def _is_chat(record: Mapping[str, Any]) -> bool:
+    return "messages" in record and "conversations" not in record
+
+
 def _names(record: dict[str, Any]) -> list[Any]:
     image = record.get("image")
+    if image is None and _is_chat(record):
+        image = record.get("images")
     if image is None:
         return []
     return image if isinstance(image, list) else [image]
@@ -123,3 +146,65 @@ def spoken(record: Mapping[str, Any], refuse: Refuse) -> tuple[Turn, ...]:
             raise refuse("turn's value is not text", f"turn {position} holds {type(text).__name__}")
         turns.append(Turn(role, text))
     return tuple(turns)
+
+
+def chatted(messages: Any, refuse: Refuse) -> tuple[Turn, ...]:
+    """The turns of `messages`: a list of {role, content}. Content is text, or a list of parts: {type: "text", text} and
+    {type: "image"}, of which each stands for the record's next image. Parts are joined by a newline, but where there is
+    whitespace already."""
+    if not isinstance(messages, list):
+        raise refuse("messages is not a list", type(messages).__name__)
+    turns: list[Turn] = []
+    images = 0
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise refuse("message has no role and content", f"message {position}")
+        role, content = message["role"], message["content"]
+        if role not in CHAT_ROLES:
+            raise refuse(
+                "unknown role", f"message {position} is of {ascii(role)[:40]}; allowed: {', '.join(CHAT_ROLES)}"
+            )
+        if isinstance(content, list):
+            parts = [_part(part, f"message {position}, part {at}", role, refuse) for at, part in enumerate(content)]
+            for at, part in enumerate(parts):
+                if part is None:
+                    # Some tables say which image it is: other words would be about another picture.
+                    if content[at].get("index") not in (None, images):
+                        raise refuse("images are not in order", f"message {position}, part {at}")
+                    images += 1
+            content = _joined([IMAGE_MARK if part is None else part for part in parts])
+        if not isinstance(content, str):
+            raise refuse("message's content is not text", f"message {position} holds {type(content).__name__}")
+        turns.append(Turn(role, content))
+    return tuple(turns)
+
+
+def _part(part: Any, where: str, role: Role, refuse: Refuse) -> str | None:
+    """The text of a part of a message's content; None if it stands for an image."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image":
+        if role != "user":
+            raise refuse("image outside a user's message", where)
+        return None
+    if kind != "text":
+        raise refuse("unknown part of a message", f"{where} is of type {ascii(kind)[:40]}; allowed: text, image")
+    if not isinstance(part.get("text"), str):
+        raise refuse("message's content is not text", f"{where} holds {type(part.get('text')).__name__}")
+    return str(part["text"])
+
+
+def _joined(parts: Sequence[str]) -> str:
+    text = ""
+    for part in parts:
+        between = "\n" if text and part and not text[-1].isspace() and not part[0].isspace() else ""
+        text += between + part
+    return text
+
+
+def marked(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
+    """The turns with a mark for each image, at the start of the first user turn, where there is none at all."""
+    first = next((at for at, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None or not images or any(IMAGE_MARK in turn.text for turn in turns if turn.role == "user"):
+        return turns
+    marks = f"{IMAGE_MARK}\n" * images
+    return (*turns[:first], Turn("user", marks + turns[first].text), *turns[first + 1 :])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from leveret.pool import jsonfile
+from leveret.pool import arrow, jsonfile
 from leveret.pool.base import Source
 from leveret.pool.folder import ENDINGS, TABLES, FolderSource
 from leveret.pool.llava import LlavaSource
@@ -67,6 +67,12 @@ SOURCES: tuple[SourceRow, ...] = (
         _made_of(FILES),
         ParquetSource,
         "a .parquet, or a folder of them, with the images in it",
+    ),
+    SourceRow(
+        "arrow",
+        lambda path: arrow.is_saved(path) or _made_of(arrow.FILES)(path),
+        arrow.ArrowSource,
+        "a folder that Hugging Face's `Dataset.save_to_disk` wrote, or an .arrow file of it, with the images in it",
     ),
     SourceRow(
         "folder",

@@ -48,7 +48,7 @@ class Learn(_Strict):
 class StageRecipe(_Strict):
     """One stage: its data, what learns, and how long."""
 
-    data: str = Field(description="LLaVA JSON, tars, parquet, or a folder of photos with captions.")
+    data: str = Field(description="LLaVA JSON, tars, parquet, a folder of save_to_disk, or of photos with captions.")
     images: str | None = Field(None, description="Root of the images; the folder of the data when left out.")
     chat: str | None = Field(None, description="Chat format of this stage; the model's when left out.")
     resize: Literal["squash", "pad", "crop"] | None = Field(
