@@ -274,6 +274,26 @@ def test_a_stop_is_heeded_between_parts(tmp_path, recipe, monkeypatch):
         _condense(pool, tmp_path / "out", recipe)
 
 
+def test_captions_vectors_are_kept_on_wish(tmp_path, monkeypatch):
+    pool = _pool(tmp_path / "pool", 30)
+    plain = embed(pool, tmp_path / "plain", "world/scorer", images=pool.parent / "pictures", workers=1)
+    monkeypatch.setattr(sys.modules["leveret.condense.embed"], "PROCESSES_FROM", 0)
+    both = [
+        embed(pool, tmp_path / f"w{n}", "world/scorer", images=pool.parent / "pictures", shard=8, workers=n, texts=True)
+        for n in (1, 2)
+    ]
+    for folder in both:
+        shards = range(len(list((folder / "img_emb").iterdir())))
+        x, y = (np.concatenate([np.load(folder / k / f"{k}_{n}.npy") for n in shards]) for k in ("img_emb", "text_emb"))
+        score = np.concatenate([pq.read_table(folder / "metadata" / f"metadata_{n}.parquet")["score"] for n in shards])
+        assert x.shape == y.shape and y.dtype == np.float16 and np.allclose((x * 1.0 * y).sum(1), score, atol=2e-3)
+    assert not (plain / "text_emb").exists()
+    with pytest.raises(RecipeError, match="has no text side"):
+        embed(pool, tmp_path / "no", "pixels", images=pool.parent / "pictures", texts=True)
+    with pytest.raises(RecipeError, match="texts"):  # another folder, not half of one and half of the other
+        embed(pool, plain, "world/scorer", images=pool.parent / "pictures", texts=True)
+
+
 def test_worker_processes_give_the_bits_of_one_process(tmp_path, monkeypatch):
     pool = _pool(tmp_path / "pool", 40)
     pictures = pool.parent / "pictures"

@@ -159,6 +159,7 @@ def embed(
     shard: Annotated[int, typer.Option(min=1, help="Samples in one file.")] = 20000,
     workers: Workers = None,
     executor: Executor = "local",
+    texts: Annotated[bool, typer.Option("--texts", help="Keep the captions' vectors too.")] = False,
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -184,6 +185,7 @@ def embed(
             limit_share=limit_share,
             device=device,
             run_on=executor,
+            texts=texts,
         )
     made = jsonlib.loads((folder / "manifest.json").read_text("utf-8"))
     refused = made["refused"]

@@ -30,6 +30,7 @@ from leveret.runs import (
     EnvironmentFault,
     Interrupted,
     Progress,
+    RecipeError,
     RunFolder,
     atomic_write,
     cores,
@@ -61,6 +62,7 @@ def embed(
     limit_share: float = 0.2,
     device: str = "cpu",
     run_on: str = "local",
+    texts: bool = False,
 ) -> Path:
     """Embed every readable sample of a pool into `out` (clip-retrieval's layout), or go on where a run was killed.
 
@@ -71,6 +73,7 @@ def embed(
     workers      processes (small encoders) or decoding threads (large ones); the cores by default. The vectors are
                  the same for any number of processes.
     run_on       `local`, `ray` or `ray:ADDRESS` (`executors`), where every machine must see the pool's files.
+    texts        also keep the captions' vectors (`text_emb/`). Scores are made from them either way.
     limit_share  DataError when more than this share of the samples is refused.
 
     Returns `out`. Raises RecipeError when the folder holds embeddings of another pool, encoder or shard size.
@@ -86,6 +89,10 @@ def embed(
         "batch": batch,
         "shard": shard,
     }
+    if texts:
+        if not loaded.has_texts:
+            raise RecipeError(f"encoder {encoder!r} has no text side, so there are no captions' vectors to keep")
+        facts["texts"] = True
     run = RunFolder.open(out, "embed", facts)
     if run.is_done("embed"):
         return run.path
@@ -104,7 +111,7 @@ def embed(
         fleet = stack.enter_context(_fleet(encoder, loaded, workers, left, device, run_on))
         for start in starts:
             end = min(start + shard, n)
-            refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, progress, bad.total())
+            refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, texts, progress, bad.total())
             bad.update(refused)
             seen += end - start
             if _too_many(bad, seen, n, limit_share):
@@ -158,6 +165,7 @@ def _embed_shard(
     end: int,
     batch: int,
     shard: int,
+    texts: bool,
     progress: Progress,
     before: int,
 ) -> Counter[str]:
@@ -183,7 +191,7 @@ def _embed_shard(
                 name = ref.path if ref.kind == "data" else source.root.name(ref)
                 facts[index] = (sample.id, name, sample.caption)
                 rows.append((index, ref, facts[index][2]))
-            yield Job(first, rows)
+            yield Job(first, rows, texts)
 
     parts: list[Done] = []
     for done in fleet.run(jobs()):
@@ -207,9 +215,14 @@ def _embed_shard(
     number = start // shard
     refused.sort(key=lambda line: line["index"])
     quarantine = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in refused)
-    buffer = io.BytesIO()
-    np.save(buffer, vectors, allow_pickle=False)
-    atomic_write(run.path / "img_emb" / f"img_emb_{number}.npy", buffer.getvalue())
+    kinds = {"img_emb": vectors}
+    if texts:
+        said = [done.texts for done in parts if done.texts is not None]
+        kinds["text_emb"] = np.concatenate(said or [np.zeros((0, encoder.width), np.float16)])
+    for kind, rows in kinds.items():
+        buffer = io.BytesIO()
+        np.save(buffer, rows, allow_pickle=False)
+        atomic_write(run.path / kind / f"{kind}_{number}.npy", buffer.getvalue())
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     atomic_write(run.path / "metadata" / f"metadata_{number}.parquet", buffer.getvalue())

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Job:
-    """Some rows of the pool: (position in the batch, image, caption) each."""
+    """Some rows of the pool: (position in the batch, image, caption) each. texts: whether to keep captions' vectors."""
 
     start: int
     rows: list[tuple[int, ImageRef, str]]
+    texts: bool = False
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Done:
     good      positions whose image was readable, in order. vectors: [len(good), width] float16.
     score     [len(good)] float32 image-text cosines, NaN without a text side.
     faults    (position, reason, detail) of the others.
+    texts     [len(good), width] float16 of the captions, where the job asked for them.
     """
 
     start: int
@@ -44,6 +46,7 @@ class Done:
     vectors: NDArray[np.float16]
     score: NDArray[np.float32]
     faults: list[tuple[int, str, str]]
+    texts: NDArray[np.float16] | None = None
 
 
 def work(encoder: Encoder, job: Job, decoded: Sequence[Any] | None = None) -> Done:
@@ -63,7 +66,8 @@ def work(encoder: Encoder, job: Job, decoded: Sequence[Any] | None = None) -> Do
     else:
         # In float64 and before float16 rounding: the score is better than the stored vectors could give.
         score = (vectors.astype(np.float64) * texts).sum(1).astype(np.float32)
-    return Done(job.start, good, vectors.astype(np.float16), score, faults)
+    kept = None if texts is None or not job.texts else texts.astype(np.float16)
+    return Done(job.start, good, vectors.astype(np.float16), score, faults, kept)
 
 
 def look(row: tuple[int, ImageRef, str]) -> Any:
@@ -79,17 +83,18 @@ def look(row: tuple[int, ImageRef, str]) -> Any:
 
 def pack_job(job: Job) -> bytes:
     rows = [(at, ref.path, ref.kind, ref.offset, ref.length, ref.member, ref.place, text) for at, ref, text in job.rows]
-    return json.dumps([job.start, rows]).encode()
+    return json.dumps([job.start, rows, job.texts]).encode()
 
 
 def unpack_job(data: bytes) -> Job:
-    start, rows = json.loads(data)
-    return Job(start, [(at, ImageRef(path, *rest), text) for at, path, *rest, text in rows])
+    start, rows, texts = json.loads(data)
+    return Job(start, [(at, ImageRef(path, *rest), text) for at, path, *rest, text in rows], texts)
 
 
 def pack_done(done: Done) -> bytes:
     head = json.dumps([done.start, done.good, done.faults, done.vectors.shape[1]]).encode()
-    return len(head).to_bytes(8, "little") + head + done.vectors.tobytes() + done.score.tobytes()
+    texts = b"" if done.texts is None else done.texts.tobytes()
+    return len(head).to_bytes(8, "little") + head + done.vectors.tobytes() + done.score.tobytes() + texts
 
 
 def unpack_done(data: bytes) -> Done:
@@ -98,7 +103,9 @@ def unpack_done(data: bytes) -> Done:
     count = len(good) * width
     vectors = np.frombuffer(data, np.float16, count, 8 + size).reshape(len(good), width)
     score = np.frombuffer(data, np.float32, len(good), 8 + size + 2 * count)
-    return Done(start, good, vectors, score, [tuple(fault) for fault in faults])
+    end = 8 + size + 2 * count + 4 * len(good)
+    texts = np.frombuffer(data, np.float16, count, end).reshape(vectors.shape) if len(data) > end else None
+    return Done(start, good, vectors, score, [tuple(fault) for fault in faults], texts)
 
 
 def main() -> None:
