@@ -65,7 +65,7 @@ def test_every_preset_is_estimated_and_nothing_is_written(folder: Path, tmp_path
 
 
 def test_few_rows_and_rows_without_a_direction(tmp_path: Path) -> None:
-    for n in (1, 2, 5):
+    for n in (0, 1, 2, 5):
         x = np.zeros((n, 8), np.float32)
         x[: n // 2] = 1
         np.save(tmp_path / f"{n}.npy", x)

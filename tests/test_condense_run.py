@@ -520,6 +520,20 @@ def test_steps_in_an_order_that_cannot_work(tmp_path, recipe, change, word):
         condense(_foreign(tmp_path / "emb"), tmp_path / "out", recipe, [change])
 
 
+def test_clusters_per_row_on_the_command_line(tmp_path):
+    folder = _foreign(tmp_path / "emb")
+    call = [sys.executable, "-c", "from leveret.cli import main; main()", "condense", str(folder), "--clusters-per-row"]
+    for more, code, said in (
+        (["2", "-r", "bunny", "cluster.k=4"], 0, "kept"),
+        (["2", "-r", "random"], 2, "no step that makes clusters"),
+        (["9", "-r", "bunny"], 2, "less than or equal to 8"),
+        (["2", "-r", "semdedup-far"], 2, "clusters_per_row is 2"),
+    ):
+        out = tmp_path / "-".join(more)
+        done = subprocess.run([*call, *more, "-o", str(out)], capture_output=True, text=True)
+        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path, recipe):
     folder = _foreign(tmp_path / "emb")
     condense(folder, tmp_path / "out", recipe)

@@ -227,7 +227,9 @@ def condense(
 
     allowed = bytes_of(memory)
     if clusters_per_row is not None:
-        overrides = [*(overrides or []), f"cluster.clusters_per_row={clusters_per_row}"]
+        from leveret.condense.steps import sitting_in
+
+        overrides = [*(overrides or []), *sitting_in(clusters_per_row, recipe, overrides or [])]
     if dry_run:
         told = source, out, overrides or [], recipe, images, encoder, against or []
         return _plan(json, *_condense_plan(*told, allowed, workers))

@@ -164,7 +164,7 @@ def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int)
         else:
             left = _counted(config, left)
         steps[label] = {**facts, "left": [left.low, left.high]}
-    reading = n * width * size / sample.rate
+    reading = n * width * size / max(sample.rate, 1.0)
     return {
         "rows": n,
         "sampled": len(sample.x),

@@ -487,6 +487,17 @@ def read(name_or_path: str | Path, overrides: Sequence[str] = (), *, against: bo
     return decontaminated(found, against=against)
 
 
+def sitting_in(clusters: int, name_or_path: str | Path, overrides: Sequence[str]) -> list[str]:
+    """Overrides that let rows sit in so many clusters. RecipeError where the recipe makes no clusters."""
+    from leveret import recipe as recipes
+
+    steps = recipes.load(name_or_path, CondenseRecipe, "condense").steps
+    labels = [label for label, config in steps.items() if isinstance(config, Cluster)]
+    if not labels and not any(given.startswith(("cluster", "steps.cluster")) for given in overrides):
+        raise RecipeError(f"--clusters-per-row {clusters}: the recipe {name_or_path} has no step that makes clusters")
+    return [f"steps.{label}.clusters_per_row={clusters}" for label in labels or ["cluster"]]
+
+
 def decontaminated(recipe: CondenseRecipe, *, against: bool) -> CondenseRecipe:
     """The recipe as it runs: where there are benchmarks the step `contaminated` comes first, with the recipe's settings
     or the default ones; where there are none it is left out, for what a recipe says of it is said for that case."""
