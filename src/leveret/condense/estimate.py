@@ -104,12 +104,14 @@ def after_dedup(sample: Sample, threshold: float, came: Range) -> Range:
     return Range(left(came.low, max(most, came.low * dropped / m)), left(came.high, came.high * dropped / m))
 
 
-def skew(x: Array, seed: int) -> float:
-    """k sum(n_c^2) / n^2 of a coarse grouping: how many times the pairs of equal clusters these have."""
+def skew(x: Array, seed: int, per_row: int = 1) -> float:
+    """k sum(n_c^2) / n^2 of a coarse grouping: how many times the pairs of equal clusters these have. Where rows sit in
+    several, guests count: one centroid may be the second nearest of very many."""
     k = max(1, round(math.sqrt(len(x) / 8)))
     centroids = floats(x[np.random.default_rng(seed).permutation(len(x))[:k]])
     lengths = np.sqrt(np.square(centroids).sum(1, keepdims=True))
-    sizes = np.bincount(screen.Nearest(centroids / lengths).of(x), minlength=len(centroids))
+    labels = screen.Nearest(centroids / lengths).several(x, per_row)
+    sizes = np.bincount(labels.ravel(), minlength=len(centroids))
     return float(len(centroids) * np.square(sizes / max(len(x), 1)).sum())
 
 
@@ -143,7 +145,6 @@ def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int)
     left, k, flop, disk, per_row = Range(n, n), 1, 0.0, n * COLUMN_BYTES, 1
     steps: dict[str, dict[str, Any]] = {}
     thresholds: dict[str, list[int]] = {}
-    uneven = skew(sample.x, recipe.seed) if len(sample.x) > 100 else 1.0
     for label, config in recipe.steps.items():
         facts: dict[str, Any] = {}
         if isinstance(config, Cluster):
@@ -153,7 +154,8 @@ def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int)
             disk += left.high * (per_row * width * size + COLUMN_BYTES)
             facts = {"clusters": k, "training_rows": trained}
         elif isinstance(config, Dedup | Pairs):
-            flop += per_row**2 * uneven * width * left.high**2 / k
+            uneven = skew(sample.x, recipe.seed, per_row) if len(sample.x) > 100 else float(per_row**2)
+            flop += uneven * width * left.high**2 / k
             if not thresholds:
                 asked = sorted({*THRESHOLDS, config.threshold})
                 found = {one: after_dedup(sample, one, left) for one in asked}

@@ -62,7 +62,7 @@ class Cluster(StepConfig):
     """A .npy file [k, width] to take instead of training."""
     clusters_per_row: int = Field(1, ge=1, le=8)
     """Clusters that a row sits in for `dedup`: its nearest ones. 2 finds nearly all near copies that borders part, for
-    up to four times the pairs and twice the disk."""
+    twice the disk and four times the pairs, or more where one centroid is the second nearest of very many rows."""
 
     @model_validator(mode="after")
     def _positive(self) -> Cluster:
