@@ -320,6 +320,11 @@ def test_components_of_a_cluster_that_does_not_fit_are_the_same() -> None:
         for size in (500, 120, 7):
             found = groups.components_apart(lambda places, x=x: x[places], len(x), 0.86, size)
             assert np.array_equal(found, expected)
+        joined = groups.Joined(len(x))
+        for turn in range(5):
+            part = groups.components_apart(lambda places, x=x: x[places], len(x), 0.86, 120, turn)
+            joined.add(part, np.arange(len(x)))
+        assert np.array_equal(joined.settle(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

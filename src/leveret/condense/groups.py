@@ -160,16 +160,21 @@ def _candidates(x: Array, places: Ints, threshold: float) -> Iterator[tuple[Ints
                 yield places[above + i], places[left + j], sure
 
 
-def components_apart(read: Callable[[Ints], Array], n: int, threshold: float, size: int) -> Ints:
+def components_apart(
+    read: Callable[[Ints], Array], n: int, threshold: float, size: int, turn: int | None = None
+) -> Ints:
     """The same for one cluster that does not fit in memory: blocks of `size` rows are read and compared two at a time.
 
-    read  places to rows as stored.
+    read  places to rows as stored. turn: only block `turn` with itself and those after it, so that several may share
+          the work; the components of all turns, joined, are those of the cluster.
     Memory: two blocks, and 8 bytes a row.
     """
     joined = Joined(n)
     middle = screen.middle_of(read(np.arange(min(n, screen.STEP))))
     blocks = [np.arange(part.start, part.stop) for part in exact.spans(n, size)]
     for number, upper in enumerate(blocks):
+        if turn is not None and number != turn:
+            continue
         x = read(upper)
         again = exact.first_of_equal(x)
         copies = np.flatnonzero(again != np.arange(len(x)))

@@ -25,6 +25,10 @@ from leveret.condense.rows import Array, Floats, Ints, distances, spans
 from leveret.condense.shards import Shard
 from leveret.condense.working import Part, Rows
 
+SHARED = 32_768
+"""Rows and guests of a cluster beyond which its pairs are shared between tasks."""
+TASKS = 16
+"""How many there are then, at least."""
 ROW_BYTES = 160
 """What a member of a component takes while its component is settled, roughly; its vector comes on top where needed."""
 
@@ -126,43 +130,60 @@ def _dead(rows: Rows, folder: Path) -> Path | None:
 
 
 def _links(rows: Rows, folder: Path, threshold: float, k: int, most: int, run: Map) -> Iterator[Path]:
-    """Files of pairs (one, two) of row numbers: in each bucket of clusters a tree over every component."""
+    """Files of pairs (one, two) of row numbers: trees that hold the components of all clusters together."""
     dead = _dead(rows, folder)
     runs_folder = rows.work / "runs" / str(rows.generation)
     runs = [regroup.Run(runs_folder, number) for number in range(len(list(runs_folder.glob("*.npz"))))]
     shard = rows.parts[0].pieces[0][0] if rows.parts else None
+    most = min(most, SHARED)
     buckets = regroup.plan(runs, k, most, ("starts", "guest_starts"))
+
+    def gathered(bucket: regroup.Bucket) -> tuple[Part, Ints, Ints, Ints]:
+        """The bucket's rows, the places of those that are alive, their clusters and numbers."""
+        assert shard is not None
+        part = _with_guests(bucket, runs, shard, folder / "links" / f"{bucket.number:06d}.rows.npz")
+        row, cluster = part.read("row", "cluster")
+        gone = load(dead, "row")[0] if dead is not None else np.zeros(0, np.int64)
+        alive = np.flatnonzero(~np.isin(row, gone))
+        return part, alive, cluster[alive], row[alive]
 
     def link(bucket: regroup.Bucket) -> Path:
         path = folder / "links" / f"{bucket.number:06d}.npz"
         if not path.exists():
-            assert shard is not None
-            part = _with_guests(bucket, runs, shard, path.with_name(f"{bucket.number:06d}.rows.npz"))
-            row, cluster = part.read("row", "cluster")
-            gone = load(dead, "row")[0] if dead is not None else np.zeros(0, np.int64)
-            alive = np.flatnonzero(~np.isin(row, gone))
-            component = _components(part, alive, cluster[alive], threshold, most)
-            others = np.flatnonzero(component != np.arange(len(alive)))
-            save(path, {"one": row[alive[component[others]]], "two": row[alive[others]]})
+            part, alive, cluster, row = gathered(bucket)
+            starts = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
+            x = part.vectors(alive, lent=True)
+            _write_links(path, row, groups.components(x, np.r_[starts, len(alive)], threshold))
             part.path.unlink()
         return path
 
-    return run(link, buckets)
+    yield from run(link, [bucket for bucket in buckets if bucket.n <= most])
+    for bucket in buckets:
+        if bucket.n > most:  # one cluster, and its pairs are shared out
+            yield from _shared_out(*gathered(bucket), folder / "links" / f"{bucket.number:06d}", threshold, most, run)
 
 
-def _components(part: Part, alive: Ints, cluster: Ints, threshold: float, most: int) -> Ints:
-    """Components inside each cluster, by place among the alive rows (a row and its guest in another are two)."""
-    bounds = np.r_[np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)]), len(cluster)]
-    if len(alive) <= most:
-        return groups.components(part.vectors(alive, lent=True), bounds, threshold)
-    everywhere, found = part.reader(), np.arange(len(alive))
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+def _shared_out(
+    part: Part, alive: Ints, cluster: Ints, row: Ints, folder: Path, threshold: float, most: int, run: Map
+) -> Iterator[Path]:
+    """The links of a cluster that is too large for one task: a file for each of its blocks and all that come after."""
+    size = max(1, min(most // 2, max(groups.BLOCK, len(alive) // TASKS)))
 
-        def read(places: Ints, inside: Ints = alive[start:stop]) -> Array:
-            return everywhere(inside[places])
+    def link(turn: int) -> Path:
+        path = folder / f"{turn:06d}.npz"
+        if not path.exists():
+            everywhere = part.reader()
+            found = groups.components_apart(lambda places: everywhere(alive[places]), len(alive), threshold, size, turn)
+            _write_links(path, row, found)
+        return path
 
-        found[start:stop] = start + groups.components_apart(read, stop - start, threshold, max(1, most // 2))
-    return found
+    yield from run(link, range(-(-len(alive) // size)))
+    part.path.unlink()
+
+
+def _write_links(path: Path, row: Ints, component: Ints) -> None:
+    others = np.flatnonzero(component != np.arange(len(row)))
+    save(path, {"one": row[component[others]], "two": row[others]})
 
 
 def _with_guests(bucket: regroup.Bucket, runs: Sequence[regroup.Run], shard: Shard, path: Path) -> Part:

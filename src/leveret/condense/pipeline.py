@@ -123,7 +123,8 @@ def condense(
         eyes = eyes_of(given, encoder, sides, device)
     for side in sides:
         side.check(eyes)
-    if files := _files(chosen):
+    width = loaded.width if pool is not None else max((shard.width for shard in given.shards), default=0)
+    if files := _files(chosen, width):
         mark["files"] = files
     if sides:
         mark["against"] = [side.mark(eyes) for side in sides]
@@ -216,13 +217,16 @@ def open_coreset(path: str | Path) -> Opened:
     return Opened(path, chosen, given, state, stages)
 
 
-def _files(chosen: CondenseRecipe) -> dict[str, str]:
-    """Digests of what the recipe reads besides the rows: they are part of what a run is."""
+def _files(chosen: CondenseRecipe, width: int) -> dict[str, str]:
+    """Digests of what the recipe reads besides the rows: they are part of what a run is. DataError where it does not fit
+    rows of `width`: said before a folder is begun."""
     found = {}
     for label, config in chosen.steps.items():
         if isinstance(config, Cluster) and config.centroids is not None:
             if not Path(config.centroids).is_file():
                 raise DataError(f"steps.{label}.centroids: there is no file {config.centroids}")
+            if width:
+                engine.given_centroids(config.centroids, width)
             found[label] = sha256_of(Path(config.centroids))
         elif isinstance(config, ImageCluster) and config.targets is not None:
             found[label] = open_given(config.targets).fingerprint()
