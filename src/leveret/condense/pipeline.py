@@ -218,8 +218,8 @@ def open_coreset(path: str | Path) -> Opened:
 
 
 def _files(chosen: CondenseRecipe, width: int) -> dict[str, str]:
-    """Digests of what the recipe reads besides the rows: they are part of what a run is. DataError where it does not fit
-    rows of `width`: said before a folder is begun."""
+    """Digests of what the recipe reads besides the rows: they are part of what a run is. DataError, before a folder is
+    begun, where centroids do not fit rows of `width`."""
     found = {}
     for label, config in chosen.steps.items():
         if isinstance(config, Cluster) and config.centroids is not None:
