@@ -20,7 +20,7 @@ from leveret.condense import screen
 from leveret.condense.columns import Ids, load, order_of
 from leveret.condense.embed import embed
 from leveret.condense.given import Given, is_given, open_given
-from leveret.condense.lloyd import Map
+from leveret.condense.lloyd import Map, finish
 from leveret.condense.rows import TOGETHER, Array, Doubles, Ints, cosines, first_of_equal, rough_cosines, spans
 from leveret.condense.working import Part, Rows
 from leveret.images import ImageFault
@@ -301,8 +301,7 @@ def contaminated(
             if not rows.place(label, part).exists():
                 _judge(rows, label, part, threshold, lineup, most)
 
-        for _ in run(judge, rows.parts):
-            pass
+        finish(run(judge, rows.parts))
     met = np.zeros(len(benchmarks), np.int64)
     for part in rows.parts:
         number = load(rows.place(label, part), "benchmark")[0]

@@ -13,7 +13,7 @@ import numpy as np
 
 from leveret.condense import ranks
 from leveret.condense.given import Given
-from leveret.condense.lloyd import Map
+from leveret.condense.lloyd import Map, finish
 from leveret.condense.rows import Array, Doubles, Floats, Ints, spans
 from leveret.condense.screen import Nearest
 from leveret.condense.working import Part, Rows
@@ -82,8 +82,7 @@ def density(
         dropped[alive[order]] = place >= quota[cluster[order]]
         rows.judge(label, part, dropped)
 
-    for _ in run(judge, rows.parts):
-        pass
+    finish(run(judge, rows.parts))
     share = quota[there] / sizes[there]
     notes = {"clusters": len(there)}
     return rows.after(label), notes | ({"least": float(share.min()), "most": float(share.max())} if len(there) else {})
@@ -164,8 +163,7 @@ def image_cluster(rows: Rows, label: str, targets: Given, centroids: Floats, run
         if not rows.place(label, part).exists():
             rows.judge(label, part, ~wanted[part.read("cluster")[0]])
 
-    for _ in run(judge, rows.parts):
-        pass
+    finish(run(judge, rows.parts))
     return rows.after(label), {"targets": len(targets), "clusters": int(wanted.sum())}
 
 

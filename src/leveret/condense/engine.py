@@ -251,14 +251,22 @@ def dedup(
                 keeper[several] = several[groups.kept_of(component[several], key, rule.place)]
             _write_groups(rows, label, part, alive, component, keeper, counts[back], _equal(read, keeper))
 
-    _finish(run(judge, rows.parts))
-    after = rows.after(label, ("component", "component_id", "component_size", "keeper", "keeper_id", "same"))
+    lloyd.finish(run(judge, rows.parts))
+    return rows.after(label, DEDUPED), component_sizes(rows, label)
+
+
+DEDUPED = ("component", "component_id", "component_size", "keeper", "keeper_id", "same")
+"""Columns that a dedup adds."""
+
+
+def component_sizes(rows: Rows, label: str) -> dict[str, int]:
+    """Sizes of components -> how many, once the step `label` has judged the rows."""
     sizes: Counter[int] = Counter()
     for part in rows.parts:
         alive = rows.alive(part)
         dropped, size = (column[alive] for column in load(rows.place(label, part), "dropped", "component_size"))
         sizes.update(dict(zip(*(x.tolist() for x in np.unique(size[~dropped], return_counts=True)), strict=True)))
-    return after, {str(size): count for size, count in sorted(sizes.items())}
+    return {str(size): count for size, count in sorted(sizes.items())}
 
 
 def _components(
@@ -325,14 +333,8 @@ def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centr
             dropped[alive] = groups.with_earlier_neighbour(x, np.r_[inside, len(x)], threshold, rank)
             rows.judge(label, part, dropped)
 
-    _finish(run(judge, rows.parts))
+    lloyd.finish(run(judge, rows.parts))
     return rows.after(label)
-
-
-def _finish(results: Iterator[Any]) -> None:
-    """Waits for tasks that write files and give nothing back."""
-    for _ in results:
-        pass
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from leveret.condense.steps import (
     ImageCluster,
     Pairs,
     RankBand,
+    amount_of,
+    clusters_of,
 )
 
 SHARE, LEAST, MOST = 0.01, 2_000, 20_000
@@ -184,24 +186,20 @@ def _clusters(config: Cluster, n: int, width: int) -> tuple[int, int]:
 
     if config.centroids is not None:
         return len(engine.given_centroids(config.centroids, width)), 0
-    k = max(1, round(math.sqrt(n / 2))) if config.k == "auto" else min(int(config.k), n)
-    return k, min(n, max(engine.LEAST, k * config.rows_per_centroid))
+    k, wanted = clusters_of(config, n)
+    return k, min(n, wanted)
 
 
 def _counted(config: Any, left: Range) -> Range:
     """Steps that go by ranks alone."""
-
-    def amount(n: int) -> int:
-        return min(n, int(config.count if config.count is not None else rank_of(config.share, n)))
-
     if isinstance(config, RankBand):
         published = config.rank_rule == "published"
         ends = [rank_of(config.high, n) - rank_of(config.low, n) - published for n in (left.low, left.high)]
         return Range(max(0, ends[0]), max(0, ends[1]))
     if isinstance(config, DropTop):
-        return Range(left.low - amount(left.low), left.high - amount(left.high))
+        return Range(left.low - amount_of(config, left.low), left.high - amount_of(config, left.high))
     if isinstance(config, Amount):
-        return Range(amount(left.low), amount(left.high))
+        return Range(amount_of(config, left.low), amount_of(config, left.high))
     return Range(0, left.high) if isinstance(config, ImageCluster) else left
 
 

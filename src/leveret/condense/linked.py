@@ -11,16 +11,15 @@ own, nearest one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from leveret.condense import groups, regroup
+from leveret.condense import engine, groups, regroup
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.lloyd import Map
+from leveret.condense.lloyd import Map, finish
 from leveret.condense.rows import Array, Floats, Ints, distances, spans
 from leveret.condense.shards import Shard
 from leveret.condense.working import Part, Rows
@@ -31,8 +30,6 @@ TASKS = 16
 """How many there are then, at least."""
 ROW_BYTES = 160
 """What a member of a component takes while its component is settled, roughly; its vector comes on top where needed."""
-
-MADE = ("component", "component_id", "component_size", "keeper", "keeper_id", "same")
 
 
 def dedup(
@@ -52,12 +49,7 @@ def dedup(
             linked.append(one)
         _settle(rows, label, keep, centroids, parents, np.unique(np.concatenate(linked)), memory // 4, run)
         parents.close()
-    sizes: Counter[int] = Counter()
-    for part in rows.parts:
-        alive = rows.alive(part)
-        dropped, size = (column[alive] for column in load(rows.place(label, part), "dropped", "component_size"))
-        sizes.update(dict(zip(*(x.tolist() for x in np.unique(size[~dropped], return_counts=True)), strict=True)))
-    return rows.after(label, MADE), {str(size): count for size, count in sorted(sizes.items())}
+    return rows.after(label, engine.DEDUPED), engine.component_sizes(rows, label)
 
 
 # --- components ----------------------------------------------------------------------------------------------------
@@ -226,8 +218,7 @@ def _settle(
         if not rows.place(label, part).exists():
             _write(rows, label, part, [folder / f"{share:06d}" / f"{part.number:06d}.npz" for share in range(shares)])
 
-    for _ in run(write, rows.parts):
-        pass
+    finish(run(write, rows.parts))
 
 
 @dataclass(frozen=True)

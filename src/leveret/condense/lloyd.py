@@ -37,6 +37,12 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 comes with it, and what it finds it returns, or writes to a file."""
 
 
+def finish(results: Iterator[Any]) -> None:
+    """Waits for tasks that write files and give nothing back."""
+    for _ in results:
+        pass
+
+
 def start(rows: Rows, k: int) -> Floats:
     """The first k distinct rows; all distinct ones where there are fewer."""
     found: list[Floats] = []

@@ -13,6 +13,7 @@ Steps run in their order, each on what the one before it left. In overrides `ste
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -199,10 +200,14 @@ def _contaminated(state: State, label: str, config: Any, shop: Shop) -> tuple[St
     return replace(state, rows=rows), notes
 
 
+def clusters_of(config: Cluster, n: int) -> tuple[int, int]:
+    """How many clusters n rows are to have, and the rows to train them with (all, where there are fewer)."""
+    k = max(1, round(math.sqrt(n / 2))) if config.k == "auto" else min(int(config.k), n)
+    return k, max(engine.LEAST, k * config.rows_per_centroid)
+
+
 def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
     """A new generation, grouped by nearest centroid; the centroids are trained, or given."""
-    import math
-
     import numpy as np
 
     rows = state.rows
@@ -218,8 +223,7 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
         centroids, made, trained = load(folder / "centroids.npz", "centroids", "rounds", "training_rows")
         notes = {"iterations": int(made), "training_rows": int(trained)}
     else:
-        k = max(1, round(math.sqrt(n / 2))) if config.k == "auto" else min(int(config.k), n)
-        wanted = max(engine.LEAST, k * config.rows_per_centroid)
+        k, wanted = clusters_of(config, n)
         training = engine.training_rows(rows, wanted, shop.seed, folder / "training.rows", shop.run, shop.memory // 2)
         centroids, rounds = engine.train(training, k, config.iterations, shop.run, folder, shop.memory // 4)
         counts = {"rounds": np.array(rounds), "training_rows": np.array(len(training))}
@@ -279,30 +283,31 @@ def _band(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Not
     return replace(state, rows=rows), engine.extent(rows, config.by)
 
 
-def _amount(config: Any, n: int) -> int:
+def amount_of(config: Any, n: int) -> int:
+    """How many of n rows a step with a share or a count speaks of."""
     return min(n, int(config.count if config.count is not None else rank_of(config.share, n)))
 
 
 def _top(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
-    rows = engine.ranked(state.rows, label, config.by, 0, _amount(config, state.rows.count()))
+    rows = engine.ranked(state.rows, label, config.by, 0, amount_of(config, state.rows.count()))
     return replace(state, rows=rows), engine.extent(rows, config.by)
 
 
 def _drop_top(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
     n = state.rows.count()
-    rows = engine.ranked(state.rows, label, config.by, _amount(config, n), n)
+    rows = engine.ranked(state.rows, label, config.by, amount_of(config, n), n)
     return replace(state, rows=rows), engine.extent(rows, config.by)
 
 
 def _draw(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
-    count = _amount(config, state.rows.count())
+    count = amount_of(config, state.rows.count())
     return replace(state, rows=engine.draw(state.rows, label, count, shop.seed)), {}
 
 
 def _density(state: State, label: str, config: Any, shop: Shop) -> tuple[State, Notes]:
     assert state.centroids is not None, "check_columns lets no density through before a cluster"
     settings = {"temperature": config.temperature, "neighbours": config.neighbours, "keep": config.keep}
-    amount = _amount(config, state.rows.count())
+    amount = amount_of(config, state.rows.count())
     rows, notes = concepts.density(state.rows, label, amount, state.centroids, **settings, seed=shop.seed, run=shop.run)
     return replace(state, rows=rows), notes
 
