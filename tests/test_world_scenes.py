@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from leveret.world import captions, questions, write
+from leveret.world import captions, examination, questions
 from leveret.world.draw import PALETTE, jpeg, render, thing_mask
 from leveret.world.perceive import percepts
 from leveret.world.scenes import (
@@ -364,7 +364,7 @@ def test_a_fitting_caption_is_true_and_a_wrong_one_is_another_scenes(web: list[c
 def test_the_split_of_held_out_pairs_asks_about_them() -> None:
     """The scene's first thing is the new one; were the others asked about too, they would hide how it fares."""
     for kind in ("existence", "colour", "shape", "box", "relation", "choice"):
-        for item in write._questions(0, "novel-pairs", kind, 20):
+        for item in examination.ask(0, "novel-pairs", kind, 20):
             new, question = item.scene.things[0], item.question
             assert (new.colour, new.shape) in HELD_OUT
             if question.answer == "No" and kind == "existence":

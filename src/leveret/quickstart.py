@@ -114,7 +114,7 @@ def run(
             examined(model, suite="world-more", out=root / "stages" / f"{name}-more")
 
     def go_harder() -> None:
-        from leveret.world.write import HARDER
+        from leveret.world.examination import HARDER
 
         for split in HARDER:
             examined(root / "train" / "model", suite="world", out=root / "harder" / split, split=split)
@@ -148,7 +148,7 @@ def run(
 
 def _collected(root: Path) -> dict[str, Any]:
     """What the examinations found, from their folders."""
-    from leveret.world.write import HARDER
+    from leveret.world.examination import HARDER
 
     def tasks(*place: str) -> dict[str, Any]:
         file = root.joinpath(*place, "results.json")

@@ -234,7 +234,7 @@ def write(root: Path, results: dict[str, Any], web: int, budget: int) -> None:
 
 def _stages_and_harder(root: Path, results: dict[str, Any]) -> list[Any]:
     from leveret import pages
-    from leveret.world.write import SPLITS
+    from leveret.world.examination import SPLITS
 
     n = next(iter(next(iter(results["harder"].values())).values()))["n"]
     about = [[name, SPLITS[name].about] for name in results["harder"]]

@@ -235,3 +235,11 @@ def sample_scene(
         again: dict[str, Any] = {"novel_pairs": novel_pairs, "novel_words": novel_words, "frames": frames, "flat": flat}
         return sample_scene(rng, counts=counts, word=word, sizes=sizes, style=style, clutter=clutter, **again)
     return Scene(width, height, tuple(things), text, int(rng.random() * 2**31), style, clutter)
+
+
+def tune_scene(seed: int, index: int) -> Scene:
+    """The scene of tuning picture `index`: most hold a word, some hold nothing, some have clutter behind the things."""
+    rng = stream(seed, "tune", index)
+    r = rng.random()
+    clutter = between(rng, 1, 5) if r < 0.12 else 0
+    return sample_scene(rng, word=0.88, counts=(0, 0) if r < 0.03 or r > 0.98 else (1, 4), clutter=clutter)
