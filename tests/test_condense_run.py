@@ -267,6 +267,24 @@ def test_ten_kills_at_random_moments(tmp_path):
     assert _results(run(tmp_path / "killed")) == expected
 
 
+@pytest.mark.parametrize("torn", ["*.rows", "*.guests"])
+def test_vectors_that_a_power_cut_left_short_are_written_again(tmp_path, monkeypatch, torn):
+    """The vectors of a run are not synced, its columns are: so these may be there when those are not whole."""
+    folder, more = _foreign(tmp_path / "emb"), ["cluster.clusters_per_row=2", "score=null"]
+    expected = _results(condense(folder, tmp_path / "whole", "bunny", more))
+    with monkeypatch.context() as patch:
+        patch.setattr("leveret.condense.border.measure", _cut)
+        with pytest.raises(KeyboardInterrupt):
+            condense(folder, tmp_path / "out", "bunny", more)
+    run = next((tmp_path / "out" / "work" / "runs" / "1").glob(torn))
+    os.truncate(run, run.stat().st_size - 7)
+    assert _results(condense(folder, tmp_path / "out", "bunny", more)) == expected
+
+
+def _cut(*args):
+    raise KeyboardInterrupt
+
+
 def test_a_stop_is_heeded_between_parts(tmp_path, recipe, monkeypatch):
     pool = _pool(tmp_path / "pool")
     monkeypatch.setattr("leveret.condense.pipeline.stop_requested", lambda: True)

@@ -91,12 +91,15 @@ def closest(name: str, names: Iterable[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """A file to write bytes into, piece by piece; a reader, or a crash at any moment, sees the old file at `path` or
     the new one, never a part.
 
     A temporary file in the same folder is written, and when the block ends it is synced and renamed; then the folder
     is synced, so that the rename itself survives a power cut. Missing folders are made.
+
+    sync  False leaves it to the system when bytes reach the disk: a killed process still leaves all or nothing, but
+          after a power cut the file may be short. For large files that can be made again, whose size is checked.
 
     Raises:
         OSError: the disk's own fault (full, read-only). At any error of the block the temporary file is removed.
@@ -108,14 +111,16 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     try:
         with open(temporary, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from leveret.condense import groups, ranks, screen
 from leveret.condense.columns import load, save
 from leveret.condense.lloyd import Map
-from leveret.condense.rows import Ints, spans
-from leveret.condense.working import Part, Rows
+from leveret.condense.rows import Ints
+from leveret.condense.working import ALIVE, Part, Rows
 
 SAMPLE = 256
 """Rows whose near copies are counted."""
@@ -55,17 +55,18 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
     def count(part: Part) -> tuple[Ints, Ints]:
         """[sample] near copies of each row among the part's, and those of its own cluster."""
         everywhere, inside = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
-        alive = rows.alive(part)
-        others, clusters = part.read("row")[0][alive], _clusters(rows, part)[alive]
-        for span in spans(len(alive), TOGETHER):
-            y = part.vectors(alive[span])
+        dead = rows.fate(part) != ALIVE
+        others, clusters = part.read("row")[0], _clusters(rows, part)
+        for places, y in part.blocks(TOGETHER):
+            if (gone := dead[places]).any():
+                places, y = places[~gone], y[~gone]
             for i, j, sure in screen.candidates(one, screen.prepare(y, middle), threshold):
                 near = sure.copy()
                 near[~sure] = groups.is_edge(x, i[~sure], y, j[~sure], threshold)
-                near &= row[i] != others[span][j]
+                near &= row[i] != others[places[j]]
                 np.add.at(everywhere, i[near], 1)
                 own = np.flatnonzero(near)
-                mine, theirs = cluster[i[own]], clusters[span][j[own]]
+                mine, theirs = cluster[i[own]], clusters[places[j[own]]]
                 own = own[(mine[:, :, None] == theirs[:, None, :]).any((1, 2))]
                 np.add.at(inside, i[own], 1)
         return everywhere, inside

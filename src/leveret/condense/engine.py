@@ -16,7 +16,7 @@ import numpy as np
 
 from leveret.condense import groups, lloyd, ranks, regroup
 from leveret.condense.columns import Ids, load, order_of, save
-from leveret.condense.rows import TOGETHER, Array, Floats, Ints, distances, floats, spans, unit
+from leveret.condense.rows import TOGETHER, Array, Bools, Floats, Ints, distances, floats, spans, unit
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
 from leveret.condense.working import Part, Rows
@@ -53,16 +53,26 @@ def ingest(part: Part, row: Ints, ids: Ids, score: Array | None) -> Part:
     ((shard, start, stop),) = part.pieces
     x = shard.read(start, stop)
     for span in spans(len(x), 4096):
-        wide = floats(x[span])
-        lengths = np.einsum("ij,ij->i", wide, wide)
-        wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+        nothing, wrong = _without_direction(x[span])
         if len(wrong):
-            what = "is all zeros" if lengths[wrong[0]] == 0 else "is not finite"
+            what = "is all zeros" if nothing[wrong[0]] else "is not finite"
             raise DataError(f"{shard.path}: row {start + span.start + int(wrong[0]):,} {what}; a row needs a direction")
     hashes = ranks.hash_ids(ids)
     scores = np.full(len(x), np.nan) if score is None else score.astype(np.float64)
     save(part.path, {"row": row, "id": ids, "score": scores, "hash": hashes, "source": np.zeros(0, np.int64)})
     return part
+
+
+def _without_direction(x: Array) -> tuple[Bools, Ints]:
+    """[n] whether each of some rows as stored has no length, and the places of those without, or with no finite one."""
+    if x.dtype == np.float16:  # by their bits: no square of a half is too large or too small for what follows
+        largest = (x.view(np.uint16) & 0x7FFF).max(axis=1, initial=0)
+        nothing, endless = largest == 0, largest >= 0x7C00
+    else:
+        wide = floats(x)
+        lengths = np.einsum("ij,ij->i", wide, wide)
+        nothing, endless = lengths == 0, ~np.isfinite(lengths)
+    return nothing, np.flatnonzero(nothing | endless)
 
 
 def rename(part: Part, names: Mapping[int, bytes]) -> None:

@@ -54,7 +54,7 @@ class Run:
 def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path, per_row: int = 1) -> Run:
     """Writes a part's run, or finds it. per_row: clusters that a row sits in, the nearest ones."""
     run = Run(folder, part.number)
-    if run.columns.exists():
+    if _is_whole(run, rows.parts[0].pieces[0][0].row_bytes):
         return run
     alive = rows.alive(part)
     x = part.vectors(None if len(alive) == part.n else alive, lent=True)
@@ -82,13 +82,23 @@ def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path, per_row: int 
     return run
 
 
+def _is_whole(run: Run, row_bytes: int) -> bool:
+    """Whether a run is there with all its vectors, of which a power cut may leave fewer: they are not synced."""
+    if not run.columns.exists():
+        return False
+    with np.load(run.columns, allow_pickle=False) as file:
+        starts = {run.vectors: "starts", run.guests: "guest_starts"}
+        ends = {path: int(file[name][-1]) for path, name in starts.items() if name in file.files}
+    return all(path.is_file() and path.stat().st_size == row_bytes * n for path, n in ends.items())
+
+
 def _starts(labels: Array, nearest: Nearest) -> Ints:
     """[k + 1] where each cluster begins among sorted labels."""
     return np.searchsorted(labels, np.arange(len(nearest.centroids) + 1)).astype(np.int64)
 
 
 def _write(path: Path, x: Array, order: Ints) -> None:
-    with atomic_file(path) as file:
+    with atomic_file(path, sync=False) as file:
         for some in spans(len(order), BLOCK):
             file.write(x[order[some]].data)
 

@@ -231,8 +231,8 @@ def _widened(block: Block) -> Any:
 
 # --- the nearest centroid ------------------------------------------------------------------------------------------
 
-BATCH = 1 << 19
-"""Products taken at once: rows x centroids."""
+BATCH = 1 << 21
+"""Products taken at once: rows x centroids. Large, for threads wait for each other at every call that is short."""
 
 CROWD = 1 / 24
 """Share of the centroids, as candidates of a row, from which float32 looks at all of them again: without clusters many
@@ -355,7 +355,7 @@ class Nearest:
         return np.concatenate(found)
 
     def _parts(self, n: int) -> Iterator[slice]:
-        return spans(n, max(16, min(1024, BATCH // len(self.centroids))))
+        return spans(n, max(16, min(4096, BATCH // len(self.centroids))))
 
     def _some(self, x: Stored, told: Told) -> tuple[Ints, Doubles]:
         labels, (product, unit, slack) = self._decide(x, told, self._screen(x, told))

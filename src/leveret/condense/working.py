@@ -77,6 +77,17 @@ class Part:
             first += stop - start
         return out
 
+    def blocks(self, size: int) -> Iterator[tuple[Ints, Array]]:
+        """All rows as they lie on disk, at most `size` at a time: their places, and their vectors as stored."""
+        (source,) = load(self.path, "source")
+        place = np.argsort(source, kind="stable") if len(source) else np.arange(self.n)
+        first = 0
+        for shard, start, stop in self.pieces:
+            for span in spans(stop - start, size):
+                inside = place[first + span.start : first + span.stop]
+                yield inside, shard.read(start + span.start, start + span.stop)
+            first += stop - start
+
     def reader(self) -> Callable[[Ints], Array]:
         """Places to rows, for a part that does not fit in memory."""
         (source,) = load(self.path, "source")
