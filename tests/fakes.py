@@ -153,3 +153,23 @@ def tiny_batch(
         input_ids=ids, labels=labels, attention_mask=mask, position_ids=positions, segments=segments, image_mask=marks,
         pixels=pixels, tile_image=torch.arange(count), ids=tuple(f"row{i}" for i in range(rows)),
     )  # fmt: skip
+
+
+def save_dual_encoder(folder: Path, kind: str) -> None:
+    """A tiny CLIP or SigLIP with random weights, as transformers saves it."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    if kind == "clip":
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 1
+        text["eos_token_id"] = end
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    else:
+        text["projection_size"] = 16
+        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

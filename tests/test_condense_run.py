@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from fakes import save_dual_encoder
 from leveret.cli import explain
 from leveret.condense import condense, embed
 from leveret.condense import embed as embed_function
@@ -310,6 +311,22 @@ def test_captions_vectors_are_kept_on_wish(tmp_path, monkeypatch):
         embed(pool, tmp_path / "no", "pixels", images=pool.parent / "pictures", texts=True)
     with pytest.raises(RecipeError, match="texts"):  # another folder, not half of one and half of the other
         embed(pool, plain, "world/scorer", images=pool.parent / "pictures", texts=True)
+
+
+def test_a_folder_of_embeddings_holds_one_precision(tmp_path):
+    pool, clip = _pool(tmp_path / "pool", 12, broken=False), tmp_path / "clip"
+    save_dual_encoder(clip, "clip")
+    made = {}
+    for precision in ("fp32", "bf16"):
+        made[precision] = embed(
+            pool, tmp_path / precision, str(clip), images=pool.parent / "pictures", precision=precision, workers=1
+        )
+    x, y = (np.load(made[name] / "img_emb/img_emb_0.npy").astype(np.float32) for name in ("fp32", "bf16"))
+    assert (x != y).any() and ((x * y).sum(1) > 0.99).all()
+    assert json.loads((made["bf16"] / "manifest.json").read_text())["precision"] == "bf16"
+    assert "precision" not in json.loads((made["fp32"] / "manifest.json").read_text())
+    with pytest.raises(RecipeError, match="precision"):
+        embed(pool, made["bf16"], str(clip), images=pool.parent / "pictures", precision="fp32", workers=1)
 
 
 def test_worker_processes_give_the_bits_of_one_process(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from fakes import save_dual_encoder
 from leveret.inputs.resize import prepare
-from leveret.model.encoders import ENCODERS, PixelEncoder, TinyEncoder, _stack, load_encoder
+from leveret.model.encoders import ENCODERS, PixelEncoder, TinyEncoder, _stack, load_encoder, precision_of
 from leveret.records import TowerView
 from leveret.runs import RecipeError
 
@@ -113,33 +114,12 @@ def test_the_worlds_scorer_gives_unit_vectors_in_one_space():
     assert tiny_scorer().fingerprint == encoder.fingerprint
 
 
-def _save_dual(folder: Path, kind: str) -> None:
-    import torch
-    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
-
-    from fakes import tiny_tokenizer
-
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {**small, "image_size": 32, "patch_size": 16}
-    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    if kind == "clip":
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 1
-        text["eos_token_id"] = end
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-    else:
-        text["projection_size"] = 16
-        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.mark.parametrize(("kind", "width", "resize"), [("clip", 12, "crop"), ("siglip", 16, "squash")])
 def test_clip_and_siglip_equal_transformers(tmp_path, kind, width, resize):
     import torch
     from transformers import AutoModel
 
-    _save_dual(tmp_path, kind)
+    save_dual_encoder(tmp_path, kind)
     encoder = load_encoder(str(tmp_path))
     assert (encoder.width, encoder.view.size, encoder.view.resize, encoder.has_texts) == (width, 32, resize, True)
     images = _scenes(20)  # more than one micro-batch
@@ -152,6 +132,29 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, width, resize):
     np.testing.assert_allclose(found, torch.nn.functional.normalize(expected, dim=1).numpy(), atol=1e-5)
     assert texts is not None and texts.shape == (2, width)
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_bf16_is_near_fp32_and_has_the_weights_of_fp32(tmp_path, kind):
+    save_dual_encoder(tmp_path, kind)
+    whole, halves = load_encoder(str(tmp_path)), load_encoder(str(tmp_path), "cpu", "bf16")
+    words = ["a cat", "a longer caption of a dog"]
+    for one, two in ((whole.images(_scenes(5)), halves.images(_scenes(5))), (whole.texts(words), halves.texts(words))):
+        assert one is not None and two is not None and (one != two).any()
+        assert two.dtype == np.float32 and ((one * two).sum(1) > 0.999).all()
+    assert whole.fingerprint == halves.fingerprint
+
+
+def test_which_precision_an_encoder_computes_in(tmp_path, monkeypatch):
+    for native in (False, True):
+        monkeypatch.setattr("leveret.model.precision.native_bf16", lambda device, native=native: native)
+        assert precision_of(str(tmp_path), "cpu", "auto") == ("bf16" if native else "fp32")
+        assert precision_of("world/scorer", "cpu", "auto") == "fp32"  # small: bf16 would only add casts
+    assert [precision_of("a/b", "cpu", name) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    with pytest.raises(RecipeError, match="computes in fp32"):
+        precision_of("pixels", "cpu", "bf16")
+    with pytest.raises(RecipeError, match="allowed are auto, fp32 and bf16"):
+        precision_of("a/b", "cpu", "fp16")
 
 
 def test_an_unknown_encoder_names_the_closest():

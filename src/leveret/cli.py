@@ -51,6 +51,9 @@ Source = Annotated[
     str, typer.Argument(help="LLaVA JSON, tars, parquet, a folder of save_to_disk, or of images with captions.")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+EmbedPrecision = Annotated[
+    str, typer.Option("--precision", help="Of the encoder: auto (bf16 where native), fp32, bf16.")
+]
 
 
 def _present(module: str) -> bool:
@@ -162,6 +165,7 @@ def embed(
     texts: Annotated[bool, typer.Option("--texts", help="Keep the captions' vectors too.")] = False,
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
+    precision: EmbedPrecision = "auto",
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -186,6 +190,7 @@ def embed(
             device=device,
             run_on=executor,
             texts=texts,
+            precision=precision,
         )
     made = jsonlib.loads((folder / "manifest.json").read_text("utf-8"))
     refused = made["refused"]
@@ -215,6 +220,7 @@ def condense(
     executor: Executor = "local",
     limit_share: LimitShare = 0.2,
     device: Device = "cpu",
+    precision: EmbedPrecision = "auto",
     memory: Annotated[str, typer.Option(help="What the run may hold at once; changes no id.")] = "2GB",
     clusters_per_row: Annotated[
         int | None, typer.Option(help="Clusters a row sits in; 2 finds near copies that borders of clusters hide.")
@@ -249,6 +255,7 @@ def condense(
             device=device,
             memory=allowed,
             run_on=executor,
+            precision=precision,
         )
     facts = jsonlib.loads((folder / "summary.json").read_text("utf-8"))
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept"]

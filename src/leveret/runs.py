@@ -204,27 +204,31 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
         os.close(handle)
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Every line of a JSON lines file. A torn last line (a killed writer's) is dropped; any other fault is a DataError.
+def each_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON lines file, one at a time. A torn last line (a killed writer's) is dropped; any other fault
+    is a DataError.
 
     A last line counts as torn when it has no line end and is not JSON.
     """
     try:
-        data = Path(path).read_bytes()
+        file = open(path, "rb")
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    lines = data.split(b"\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-        except ValueError as fault:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}, line {number}: not JSON ({fault}): {line[:60]!r}") from None
-    return rows
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as fault:
+                if not line.endswith(b"\n"):
+                    return
+                raise DataError(f"{path}, line {number}: not JSON ({fault}): {line[:60].strip()!r}") from None
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Every line of a JSON lines file, as `each_jsonl` reads them."""
+    return list(each_jsonl(path))
 
 
 def repair_jsonl(path: str | Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from leveret.runs import (
     Progress,
     RecipeError,
     RunFolder,
+    atomic_file,
     atomic_write,
     cores,
     graceful_stop,
@@ -63,6 +65,7 @@ def embed(
     device: str = "cpu",
     run_on: str = "local",
     texts: bool = False,
+    precision: str = "auto",
 ) -> Path:
     """Embed every readable sample of a pool into `out` (clip-retrieval's layout), or go on where a run was killed.
 
@@ -73,15 +76,18 @@ def embed(
     workers      processes (small encoders) or decoding threads (large ones); the cores by default. The vectors are
                  the same for any number of processes.
     run_on       `local`, `ray` or `ray:ADDRESS` (`executors`), where every machine must see the pool's files.
+    precision    fp32, bf16, or auto: bf16 for a CLIP or SigLIP where the device multiplies it natively. A folder holds
+                 one.
     texts        also keep the captions' vectors (`text_emb/`). Scores are made from them either way.
     limit_share  DataError when more than this share of the samples is refused.
 
     Returns `out`. Raises RecipeError when the folder holds embeddings of another pool, encoder or shard size.
     """
-    from leveret.model.encoders import load_encoder
+    from leveret.model.encoders import load_encoder, precision_of
 
     source = source if isinstance(source, Source) else open_source(source, images)
-    loaded = load_encoder(encoder, device)
+    precision = precision_of(encoder, device, precision)
+    loaded = load_encoder(encoder, device, precision)
     facts = {
         "source": source.fingerprint(),
         "encoder": encoder,
@@ -93,6 +99,8 @@ def embed(
         if not loaded.has_texts:
             raise RecipeError(f"encoder {encoder!r} has no text side, so there are no captions' vectors to keep")
         facts["texts"] = True
+    if precision != "fp32":
+        facts["precision"] = precision
     run = RunFolder.open(out, "embed", facts)
     if run.is_done("embed"):
         return run.path
@@ -108,7 +116,7 @@ def embed(
             seen += min(shard, n - start)
     with graceful_stop(), ExitStack() as stack:
         progress = stack.enter_context(Progress(left, "embedding", "images"))
-        fleet = stack.enter_context(_fleet(encoder, loaded, workers, left, device, run_on))
+        fleet = stack.enter_context(_fleet(encoder, loaded, workers, left, device, precision, run_on))
         for start in starts:
             end = min(start + shard, n)
             refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, texts, progress, bad.total())
@@ -144,13 +152,14 @@ def _too_many(bad: Counter[str], seen: int, n: int, limit: float) -> bool:
 
 def _gather(run: RunFolder, n: int, shard: int) -> Path:
     """The shards' quarantine files as one."""
-    parts = []
-    for start in range(0, n, shard):
-        file = run.path / "quarantine" / f"quarantine_{start // shard}.jsonl"
-        if file.is_file():
-            parts.append(file.read_text("utf-8"))
-    atomic_write(run.path / "quarantine.jsonl", "".join(parts))
-    return run.path / "quarantine.jsonl"
+    path = run.path / "quarantine.jsonl"
+    with atomic_file(path) as out:
+        for start in range(0, n, shard):
+            file = run.path / "quarantine" / f"quarantine_{start // shard}.jsonl"
+            if file.is_file():
+                with open(file, "rb") as part:
+                    shutil.copyfileobj(part, out)
+    return path
 
 
 # --- one shard -----------------------------------------------------------------------------------------------------
@@ -314,26 +323,28 @@ class Processes(Fleet):
 class Elsewhere(Fleet):
     """On an executor's machines, a job a task; each loads the encoder once."""
 
-    def __init__(self, encoder: str, device: str, execute: Map) -> None:
-        self.task, self.execute = partial(_there, encoder, device), execute
+    def __init__(self, encoder: str, device: str, precision: str, execute: Map) -> None:
+        self.task, self.execute = partial(_there, encoder, device, precision), execute
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
         yield from self.execute(self.task, jobs)
 
 
-def _there(encoder: str, device: str, job: Job) -> Done:
+def _there(encoder: str, device: str, precision: str, job: Job) -> Done:
     from leveret.model.encoders import load_encoder
 
-    return work(load_encoder(encoder, device), job)
+    return work(load_encoder(encoder, device, precision), job)
 
 
 @contextmanager
-def _fleet(id: str, encoder: Encoder, workers: int, left: int, device: str, run_on: str) -> Iterator[Fleet]:
+def _fleet(
+    id: str, encoder: Encoder, workers: int, left: int, device: str, precision: str, run_on: str
+) -> Iterator[Fleet]:
     from leveret.model.encoders import is_light
 
     if run_on != "local":
         with executor(run_on, workers) as execute:
-            yield Elsewhere(id, device, execute)
+            yield Elsewhere(id, device, precision, execute)
         return
     if is_light(id) and device == "cpu" and workers > 1 and left >= PROCESSES_FROM:
         processes = Processes(id, workers)

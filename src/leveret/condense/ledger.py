@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,14 @@ def places(state: State, rows: Ints) -> Ints:
     return out
 
 
+LINES = 65_536
+"""Refused samples in a part of the ledger."""
+
+
 # --- on disk -------------------------------------------------------------------------------------------------------
 
 
-def write_ledger(state: State, refused: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def write_ledger(state: State, refused: Iterable[Mapping[str, Any]], folder: Path) -> None:
     """`folder/*.parquet`: one row per sample of the source, refused ones too, in parts.
 
     index (position in the source), id; cluster, component (id of its member whose id comes first), component_size,
@@ -167,19 +172,21 @@ def write_ledger(state: State, refused: Sequence[Mapping[str, Any]], folder: Pat
             path = folder / f"{rows.generation:02d}-{part.number:06d}.parquet"
             if not path.exists():
                 _write_part(rows, part, path, whole=rows is state.rows)
-    if refused:
-        import pyarrow as pa
+    left = iter(refused)
+    for number, lines in enumerate(iter(lambda: list(islice(left, LINES)), [])):
+        _write_refused(lines, folder / f"refused-{number:06d}.parquet")
 
-        n = len(refused)
-        known = {
-            "index": pa.array([line["index"] for line in refused], pa.int64()),
-            "id": pa.array([str(line.get("id", "")) for line in refused], pa.string()),
-            "verdict": pa.array(["read"] * n),
-            "reason": pa.array([str(line["reason"]) for line in refused]),
-        }
-        _write_table(
-            {name: known.get(name, pa.nulls(n, kind)) for name, kind in _kinds().items()}, folder / "refused.parquet"
-        )
+
+def _write_refused(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+
+    known = {
+        "index": pa.array([line["index"] for line in lines], pa.int64()),
+        "id": pa.array([str(line.get("id", "")) for line in lines], pa.string()),
+        "verdict": pa.array(["read"] * len(lines)),
+        "reason": pa.array([str(line["reason"]) for line in lines]),
+    }
+    _write_table({name: known.get(name, pa.nulls(len(lines), kind)) for name, kind in _kinds().items()}, path)
 
 
 def _kinds() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,9 @@ from leveret.runs import (
     RunFolder,
     atomic_write,
     cores,
+    each_jsonl,
     graceful_stop,
     read_json,
-    read_jsonl,
     sha256_of,
     stop_requested,
     write_json,
@@ -72,6 +72,7 @@ def condense(
     limit_share: float = 0.2,
     memory: int = 2 << 30,
     run_on: str = "local",
+    precision: str = "auto",
     begin: Callable[[Path], None] | None = None,
 ) -> Path:
     """Choose a coreset and write it, with the fate of every sample, into the folder `out`; returns `out`.
@@ -85,6 +86,7 @@ def condense(
     workers   threads and processes; changes no result.
     memory    bytes that vectors may take at once, roughly; changes no result.
     run_on    `local`, `ray` or `ray:ADDRESS` (`executors`); changes no result.
+    precision of the encoder where a pool or a benchmark's images are embedded, as for `embed`.
     begin     called with the folder once it is known to be this run's, before any step: `recut` lays finished steps in.
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
@@ -108,12 +110,14 @@ def condense(
     sides = look_at(against)
     mark: dict[str, Any]
     if pool is not None:
-        from leveret.model.encoders import load_encoder
+        from leveret.model.encoders import load_encoder, precision_of
 
         chosen = chosen.model_copy(update={"encoder": encoder or chosen.encoder})
-        loaded = load_encoder(chosen.encoder, device)
+        computed = precision_of(chosen.encoder, device, precision)
+        loaded = load_encoder(chosen.encoder, device, computed)
         check_columns(chosen, ("score",) if loaded.has_texts else (), f"the encoder {chosen.encoder!r}")
         mark = {"source": pool.fingerprint(), "weights": loaded.fingerprint}
+        mark |= {} if computed == "fp32" else {"precision": computed}
         eyes = Eyes(chosen.encoder, loaded.fingerprint, loaded.width, f"the pool {pool.path}")
     else:
         given = open_given(str(source))
@@ -132,13 +136,14 @@ def condense(
     if begin is not None:
         begin(run.path)
     how: dict[str, Any] = {"workers": workers, "limit_share": limit_share, "device": device, "run_on": run_on}
+    how["precision"] = precision
     with graceful_stop(), where as execute:
         met: list[dict[str, Any]] = []
         for number, side in enumerate(sides):
             with clock("embed benchmarks"):
                 there = side.embedded(run.path / "against" / f"{number:02d}", eyes, **how)
             held = open_benchmark(there)
-            counts = {"images": len(held), "refused": len(_refused(held))}
+            counts = {"images": len(held), "refused": len(Refused.of(held))}
             paths = {"path": str(side.path.resolve()), "embeddings": str(there.resolve())}
             met.append({"name": side.name, **counts, **paths})
         if pool is not None:
@@ -148,7 +153,7 @@ def condense(
         benchmarks = _benchmarks(run, met, execute)
         state, stages = _run_steps(run, chosen, given, execute, memory, workers, clock, benchmarks)
         with clock("write"):
-            refused = _refused(given)
+            refused = Refused.of(given)
             write_ledger(state, refused, run.path / "ledger")
             write_ids(state, run.path / "coreset.parquet")
             if benchmarks:
@@ -250,10 +255,24 @@ def _benchmarks(run: RunFolder, found: Sequence[Mapping[str, Any]], execute: Map
     )
 
 
-def _refused(given: Given) -> list[dict[str, Any]]:
-    """Samples of the pool that could not be embedded."""
-    file = given.path / "quarantine.jsonl"
-    return read_jsonl(file) if file.is_file() else []
+@dataclass(frozen=True)
+class Refused:
+    """Samples of the pool that could not be embedded: the quarantine's lines, and how many there are by reason."""
+
+    path: Path
+    reasons: Counter[str]
+
+    @classmethod
+    def of(cls, given: Given) -> Refused:
+        path = given.path / "quarantine.jsonl"
+        lines = each_jsonl(path) if path.is_file() else ()
+        return cls(path, Counter(str(line["reason"]) for line in lines))
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return each_jsonl(self.path) if self.reasons else iter(())
 
 
 def _run_steps(
@@ -362,7 +381,7 @@ def _summary(
     given: Given,
     state: State,
     stages: list[Stage],
-    refused: list[dict[str, Any]],
+    refused: Refused,
 ) -> dict[str, Any]:
     """The funnel in numbers. Holds no times, so that equal runs have equal summaries."""
     length = len(given) + len(refused)
@@ -371,7 +390,7 @@ def _summary(
         funnel.append({"label": "read", "step": "read", "left": len(given)})
     left_out: dict[str, dict[str, int]] = {}
     if refused:
-        left_out["read"] = dict(Counter(str(line["reason"]) for line in refused).most_common())
+        left_out["read"] = dict(refused.reasons.most_common())
     for stage in stages:
         notes = {key: value for key, value in stage.notes.items() if key != "sizes"}
         funnel.append({"label": stage.label, "step": stage.step, "left": stage.after, **notes})

@@ -14,7 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,11 @@ from leveret.images import ImageFault, declared_size, read_bytes
 from leveret.images import decode as decode_image
 from leveret.inputs.chat import encode, find_chat
 from leveret.inputs.resize import prepare
+from leveret.model.precision import Precision, resolve_precision
 from leveret.model.threads import threads_for, torch_threads
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, ImageRef, Prediction, Turn
 from leveret.runs import DataError
-
-Precision = Literal["auto", "bf16", "fp32"]
 
 WINDOW = 8
 """Requests are sorted by length among `WINDOW` times as many as there are slots: wide enough that batches are even,
@@ -79,7 +78,7 @@ class Engine:
             raise DataError(f"slots and max_new_tokens must be at least 1; got {slots} and {max_new_tokens}")
         self.vlm = vlm.eval()
         self.max_new_tokens = max_new_tokens
-        self.bf16 = precision == "bf16" or (precision == "auto" and native_bf16(vlm.device))
+        self.bf16 = resolve_precision(precision, vlm.device) == "bf16"
         generation = getattr(vlm.language, "generation_config", None)
         self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
         self.eyes = Eyes(vlm, self.bf16, cache_bytes)
@@ -287,13 +286,3 @@ def common(rows: Sequence[Sequence[int]]) -> int:
             break
         shared += 1
     return shared
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether `device` computes bfloat16 products natively; where it does not, autocast only costs time."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(bool(ask()) for ask in asks if ask is not None)

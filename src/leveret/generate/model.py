@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leveret.generate.engine import Engine, Precision, Request
+from leveret.generate.engine import Engine, Request
 from leveret.images import ImageFault
 from leveret.model.checkpoint import load as load_vlm
+from leveret.model.precision import Precision
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, ImageRef, Turn
 from leveret.runs import EnvironmentFault, RecipeError

@@ -181,15 +181,18 @@ class TinyEncoder:
 
 
 class HFEncoder:
-    """A CLIP or SigLIP of transformers: projected image features, and text features where a tokenizer lies with it."""
+    """A CLIP or SigLIP of transformers: projected image features, and text features where a tokenizer lies with it.
+
+    precision  fp32, or bf16 (autocast): about twice as fast where it is native, and a cosine of .9999 with fp32.
+    """
 
     micro_batch = 16
     """Images in one forward pass on a CPU: activations of large towers are what fills the memory."""
 
-    def __init__(self, id: str, device: str = "cpu") -> None:
+    def __init__(self, id: str, device: str = "cpu", precision: str = "fp32") -> None:
         import torch
 
-        self.id, self.device = id, device
+        self.id, self.device, self.precision = id, device, precision
         model, self._tokenizer = _open_hf(id)
         self.module = model.to(device, torch.float32).eval()
         vision = model.config.vision_config
@@ -204,7 +207,8 @@ class HFEncoder:
     def _run(self, call: Callable[..., Any], **inputs: Any) -> Matrix:
         import torch
 
-        with torch.inference_mode():
+        kind, halves = torch.device(self.device).type, self.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=halves):
             found = call(**{name: value.to(self.device) for name, value in inputs.items()})
             # transformers 5 returns the projected vector inside an output object; earlier ones the tensor itself.
             found = found if isinstance(found, torch.Tensor) else found.pooler_output
@@ -314,9 +318,28 @@ def is_light(id: str) -> bool:
     return id in ENCODERS and ENCODERS[id].light
 
 
+def precision_of(id: str, device: str, precision: str) -> str:
+    """ "fp32" or "bf16": what the encoder called `id` computes in. A small network gains nothing from bf16.
+
+    precision  auto (bf16 where the device multiplies it natively), fp32 or bf16. RecipeError where it is another, or
+               bf16 of a row of `ENCODERS`.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RecipeError(f"precision {precision!r}: allowed are auto, fp32 and bf16")
+    if id in ENCODERS:
+        if precision == "bf16":
+            raise RecipeError(f"precision bf16: the encoder {id!r} computes in fp32; give auto or fp32")
+        return "fp32"
+    from leveret.model.precision import resolve_precision
+
+    return resolve_precision(precision, device)
+
+
 @lru_cache(maxsize=2)
-def load_encoder(id: str, device: str = "cpu") -> Encoder:
+def load_encoder(id: str, device: str = "cpu", precision: str = "fp32") -> Encoder:
     """The encoder called `id`: a row of `ENCODERS`, or a folder or hub id of a CLIP or SigLIP.
+
+    precision  as `precision_of` gives it. The fingerprint is that of the weights, whatever they are computed in.
 
     Raises:
         RecipeError: no such encoder; the text names the closest ids.
@@ -332,4 +355,4 @@ def load_encoder(id: str, device: str = "cpu") -> Encoder:
             f"encoder {id!r} is not known. Allowed: {', '.join(ENCODERS)}, or a folder or hub id "
             f"(name/name) of a CLIP or SigLIP.{hint}"
         )
-    return HFEncoder(id, device)
+    return HFEncoder(id, device, precision)

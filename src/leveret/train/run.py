@@ -96,6 +96,8 @@ def train(
 
         device = resolve_device(recipe)
         world = members.resolve(recipe.ranks, device)
+        from leveret.model.precision import resolve_precision
+
         precision = {name: resolve_precision(recipe.stages[name].precision, device) for name in todo}
         share = max(1, torch.get_num_threads() // world) if "TORCHELASTIC_RUN_ID" not in os.environ else 1
         with graceful_stop(), members.Ranks.lead(world) as ranks:
@@ -147,18 +149,6 @@ def resolve_device(recipe: TrainRecipe) -> str:
     if recipe.device == "cuda":
         raise EnvironmentFault("device is cuda, but torch finds no GPU here; set device=auto or device=cpu")
     return "cpu"
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """`auto` is bf16 where the hardware multiplies it natively: elsewhere it is emulated, and slower than fp32."""
-    import torch
-
-    if precision != "auto":
-        return precision
-    if device != "cpu":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "fp32"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -1,0 +1,25 @@
+"""In which precision a device computes best."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def native_bf16(device: str | torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 natively; where it does not, it is emulated, and slower than float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu":
+        return False
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+
+
+def resolve_precision(precision: str, device: str | torch.device) -> Literal["bf16", "fp32"]:
+    """`auto` is bf16 where the hardware multiplies it natively, else fp32; the two others are what they are."""
+    return "bf16" if precision == "bf16" or (precision == "auto" and native_bf16(device)) else "fp32"
