@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from leveret.condense import condense
-from leveret.condense.estimate import estimate
+from leveret.condense.estimate import estimate, estimate_pool
 from leveret.condense.given import open_given
 from leveret.condense.steps import read
+from leveret.pool import open_source
+from leveret.runs import DataError, RecipeError
 
 N, WIDTH = 60_000, 32
 
@@ -60,7 +63,7 @@ def test_every_preset_is_estimated_and_nothing_is_written(folder: Path, tmp_path
     done = subprocess.run([*call, "-o", str(tmp_path / "no"), "score=null"], capture_output=True, text=True)
     assert done.returncode == 0 and "after dedup" in done.stdout and "GB of disk" in done.stdout, done.stderr
     assert not (tmp_path / "no").exists()
-    told = subprocess.run([*call, "-o", str(tmp_path / "no"), "--json"], capture_output=True, text=True)
+    told = subprocess.run([*call, "-o", str(tmp_path / "no"), "score=null", "--json"], capture_output=True, text=True)
     assert json.loads(told.stdout)["estimate"]["rows"] == N
 
 
@@ -71,3 +74,44 @@ def test_few_rows_and_rows_without_a_direction(tmp_path: Path) -> None:
         np.save(tmp_path / f"{n}.npy", x)
         found = estimate(open_given(tmp_path / f"{n}.npy"), read("bunny"), workers=1, memory=1 << 20)
         assert found["rows"] == n
+
+
+def test_a_pool_is_told_from_the_few_that_are_embedded(tmp_path: Path) -> None:
+    """Every fifth picture is broken and every third another's copy; a tenth of the pool is looked at."""
+    rng = np.random.default_rng(3)
+    records = []
+    for i in range(600):
+        if i % 3 != 1:
+            image = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((40, 30))
+        image.save(tmp_path / f"{i}.png")
+        if i % 5 == 2:
+            (tmp_path / f"{i}.png").write_bytes(b"<html>")
+        turns = [{"from": "human", "value": "<image>\nSay."}, {"from": "gpt", "value": "a word"}]
+        records.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "pool.json").write_text(json.dumps(records))
+    call = [sys.executable, "-c", "from leveret.cli import main; main()", "condense", str(tmp_path / "pool.json")]
+    call += ["--dry-run", "-r", "photos", "-o", str(tmp_path / "no")]
+    done = subprocess.run([*call, "--json"], capture_output=True, text=True)
+    found = json.loads(done.stdout)["estimate"]
+    assert found["embed"]["samples"] == found["embed"]["looked"] == 600
+    assert found["embed"]["refused"] == {"image not an image": 120} and found["rows"] == found["sampled"] == 480
+    out = condense(tmp_path / "pool.json", tmp_path / "out", "photos", limit_share=0.5, workers=1)
+    for stage in json.loads((out / "summary.json").read_text())["funnel"][2:]:
+        low, high = found["steps"][stage["label"]]["left"]
+        assert low <= stage["left"] <= high, stage["label"]
+    said = subprocess.run(call, capture_output=True, text=True).stdout
+    assert "embedding 600 samples: about" in said and "120 refused: image not an image" in said
+    assert not (tmp_path / "no").exists()
+    # Some of a larger pool: the share that can be read is told of all.
+    pool = open_source(tmp_path / "pool.json")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LEAST", 60), ("BLOCK", 10)):
+            patch.setattr(f"leveret.condense.estimate.{name}", value)
+        some = estimate_pool(pool, read("photos"), "pixels", workers=1, memory=1 << 20)
+    assert (some["embed"]["looked"], some["sampled"], some["rows"]) == (60, 48, 480)
+    with pytest.raises(RecipeError, match="ranks by image-text score"):
+        estimate_pool(pool, read("bunny"), "pixels", workers=1, memory=1 << 20)
+    for i in range(600):
+        (tmp_path / f"{i}.png").unlink()
+    with pytest.raises(DataError, match="none of the 600 samples that were looked at"):
+        estimate_pool(pool, read("photos"), "pixels", workers=1, memory=1 << 20)

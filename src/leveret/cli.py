@@ -229,7 +229,7 @@ def condense(
     json: Json = False,
 ) -> None:
     """Choose a coreset, with a ledger and a report."""
-    from leveret.runs import bytes_of
+    from leveret.runs import bytes_of, cores
 
     allowed = bytes_of(memory)
     if clusters_per_row is not None:
@@ -237,8 +237,10 @@ def condense(
 
         overrides = [*(overrides or []), *sitting_in(clusters_per_row, recipe, overrides or [])]
     if dry_run:
-        told = source, out, overrides or [], recipe, images, encoder, against or []
-        return _plan(json, *_condense_plan(*told, allowed, workers))
+        how = {"workers": workers or cores(), "memory": allowed, "device": device, "precision": precision}
+        with _reporting(json):
+            told = _condense_plan(source, out, overrides or [], recipe, images, encoder, against or [], how)
+        return _plan(json, *told)
     from leveret.condense import condense as station
 
     with _reporting(json):
@@ -282,33 +284,32 @@ def _condense_plan(
     images: Path | None,
     encoder: str | None,
     against: Sequence[str],
-    memory: int,
-    workers: int | None,
+    how: dict[str, Any],
 ) -> tuple[dict[str, Any], Sequence[str]]:
-    """What would be done; and, of embeddings, what it would come to."""
+    """What would be done, and what it would come to. how: `workers` and `memory`, and what an encoder runs on."""
+    from leveret.condense.estimate import estimate, estimate_pool, lines_of
     from leveret.condense.given import is_given, open_given
-    from leveret.condense.steps import read
+    from leveret.condense.steps import check_columns, read
     from leveret.recipe import dump
-    from leveret.runs import cores
 
     steps = read(recipe, overrides, against=bool(against))
-    chosen, lines = dump(steps), ["embed the pool first (`leveret embed`) to be told what the steps would come to"]
     facts: dict[str, Any] = {"recipe": recipe, "out": str(out)}
     if against:
         from leveret.condense.against import look_at
 
         facts["against"] = {side.name: len(side.source) for side in look_at(against)}
     if is_given(source):
-        from leveret.condense.estimate import estimate, in_words
-
+        given = open_given(source)
+        check_columns(steps, ("score",) if given.has_scores else (), f"the embeddings {given.path}")
         facts["embeddings"] = source
-        facts["estimate"] = estimate(open_given(source), steps, workers=workers or cores(), memory=memory)
-        lines = list(in_words(facts["estimate"]))
+        facts["estimate"] = estimate(given, steps, workers=how["workers"], memory=how["memory"])
     else:
         from leveret.pool import open_source
 
-        facts |= {"samples": len(open_source(source, images)), "encoder": encoder or chosen.get("encoder")}
-    return facts | {"steps": chosen["steps"]}, lines
+        pool, eyes = open_source(source, images), encoder or steps.encoder
+        facts |= {"samples": len(pool), "encoder": eyes}
+        facts["estimate"] = estimate_pool(pool, steps, eyes, **how)
+    return facts | {"steps": dump(steps)["steps"]}, lines_of(facts["estimate"])
 
 
 @_verb("train", "leveret.train")

@@ -11,21 +11,25 @@ import io
 import json
 import shutil
 import sys
+import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from leveret.condense.executors import executor
 from leveret.condense.lloyd import Map
 from leveret.condense.worker import Done, Job, look, pack_job, unpack_done, work
 from leveret.pool import SampleFault, Source, open_source
 from leveret.processes import Worker
+from leveret.records import ImageRef
 from leveret.runs import (
     DataError,
     EnvironmentFault,
@@ -188,18 +192,12 @@ def _embed_shard(
         for first in range(start, end, batch):
             rows = []
             for index in range(first, min(first + batch, end)):
-                try:
-                    sample = source.sample(index)
-                except SampleFault as fault:
-                    refused.append(_refusal(index, fault.id, fault.image, fault.reason, fault.detail))
-                    continue
-                if not sample.images:
-                    refused.append(_refusal(index, sample.id, "", "no image"))
-                    continue
-                ref = sample.images[0]
-                name = ref.path if ref.kind == "data" else source.root.name(ref)
-                facts[index] = (sample.id, name, sample.caption)
-                rows.append((index, ref, facts[index][2]))
+                found = _look_up(source, index)
+                if isinstance(found, dict):
+                    refused.append(found)
+                else:
+                    row, facts[index] = found
+                    rows.append(row)
             yield Job(first, rows, texts)
 
     parts: list[Done] = []
@@ -241,9 +239,65 @@ def _embed_shard(
     return counts
 
 
+def _look_up(source: Source, index: int) -> tuple[tuple[int, ImageRef, str], tuple[str, str, str]] | dict[str, Any]:
+    """(the row of a job, (id, image's name, caption)) of a sample; or why it is refused."""
+    try:
+        sample = source.sample(index)
+    except SampleFault as fault:
+        return _refusal(index, fault.id, fault.image, fault.reason, fault.detail)
+    if not sample.images:
+        return _refusal(index, sample.id, "", "no image")
+    ref = sample.images[0]
+    name = ref.path if ref.kind == "data" else source.root.name(ref)
+    return (index, ref, sample.caption), (sample.id, name, sample.caption)
+
+
 def _refusal(index: int, id: str, image: str, reason: str, detail: str = "") -> dict[str, Any]:
     line = {"index": index, "id": id, "image": image, "reason": reason}
     return {**line, "detail": detail} if detail else line
+
+
+@dataclass
+class Some:
+    """What some samples of a pool turned out to be. vectors: [n, width] float16. refused: reasons -> how many.
+    looked: samples that were looked at, in so many seconds."""
+
+    vectors: NDArray[np.float16]
+    refused: Counter[str]
+    looked: int
+    seconds: float
+
+
+def embed_some(
+    source: Source, encoder: str, places: Sequence[range], limit: float, *, workers: int, device: str, precision: str
+) -> Some:
+    """Embeds the samples at some places of a pool, a range after the other, for at most about `limit` seconds, in this
+    process. Nothing is written."""
+    from leveret.model.encoders import is_light, load_encoder
+
+    loaded = load_encoder(encoder, device, precision)
+    refused: Counter[str] = Counter()
+    faults: dict[int, list[str]] = {}
+
+    def jobs() -> Iterator[Job]:
+        for place in places:
+            found = [_look_up(source, index) for index in place]
+            faults[place.start] = [str(one["reason"]) for one in found if isinstance(one, dict)]
+            yield Job(place.start, [one[0] for one in found if not isinstance(one, dict)])
+
+    parts: list[NDArray[np.float16]] = [np.zeros((0, loaded.width), np.float16)]
+    looked = 0
+    with ThreadPoolExecutor(workers) as threads, Progress(sum(map(len, places)), "looking", "samples") as progress:
+        fleet = Here(loaded, threads, single=is_light(encoder))
+        began = time.perf_counter()
+        for place, done in zip(places, fleet.run(jobs()), strict=False):
+            parts.append(done.vectors)
+            refused.update([*faults[place.start], *(f"image {reason}" for _, reason, _ in done.faults)])
+            looked += len(place)
+            progress.advance(len(place))
+            if time.perf_counter() - began > limit:
+                break
+    return Some(np.concatenate(parts), refused, looked, time.perf_counter() - began)
 
 
 # --- who does the work ---------------------------------------------------------------------------------------------

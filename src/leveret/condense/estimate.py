@@ -1,5 +1,7 @@
 """What condensing would do and cost, told from a hundredth of the rows before anything is spent.
 
+Of a pool without vectors as many samples are embedded, for a minute at most; that also tells what embedding all takes.
+
 Of near copies a sample shows few: a pair is seen when both its rows are drawn. So what dedup leaves is told as a range.
 At least as large a share is dropped of all rows as of the sample, and at most one row for each pair that the pairs in
 the sample stand for (exactly that where copies come in pairs). Ranges pass on to the steps that follow.
@@ -30,13 +32,20 @@ from leveret.condense.steps import (
     Pairs,
     RankBand,
     amount_of,
+    check_columns,
     clusters_of,
 )
+from leveret.pool import Source
+from leveret.runs import DataError, in_words
 
 SHARE, LEAST, MOST = 0.01, 2_000, 20_000
 """Rows that are looked at: this share of all, but no fewer and no more."""
 BLOCK = 64
 """Rows next to each other that are read together."""
+LIMIT = 60.0
+"""Seconds after which no more of a pool is embedded."""
+WRITTEN = 1e9
+"""Bytes a second at which embeddings that were just written are read, roughly."""
 THRESHOLDS = (0.80, 0.84, 0.86, 0.90, 0.945)
 """Where near copies are counted besides the recipe's own threshold."""
 OVERHEAD = 4.5
@@ -63,18 +72,22 @@ class Sample:
     rate: float
 
 
+def _blocks(n: int, seed: int) -> Array:
+    """Numbers of the blocks that are looked at, as the seed says, in its order."""
+    wanted = min(n, max(LEAST, min(MOST, round(SHARE * n))))
+    return np.random.default_rng(seed).permutation(np.arange(-(-n // BLOCK)))[: -(-wanted // BLOCK)]
+
+
 def draw(given: Given, seed: int) -> Sample:
     """Blocks of rows at places that the seed says."""
     n = len(given)
-    wanted = min(n, max(LEAST, min(MOST, round(SHARE * n))))
-    blocks = np.arange(-(-n // BLOCK))
-    chosen = np.sort(np.random.default_rng(seed).permutation(blocks)[: -(-wanted // BLOCK)])
+    chosen = np.sort(_blocks(n, seed))
     began, found = time.perf_counter(), []
     for file in given.files:
         for block in chosen[(chosen * BLOCK >= file.first) & (chosen * BLOCK < file.first + file.shard.n)].tolist():
             start = block * BLOCK - file.first
             found.append(file.shard.read(start, min(start + BLOCK, file.shard.n)))
-    x = np.concatenate(found) if found else np.zeros((0, 1), np.float32)
+    x = np.concatenate(found) if found else np.zeros((0, given.shards[0].width if given.shards else 1), np.float32)
     good = np.isfinite(floats(x)).all(1) & (floats(x) != 0).any(1)
     return Sample(x[good], n, x.nbytes / max(time.perf_counter() - began, 1e-6))
 
@@ -134,6 +147,45 @@ def product_rate(threads: int) -> float:
     return best
 
 
+def estimate_pool(
+    source: Source,
+    recipe: CondenseRecipe,
+    encoder: str,
+    *,
+    workers: int,
+    memory: int,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """As `estimate`, for a pool that is embedded first; and {"embed": {"samples", "looked", "refused": {reason: how
+    many of those looked at}, "seconds", "disk"}}, which "seconds" and "disk" of the whole include.
+
+    DataError where none of the samples that were looked at can be embedded.
+    """
+    from leveret.condense.embed import embed_some
+    from leveret.model.encoders import is_light, load_encoder, precision_of
+
+    computed = precision_of(encoder, device, precision)
+    loaded = load_encoder(encoder, device, computed)
+    check_columns(recipe, ("score",) if loaded.has_texts else (), f"the encoder {encoder!r}")
+    n = len(source)
+    places = [range(block * BLOCK, min((block + 1) * BLOCK, n)) for block in _blocks(n, recipe.seed).tolist()]
+    some = embed_some(source, encoder, places, LIMIT, workers=workers, device=device, precision=computed)
+    if some.looked and not len(some.vectors):
+        raise DataError(
+            f"{source.name}: none of the {some.looked:,} samples that were looked at can be embedded: "
+            f"{in_words(some.refused)}.{source.advice(some.refused, some.looked)}"
+        )
+    of = round(n * len(some.vectors) / max(some.looked, 1))
+    found = _estimate(Sample(some.vectors, of, WRITTEN), recipe, workers, memory)
+    # A small encoder was looked at on one core; embedding all runs one on each.
+    seconds = n * some.seconds / max(some.looked, 1) / (workers if is_light(encoder) and device == "cpu" else 1)
+    disk = of * (2 * loaded.width + COLUMN_BYTES)
+    refused = dict(sorted(some.refused.items()))
+    facts = {"samples": n, "looked": some.looked, "refused": refused, "seconds": round(seconds, 1), "disk": disk}
+    return {**found, "seconds": round(found["seconds"] + seconds, 1), "disk": found["disk"] + disk, "embed": facts}
+
+
 def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int) -> dict[str, Any]:
     """Rows after each step, clusters, seconds, bytes of memory and of disk that `condense` would come to.
 
@@ -141,8 +193,11 @@ def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int)
     the first dedup, "seconds", "memory", "disk"}. Seconds are those of this machine; a machine that other work shares
     takes longer.
     """
-    sample = draw(given, recipe.seed)
-    n, width, size = len(given), given.shards[0].width if given.shards else 0, sample.x.itemsize
+    return _estimate(draw(given, recipe.seed), recipe, workers, memory)
+
+
+def _estimate(sample: Sample, recipe: CondenseRecipe, workers: int, memory: int) -> dict[str, Any]:
+    n, width, size = sample.of, sample.x.shape[1], sample.x.itemsize
     rate = product_rate(workers)
     left, k, flop, disk, per_row = Range(n, n), 1, 0.0, n * COLUMN_BYTES, 1
     steps: dict[str, dict[str, Any]] = {}
@@ -203,9 +258,16 @@ def _counted(config: Any, left: Range) -> Range:
     return Range(0, left.high) if isinstance(config, ImageCluster) else left
 
 
-def in_words(found: dict[str, Any]) -> Sequence[str]:
-    """Lines for the terminal."""
-    lines = [f"{found['rows']:,} rows; told from {found['sampled']:,} of them"]
+def lines_of(found: dict[str, Any]) -> Sequence[str]:
+    """For the terminal."""
+    lines = []
+    if "embed" in found:
+        facts = found["embed"]
+        lines.append(
+            f"embedding {facts['samples']:,} samples: about {_time(facts['seconds'])} and {facts['disk'] / 1e9:.2f} GB"
+        )
+        lines += [f"  of {facts['looked']:,} looked at {n:,} refused: {why}" for why, n in facts["refused"].items()]
+    lines.append(f"{found['rows']:,} rows; told from {found['sampled']:,} of them")
     for label, facts in found["steps"].items():
         more = f" ({facts['clusters']:,} clusters)" if "clusters" in facts else ""
         lines.append(f"  after {label:<14} {Range(*facts['left'])}{more}")
