@@ -301,6 +301,16 @@ def test_a_coreset_is_opened_verified_and_recut(recipe: Path, tmp_path: Path) ->
     found = verify(out)
     assert found["clusters"] == 4 and found["rows"] == len(pool) - len(told(out))
     assert (found["labels_wrong"], found["groups_wrong"], found["keepers_wrong"]) == (0, 0, 0)
+    assert found["contaminated"] > 100 and found["contaminated_wrong"] == 0
+    written = {part: part.read_bytes() for part in (out / "work" / "contaminated").glob("0*.npz")}
+    for part in written:
+        with np.load(part) as file:
+            columns = dict(file)
+        columns["benchmark_cosine"] += 0.001  # as if they had met other images
+        np.savez(part, **columns)
+    assert verify(out)["contaminated_wrong"] == min(len(told(out)), 256) > 0
+    for part, right in written.items():
+        part.write_bytes(right)
     for changes, again in (
         (["contaminated.threshold=0.5"], ["contaminated", "cluster", "dedup"]),
         (["dedup.threshold=0.8"], ["dedup"]),
@@ -318,6 +328,7 @@ def test_a_coreset_is_opened_verified_and_recut(recipe: Path, tmp_path: Path) ->
     for file in (tmp_path / "bench/img_emb").iterdir():  # what is finished needs it no more
         file.unlink()
     assert [stage.label for stage in open_coreset(out).stages] == ["contaminated", "cluster", "dedup"]
+    assert verify(out)["contaminated"] == 0
 
 
 def test_a_recut_embeds_no_benchmark_again(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

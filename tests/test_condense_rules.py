@@ -213,10 +213,15 @@ def test_every_recipe_is_made_of_rows_of_the_table(name: str) -> None:
     assert {config.step for config in read(name).steps.values()} <= set(STEPS)
 
 
+@pytest.mark.parametrize("per_row", [1, 2])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_a_finished_coreset_is_verified_and_a_wrong_one_is_not(keep: str, tmp_path: Path) -> None:
+def test_a_finished_coreset_is_verified_and_a_wrong_one_is_not(keep: str, per_row: int, tmp_path: Path) -> None:
     embeddings(tmp_path / "e")
-    chosen(tmp_path, f"{{cluster: {{k: 6}}, dedup: {{threshold: 0.8, keep: {keep}}}, budget: {{count: 30}}}}")
+    chosen(
+        tmp_path,
+        f"{{cluster: {{k: 6, clusters_per_row: {per_row}}}, dedup: {{threshold: 0.8, keep: {keep}}}, "
+        "budget: {count: 30}}",
+    )
     found = verify(tmp_path / "out")
     assert found["clusters"] == 6 and found["rows"] == N and found["pairs"] > 1000
     assert (found["labels_wrong"], found["groups_wrong"], found["keepers_wrong"]) == (0, 0, 0)

@@ -580,10 +580,14 @@ def coreset_verify(
 
     with _reporting(json):
         found = verify(path, clusters, seed)
-    wrong = {name: found[name] for name in ("labels_wrong", "groups_wrong", "keepers_wrong")}
+    wrong = {name: found[name] for name in ("labels_wrong", "groups_wrong", "keepers_wrong", "contaminated_wrong")}
     lines = [
         f"{found['clusters']:,} clusters, {found['rows']:,} rows, {found['pairs']:,} pairs looked at again in float64"
     ]
+    if found["contaminated"]:
+        lines.append(f"{found['contaminated']:,} rows beside all images of the benchmarks")
+    else:
+        wrong.pop("contaminated_wrong")
     lines += [f"  {count:,} {name.replace('_', ' ')}" for name, count in wrong.items()]
     close = {"pair": found["closest_pair"], "centroid": found["closest_centroid"]}
     lines += [

@@ -187,13 +187,15 @@ def condense(
 
 @dataclass(frozen=True)
 class Opened:
-    """A finished coreset: its recipe, its embeddings, its rows with all that was decided of them, and the stages."""
+    """A finished coreset: its recipe, its embeddings, its rows with all that was decided of them, the stages, and the
+    benchmarks that it was compared with."""
 
     path: Path
     recipe: CondenseRecipe
     given: Given
     state: State
     stages: list[Stage]
+    benchmarks: tuple[Benchmark, ...] = ()
 
 
 def finished(path: Path) -> dict[str, Any]:
@@ -219,7 +221,7 @@ def open_coreset(path: str | Path) -> Opened:
         state, stages = _run_steps(
             run, chosen, given, execute, manifest["memory"], manifest["workers"], Clock(), benchmarks
         )
-    return Opened(path, chosen, given, state, stages)
+    return Opened(path, chosen, given, state, stages, benchmarks)
 
 
 def _files(chosen: CondenseRecipe, width: int) -> dict[str, str]:
