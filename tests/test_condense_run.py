@@ -25,6 +25,7 @@ from leveret.condense import embed as embed_function
 from leveret.condense.given import Given
 from leveret.condense.ledger import Excerpt, records, write_coreset
 from leveret.condense.pipeline import open_coreset
+from leveret.condense.recut import recut
 from leveret.model import encoders
 from leveret.pool import open_source
 from leveret.runs import DataError, EnvironmentFault, Interrupted, RecipeError
@@ -327,6 +328,12 @@ def test_a_folder_of_embeddings_holds_one_precision(tmp_path):
     assert "precision" not in json.loads((made["fp32"] / "manifest.json").read_text())
     with pytest.raises(RecipeError, match="precision"):
         embed(pool, made["bf16"], str(clip), images=pool.parent / "pictures", precision="fp32", workers=1)
+    for precision in made:  # what is condensed again stays in the precision it was made in
+        told = {"encoder": str(clip), "precision": precision, "workers": 1}
+        out = condense(pool, tmp_path / f"o-{precision}", "photos", images=pool.parent / "pictures", **told)
+        again = recut(out, tmp_path / f"r-{precision}", ["dedup.threshold=0.5"], workers=1)
+        kept = (out / "embeddings/img_emb/img_emb_0.npy", again / "embeddings/img_emb/img_emb_0.npy")
+        assert len({file.read_bytes() for file in kept}) == 1
 
 
 def test_worker_processes_give_the_bits_of_one_process(tmp_path, monkeypatch):

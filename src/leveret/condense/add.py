@@ -60,6 +60,7 @@ def add(
         after,
         images=manifest["images"],
         encoder=encoder,
+        precision=manifest.get("precision", "fp32"),
         against=[facts["path"] for facts in manifest.get("benchmarks", [])],
         memory=manifest["memory"],
         workers=workers,

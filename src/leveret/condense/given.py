@@ -30,8 +30,8 @@ SCORES = ("score", "similarity", "clip_score")
 """Names that a column of ids, and of image-text scores, may have, in the order in which they are looked for."""
 
 IMAGES = ("image", "image_path", "file_name", "url")
-TOLD = (("id", "key", "uid", "sample_id", *IMAGES), IMAGES, ("caption", "text", "TEXT"))
-"""The same for what is told of a row that is kept or shown: its id, image and caption."""
+CAPTIONS = ("caption", "text", "TEXT")
+"""The same for the image and the caption that are told of a row that is kept or shown."""
 
 BLOCK = 65_536
 """Rows of metadata that are read together."""
@@ -58,7 +58,7 @@ class File:
 
 @dataclass(frozen=True)
 class Given:
-    """All files. id, score, told (of TOLD): names of the metadata's columns, None where there are none.
+    """All files. id, score, told (id, image, caption): names of the metadata's columns, None where there are none.
 
     A row's place is its number among the rows of all files.
     """
@@ -261,8 +261,10 @@ def _checked(path: Path, shards: Sequence[Shard], metas: Sequence[Path | None], 
         if shard.n:
             files.append(File(shard, meta, text, first))
         first += shard.n
-    id, score, *told = (next((name for name in known if name in common), None) for known in (IDS, SCORES, *TOLD))
-    return Given(path, tuple(files), id, score, (told[0], told[1], told[2]))
+    id, score, image, caption = (
+        next((name for name in known if name in common), None) for known in (IDS, SCORES, IMAGES, CAPTIONS)
+    )
+    return Given(path, tuple(files), id, score, (id, image, caption))
 
 
 def _ends(file: Any) -> Ints:

@@ -173,6 +173,7 @@ def condense(
         "images": None if images is None else str(Path(images).resolve()),
         "benchmarks": met,
         "encoder": encoder,
+        "precision": precision,
         "memory": memory,
         "workers": workers,
     }

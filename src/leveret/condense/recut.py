@@ -41,6 +41,7 @@ def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, w
         after,
         images=manifest["images"],
         encoder=manifest.get("encoder"),
+        precision=manifest.get("precision", "fp32"),
         against=[facts["path"] for facts in manifest.get("benchmarks", [])],
         memory=manifest["memory"],
         workers=workers,
