@@ -89,7 +89,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
         tower = towers.build_tower(TowerFacts.from_dict(config["vision"]))
         language = languages.build_language(LanguageFacts(**config["language"]))
         vlm = join(recipe, tower, language, tokenizer=_tokenizer(folder))
-    _fill(vlm, weights, folder)
+    fill(vlm, weights, folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
@@ -148,7 +148,7 @@ def stored(vlm: VLM) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _fill(vlm: VLM, weights: dict[str, Tensor], folder: Path) -> None:
+def fill(vlm: VLM, weights: dict[str, Tensor], folder: Path) -> None:
     """Puts the stored tensors in place of the model's own, type and all, and ties again what is tied."""
     own = dict(stored(vlm))
     faults = [

@@ -1,0 +1,197 @@
+"""What lies in someone's checkpoint folder, read without running any of it.
+
+Weights are safetensors, or pickles that torch reads with `weights_only`: tensors and nothing else. Names and shapes are
+as they were saved; what they mean is the business of each peer's own file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leveret.runs import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = dict[str, "Tensor"]
+"""Tensors by name."""
+
+STEMS = ("model", "pytorch_model")
+"""Names of a folder's weights: STEM.safetensors or STEM.bin, or shards that an index lists."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with a model of another tool."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; empty where there is none. DataError where it is not a JSON object."""
+        return self.settings("config.json")
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """A JSON file's object; empty where there is none. DataError where it is anything else."""
+        file = self.path / name
+        if not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as fault:
+            raise DataError(f"{file}: not JSON ({fault})") from None
+        if not isinstance(found, dict):
+            raise DataError(f"{file}: a {type(found).__name__}, where an object with the model's settings belongs")
+        return found
+
+    def has(self, *names: str) -> bool:
+        """Whether all of these files or folders are there."""
+        return all((self.path / name).exists() for name in names)
+
+    def weights(self, inside: str = ".") -> list[Path]:
+        """The files that hold the weights of a folder in here: safetensors where there are any. Empty where none are.
+
+        DataError where an index lists a file that is not there.
+        """
+        folder = self.path / inside
+        for ending in ("safetensors", "bin"):
+            for stem in STEMS:
+                index = folder / f"{stem}.{ending}.index.json"
+                if index.is_file():
+                    return _listed(index)
+                if (folder / f"{stem}.{ending}").is_file():
+                    return [folder / f"{stem}.{ending}"]
+        return []
+
+    def state(self, inside: str = ".") -> State:
+        """All tensors of a folder in here. DataError where there are none, or a file cannot be read."""
+        files = self.weights(inside)
+        if not files:
+            wanted = ", ".join(f"{stem}.safetensors or {stem}.bin" for stem in STEMS)
+            raise DataError(f"{self.path / inside} holds no weights: none of {wanted}, or an index of shards")
+        return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
+def _listed(index: Path) -> list[Path]:
+    """The shards of an index, each once, in the order in which they are named first."""
+    try:
+        named = json.loads(index.read_text("utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, AttributeError) as fault:
+        raise DataError(f"{index}: not an index of shards ({type(fault).__name__}: {fault})") from None
+    files = [index.parent / name for name in dict.fromkeys(named)]
+    for file in files:
+        if file.resolve().parent != index.parent.resolve():
+            raise DataError(f"{index}: names {file.name!r} outside its folder; nothing there is read")
+        if not file.is_file():
+            raise DataError(f"{index}: lists {file.name}, which is not there; the download is not complete")
+    return files
+
+
+def read_tensors(file: Path) -> State:
+    """The tensors of a .safetensors file or of a pickle; nested dictionaries have their names joined by dots.
+
+    DataError where the file is damaged, holds anything but tensors, or would run code.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except pickle.UnpicklingError as fault:
+        raise DataError(
+            f"{file}: a pickle that holds more than tensors ({str(fault).splitlines()[0][:120]}). It is not read, for "
+            "reading it could run code; ask its author for safetensors"
+        ) from None
+    except Exception as fault:  # neither torch nor safetensors has an error class of its own for a broken file
+        raise DataError(f"{file}: cannot be read; it is damaged or cut short ({str(fault).splitlines()[0][:120]})") from None
+    state: State = dict(_flat(found, file))
+    return state
+
+
+def _is_zip(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(2) == b"PK"
+
+
+def _flat(found: Any, file: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    import torch
+
+    if not isinstance(found, Mapping):
+        raise DataError(f"{file}: a {type(found).__name__}, where a dictionary of tensors belongs")
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, file, f"{prefix}{name}.")
+
+
+def renamed(state: Mapping[str, Any], *pairs: tuple[str, str]) -> State:
+    """The tensors whose names begin with the first of a pair, under the second; the first pair that fits counts."""
+    out: State = {}
+    for name, tensor in state.items():
+        for old, new in pairs:
+            if name.startswith(old):
+                out[new + name.removeprefix(old)] = tensor
+                break
+    return out
+
+
+def merge_adapters(base: State, adapters: Mapping[str, Any], settings: Mapping[str, Any], prefix: str) -> State:
+    """The base weights with PEFT's LoRA adapters added: W + (alpha / r) B A, in float32.
+
+    base      names as the language model has them. settings: adapter_config.json.
+    adapters  `PREFIX<layer>.lora_A.weight`, `.lora_B.weight` and perhaps `.lora_magnitude_vector` (DoRA).
+    DataError where an adapter fits no layer, lacks its other half, or is of a kind that is not known.
+    """
+    import torch
+
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise DataError(f"adapters of the kind {kind!r}; LORA is what can be merged")
+    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    patterns = {"r": settings.get("rank_pattern") or {}, "alpha": settings.get("alpha_pattern") or {}}
+    out, left = dict(base), dict(adapters)
+    for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
+        layer = name.removesuffix(".lora_A.weight")
+        own = layer.removeprefix(prefix)
+        down, up = left.pop(name), left.pop(f"{layer}.lora_B.weight", None)
+        if up is None or f"{own}.weight" not in out:
+            missing = f"{layer}.lora_B.weight" if up is None else f"a layer {own}"
+            raise DataError(f"the adapters have {name}, but there is no {missing}; they were made for another model")
+        r = _pattern(patterns["r"], own, rank)
+        scale = _pattern(patterns["alpha"], own, alpha) / (r**0.5 if settings.get("use_rslora") else r)
+        weight = out[f"{own}.weight"].float()
+        merged = weight + scale * (up.float() @ down.float())
+        magnitude = left.pop(f"{layer}.lora_magnitude_vector", None)
+        if magnitude is None:
+            magnitude = left.pop(f"{layer}.lora_magnitude_vector.weight", None)
+        if magnitude is not None:  # DoRA (arXiv 2402.09353): the direction is learned, the length apart from it
+            merged = merged * (magnitude.float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
+        out[f"{own}.weight"] = merged
+    if left:
+        raise DataError(f"{len(left)} tensors of the adapters have no place: {shown(left)}")
+    return out
+
+
+def _pattern(table: Mapping[str, Any], layer: str, default: float) -> float:
+    """PEFT's own override for a layer: by the end of its name."""
+    return next((float(value) for end, value in table.items() if layer == end or layer.endswith("." + end)), default)
+
+
+def shown(names: Sequence[str] | Mapping[str, Any], most: int = 12) -> str:
+    """Names for a message."""
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+Read = Callable[[Folder], Any]

@@ -1,0 +1,84 @@
+"""A peer's model told in our words: what it is made of, and its tensors under our names; and how it becomes a VLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leveret.model.language import LanguageFacts
+from leveret.model.peers.files import Folder, State
+from leveret.model.recipe import ModelRecipe
+from leveret.runs import DataError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from leveret.model.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where what a checkpoint names by an id of the hub is looked for: folders `OWNER/NAME` in `place`, then the hub's
+    own cache, then the hub."""
+
+    place: Path | None = None
+
+    def find(self, name: str) -> Path | None:
+        """The folder or file of an id on this machine, without asking anyone; None where there is none."""
+        for path in (*([self.place / name] if self.place is not None else []), Path(name)):
+            if path.exists():
+                return path
+        return None
+
+    def get(self, name: str, wanted_by: str) -> Path:
+        """The folder or file of an id. EnvironmentFault where it cannot be had."""
+        if (found := self.find(name)) is not None:
+            return found
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            from huggingface_hub import snapshot_download
+
+            try:
+                return Path(snapshot_download(name))
+            except Exception as fault:  # offline, gated, unknown: each has a class of its own
+                reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        else:
+            reason = "it is no id of the hub, and there is no such folder"
+        where = f" or at {self.place / name}" if self.place is not None else ""
+        raise EnvironmentFault(
+            f"{wanted_by} is needed from {name!r}, which is not on this machine{where} ({reason}). With a connection: "
+            f"`hf download {name} --local-dir HUB/{name}`, then add --hub HUB"
+        )
+
+
+@dataclass
+class Foreign:
+    """What a peer's folder holds.
+
+    recipe     the composition; towers are named by rows of TOWERS or by paths.
+    seen       view -> tensors of its tower as transformers' class names them; a view that is not there has the
+               weights that its own source holds.
+    connector, language  tensors under the names of the modules they belong to.
+    facts      of the language model.
+    tokenizer  the folder that its tokenizer is read from.
+    notes      what was done otherwise than names say, for people.
+    """
+
+    recipe: ModelRecipe
+    seen: Mapping[str, State]
+    connector: State
+    language: State
+    facts: LanguageFacts
+    tokenizer: Path
+    notes: list[str] = field(default_factory=list)
+
+
+def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:
+    """Rows of a token table. DataError where there is none."""
+    if name not in state:
+        raise DataError(f"{where}: there is no {name}; the language model's weights are not all here")
+    return int(state[name].shape[0])
+
+
+def no_tokenizer(folder: Folder) -> bool:
+    """Whether a folder lacks a tokenizer of its own."""
+    return not any(folder.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

@@ -1,0 +1,153 @@
+"""LLaVA's layout, which Bunny and the first TinyLLaVA share: everything in one causal language model's checkpoint.
+
+    model.vision_tower.vision_tower.<the tower's own names>   ->  the tower
+    model.mm_projector.                                       ->  the connector
+    everything else                                           ->  the language model
+
+Beside the whole model there are a LoRA folder (adapters, and non_lora_trainables.bin with what else learned) and the
+projector alone (mm_projector.bin); both stand on a language model of the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from leveret.model.language import LanguageFacts
+from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
+from leveret.model.peers.foreign import Foreign, Hub, no_tokenizer, rows_of
+from leveret.model.peers.languages import language_config
+from leveret.model.peers.towers import tower_of
+from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
+from leveret.runs import DataError
+
+TOWER, CONNECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
+ADAPTED = "base_model.model."
+"""What PEFT puts before every name."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One of the tools that write this layout.
+
+    begins   of `model_type`.
+    chats    chat formats by model type; `chat` for the others.
+    trained  the setting that says that the tower learned. Where it did not, the tool reads it from the hub.
+    bias     whether the output layer keeps the bias of its base.
+    """
+
+    name: str
+    begins: str
+    chat: str
+    chats: Mapping[str, str]
+    trained: str
+    bias: bool
+
+
+DIALECTS = (
+    Dialect(
+        "Bunny", "bunny-", "bunny", {"bunny-phi3": "phi3", "bunny-minicpm": "minicpm", "bunny-llama": "llama"},
+        trained="unfreeze_vision_tower", bias=False,
+    ),
+    Dialect(
+        "TinyLLaVA (legacy)", "tiny_llava", "phi", {"tiny_llava_llama": "vicuna_v1"}, trained="tune_vision_tower",
+        bias=True,
+    ),
+    Dialect("LLaVA", "llava", "vicuna_v1", {}, trained="unfreeze_mm_vision_tower", bias=True),
+)  # fmt: skip
+"""bunny/conversation.py and model/builder.py; TinyLLaVA's first repository; llava/model/builder.py."""
+
+
+def dialect_of(folder: Folder) -> Dialect | None:
+    """Who wrote it; None where nobody of these did."""
+    said = str(folder.config.get("model_type", ""))
+    if "mm_vision_tower" not in folder.config:
+        return None
+    return next((one for one in DIALECTS if said.startswith(one.begins)), None)
+
+
+def recognise(folder: Folder) -> bool:
+    """A config that names a tower as LLaVA does."""
+    return dialect_of(folder) is not None
+
+
+def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
+    """The model. base: instead of what `_name_or_path` names, for adapters and projectors.
+
+    DataError where the folder is not whole or is of a kind that cannot be had, EnvironmentFault where what it stands on
+    is not there.
+    """
+    dialect, config = dialect_of(folder), folder.config
+    assert dialect is not None, "`recognise` said so"
+    if str(config.get("image_aspect_ratio", "")).startswith("anyres"):
+        raise DataError(
+            f"{folder.path}: a model of LLaVA 1.6 (image_aspect_ratio {config['image_aspect_ratio']!r}): its image tiles "
+            "and newline tokens are not supported yet"
+        )
+    notes: list[str] = []
+    if folder.weights():
+        home, whole = folder, folder.state()
+    else:
+        home = Folder(hub.get(base or str(config.get("_name_or_path", "")), f"{folder.path}: the base language model"))
+        whole = home.state() | _beside(folder)
+        if folder.has("adapter_config.json"):
+            whole = merge_adapters(whole, _adapters(folder), folder.settings("adapter_config.json"), ADAPTED)
+            notes.append("the adapters are merged into the language model")
+    language = {name: x for name, x in whole.items() if not name.startswith((TOWER, CONNECTOR))}
+    if not dialect.bias:
+        language.pop("lm_head.bias", None)
+    told = language_config(config, str(folder.path / "config.json"))
+    rows = rows_of(language, "model.embed_tokens.weight", folder.path)
+    source = str(config.get("_name_or_path") or folder.path)
+    facts = LanguageFacts(told, rows, head_bias="lm_head.bias" in language, attention=None, source=source)
+    own = renamed(whole, (TOWER, ""))
+    vision, seen = tower_of(
+        str(config["mm_vision_tower"]),
+        own,
+        hub,
+        notes,
+        trained=bool(config.get(dialect.trained)),
+        layer=int(config.get("mm_vision_select_layer", -2)),
+        tokens=str(config.get("mm_vision_select_feature", "patch")),
+        resize="pad" if config.get("image_aspect_ratio") == "pad" else None,
+        s2=_scales(config),
+    )
+    recipe = ModelRecipe(
+        vision=vision,
+        connector=ConnectorRecipe(kind=str(config.get("mm_projector_type", "linear"))),
+        language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
+        chat=dialect.chats.get(str(config["model_type"]), dialect.chat),
+    )
+    connector = renamed(whole, (CONNECTOR, ""))
+    return Foreign(recipe, seen, connector, language, facts, _spoken(folder, home), notes)
+
+
+def _scales(config: Mapping[str, Any]) -> list[int]:
+    """Bunny's S2 sizes (bunny/model/multimodal_encoder/siglip/siglip_encoder.py)."""
+    if not config.get("use_s2"):
+        return []
+    return sorted(int(scale) for scale in str(config.get("s2_scales") or "384,768,1152").split(","))
+
+
+def _beside(folder: Folder) -> State:
+    """What learned besides adapters: the projector, and the tower where that learned too."""
+    for name in ("non_lora_trainables.bin", "mm_projector.bin"):
+        if folder.has(name):
+            return renamed(read_tensors(folder.path / name), (ADAPTED, ""), ("", ""))
+    raise DataError(
+        f"{folder.path}: no weights of a model, and neither non_lora_trainables.bin (of a LoRA folder) nor "
+        "mm_projector.bin (of a projector alone)"
+    )
+
+
+def _adapters(folder: Folder) -> State:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if folder.has(name):
+            return read_tensors(folder.path / name)
+    raise DataError(f"{folder.path}: adapter_config.json is there, but no adapter_model.safetensors or .bin")
+
+
+def _spoken(folder: Folder, home: Folder) -> Any:
+    """Where the tokenizer is: with the checkpoint, else with what it stands on."""
+    return home.path if no_tokenizer(folder) else folder.path

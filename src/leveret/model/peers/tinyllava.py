@@ -1,0 +1,111 @@
+"""TinyLLaVA Factory's checkpoints (TinyLLaVA/TinyLLaVA_Factory): tuned, after a stage, and with adapters.
+
+    tuned      one checkpoint: language_model.*, vision_tower._vision_tower.*, connector._connector.*
+    a stage    folders language_model/, vision_tower/ and connector/, each with a pytorch_model.bin
+    adapters   the same folders, `.base_layer` in the language model's names, and PEFT's adapters beside them
+
+Its feature selection `patch` drops the first token of every tower, of SigLIP, which has no class token, a real patch:
+models that learned so are loaded so (`tokens: drop_first`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from leveret.model.language import LanguageFacts
+from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
+from leveret.model.peers.foreign import Foreign, Hub, no_tokenizer, rows_of
+from leveret.model.peers.languages import language_config
+from leveret.model.peers.towers import fused, tower_of
+from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
+from leveret.runs import DataError
+
+LANGUAGE, TOWER, CONNECTOR = "language_model.", "vision_tower._vision_tower.", "connector._connector."
+PARTS = ("language_model", "vision_tower", "connector")
+ADAPTED = "base_model.model.language_model."
+TOKENS = {"patch": "drop_first", "cls_patch": "cls_patch"}
+MOF = "mof:"
+
+
+def recognise(folder: Folder) -> bool:
+    """A `tinyllava` model, or the folders that a stage leaves."""
+    return folder.config.get("model_type") == "tinyllava" or (
+        "connector_type" in folder.config and folder.has(*PARTS)
+    )
+
+
+def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
+    """The model. DataError where the folder is not whole, EnvironmentFault where what it stands on is not there."""
+    config = folder.config
+    notes: list[str] = []
+    language, seen, connector = _parts(folder, notes)
+    for name in [name for name in connector if name.endswith("position_ids")]:
+        del connector[name]  # a buffer of numbers from 0 on, which transformers no longer saves
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise DataError(f"{folder.path / 'config.json'}: no text_config, which says what the language model is")
+    told = language_config(text, f"{folder.path / 'config.json'}: text_config")
+    rows = rows_of(language, "model.embed_tokens.weight", folder.path)
+    source = str(config.get("llm_model_name_or_path") or folder.path)
+    facts = LanguageFacts(told, rows, head_bias="lm_head.bias" in language, attention=None, source=source)
+    names = [str(config.get(f"vision_model_name_or_path{end}") or "") for end in ("", "2")]
+    choices: dict[str, Any] = {
+        "layer": int(config.get("vision_feature_layer", -2)),
+        "tokens": TOKENS[str(config.get("vision_feature_select_strategy", "patch"))],
+        "resize": "pad" if config.get("image_aspect_ratio") == "pad" else None,
+    }
+    if names[0].startswith(MOF):
+        both = [
+            (name.removeprefix(MOF), renamed(seen, (f"{view}.", "")), view)
+            for name, view in zip(names, ("clip", "dinov2"), strict=True)
+        ]
+        vision, towers = fused(both, hub, notes, fusion="interleave", normalise="clip", **choices)
+    else:
+        vision, towers = tower_of(names[0], seen, hub, notes, trained=True, **choices)
+    options = {
+        name: config[name]
+        for name in ("num_queries", "num_resampler_layers", "resampler_hidden_size")
+        if config.get(name) is not None
+    }
+    recipe = ModelRecipe(
+        vision=vision,
+        connector=connector_recipe(str(config.get("connector_type", "mlp2x_gelu")), options),
+        language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
+        chat=_chat(source, str(told["model_type"])),
+    )
+    spoken = folder.path
+    if no_tokenizer(folder):
+        named = str(config.get("tokenizer_name_or_path") or source)
+        spoken = hub.get(named, f"{folder.path}: the tokenizer")
+    return Foreign(recipe, towers, connector, language, facts, spoken, notes)
+
+
+def connector_recipe(kind: str, options: Mapping[str, Any]) -> ConnectorRecipe:
+    """The Factory's connector in our words."""
+    return ConnectorRecipe(kind=kind)
+
+
+def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
+    """Language model, tower and connector, each under its own names."""
+    if folder.weights():
+        whole = folder.state()
+        parts = [renamed(whole, (prefix, "")) for prefix in (LANGUAGE, TOWER, CONNECTOR)]
+        if left := [name for name in whole if not name.startswith((LANGUAGE, TOWER, CONNECTOR))]:
+            raise DataError(f"{folder.path}: {len(left)} tensors belong to no part of the model: {', '.join(left[:8])}")
+        return parts[0], parts[1], parts[2]
+    language, seen, connector = (folder.state(part) for part in PARTS)
+    language = {name.replace(".base_layer.", "."): x for name, x in language.items()}
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if folder.has(name):
+            settings = folder.settings("adapter_config.json")
+            language = merge_adapters(language, read_tensors(folder.path / name), settings, ADAPTED)
+            notes.append("the adapters are merged into the language model")
+    return language, seen, renamed(connector, ("_connector.", ""))
+
+
+def _chat(source: str, model_type: str) -> str:
+    """The template that the Factory's scripts give to a language model (scripts/train/*.sh, conv_version)."""
+    if model_type == "qwen2":
+        return "qwen2_instruct" if "instruct" in source.lower() else "qwen2_base"
+    return {"phi": "phi", "gemma": "gemma", "llama": "llama_tiny", "stablelm": "phi"}.get(model_type, "phi")
