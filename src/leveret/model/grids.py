@@ -175,11 +175,25 @@ class MobileBlock(nn.Module):
         self.block = nn.Sequential(
             nn.Sequential(depthwise, ChannelNorm(width), nn.Hardswish()),
             SqueezeExcite(width),
-            nn.Sequential(nn.Conv2d(width, width, 1, bias=False), ChannelNorm(width)),
+            nn.Sequential(Pointwise(width, width, bias=False), ChannelNorm(width)),
         )
 
     def forward(self, grid: Tensor) -> Tensor:
         return self.block(grid) + grid if self.residual else self.block(grid)
+
+
+class Pointwise(nn.Conv2d):
+    """1 x 1 convolution of [N, C, h, w], computed as the linear layer that it is.
+
+    On a CPU torch's convolution rounds by where in memory its weights lie, and a loaded model would differ in its last
+    bits from the one that was saved.
+    """
+
+    def __init__(self, in_width: int, out_width: int, bias: bool = True) -> None:
+        super().__init__(in_width, out_width, 1, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -199,7 +213,7 @@ class SqueezeExcite(nn.Module):
         squeezed = max(8, (quarter + 4) // 8 * 8)
         if squeezed < 0.9 * quarter:
             squeezed += 8
-        self.fc1, self.fc2 = nn.Conv2d(width, squeezed, 1), nn.Conv2d(squeezed, width, 1)
+        self.fc1, self.fc2 = Pointwise(width, squeezed), Pointwise(squeezed, width)
 
     def forward(self, grid: Tensor) -> Tensor:
         scale = F.hardsigmoid(self.fc2(F.relu(self.fc1(grid.mean((2, 3), keepdim=True)))))
