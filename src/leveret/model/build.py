@@ -8,7 +8,7 @@ import torch
 
 from leveret.model import language as languages
 from leveret.model import towers
-from leveret.model.connectors import CONNECTORS, build_connector
+from leveret.model.connectors import build_connector, connector_tokens, settle
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
 from leveret.model.tables import unknown
@@ -50,13 +50,16 @@ def check(recipe: ModelRecipe) -> tuple[TowerFacts, LanguageFacts]:
 
     faults: list[str] = []
     found: list[Any] = []
-    for describe in (lambda: towers.describe(recipe.vision), lambda: languages.describe(recipe.language)):
+    describers = (
+        lambda: towers.describe(recipe.vision),
+        lambda: languages.describe(recipe.language),
+        lambda: settle(recipe.connector),
+    )
+    for describe in describers:
         try:
             found.append(describe())
         except RecipeError as fault:
             faults.append(str(fault))
-    if recipe.connector.kind not in CONNECTORS:
-        faults.append(unknown(CONNECTORS, recipe.connector.kind, "model.connector.kind"))
     if recipe.chat not in CHATS:
         faults.append(unknown(CHATS, recipe.chat, "model.chat"))
     if faults:
@@ -72,7 +75,9 @@ def join(recipe: ModelRecipe, tower: towers.Tower, language: Any, *, tokenizer: 
             f"model.language.vocab: the tokenizer has {len(tokenizer)} tokens but the token table {rows} rows; "
             f"set model.language.vocab={len(tokenizer)}"
         )
-    kind = recipe.connector.kind
-    connector = build_connector(kind, tower.width, width, tower.tokens)
-    spec = ImageSpec(towers=(tower.view,), tokens=CONNECTORS[kind].tokens(tower.tokens))
+    # every setting of the connector is written out, so that a saved model does not depend on today's defaults
+    recipe = recipe.model_copy(update={"connector": settle(recipe.connector)})
+    kind, options = recipe.connector.kind, recipe.connector.options
+    spec = ImageSpec(towers=(tower.view,), tokens=connector_tokens(kind, tower.tokens, options))
+    connector = build_connector(kind, tower.width, width, tower.tokens, options)
     return VLM({tower.view.name: tower}, connector, language, spec=spec, recipe=recipe, tokenizer=tokenizer)

@@ -6,7 +6,7 @@ model is built, so that a saved model can be read where a path it was once built
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,7 +38,10 @@ class VisionRecipe(_Strict):
 class ConnectorRecipe(_Strict):
     """What turns the tower's tokens into the language model's."""
 
-    kind: str = Field(default="mlp2x_gelu", description="A row of CONNECTORS.")
+    kind: str = Field(default="mlp2x_gelu", description="A row of CONNECTORS; mlpNx_gelu with any N.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The row's own settings, for example {queries: 64}; see model/connectors.py."
+    )
     dropout: float = Field(
         default=0.0,
         ge=0,
