@@ -78,7 +78,9 @@ def timm_config(folder: Path, config: Mapping[str, Any], published: Mapping[str,
     side = told.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size", [published["image_size"]])[-1]
     full = {**published, **sizes, "num_attention_heads": heads or published["num_attention_heads"], "image_size": side}
     if "mlp_ratio" in published:
-        full["mlp_ratio"] = full.pop("intermediate_size") / full["hidden_size"]
+        full["mlp_ratio"], rest = divmod(full.pop("intermediate_size"), full["hidden_size"])
+        if rest:
+            raise DataError(f"{folder}: its MLPs are no whole multiple of its width; transformers has no such class")
     if "num_register_tokens" in published:
         full["num_register_tokens"] = next((s[1] for n, s in shapes.items() if n.endswith("reg_token")), 0)
     return full
