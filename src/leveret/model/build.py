@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from leveret.model import language as languages
 from leveret.model import towers
 from leveret.model.connectors import build_connector, connector_tokens, settle
+from leveret.model.fusion import fused
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
 from leveret.model.tables import unknown
@@ -28,11 +30,11 @@ def build(recipe: ModelRecipe, *, weights: bool = True, device: str | torch.devi
     seen, spoken = check(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = towers.load_tower(seen) if weights else towers.build_tower(seen)
+        eyes = [towers.load_tower(facts) if weights else towers.build_tower(facts) for facts in seen]
         language = languages.load_language(spoken) if weights else languages.build_language(spoken)
         # seeded again: the connector shall not depend on how the others came by their weights
         torch.manual_seed(seed)
-        vlm = join(recipe, tower, language, tokenizer=languages.load_tokenizer(spoken.source) if weights else None)
+        vlm = join(recipe, eyes, language, tokenizer=languages.load_tokenizer(spoken.source) if weights else None)
     return vlm.to(device).eval()
 
 
@@ -40,18 +42,19 @@ def build_meta(recipe: ModelRecipe) -> VLM:
     """The same without memory, on torch's `meta` device: for counting and for `--dry-run`. It has no tokenizer."""
     seen, spoken = check(recipe)
     with torch.device("meta"):
-        tower, language = towers.build_tower(seen), languages.build_language(spoken)
-        return join(recipe, tower, language, tokenizer=None).eval()
+        eyes, language = [towers.build_tower(facts) for facts in seen], languages.build_language(spoken)
+        return join(recipe, eyes, language, tokenizer=None).eval()
 
 
-def check(recipe: ModelRecipe) -> tuple[TowerFacts, LanguageFacts]:
-    """The facts of both backbones. RecipeError listing every unknown id and impossible choice at once."""
+def check(recipe: ModelRecipe) -> tuple[tuple[TowerFacts, ...], LanguageFacts]:
+    """The facts of every tower and of the language model. RecipeError listing every unknown id and impossible choice
+    at once."""
     from leveret.inputs.chat import CHATS
 
     faults: list[str] = []
     found: list[Any] = []
     describers = (
-        lambda: towers.describe(recipe.vision),
+        lambda: towers.describe_all(recipe.vision),
         lambda: languages.describe(recipe.language),
         lambda: settle(recipe.connector),
     )
@@ -67,8 +70,11 @@ def check(recipe: ModelRecipe) -> tuple[TowerFacts, LanguageFacts]:
     return found[0], found[1]
 
 
-def join(recipe: ModelRecipe, tower: towers.Tower, language: Any, *, tokenizer: Any) -> VLM:
-    """Tower and language model with a fresh connector between them, on the current default device."""
+def join(recipe: ModelRecipe, eyes: Sequence[towers.Tower], language: Any, *, tokenizer: Any) -> VLM:
+    """Towers (in fusion order) and language model with a fresh connector between them, on the current default device.
+
+    RecipeError when the towers cannot be fused, the connector does not fit, or the token table is too small.
+    """
     width = language.get_input_embeddings().weight.shape[1]
     if tokenizer is not None and len(tokenizer) > (rows := language.get_input_embeddings().weight.shape[0]):
         raise RecipeError(
@@ -78,6 +84,8 @@ def join(recipe: ModelRecipe, tower: towers.Tower, language: Any, *, tokenizer: 
     # every setting of the connector is written out, so that a saved model does not depend on today's defaults
     recipe = recipe.model_copy(update={"connector": settle(recipe.connector)})
     kind, options = recipe.connector.kind, recipe.connector.options
-    spec = ImageSpec(towers=(tower.view,), tokens=connector_tokens(kind, tower.tokens, options))
-    connector = build_connector(kind, tower.width, width, tower.tokens, options)
-    return VLM({tower.view.name: tower}, connector, language, spec=spec, recipe=recipe, tokenizer=tokenizer)
+    tokens, seen = fused([(eye.facts.name, eye.tokens, eye.width) for eye in eyes], recipe.vision.fusion)
+    connector = build_connector(kind, seen, width, tokens, options)
+    spec = ImageSpec(towers=tuple(eye.view for eye in eyes), tokens=connector_tokens(kind, tokens, options))
+    named = {eye.view.name: eye for eye in eyes}
+    return VLM(named, connector, language, spec=spec, recipe=recipe, tokenizer=tokenizer)

@@ -33,8 +33,10 @@ from leveret.model.vlm import VLM
 from leveret.records import ImageSpec
 from leveret.runs import DataError
 
-FORMAT = 1
-"""Version of the folder's layout; raised when an older leveret could not read a newer folder."""
+FORMAT = 2
+"""Version of the folder's layout; raised when an older leveret could not read a newer folder. 2: `vision` in
+config.json is a list of towers (in 1 it is one tower), and towers know which tokens they give and at which scales."""
+READABLE = (1, FORMAT)
 
 
 def save(vlm: VLM, folder: str | Path) -> Path:
@@ -86,9 +88,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     except Exception as fault:  # safetensors' own error class is not public
         raise DataError(f"{folder / 'model.safetensors'}: cannot be read ({fault})") from fault
     with torch.device(device), no_init_weights():
-        tower = towers.build_tower(TowerFacts.from_dict(config["vision"]))
+        eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
         language = languages.build_language(LanguageFacts(**config["language"]))
-        vlm = join(recipe, tower, language, tokenizer=_tokenizer(folder))
+        vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder))
     fill(vlm, weights, folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
@@ -114,8 +116,8 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     """What config.json holds: the recipe, and the exact facts of every part as it stands in memory."""
     from leveret import __version__
 
-    (tower,) = vlm.towers.values()
-    assert isinstance(tower, towers.Tower)
+    eyes = [tower for tower in vlm.towers.values() if isinstance(tower, towers.Tower)]
+    assert len(eyes) == len(vlm.towers), "only towers of the table can be described"
     head = vlm.language.get_output_embeddings()
     config = vlm.language.config.to_dict()
     config.pop("_name_or_path", None)  # a path of the machine it was built on
@@ -132,7 +134,9 @@ def config_of(vlm: VLM) -> dict[str, Any]:
         "recipe": vlm.recipe.model_dump(mode="json"),
         "spec": vlm.spec.to_dict(),
         # training may have chosen another resize since the tower was built; the spec has the last word
-        "vision": replace(tower.facts, resize=vlm.spec.towers[0].resize).to_dict(),
+        "vision": [
+            replace(eye.facts, resize=view.resize).to_dict() for eye, view in zip(eyes, vlm.spec.towers, strict=True)
+        ],
         "language": facts.to_dict(),
     }
 
@@ -172,12 +176,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as fault:
         raise DataError(f"{folder / 'config.json'}: not JSON ({fault})") from fault
-    if config.get("format") != FORMAT:
+    if config.get("format") not in READABLE:
         raise DataError(
             f"{folder}: format {config.get('format')!r}, written by leveret {config.get('leveret', '(unknown)')}; this "
-            f"leveret reads format {FORMAT}. A model of another tool is no leveret folder"
+            f"leveret reads formats {' and '.join(map(str, READABLE))}. A model of another tool is no leveret folder"
         )
     try:
+        if config["format"] == 1:
+            config["vision"] = [config["vision"]]
         return config, ModelRecipe.model_validate(config["recipe"])
     except (KeyError, ValidationError) as fault:
         raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault

@@ -69,8 +69,8 @@ def learnable(vlm: VLM, part: str, from_layer: int | None = None) -> Iterator[tu
     """Names (as in `vlm.named_parameters()`) and parameters that learn when `part` learns.
 
     Parts of a tower that are kept but do not run are left out. `from_layer` is the first block that learns, counted
-    from 0; what lies before it (the embeddings too) is left out. RecipeError when the part is unknown, has no
-    parameters, or the layer does not run: naming a part that would get no gradient is an error.
+    from 0, in every tower; what lies before it (the embeddings too) is left out. RecipeError when the part is unknown,
+    has no parameters, or the layer does not run: naming a part that would get no gradient is an error.
     """
     if part not in PARTS:
         raise RecipeError(unknown(dict.fromkeys(PARTS), part, "learn"))
@@ -140,14 +140,19 @@ def _note(vlm: VLM, part: str, how: Learning | None) -> str:
         rows, width = vlm.language.get_input_embeddings().weight.shape
         adapters = f", adapters of rank {how.lora.rank}" if how and how.lora else ""
         return f"{vlm.recipe.language.name}, {rows} x {width}{adapters}"
-    (tower,) = vlm.towers.values()
-    assert isinstance(tower, Tower)
     start = f", from layer {how.from_layer}" if how and how.from_layer else ""
+    towers = [tower for tower in vlm.towers.values() if isinstance(tower, Tower)]
+    said = "; ".join(_seen(tower) for tower in towers)
+    return said + (f"; {vlm.recipe.vision.fusion} fusion" if len(towers) > 1 else "") + start
+
+
+def _seen(tower: Tower) -> str:
     idle = sum(p.numel() for _, p in tower.unused())
     kept = f", {idle:,} kept but idle" if idle else ""
+    scales = f" at {', '.join(map(str, tower.facts.s2))} pixels" if tower.facts.s2 else ""
     return (
-        f"{tower.facts.source}, {len(tower.blocks)} of {tower.published_depth} layers, "
-        f"{tower.tokens} tokens x {tower.width}{start}{kept}"
+        f"{tower.facts.source}{scales}, {len(tower.blocks)} of {tower.published_depth} layers, "
+        f"{tower.tokens} tokens x {tower.width}{kept}"
     )
 
 

@@ -8,31 +8,112 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from leveret.records import Resize
 
 Kept = Literal["layers", "norm", "head"]
+Tokens = Literal["patch", "cls_patch", "drop_first"]
+Fusion = Literal["channel", "interleave"]
+Moments = Literal["half", "clip", "imagenet"]
+
+_TOWER = "A row of TOWERS, or a path: a Hugging Face folder, a timm folder, or an EVA-CLIP `.pt` file."
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class VisionRecipe(_Strict):
-    """The model's eyes."""
+class _TowerChoices(_Strict):
+    """What may be chosen of one tower."""
 
-    tower: str = Field(description="A row of TOWERS, or the path of a Hugging Face folder.")
     layer: int | None = Field(
         default=None,
         description="Which hidden state is taken, as an index into [embeddings, block 1, ..]: -2 is the last block but "
         "one. Default: the tower's row.",
     )
+    tokens: Tokens = Field(
+        default="patch",
+        description="patch: the image's patches alone. cls_patch: class and register tokens too. drop_first: all but "
+        "the first token, whatever it is; TinyLLaVA Factory's `patch`, which loses a real patch of SigLIP.",
+    )
+    size: int | None = Field(
+        default=None,
+        gt=0,
+        description="Side of the square image. Other than the published one, the position embeddings are interpolated "
+        "as the published code does. With `s2` it follows from the scales. Default: the tower's row.",
+    )
+    s2: list[int] = Field(
+        default_factory=list,
+        description="S2 multi-scale: sides of the image, multiples of the smallest (Bunny: 384, 768, 1152). Features "
+        "of all scales are joined on channels; the number of tokens is that of the smallest.",
+    )
     resize: Resize | None = Field(default=None, description="How an image becomes a square. Default: the tower's row.")
+    normalise: Moments | None = Field(
+        default=None,
+        description="Mean and std of the pixels, where not the tower's own (the Factory's MoF gives both its towers "
+        "CLIP's).",
+    )
+    activation: str | None = Field(
+        default=None,
+        description="transformers' name of the activation in the tower's MLPs, where weights are to be run as a system "
+        "ran them (Prismatic's DINOv2 + CLIP models ran CLIP with gelu). Default: the configuration's.",
+    )
     keep: list[Kept] = Field(
         default_factory=list,
         description="Published parts of the tower that the chosen layer does not need but the checkpoint shall carry.",
     )
+
+
+class TowerRecipe(_TowerChoices):
+    """One of several towers."""
+
+    tower: str = Field(description=_TOWER)
+    name: str | None = Field(
+        default=None,
+        pattern="^[a-z][a-z0-9_]*$",
+        description="What its view and its weights are called. Default: its architecture's (clip, dinov2, ..).",
+    )
+
+
+class VisionRecipe(_TowerChoices):
+    """The model's eyes: one `tower`, or several `towers` and how they are joined."""
+
+    tower: str | None = Field(default=None, description=_TOWER)
+    towers: list[TowerRecipe] = Field(
+        default_factory=list,
+        description="Several towers, in fusion order, instead of `tower`. What else may be chosen is then said for "
+        "each of them; only `resize` may stand here and holds for those that do not say.",
+    )
+    fusion: Fusion = Field(
+        default="channel",
+        description="How several towers are joined. channel: side by side in width (Prismatic). interleave: token by "
+        "token, first tower, second tower, first, .. (the Factory's MoF).",
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> VisionRecipe:
+        if (self.tower is None) == (not self.towers):
+            given = "both" if self.towers else "neither"
+            raise ValueError(f"{given} of `tower` and `towers` given; give one tower, or a list of towers")
+        if self.towers:
+            alone = TowerRecipe(tower="")
+            stray = [name for name in _TowerChoices.model_fields if getattr(self, name) != getattr(alone, name)]
+            if stray := [name for name in stray if name != "resize"]:
+                raise ValueError(f"{', '.join(stray)} given beside `towers`; say it for each tower of the list")
+        return self
+
+    def each(self) -> list[TowerRecipe]:
+        """One recipe per tower, in fusion order; a single tower's view is called "vision"."""
+        if self.tower is not None:
+            said = {name: getattr(self, name) for name in _TowerChoices.model_fields}
+            return [TowerRecipe(tower=self.tower, name="vision", **said)]
+        return [tower.model_copy(update={"resize": tower.resize or self.resize}) for tower in self.towers]
+
+    def resized(self, resize: Resize) -> VisionRecipe:
+        """The same with every tower's image made square by `resize`."""
+        towers = [tower.model_copy(update={"resize": None}) for tower in self.towers]
+        return self.model_copy(update={"resize": resize, "towers": towers})
 
 
 class ConnectorRecipe(_Strict):

@@ -1,134 +1,43 @@
 """Vision towers: pixels [N, 3, S, S] -> features [N, tokens, width].
 
-Three tables. TOWER_FAMILIES says how an architecture is built and read; TOWERS names published towers and the facts
-their configuration does not hold (which layer, which size); `recipes/backbones.json` holds the published
-configurations. A tower is built exactly as deep as the layer that is taken, without the norm and the head that
-follow it, unless the recipe's `keep` asks for them.
+What towers there are stands in tower_table.py; this is how one is built, filled and run. A tower is built exactly as
+deep as the layer that is taken, without the norm and the head that follow it, unless the recipe's `keep` asks for them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib import resources
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leveret.model.hub import from_pretrained, package_file, read_config
-from leveret.model.recipe import VisionRecipe
-from leveret.model.tables import unknown
+from leveret.model import tower_keys
+from leveret.model.eva import EvaVision
+from leveret.model.fusion import multiscale
+from leveret.model.hub import from_pretrained, package_file
 from leveret.model.tiny import TinyVisionTower, load_module
-from leveret.records import Resize, TowerView
-from leveret.runs import RecipeError
+from leveret.model.tower_files import is_timm, read_weights, weights_file
+from leveret.model.tower_table import (
+    TOWER_FAMILIES,
+    TOWERS,
+    Family,
+    TowerFacts,
+    TowerRow,
+    backbones,
+    describe,
+    describe_all,
+    grid,
+    prefix,
+)
+from leveret.records import TowerView
+from leveret.runs import DataError, RecipeError
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True, slots=True)
-class TowerFacts:
-    """Everything that rebuilds a tower without its table row; saved in a model's config.json.
-
-    family  a row of TOWER_FAMILIES.
-    config  the architecture's own configuration, at its published depth.
-    depth   blocks that run. The rest are not built unless "layers" is in `keep`.
-    keep    published parts that do not run but stay in the checkpoint: "layers", "norm", "head".
-    """
-
-    family: str
-    config: Mapping[str, Any]
-    depth: int
-    size: int
-    keep: tuple[str, ...] = ()
-    mean: tuple[float, float, float] = HALF
-    std: tuple[float, float, float] = HALF
-    resize: Resize = "squash"
-    source: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TowerFacts:
-        return cls(**{**data, **{key: tuple(data[key]) for key in ("keep", "mean", "std")}})
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One architecture.
-
-    model_type  as transformers names it ("" for our own).
-    blocks      where the list of transformer blocks lies.
-    pre         a norm between the embeddings and the first block.
-    norm, head  what follows the last block.
-    prefix      leading tokens (class, registers) that are no part of the image and are dropped.
-    resize, mean, std  what the published models were trained with, for folders that do not say.
-    """
-
-    model_class: str
-    blocks: str
-    norm: str
-    pre: str = ""
-    head: str = ""
-    prefix: int = 0
-    resize: Resize = "squash"
-    mean: tuple[float, float, float] = HALF
-    std: tuple[float, float, float] = HALF
-
-
-TOWER_FAMILIES: dict[str, Family] = {
-    "siglip_vision_model": Family("SiglipVisionModel", "encoder.layers", "post_layernorm", head="head"),
-    "clip_vision_model": Family(
-        "CLIPVisionModel", "encoder.layers", "post_layernorm", pre="pre_layrnorm", prefix=1,
-        resize="crop", mean=CLIP_MEAN, std=CLIP_STD,
-    ),
-    "dinov2": Family(
-        "Dinov2Model", "encoder.layer", "layernorm", prefix=1, resize="crop", mean=IMAGENET_MEAN, std=IMAGENET_STD
-    ),
-    "tiny": Family("TinyVisionTower", "layers", "norm"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class TowerRow:
-    """A tower with a name: an entry of backbones.json, or a file of weights in this package.
-
-    layer  index into [embeddings, block 1, .., block n]; -2 is the habit of LLaVA and Bunny.
-    size   side of the input, where it is not the configuration's (DINOv2 interpolates its positions).
-    """
-
-    layer: int = -2
-    size: int | None = None
-    package: str = ""
-
-
-TOWERS: dict[str, TowerRow] = {
-    "world/vision": TowerRow(layer=-1, package="world/weights/vision.safetensors"),
-    "google/siglip-so400m-patch14-384": TowerRow(),
-    "google/siglip-so400m-patch14-224": TowerRow(),
-    "google/siglip-base-patch16-224": TowerRow(),
-    "google/siglip-base-patch16-256": TowerRow(),
-    "google/siglip-base-patch16-384": TowerRow(),
-    "google/siglip2-base-patch16-256": TowerRow(),
-    "google/siglip2-so400m-patch14-384": TowerRow(),
-    "openai/clip-vit-large-patch14-336": TowerRow(),
-    "openai/clip-vit-large-patch14": TowerRow(),
-    "openai/clip-vit-base-patch16": TowerRow(),
-    "openai/clip-vit-base-patch32": TowerRow(),
-    "facebook/dinov2-large": TowerRow(size=224),
-}
-
-
-@cache
-def backbones() -> dict[str, Any]:
-    """The published configurations that rows of the tables stand on: {"vision": {id: ..}, "language": {id: ..}}."""
-    return json.loads(resources.files("leveret").joinpath("recipes/backbones.json").read_text("utf-8"))
+__all__ = [
+    "TOWERS", "TOWER_FAMILIES", "Family", "Tower", "TowerFacts", "TowerRow", "backbones", "build_tower", "count_tower",
+    "describe", "describe_all", "fill_tower", "load_tower", "whole",
+]  # fmt: skip
 
 
 class Tower(nn.Module):
@@ -142,11 +51,12 @@ class Tower(nn.Module):
         self.facts = facts
         self.model: Any = model
         self._family = TOWER_FAMILIES[facts.family]
-        self.view = TowerView("vision", facts.size, facts.mean, facts.std, facts.resize)
-        tiny = facts.family == "tiny"
-        self.width = int(facts.config["width" if tiny else "hidden_size"])
-        patch = 8 if tiny else int(facts.config["patch_size"])
-        self.tokens = (facts.size // patch) ** 2
+        self.view = TowerView(facts.name, facts.size, facts.mean, facts.std, facts.resize, facts.resample)
+        self._tiny = facts.family == "tiny"
+        # with S2 every scale adds its own numbers to a token
+        self.width = int(facts.config["width" if self._tiny else "hidden_size"]) * max(1, len(facts.s2))
+        extra = {"patch": 0, "cls_patch": prefix(facts), "drop_first": prefix(facts) - 1}[facts.tokens]
+        self.tokens = grid(facts) ** 2 + extra
         for _, parameter in self.unused():
             parameter.requires_grad_(False)
 
@@ -158,17 +68,17 @@ class Tower(nn.Module):
     @property
     def published_depth(self) -> int:
         """Blocks that the published tower has, run or not."""
-        return int(self.facts.config["layers" if self.facts.family == "tiny" else "num_hidden_layers"])
+        return int(self.facts.config["layers" if self._tiny else "num_hidden_layers"])
 
     def unused(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the checkpoint carries though the output does not depend on them."""
-        if self.facts.family == "tiny":
+        if self._tiny:
             return
         first_idle = len(self.blocks)
         for name, parameter in self.model.named_parameters():
             block = self._block_of(name)
             after = name.split(".")[0] in {self._family.norm, self._family.head}
-            # DINOv2's mask token serves its pretraining only
+            # DINO's mask token serves its pretraining only
             if after or (block is not None and block >= first_idle) or name.endswith("mask_token"):
                 yield f"model.{name}", parameter
 
@@ -182,7 +92,7 @@ class Tower(nn.Module):
             )
         for name, _ in self.model.named_parameters():
             block = self._block_of(name)
-            after = self.facts.family == "tiny" and name.startswith(self._family.norm)
+            after = self._tiny and name.startswith(self._family.norm)
             if layer and not after and (block is None or block < layer):
                 yield f"model.{name}"
 
@@ -191,107 +101,128 @@ class Tower(nn.Module):
         return None if rest == name else int(rest.split(".")[0])
 
     def train(self, mode: bool = True) -> Tower:
-        """Batch norms keep their stored statistics even in training: a tower's output for an image must not depend on
-        the rest of the batch, or features could not be cached and a frozen tower would still drift."""
+        """Batch norms keep their stored statistics even in training, and DINOv3's rotary positions are not jittered: a
+        tower's output for an image must not depend on the rest of the batch or on chance, or features could not be
+        cached and a frozen tower would still drift."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) or name == "model.rope_embeddings":
                 module.eval()
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(next(self.parameters()).dtype)
-        if self.facts.family == "tiny":
+        if self._tiny:
             return self.model(pixels)
-        hidden = self.model.embeddings(pixels)  # [N, prefix + tokens, W]
+        if self.facts.s2:
+            return multiscale(self._see, pixels, self.facts.s2)
+        return self._see(pixels)
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        """One scale: [N, 3, s, s] -> [N, tokens, W]."""
+        hidden = self._embed(pixels)  # [N, prefix + grid * grid, W]
         if self._family.pre:
             hidden = self.model.get_submodule(self._family.pre)(hidden)
+        place: tuple[Any, ...] = (None,)  # no attention mask
+        if self.facts.family == "dinov3_vit":
+            place = (None, self.model.rope_embeddings(pixels))
+        elif self.facts.family == "eva02_clip":
+            place = (self.model.angles(pixels.device),)
         for block in self.blocks:
-            hidden = block(hidden, None)
-        return hidden[:, self._family.prefix :]
+            hidden = block(hidden, *place)
+        first = {"patch": prefix(self.facts), "cls_patch": 0, "drop_first": 1}[self.facts.tokens]
+        return hidden[:, first:]
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        if self.facts.family == "siglip2_vision_model":
+            patches = cut(pixels, int(self.facts.config["patch_size"]))
+            shape = torch.tensor([[grid(self.facts)] * 2]).expand(len(pixels), 2)
+            return self.model.embeddings(patches, shape)
+        if self._family.sizes == "flag" and self.facts.side != self.facts.config["image_size"]:
+            return self.model.embeddings(pixels, interpolate_pos_encoding=True)
+        return self.model.embeddings(pixels)
 
 
-def describe(recipe: VisionRecipe, where: str = "model.vision") -> TowerFacts:
-    """The facts of the tower a recipe names, without building it. RecipeError when it is unknown or cannot give the
-    layer asked for; EnvironmentFault when the package's own weights are not there."""
-    row = TOWERS.get(recipe.tower)
-    if row is not None and row.package:
-        facts = _tiny_facts(recipe.tower, row)
-    elif row is not None:
-        entry = backbones()["vision"][recipe.tower]
-        facts = _facts(entry["config"], recipe.tower, row.size, entry)
-    elif (Path(recipe.tower) / "config.json").is_file():
-        row, facts = TowerRow(), _folder_facts(Path(recipe.tower), f"{where}.tower")
-    else:
-        raise RecipeError(unknown(TOWERS, recipe.tower, f"{where}.tower", ", or the path of a Hugging Face folder"))
-    layer = row.layer if recipe.layer is None else recipe.layer
-    blocks = facts.depth
-    depth = blocks + 1 + layer if layer < 0 else layer
-    fixed = facts.family == "tiny"
-    if not 1 <= depth <= blocks or (fixed and depth != blocks):
-        allowed = f"-1 or {blocks}" if fixed else f"1 to {blocks}, or -1 to -{blocks}"
-        raise RecipeError(f"{where}.layer: {layer} given, but {recipe.tower} has {blocks} blocks; allowed: {allowed}")
-    return replace(facts, depth=depth, keep=tuple(recipe.keep), resize=recipe.resize or facts.resize)
-
-
-def _facts(config: Mapping[str, Any], source: str, size: int | None, extra: Mapping[str, Any]) -> TowerFacts:
-    family = TOWER_FAMILIES[config["model_type"]]
-    return TowerFacts(
-        family=config["model_type"],
-        config=dict(config),
-        depth=int(config["num_hidden_layers"]),
-        size=size or int(config["image_size"]),
-        mean=tuple(extra.get("mean") or family.mean),
-        std=tuple(extra.get("std") or family.std),
-        resize=family.resize,
-        source=source,
-    )
-
-
-def _folder_facts(folder: Path, where: str) -> TowerFacts:
-    """A Hugging Face folder of a tower, or of a whole CLIP or SigLIP, whose vision part is taken."""
-    config = read_config(folder)
-    if "vision_config" in config:
-        config = {"model_type": f"{config.get('model_type')}_vision_model", **config["vision_config"]}
-    family = config.get("model_type", "")
-    if family not in TOWER_FAMILIES:
-        known = ", ".join(name for name in TOWER_FAMILIES if name != "tiny")
-        raise RecipeError(f"{where}: {folder} holds a {family!r} model; known architectures: {known}")
-    from transformers import AutoConfig
-
-    # Published configs leave out whatever equals the class's default.
-    full = AutoConfig.for_model(**config).to_dict()
-    processor = folder / "preprocessor_config.json"
-    said = json.loads(processor.read_text("utf-8")) if processor.is_file() else {}
-    return _facts(full, str(folder), None, {"mean": said.get("image_mean"), "std": said.get("image_std")})
-
-
-def _tiny_facts(name: str, row: TowerRow) -> TowerFacts:
-    from safetensors import safe_open
-
-    with safe_open(str(package_file(row.package, name)), "pt") as file:
-        config = json.loads(file.metadata()["config"])
-    return TowerFacts("tiny", config, depth=int(config["layers"]), size=int(config["size"]), source=name)
+def cut(pixels: Tensor, patch: int) -> Tensor:
+    """A square as NaFlex eats it: [N, 3, S, S] -> [N, n, patch * patch * 3], patches row by row; in a patch the rows,
+    in a row the columns, in a column the channels (transformers' convert_image_to_patches)."""
+    count, channels, side, _ = pixels.shape
+    cells = side // patch
+    tiles = pixels.reshape(count, channels, cells, patch, cells, patch)
+    return tiles.permute(0, 2, 4, 3, 5, 1).reshape(count, cells * cells, patch * patch * channels)
 
 
 def build_tower(facts: TowerFacts) -> Tower:
     """The tower that `facts` describe, with fresh weights on the current default device."""
     if facts.family == "tiny":
         return Tower(facts, TinyVisionTower(dict(facts.config)))
+    if facts.family == "eva02_clip":
+        built = facts.config["num_hidden_layers"] if "layers" in facts.keep else facts.depth
+        return Tower(facts, _strip(EvaVision({**facts.config, "num_hidden_layers": built}), facts))
     import transformers
 
-    model = getattr(transformers, TOWER_FAMILIES[facts.family].model_class)._from_config(_config(facts))
-    return Tower(facts, _strip(model, facts))
+    model_class = getattr(transformers, TOWER_FAMILIES[facts.family].model_class)
+    return Tower(facts, _strip(model_class._from_config(_config(facts), **_options(facts)), facts))
 
 
 def load_tower(facts: TowerFacts) -> Tower:
-    """The same with its published weights, float32. EnvironmentFault when they cannot be had."""
+    """The same with its published weights, float32. EnvironmentFault when they cannot be had, DataError when they are
+    not the tower's."""
     row = TOWERS.get(facts.source)
     if row is not None and row.package:
         return Tower(facts, load_module(TinyVisionTower, package_file(row.package, facts.source)).requires_grad_(True))
+    if _by_table(facts, row):
+        repo, file = (row.repo, row.file) if row is not None else ("", "")
+        path = weights_file(facts.source, repo, file)
+        return fill_tower(facts, read_weights(path), where=str(path))
     family = TOWER_FAMILIES[facts.family]
-    model = from_pretrained(family.model_class, facts.source, "model.vision.tower", config=_config(facts))
+    options = {"config": _config(facts), **_options(facts)}
+    model = from_pretrained(family.model_class, facts.source, "model.vision.tower", **options)
     return Tower(facts, _strip(model, facts))
+
+
+def fill_tower(facts: TowerFacts, state: Mapping[str, Tensor], *, under: str = "", where: str = "weights") -> Tower:
+    """The tower that `facts` describe with the weights of `state`, under whatever names of tower_keys.LAYOUTS they
+    stand there (only those that begin with `under`, where `state` holds several towers), in float32.
+
+    Parts that `facts` do not keep are passed over; position embeddings of timm's and OpenAI's files are brought to the
+    tower's grid as timm does. DataError naming what is missing, unexpected, or of another shape.
+    """
+    layout, _ = tower_keys.recognise(state, facts.family, under, where)
+    given = tower_keys.to_ours(state, facts.family, under=under, where=where)
+    tower = build_tower(facts)
+    own = dict(tower.model.state_dict())
+    if layout in ("timm", "openai"):
+        for name in given.keys() & own.keys():
+            if name.startswith("embeddings.position_embedding"):
+                given[name] = tower_keys.resample(given[name], own[name].shape)
+    family = TOWER_FAMILIES[facts.family]
+    after = (family.blocks + ".", family.norm + ".", (family.head or "\0") + ".")
+    faults = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own and not name.startswith(after)],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in given and given[name].shape != tensor.shape
+        ],
+    }
+    if said := [f"{len(names)} {kind}: {', '.join(sorted(names)[:8])}" for kind, names in faults.items() if names]:
+        raise DataError(f"{where}: not the weights of this {facts.family} tower; {'; '.join(said)}")
+    tower.model.load_state_dict({name: given[name].float() for name in own})
+    return tower
+
+
+def _by_table(facts: TowerFacts, row: TowerRow | None) -> bool:
+    """Whether its weights stand under a peer's names."""
+    from pathlib import Path
+
+    from leveret.model.hub import read_config
+
+    if row is not None:
+        return bool(row.repo)
+    folder = Path(facts.source)
+    return folder.is_file() or ((folder / "config.json").is_file() and is_timm(read_config(folder)))
 
 
 def _config(facts: TowerFacts) -> Any:
@@ -301,14 +232,24 @@ def _config(facts: TowerFacts) -> Any:
     config = AutoConfig.for_model(**facts.config)
     if "layers" not in facts.keep:
         config.num_hidden_layers = facts.depth
-    if TOWER_FAMILIES[facts.family].head:
-        config.vision_use_head = "head" in facts.keep
+    family = TOWER_FAMILIES[facts.family]
+    if family.head:
+        built = facts.config.get(family.head_switch, True) and "head" in facts.keep
+        setattr(config, family.head_switch, built)
     return config
 
 
+def _options(facts: TowerFacts) -> dict[str, Any]:
+    # ViTModel's pooler is not in the published classifiers
+    return {"add_pooling_layer": False} if facts.family == "vit" else {}
+
+
 def _strip(model: nn.Module, facts: TowerFacts) -> nn.Module:
+    family = TOWER_FAMILIES[facts.family]
     if "norm" not in facts.keep:
-        delattr(model, TOWER_FAMILIES[facts.family].norm)
+        delattr(model, family.norm)
+    if facts.family == "eva02_clip" and "head" not in facts.keep:
+        delattr(model, family.head)
     return model
 
 

@@ -1,7 +1,7 @@
 """The model: towers, a connector and a language model, joined by one scatter.
 
 pixels[name] [N, 3, S, S]                          input_ids [B, T]
-    |  towers (one or several; fused on channels)       |  the language model's own table
+    |  towers (one or several; fusion.py joins them)       |  the language model's own table
     v                                                   v
 features [N, n, W]                                 embeddings [B, T, D]
     |  connector                                        |
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leveret.model.fusion import fuse
 from leveret.model.recipe import ModelRecipe
 from leveret.records import IGNORE, Batch, ImageSpec
 
@@ -104,13 +105,13 @@ class VLM(nn.Module):
         return self
 
     def see(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """Tower outputs [N, n, W], several towers joined on channels; what a feature cache stores.
+        """Tower outputs [N, n, W], several towers fused as the recipe says; what a feature cache stores.
 
         Raises ValueError when a tower's pixels are missing.
         """
         if missing := [name for name in self.towers if name not in pixels]:
             raise ValueError(f"no pixels for {missing}: the model's towers are {list(self.towers)}, got {list(pixels)}")
-        return torch.cat([tower(pixels[name]) for name, tower in self.towers.items()], dim=-1)
+        return fuse([tower(pixels[name]) for name, tower in self.towers.items()], self.recipe.vision.fusion)
 
     def embed(self, batch: Batch) -> Tensor:
         """Input embeddings [B, T, D]: the table's rows, with the images' tokens written over `image_mask`.

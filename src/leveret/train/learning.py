@@ -91,5 +91,5 @@ def set_resize(vlm: VLM, resize: str | None) -> None:
         return
     views = tuple(replace(view, resize=resize) for view in vlm.spec.towers)  # type: ignore[arg-type]
     vlm.spec = replace(vlm.spec, towers=views)
-    vision = vlm.recipe.vision.model_copy(update={"resize": resize})
+    vision = vlm.recipe.vision.resized(resize)  # type: ignore[arg-type]
     vlm.recipe = vlm.recipe.model_copy(update={"vision": vision})

@@ -1,0 +1,391 @@
+"""Which towers there are, and the facts that build one.
+
+Two tables. TOWER_FAMILIES says how an architecture is built and read; TOWERS names published towers and the facts
+their configuration does not hold (which layer, which size). `recipes/backbones.json` holds the published
+configurations. `describe` turns a recipe into facts without building anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from leveret.model.hub import package_file, read_config
+from leveret.model.recipe import Moments, TowerRecipe, VisionRecipe
+from leveret.model.recipe import Tokens as TokenChoice
+from leveret.model.tables import unknown
+from leveret.model.tower_files import eva_config, is_timm, timm_config
+from leveret.records import Resize
+from leveret.runs import RecipeError
+
+Resample = Literal["bicubic", "bilinear", "nearest"]
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+MOMENTS: dict[Moments, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "half": (HALF, HALF),
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TowerFacts:
+    """Everything that rebuilds a tower without its table row; saved in a model's config.json.
+
+    family  a row of TOWER_FAMILIES.
+    config  the architecture's own configuration, at its published depth.
+    depth   blocks that run. The rest are not built unless "layers" is in `keep`.
+    size    side of the image it is given: with S2 the largest scale.
+    keep    published parts that do not run but stay in the checkpoint: "layers", "norm", "head".
+    name    of its view, and of its weights among several towers.
+    tokens  which tokens are taken: a choice of TowerRecipe.
+    s2      sides of the scales in rising order; () for one scale.
+    """
+
+    family: str
+    config: Mapping[str, Any]
+    depth: int
+    size: int
+    keep: tuple[str, ...] = ()
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
+    resize: Resize = "squash"
+    source: str = ""
+    name: str = "vision"
+    tokens: TokenChoice = "patch"
+    s2: tuple[int, ...] = ()
+    resample: Resample = "bicubic"
+
+    @property
+    def side(self) -> int:
+        """Side of what the network itself sees: with S2 a tile, else the image."""
+        return self.s2[0] if self.s2 else self.size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TowerFacts:
+        tuples = {key: tuple(data[key]) for key in ("keep", "mean", "std", "s2") if key in data}
+        return cls(**{**data, **tuples})
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    model_class  transformers' class ("" for our own).
+    blocks       where the list of transformer blocks lies.
+    short        what a tower of it is called among several.
+    norm, head   what follows the last block.
+    pre          a norm between the embeddings and the first block.
+    head_switch  the configuration's word that says whether the head is built.
+    prefix       leading tokens (class, registers) that are no part of the image; registers come on top, as configured.
+    sizes        what another size than the configuration's does: "flag" the embeddings interpolate when told, "any"
+                 they do so by themselves (or have no stored positions), "fixed" it cannot be.
+    resize, resample, mean, std  what the published models were trained with, for folders that do not say.
+    """
+
+    model_class: str
+    blocks: str
+    norm: str
+    short: str
+    pre: str = ""
+    head: str = ""
+    head_switch: str = "vision_use_head"
+    prefix: int = 0
+    sizes: Literal["flag", "any", "fixed"] = "any"
+    resize: Resize = "squash"
+    resample: Resample = "bicubic"
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
+
+
+_DINO = {"short": "dinov2", "prefix": 1, "resize": "crop", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+TOWER_FAMILIES: dict[str, Family] = {
+    "siglip_vision_model": Family(
+        "SiglipVisionModel", "encoder.layers", "post_layernorm", "siglip", head="head", sizes="flag"
+    ),
+    # NaFlex; here at one fixed square size, its positions interpolated as the class does
+    "siglip2_vision_model": Family(
+        "Siglip2VisionModel", "encoder.layers", "post_layernorm", "siglip2", head="head", resample="bilinear"
+    ),
+    "clip_vision_model": Family(
+        "CLIPVisionModel", "encoder.layers", "post_layernorm", "clip", pre="pre_layrnorm", prefix=1, sizes="flag",
+        resize="crop", mean=CLIP_MEAN, std=CLIP_STD,
+    ),
+    "dinov2": Family("Dinov2Model", "encoder.layer", "layernorm", **_DINO),  # type: ignore[arg-type]
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "encoder.layer", "layernorm", **_DINO  # type: ignore[arg-type]
+    ),
+    "dinov3_vit": Family(
+        "DINOv3ViTModel", "model.layer", "norm", "dinov3", prefix=1, resample="bilinear",
+        mean=IMAGENET_MEAN, std=IMAGENET_STD,
+    ),
+    "vit": Family("ViTModel", "layers", "layernorm", "vit", prefix=1, sizes="flag", resample="bilinear"),
+    "aimv2_vision_model": Family(
+        "Aimv2VisionModel", "encoder.layers", "rms_norm", "aimv2", head="head", head_switch="use_head", sizes="fixed",
+        resize="crop", mean=CLIP_MEAN, std=CLIP_STD,
+    ),
+    "eva02_clip": Family(
+        "", "blocks", "norm", "eva", head="head", prefix=1, sizes="fixed", resize="crop", mean=CLIP_MEAN, std=CLIP_STD
+    ),
+    "tiny": Family("", "layers", "norm", "tiny", sizes="fixed"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TowerRow:
+    """A tower with a name: an entry of backbones.json, or a file of weights in this package.
+
+    layer   index into [embeddings, block 1, .., block n]; -2 is the habit of LLaVA and Bunny.
+    size    side of the input, where it is not the configuration's (DINOv2 interpolates its positions).
+    like    the entry of backbones.json whose configuration it has, where not that of its own name.
+    change  what is different in that configuration.
+    repo    the hub's repository of its weights, for weights under a peer's names (tower_keys.py). Their positions are
+            brought to the recipe's size while they are loaded.
+    file    their file there; "" for the usual names.
+    resize  what Prismatic gives its timm towers, where not the family's.
+    """
+
+    layer: int = -2
+    size: int | None = None
+    package: str = ""
+    like: str = ""
+    change: Mapping[str, Any] = field(default_factory=dict)
+    repo: str = ""
+    file: str = ""
+    resize: Resize | None = None
+
+
+def _timm(name: str, like: str, repo: str = "", size: int | None = None, **change: Any) -> tuple[str, TowerRow]:
+    """One of Prismatic's towers. timm runs SigLIP with exact GELU and ImageNet's ViT with another epsilon than
+    transformers does."""
+    if "siglip" in name:
+        change["hidden_act"] = "gelu"
+    return f"timm/{name}", TowerRow(like=like, size=size, change=change, repo=f"timm/{repo or name}", resize="squash")
+
+
+TOWERS: dict[str, TowerRow] = {
+    "world/vision": TowerRow(layer=-1, package="world/weights/vision.safetensors"),
+    "google/siglip-so400m-patch14-384": TowerRow(),
+    "google/siglip-so400m-patch14-224": TowerRow(),
+    "google/siglip-base-patch16-224": TowerRow(),
+    "google/siglip-base-patch16-256": TowerRow(),
+    "google/siglip-base-patch16-384": TowerRow(),
+    "google/siglip-base-patch16-512": TowerRow(),
+    "google/siglip2-base-patch16-256": TowerRow(),
+    "google/siglip2-base-patch16-512": TowerRow(),
+    "google/siglip2-so400m-patch14-384": TowerRow(),
+    "google/siglip2-base-patch16-naflex": TowerRow(size=256),
+    "google/siglip2-so400m-patch16-naflex": TowerRow(size=256),
+    "openai/clip-vit-large-patch14-336": TowerRow(),
+    "openai/clip-vit-large-patch14": TowerRow(),
+    "openai/clip-vit-base-patch16": TowerRow(),
+    "openai/clip-vit-base-patch32": TowerRow(),
+    "facebook/dinov2-large": TowerRow(size=224),
+    "facebook/dinov2-base": TowerRow(size=224),
+    "facebook/dinov2-with-registers-large": TowerRow(size=224),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": TowerRow(),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": TowerRow(),
+    "google/vit-large-patch16-224": TowerRow(),
+    "apple/aimv2-large-patch14-224": TowerRow(),
+    "QuanSun/EVA02_CLIP_L_336_psz14_s6B": TowerRow(repo="QuanSun/EVA-CLIP", file="EVA02_CLIP_L_336_psz14_s6B.pt"),
+    **dict([
+        _timm("vit_base_patch16_clip_224.openai", "openai/clip-vit-base-patch16"),
+        _timm("vit_large_patch14_clip_224.openai", "openai/clip-vit-large-patch14"),
+        _timm("vit_large_patch14_clip_336.openai", "openai/clip-vit-large-patch14-336"),
+        _timm("vit_base_patch16_siglip_224", "google/siglip-base-patch16-224", "ViT-B-16-SigLIP"),
+        _timm("vit_base_patch16_siglip_256", "google/siglip-base-patch16-256", "ViT-B-16-SigLIP-256"),
+        _timm("vit_base_patch16_siglip_384", "google/siglip-base-patch16-384", "ViT-B-16-SigLIP-384"),
+        _timm("vit_so400m_patch14_siglip_224", "google/siglip-so400m-patch14-224", "ViT-SO400M-14-SigLIP"),
+        _timm("vit_so400m_patch14_siglip_384", "google/siglip-so400m-patch14-384", "ViT-SO400M-14-SigLIP-384"),
+        _timm("vit_large_patch14_reg4_dinov2.lvd142m", "facebook/dinov2-with-registers-large", size=224),
+        _timm("vit_large_patch16_224.augreg_in21k_ft_in1k", "google/vit-large-patch16-224", layer_norm_eps=1e-6),
+    ]),
+}  # fmt: skip
+
+
+@cache
+def backbones() -> dict[str, Any]:
+    """The published configurations that rows of the tables stand on: {"vision": {id: ..}, "language": {id: ..}}."""
+    return json.loads(resources.files("leveret").joinpath("recipes/backbones.json").read_text("utf-8"))
+
+
+def grid(facts: TowerFacts) -> int:
+    """Patches to a side of the square that the network sees."""
+    return facts.side // (8 if facts.family == "tiny" else int(facts.config["patch_size"]))
+
+
+def prefix(facts: TowerFacts) -> int:
+    """Leading tokens that are no patches: class token and registers."""
+    return TOWER_FAMILIES[facts.family].prefix + int(facts.config.get("num_register_tokens") or 0)
+
+
+def describe_all(recipe: VisionRecipe, where: str = "model.vision") -> tuple[TowerFacts, ...]:
+    """The facts of every tower, in fusion order, each with a name of its own. RecipeError listing all faults."""
+    faults: list[str] = []
+    found: list[TowerFacts] = []
+    for place, one in enumerate(recipe.each()):
+        at = f"{where}.towers.{place}" if recipe.towers else where
+        try:
+            facts = describe(one, at)
+            name = one.name or facts.name
+            if name in dir(nn.ModuleDict):
+                raise RecipeError(f"{at}.name: {name!r} is a word of torch's; choose another")
+            taken = {other.name for other in found}
+            if one.name in taken:
+                raise RecipeError(f"{at}.name: {name!r} is another tower's; choose another, or leave it out")
+            number = next(n for n in range(1, len(found) + 2) if (f"{name}_{n}" if n > 1 else name) not in taken)
+            found.append(replace(facts, name=f"{name}_{number}" if number > 1 else name))
+        except RecipeError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return tuple(found)
+
+
+def describe(recipe: VisionRecipe | TowerRecipe, where: str = "model.vision") -> TowerFacts:
+    """The facts of the tower a recipe names, without building it. RecipeError when it is unknown or cannot give what
+    is asked for; EnvironmentFault when the package's own weights are not there."""
+    one = recipe.each()[0] if isinstance(recipe, VisionRecipe) else recipe
+    row, facts, fixed = _named(one.tower, where)
+    layer = row.layer if one.layer is None else one.layer
+    blocks = facts.depth
+    depth = blocks + 1 + layer if layer < 0 else layer
+    tiny = facts.family == "tiny"
+    if not 1 <= depth <= blocks or (tiny and depth != blocks):
+        allowed = f"-1 or {blocks}" if tiny else f"1 to {blocks}, or -1 to -{blocks}"
+        raise RecipeError(f"{where}.layer: {layer} given, but {one.tower} has {blocks} blocks; allowed: {allowed}")
+    mean, std = MOMENTS[one.normalise] if one.normalise else (facts.mean, facts.std)
+    config = dict(facts.config)
+    if one.activation is not None:
+        config["hidden_act"] = _activation(one.activation, config, where)
+    facts = replace(
+        facts, depth=depth, keep=tuple(one.keep), resize=one.resize or facts.resize, mean=mean, std=std, config=config,
+        tokens=one.tokens, name=one.name or TOWER_FAMILIES[facts.family].short,
+    )  # fmt: skip
+    return _sized(facts, one, fixed, where)
+
+
+def _sized(facts: TowerFacts, recipe: TowerRecipe, resampled: bool, where: str) -> TowerFacts:
+    """With the recipe's size or scales. `resampled`: positions are brought to the size while weights are loaded."""
+    scales = tuple(sorted(recipe.s2))
+    if scales and recipe.size not in (None, scales[-1]):
+        raise RecipeError(
+            f"{where}.size: {recipe.size} given beside s2, whose largest scale is {scales[-1]}; leave it out"
+        )
+    if scales and (len(set(scales)) < len(scales) or scales[0] < 1 or any(size % scales[0] for size in scales)):
+        raise RecipeError(f"{where}.s2: {list(recipe.s2)} given; allowed: different multiples of the smallest scale")
+    if scales and recipe.tokens != "patch":
+        raise RecipeError(
+            f"{where}.tokens: {recipe.tokens} given beside s2, which needs a grid of patches; choose patch"
+        )
+    side = scales[0] if scales else recipe.size or facts.size
+    published = int(facts.config.get("image_size") or facts.size)
+    family = TOWER_FAMILIES[facts.family]
+    if side != facts.size and family.sizes == "fixed" and not facts.config.get("is_native"):
+        raise RecipeError(f"{where}.size: {side} given, but {facts.source} takes {facts.size} pixels and no other size")
+    patch = 8 if facts.family == "tiny" else int(facts.config["patch_size"])
+    # those with a published size that leaves a rest (SigLIP: 384 = 27 * 14 + 6) drop it, as the convolution does
+    if side < patch or (facts.family == "siglip2_vision_model" and side % patch):
+        raise RecipeError(
+            f"{where}.size: {side} given, but {facts.source} cuts patches of {patch} pixels; give a multiple"
+        )
+    config = {**facts.config, "image_size": side} if resampled and side != published else facts.config
+    return replace(facts, size=scales[-1] if scales else side, s2=scales, config=config)
+
+
+def _activation(name: str, config: Mapping[str, Any], where: str) -> str:
+    from transformers.activations import ACT2FN
+
+    if "hidden_act" not in config:
+        raise RecipeError(
+            f"{where}.activation: {name!r} given, but this tower's activation is part of its architecture"
+        )
+    if name not in ACT2FN:
+        raise RecipeError(unknown(ACT2FN, name, f"{where}.activation"))
+    return name
+
+
+def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
+    """Row, published facts, and whether its positions are resampled while they are loaded."""
+    row, path = TOWERS.get(tower), Path(tower)
+    if row is not None and row.package:
+        return row, _tiny_facts(tower, row), False
+    if row is not None:
+        entry = backbones()["vision"][row.like or tower]
+        facts = _facts({**entry["config"], **row.change}, tower, row.size, entry)
+        if tower.startswith("timm/"):
+            facts = replace(facts, resize=row.resize or facts.resize, config={**facts.config, "image_size": facts.size})
+        return row, facts, tower.startswith("timm/")
+    if path.suffix == ".pt" and path.is_file():
+        return TowerRow(), _facts(eva_config(path), tower, None, {}), False
+    if not (path / "config.json").is_file():
+        also = ", or the path of a Hugging Face folder, a timm folder or an EVA-CLIP .pt file"
+        raise RecipeError(unknown(TOWERS, tower, f"{where}.tower", also))
+    if not is_timm(config := read_config(path)):
+        return TowerRow(), _folder_facts(path, config, f"{where}.tower"), False
+    rows = {name.split("/")[1].split(".")[0]: row for name, row in TOWERS.items() if name.startswith("timm/")}
+    if config["architecture"] not in rows:
+        raise RecipeError(unknown(rows, config["architecture"], f"{where}.tower: {path}: timm's architecture"))
+    row = rows[config["architecture"]]
+    entry = backbones()["vision"][row.like]
+    return row, replace(
+        _facts(timm_config(path, config, {**entry["config"], **row.change}), tower, None, entry),
+        resize=row.resize or "squash",
+    ), True  # fmt: skip
+
+
+def _facts(config: Mapping[str, Any], source: str, size: int | None, extra: Mapping[str, Any]) -> TowerFacts:
+    family = TOWER_FAMILIES[config["model_type"]]
+    # NaFlex has no size of its own: a square of as many patches as it has positions for
+    naflex = int(config.get("num_patches") or 0) ** 0.5 * int(config["patch_size"])
+    return TowerFacts(
+        family=config["model_type"],
+        config=dict(config),
+        depth=int(config["num_hidden_layers"]),
+        size=size or int(config.get("image_size") or naflex),
+        mean=tuple(extra.get("mean") or family.mean),
+        std=tuple(extra.get("std") or family.std),
+        resize=family.resize,
+        resample=extra.get("resample") or family.resample,
+        source=source,
+    )
+
+
+def _folder_facts(folder: Path, config: dict[str, Any], where: str) -> TowerFacts:
+    """A Hugging Face folder of a tower, or of a whole CLIP or SigLIP, whose vision part is taken."""
+    if "vision_config" in config:
+        config = {**config["vision_config"], "model_type": f"{config.get('model_type')}_vision_model"}
+    family = config.get("model_type", "")
+    if family not in TOWER_FAMILIES:
+        known = ", ".join(name for name, row in TOWER_FAMILIES.items() if row.model_class)
+        raise RecipeError(f"{where}: {folder} holds a {family!r} model; known architectures: {known}")
+    from transformers import AutoConfig
+
+    # Published configs leave out whatever equals the class's default.
+    full = AutoConfig.for_model(**config).to_dict()
+    processor = folder / "preprocessor_config.json"
+    said = json.loads(processor.read_text("utf-8")) if processor.is_file() else {}
+    resample = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(said.get("resample", -1))
+    return _facts(
+        full, str(folder), None, {"mean": said.get("image_mean"), "std": said.get("image_std"), "resample": resample}
+    )
+
+
+def _tiny_facts(name: str, row: TowerRow) -> TowerFacts:
+    from safetensors import safe_open
+
+    with safe_open(str(package_file(row.package, name)), "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    return TowerFacts("tiny", config, depth=int(config["layers"]), size=int(config["size"]), source=name)
