@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from leveret.inputs.formats import ChatFormat, published
+from leveret.inputs.template import Said, render
 from leveret.records import Turn
 
 HERE = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -70,3 +72,26 @@ def tokenizer_of(folder: Path) -> Any:
     tokenizer.pad_token, tokenizer.eos_token = said["pad_token"], said["eos_token"]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (said["pad_token_id"], said["eos_token_id"])
     return tokenizer
+
+
+def chat_of(folder: Path) -> ChatFormat:
+    """The format of the cases' prompts."""
+    meta = read(folder / "cases.json")["meta"]
+    name = meta.get("conversation_template") or meta.get("prompt_builder") or meta["template"]
+    return published(system_of(folder), name)
+
+
+def cases(folder: Path) -> list[dict[str, Any]]:
+    return [case for case in read(folder / "cases.json")["cases"] if "prompt" in case]
+
+
+def conversation_of(prompt: str, chat: ChatFormat) -> list[Turn] | None:
+    """The turns a prompt was written from, found by matching it with what the template writes; None if it is none's."""
+    for answers in range(4, -1, -1):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": Said(f"TURN{i}")} for i in range(2 * answers + 1)]
+        pattern = re.escape("".join(render(chat, messages, True, faithful=True)).rstrip())
+        for place in range(len(messages)):
+            pattern = pattern.replace(f"TURN{place}", "(.*?)", 1)
+        if match := re.fullmatch(pattern, prompt, re.DOTALL):
+            return [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(match.groups())]  # type: ignore[arg-type]
+    return None
