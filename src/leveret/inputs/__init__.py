@@ -1,7 +1,7 @@
 """Station 3, prepare: pictures to pixels, conversations to ids with label masks, rows to batches."""
 
 from leveret.inputs.batches import Item, collate, padding_share, plan
-from leveret.inputs.chat import CHATS, ChatFormat, Encoded, encode, find_chat, literal
+from leveret.inputs.chat import CHATS, ChatFormat, Encoded, encode, find_chat, literal, published
 from leveret.inputs.resize import fit, prepare
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "padding_share",
     "plan",
     "prepare",
+    "published",
 ]

@@ -2,9 +2,7 @@
 
     turns -> template (Jinja) -> pieces -> chunks between images -> ids + character offsets -> labels
 
-A chat format is a Jinja template in the form transformers uses, so it can travel with a saved model as
-`chat_template.jinja`. What the model learns stands between `{% generation %}` and `{% endgeneration %}`. Three rules
-hold for every format:
+Chat formats are rows of `formats.CHATS`. Three rules hold for every one:
 
 - **Labels come from character offsets**: a token is supervised when it holds at least one character of a generation
   block. Nothing is tokenised twice and compared, so no row is lost to a "tokenization mismatch". All bytes of one
@@ -17,148 +15,28 @@ hold for every format:
 
 Where the originals are wrong, ids are kept and labels corrected: Bunny drops a whole row when an answer holds
 "ASSISTANT: "; here the answer and its end are supervised. Two marks in a turn stay two (the originals fold them to one;
-`Sample.fault` refuses the row unless it has two images).
+`Sample.fault` refuses the row unless it has two images). `faithful=True` does as they did; `docs/chat-formats.md` lists
+where that differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from leveret.inputs.reader import Chunk, Reader, reader_of
+from leveret.inputs.faithful import encode_faithfully
+from leveret.inputs.formats import CHATS, ChatFormat, find_chat, published
+from leveret.inputs.reader import Chunk, Encoded, Reader, reader_of
+from leveret.inputs.template import BEGIN, END, Said, render
 from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Turn
-from leveret.runs import DataError, RecipeError, closest
+from leveret.runs import DataError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, slots=True)
-class ChatFormat:
-    """How a conversation is written down.
-
-    template  Jinja over `messages` (dicts with `role` and `content`) and `add_generation_prompt`. A turn's content must
-              be printed as it is (`{{ message['content'] }}`): what a filter returns counts as structure, in which
-              special tokens are special.
-    stop      texts at which an answer ends. Each must be one token of the tokenizer, unless it is blank.
-    """
-
-    name: str
-    template: str
-    stop: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Encoded:
-    """A conversation as the model reads it; the lists have one entry per position.
-
-    input_ids   token ids; at image positions the tokenizer's id of `<image>`, else its padding id, else 0.
-    labels      the id where the position is supervised, IGNORE elsewhere. Not shifted.
-    image_mask  True where an image token stands.
-    text        the rendered conversation, one `<image>` per image.
-    cut         positions that `max_tokens` took off the right end.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    image_mask: list[bool]
-    text: str
-    cut: int = 0
-
-
-_TINY = """\
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        <|user|>
-        {%- if loop.previtem is defined and loop.previtem['role'] == 'system' -%}
-            {{ loop.previtem['content'] }}{{ '\\n' }}
-        {%- endif -%}
-        {{ message['content'] }}
-    {%- elif message['role'] == 'assistant' -%}
-        <|assistant|>
-        {%- generation -%}
-        {{ ' ' }}{{ message['content'] }}<|end|>
-        {%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    <|assistant|>
-{%- endif -%}
-"""
-
-_PLAIN = """\
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{ '<image>' * message['content'].count('<image>') }}
-    {%- elif message['role'] == 'assistant' -%}
-        {%- generation -%}
-        {{ message['content'] }}{{ '\\n' }}
-        {%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}
-"""
-
-# An empty turn is written without blank and end token, because the original takes "" for "nothing said yet".
-_BUNNY = """\
-{%- if messages[0]['role'] != 'system' -%}
-    A chat between a curious user and an artificial intelligence assistant. \
-The assistant gives helpful, detailed, and polite answers to the user's questions.{{ ' ' }}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {{ message['content'] }}{{ ' ' }}
-    {%- elif message['role'] == 'user' -%}
-        USER:
-        {%- if message['content'] -%}
-            {{ ' ' }}{{ message['content'] }}{{ ' ' }}
-        {%- endif -%}
-    {%- else -%}
-        ASSISTANT:
-        {%- generation -%}
-        {%- if message['content'] -%}
-            {{ ' ' }}{{ message['content'] }}END
-        {%- endif -%}
-        {%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    ASSISTANT:
-{%- endif -%}
-"""
-
-
-def _bunny(name: str, end: str) -> ChatFormat:
-    """Bunny's formats: one template, in which only the end token differs (bunny/conversation.py)."""
-    return ChatFormat(name, _BUNNY.replace("END", end), (end,))
-
-
-CHATS: dict[str, ChatFormat] = {
-    row.name: row
-    for row in (
-        ChatFormat("tiny", _TINY, ("<|end|>",)),
-        ChatFormat("plain", _PLAIN, ("\n",)),
-        _bunny("bunny", "<|endoftext|>"),
-        _bunny("phi3", "<|endoftext|>"),
-        _bunny("minicpm", "</s>"),
-        _bunny("llama", "<|end_of_text|>"),
-    )
-}
-"""Every chat format by name."""
+__all__ = ["CHATS", "ChatFormat", "Encoded", "encode", "find_chat", "literal", "published"]
 
 _ESCAPED = IMAGE_MARK[0] + "\ue000" + IMAGE_MARK[1:]  # a private-use character inside: no mark, taken out when written
-
-
-def find_chat(chat: str | ChatFormat) -> ChatFormat:
-    """The row of CHATS, or the format itself. RecipeError naming the closest names when there is none."""
-    if isinstance(chat, ChatFormat):
-        return chat
-    if chat not in CHATS:
-        near = closest(chat, CHATS)
-        hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-        raise RecipeError(f"chat: {chat!r} is not a chat format. Allowed: {', '.join(CHATS)}{hint}")
-    return CHATS[chat]
 
 
 def literal(text: str) -> str:
@@ -178,6 +56,7 @@ def encode(
     *,
     generate: bool = False,
     max_tokens: int | None = None,
+    faithful: bool = False,
 ) -> Encoded:
     """One conversation as ids, labels and image positions.
 
@@ -185,6 +64,7 @@ def encode(
     image_sizes  (height, width) of every image, in reading order; each fills `spec.count(height, width)` positions.
     generate     write the beginning of the assistant's turn at the end; nothing is supervised then.
     max_tokens   longest row; what is over is cut from the right and counted in `Encoded.cut`.
+    faithful     as the system the format comes from makes ids and labels, its faults included (`faithful.py`).
 
     Raises:
         DataError: there are not as many marks as images, nothing to answer, or `max_tokens` would cut an image.
@@ -196,6 +76,8 @@ def encode(
         raise DataError("a conversation needs at least one turn")
     if generate and turns[-1].role != "user":
         raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
+    if faithful:
+        return encode_faithfully(turns, form, tokenizer, spec, image_sizes, generate=generate, max_tokens=max_tokens)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if image_sizes else 0
     if marks != len(image_sizes):
         raise DataError(
@@ -251,27 +133,6 @@ def _check(form: ChatFormat, reader: Reader) -> None:
 # --- from turns to chunks -------------------------------------------------------------------------------------------
 
 
-class _Said(str):
-    """What somebody said, as opposed to what the template adds. Survives Jinja, which calls str() on all it prints."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return self
-
-
-class _Edge(str):
-    """An empty text that marks where a generation block begins or ends."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return self
-
-
-_BEGIN, _END = _Edge(), _Edge()
-
-
 def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate: bool) -> list[Chunk]:
     """The rendered conversation, cut at its image marks."""
     messages = [{"role": turn.role, "content": _content(turn, has_images)} for turn in turns]
@@ -285,15 +146,15 @@ def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate:
         if 0 <= block < length:
             spans.append((block, length))
 
-    for piece in _render(form, messages, generate):
-        if piece is _BEGIN:
+    for piece in render(form, messages, generate):
+        if piece is BEGIN:
             block, blocks = length, blocks + 1
             continue
-        if piece is _END:
+        if piece is END:
             close()
             block = -1
             continue
-        said = type(piece) is _Said
+        said = type(piece) is Said
         for number, part in enumerate(piece.split(IMAGE_MARK) if IMAGE_MARK in piece else (piece,)):
             if number:
                 close()
@@ -311,54 +172,12 @@ def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate:
     return chunks
 
 
-def _content(turn: Turn, has_images: bool) -> _Said:
+def _content(turn: Turn, has_images: bool) -> Said:
     """A turn's text with its marks in front; without images, or said by another than the user, with none."""
     text = turn.text
     if IMAGE_MARK not in text:
-        return _Said(text)
+        return Said(text)
     if not has_images or turn.role != "user":
-        return _Said(literal(text))
+        return Said(literal(text))
     front = (IMAGE_MARK + "\n") * text.count(IMAGE_MARK)
-    return _Said((front + text.replace(IMAGE_MARK, "").strip()).strip())
-
-
-def _render(form: ChatFormat, messages: list[dict[str, Any]], generate: bool) -> Iterator[str]:
-    template = _compiled(form.template)
-    try:
-        context = template.new_context({"messages": messages, "add_generation_prompt": generate})
-        yield from template.root_render_func(context)
-    except Exception as error:  # whatever a template does wrong (a type, a range too big) is the template's fault
-        raise RecipeError(f"the template of chat format {form.name!r} fails: {error}") from error
-
-
-@lru_cache(maxsize=32)
-def _compiled(template: str) -> Any:
-    """The template, compiled with the settings transformers uses, unable to reach or change anything of Python."""
-    from jinja2 import TemplateError, TemplateSyntaxError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}`: puts an edge before and after its body."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
-        begin, end = _BEGIN, _END
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            edges = [nodes.Output([self.attr(name)], lineno=line) for name in ("begin", "end")]
-            return [edges[0], *body, edges[1]]
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template)
-    except TemplateSyntaxError as error:
-        raise RecipeError(f"a chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+    return Said((front + text.replace(IMAGE_MARK, "").strip()).strip())

@@ -1,4 +1,4 @@
-"""Chunks of a conversation become token ids, and character spans become a label mask."""
+"""Chunks of a conversation become token ids, and character spans become a label mask: what an encoded text is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from leveret.runs import DataError, RecipeError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A conversation as the model reads it; the lists have one entry per position.
+
+    input_ids   token ids; at image positions the tokenizer's id of `<image>`, else its padding id, else 0.
+    labels      the id where the position is supervised, IGNORE elsewhere. Not shifted.
+    image_mask  True where an image token stands.
+    text        the rendered conversation, one `<image>` per image.
+    cut         positions that `max_tokens` took off the right end.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    image_mask: list[bool]
+    text: str
+    cut: int = 0
 
 
 @dataclass(slots=True)
@@ -51,6 +69,8 @@ class Reader:
         self._state.update(post_processor=None, truncation=None, padding=None)
         self.backend: Tokenizer = Tokenizer.from_str(json.dumps(self._state))
         self._literal: Tokenizer | None = None
+        # GPT-2's way of writing bytes, as opposed to SentencePiece's words that bring their blank along.
+        self.byte_level = '"ByteLevel"' in json.dumps([self._state["pre_tokenizer"], self._state["decoder"]])
         # Runs of blanks are added tokens in some vocabularies (Phi-2): those are how text is written, not structure.
         added = {token["content"]: token["id"] for token in self._state["added_tokens"] if token["content"].strip()}
         self.special: dict[str, int] = added
