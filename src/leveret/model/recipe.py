@@ -6,6 +6,7 @@ model is built, so that a saved model can be read where a path it was once built
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -109,6 +110,13 @@ class VisionRecipe(_TowerChoices):
             said = {name: getattr(self, name) for name in _TowerChoices.model_fields}
             return [TowerRecipe(tower=self.tower, name="vision", **said)]
         return [tower.model_copy(update={"resize": tower.resize or self.resize}) for tower in self.towers]
+
+    def keeping(self, kept: Sequence[list[Kept]]) -> VisionRecipe:
+        """The same with each tower's `keep`, in fusion order."""
+        if self.tower is not None:
+            return self.model_copy(update={"keep": kept[0]})
+        towers = [tower.model_copy(update={"keep": own}) for tower, own in zip(self.towers, kept, strict=True)]
+        return self.model_copy(update={"towers": towers})
 
     def resized(self, resize: Resize) -> VisionRecipe:
         """The same with every tower's image made square by `resize`."""

@@ -1,4 +1,4 @@
-"""Models of other tools: recognised by what is in the folder, never by its path, and read without running their code."""
+"""Models of other tools: recognised by what is in the folder, never by its path, and read without running any code."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 class Peer:
     """A tool whose models are read.
 
-    recognise  whether a folder is one of its. read: (folder, hub, base) -> what it holds.
+    recognise  whether a folder is one of its. read: (folder, hub, base, size) -> what it holds.
     """
 
     about: str
     recognise: Callable[[Folder], bool]
-    read: Callable[[Folder, Hub, str | None], Foreign]
+    read: Callable[[Folder, Hub, str | None, int | None], Foreign]
 
 
 PEERS: dict[str, Peer] = {
-    "merged": Peer("Bunny, LLaVA 1.5 and the first TinyLLaVA: whole, adapters, or a projector", merged.recognise, merged.read),
+    "merged": Peer(
+        "Bunny, LLaVA 1.5 and the first TinyLLaVA: whole, adapters, or a projector", merged.recognise, merged.read
+    ),
     "tinyllava": Peer("TinyLLaVA Factory: tuned, after a stage, or adapters", tinyllava.recognise, tinyllava.read),
     "prismatic": Peer("Prismatic", prismatic.recognise, prismatic.read),
 }
@@ -40,11 +42,13 @@ def recognise(folder: Folder) -> str | None:
     return next((name for name, peer in PEERS.items() if peer.recognise(folder)), None)
 
 
-def read(path: str | Path, *, hub: str | Path | None = None, base: str | None = None) -> Foreign:
+def read(
+    path: str | Path, *, hub: str | Path | None = None, base: str | None = None, size: int | None = None
+) -> Foreign:
     """What a peer's folder holds.
 
     hub   a folder with OWNER/NAME folders, looked at before the hub itself. base: what adapters, or a projector, stand
-          on, instead of what their config names.
+          on, instead of what their config names. size: of the image, instead of what is published.
 
     Raises DataError (no model of a known tool, a damaged file, a pickle with code in it) and EnvironmentFault (what it
     stands on is not on this machine).
@@ -56,18 +60,18 @@ def read(path: str | Path, *, hub: str | Path | None = None, base: str | None = 
     if name is None:
         said = folder.config.get("model_type")
         what = f"its config.json says model_type {said!r}" if said else "it has no config.json that says what it is"
-        more = "; it asks for code from its repository (auto_map), and none is run" if "auto_map" in folder.config else ""
+        more = (
+            "; it asks for code from its repository (auto_map), and none is run" if "auto_map" in folder.config else ""
+        )
         raise DataError(
             f"{path} is no model of a tool that is known here: {what}{more}. Known: "
             + "; ".join(peer.about for peer in PEERS.values())
         )
-    return PEERS[name].read(folder, Hub(Path(hub) if hub is not None else None), base)
+    return PEERS[name].read(folder, Hub(Path(hub) if hub is not None else None), base, size)
 
 
-def load(
-    path: str | Path, *, hub: str | Path | None = None, base: str | None = None, size: int | None = None
-) -> VLM:
+def load(path: str | Path, *, hub: str | Path | None = None, base: str | None = None, size: int | None = None) -> VLM:
     """The model in a peer's folder, as `read` reads it, in evaluation mode; weights in the types they were saved in."""
     from leveret.model.peers.assemble import assemble
 
-    return assemble(read(path, hub=hub, base=base), Path(path))
+    return assemble(read(path, hub=hub, base=base, size=size), Path(path))

@@ -113,7 +113,9 @@ def read_tensors(file: Path) -> State:
             "reading it could run code; ask its author for safetensors"
         ) from None
     except Exception as fault:  # neither torch nor safetensors has an error class of its own for a broken file
-        raise DataError(f"{file}: cannot be read; it is damaged or cut short ({str(fault).splitlines()[0][:120]})") from None
+        raise DataError(
+            f"{file}: cannot be read; it is damaged or cut short ({str(fault).splitlines()[0][:120]})"
+        ) from None
     state: State = dict(_flat(found, file))
     return state
 

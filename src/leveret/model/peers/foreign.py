@@ -13,7 +13,7 @@ from leveret.model.recipe import ModelRecipe
 from leveret.runs import DataError, EnvironmentFault
 
 if TYPE_CHECKING:
-    from leveret.model.vlm import VLM
+    pass
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,23 @@ class Foreign:
     """What a peer's folder holds.
 
     recipe     the composition; towers are named by rows of TOWERS or by paths.
-    seen       view -> tensors of its tower as transformers' class names them; a view that is not there has the
-               weights that its own source holds.
+    seen       place among the towers -> its tensors, under any names of tower_keys.LAYOUTS; a tower that is not there
+               has the weights that its own source holds.
     connector, language  tensors under the names of the modules they belong to.
     facts      of the language model.
     tokenizer  the folder that its tokenizer is read from.
+    cut        whether the tool cuts the token tables to the tokenizer's length when it loads them.
     notes      what was done otherwise than names say, for people.
     """
 
     recipe: ModelRecipe
-    seen: Mapping[str, State]
+    seen: Mapping[int, State]
     connector: State
     language: State
     facts: LanguageFacts
     tokenizer: Path
     notes: list[str] = field(default_factory=list)
+    cut: bool = False
 
 
 def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:

@@ -89,6 +89,8 @@ def language_config(config: Mapping[str, Any], where: str) -> Config:
     found = told(config)
     known = AutoConfig.for_model(name).to_dict()
     rope = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # said at the top before transformers 5
-    return {"model_type": name} | {key: value for key, value in found.items() if key in known or key in rope} | {
-        "model_type": name
-    }
+    return (
+        {"model_type": name}
+        | {key: value for key, value in found.items() if key in known or key in rope}
+        | {"model_type": name}
+    )

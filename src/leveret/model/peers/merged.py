@@ -19,7 +19,8 @@ from leveret.model.peers.files import Folder, State, merge_adapters, read_tensor
 from leveret.model.peers.foreign import Foreign, Hub, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import tower_of
-from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
+from leveret.model.published import of_llava, read_state
+from leveret.model.recipe import LanguageRecipe, ModelRecipe
 from leveret.runs import DataError
 
 TOWER, CONNECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
@@ -51,8 +52,8 @@ DIALECTS = (
         trained="unfreeze_vision_tower", bias=False,
     ),
     Dialect(
-        "TinyLLaVA (legacy)", "tiny_llava", "phi", {"tiny_llava_llama": "vicuna_v1"}, trained="tune_vision_tower",
-        bias=True,
+        "TinyLLaVA (legacy)", "tiny_llava", "tinyllava_phi", {"tiny_llava_llama": "vicuna_v1"},
+        trained="tune_vision_tower", bias=True,
     ),
     Dialect("LLaVA", "llava", "vicuna_v1", {}, trained="unfreeze_mm_vision_tower", bias=True),
 )  # fmt: skip
@@ -72,8 +73,9 @@ def recognise(folder: Folder) -> bool:
     return dialect_of(folder) is not None
 
 
-def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
-    """The model. base: instead of what `_name_or_path` names, for adapters and projectors.
+def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = None) -> Foreign:
+    """The model. base: instead of what `_name_or_path` names, for adapters and projectors. size: of the image, instead
+    of the tower's.
 
     DataError where the folder is not whole or is of a kind that cannot be had, EnvironmentFault where what it stands on
     is not there.
@@ -82,8 +84,8 @@ def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
     assert dialect is not None, "`recognise` said so"
     if str(config.get("image_aspect_ratio", "")).startswith("anyres"):
         raise DataError(
-            f"{folder.path}: a model of LLaVA 1.6 (image_aspect_ratio {config['image_aspect_ratio']!r}): its image tiles "
-            "and newline tokens are not supported yet"
+            f"{folder.path}: a model of LLaVA 1.6 (image_aspect_ratio {config['image_aspect_ratio']!r}): its image "
+            "tiles and newline tokens are not supported yet"
         )
     notes: list[str] = []
     if folder.weights():
@@ -112,15 +114,15 @@ def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
         tokens=str(config.get("mm_vision_select_feature", "patch")),
         resize="pad" if config.get("image_aspect_ratio") == "pad" else None,
         s2=_scales(config),
+        size=size,
     )
     recipe = ModelRecipe(
         vision=vision,
-        connector=ConnectorRecipe(kind=str(config.get("mm_projector_type", "linear"))),
+        connector=of_llava({"mm_projector_type": "linear"} | config),
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
         chat=dialect.chats.get(str(config["model_type"]), dialect.chat),
     )
-    connector = renamed(whole, (CONNECTOR, ""))
-    return Foreign(recipe, seen, connector, language, facts, _spoken(folder, home), notes)
+    return Foreign(recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, cut=True)
 
 
 def _scales(config: Mapping[str, Any]) -> list[int]:

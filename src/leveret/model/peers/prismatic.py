@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from leveret.inputs.formats import published
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, read_tensors, renamed
 from leveret.model.peers.foreign import Foreign, Hub, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, tower_of
-from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
+from leveret.model.published import of_prismatic, read_state
+from leveret.model.recipe import LanguageRecipe, ModelRecipe
 from leveret.runs import DataError, closest
 
 CHECKPOINT = "checkpoints/latest-checkpoint.pt"
@@ -32,7 +34,8 @@ class Backbone:
     size: int
 
 
-_CLIP, _SIGLIP_SO, _DINO = "vit_large_patch14_clip_336.openai", "vit_so400m_patch14_siglip_", "vit_large_patch14_reg4_dinov2.lvd142m"
+_CLIP, _DINO = "vit_large_patch14_clip_336.openai", "vit_large_patch14_reg4_dinov2.lvd142m"
+_SIGLIP_SO = "vit_so400m_patch14_siglip_"
 BACKBONES: dict[str, Backbone] = {
     "clip-vit-b": Backbone((("clip", "vit_base_patch16_clip_224.openai"),), 224),
     "clip-vit-l": Backbone((("clip", "vit_large_patch14_clip_224.openai"),), 224),
@@ -51,17 +54,17 @@ BACKBONES: dict[str, Backbone] = {
 """prismatic/models/backbones/vision/*.py"""
 
 LANGUAGES: dict[str, tuple[str, str]] = {
-    "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "pure"),
-    "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "pure"),
-    "llama2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", "llama2_chat"),
-    "llama2-13b-chat": ("meta-llama/Llama-2-13b-chat-hf", "llama2_chat"),
-    "vicuna-v15-7b": ("lmsys/vicuna-7b-v1.5", "vicuna_v15"),
-    "vicuna-v15-13b": ("lmsys/vicuna-13b-v1.5", "vicuna_v15"),
-    "mistral-v0.1-7b-pure": ("mistralai/Mistral-7B-v0.1", "pure"),
-    "mistral-v0.1-7b-instruct": ("mistralai/Mistral-7B-Instruct-v0.1", "mistral_instruct"),
-    "phi-2-3b": ("microsoft/phi-2", "phi_prismatic"),
+    "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "PurePromptBuilder"),
+    "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "PurePromptBuilder"),
+    "llama2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", "LLaMa2ChatPromptBuilder"),
+    "llama2-13b-chat": ("meta-llama/Llama-2-13b-chat-hf", "LLaMa2ChatPromptBuilder"),
+    "vicuna-v15-7b": ("lmsys/vicuna-7b-v1.5", "VicunaV15ChatPromptBuilder"),
+    "vicuna-v15-13b": ("lmsys/vicuna-13b-v1.5", "VicunaV15ChatPromptBuilder"),
+    "mistral-v0.1-7b-pure": ("mistralai/Mistral-7B-v0.1", "PurePromptBuilder"),
+    "mistral-v0.1-7b-instruct": ("mistralai/Mistral-7B-Instruct-v0.1", "MistralInstructPromptBuilder"),
+    "phi-2-3b": ("microsoft/phi-2", "PhiPromptBuilder"),
 }
-"""llm_backbone_id -> (hub id, chat format): prismatic/models/backbones/llm/*.py"""
+"""llm_backbone_id -> (hub id, prompt builder): prismatic/models/backbones/llm/*.py"""
 
 RESIZES = {"letterbox": "letterbox", "resize-naive": "squash", "resize-crop": "crop"}
 PREFIXES = {"clip": "clip_featurizer.", "siglip": "siglip_featurizer.", "dinov2": "dino_featurizer."}
@@ -85,30 +88,35 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     """The model. base: instead of the hub id of the language model. size: of the image, instead of the id's."""
     model = folder.config["model"]
     backbone: Backbone = _row(BACKBONES, str(model["vision_backbone_id"]), "vision_backbone_id", folder)
-    source, chat = _row(LANGUAGES, str(model["llm_backbone_id"]), "llm_backbone_id", folder)
+    source, builder = _row(LANGUAGES, str(model["llm_backbone_id"]), "llm_backbone_id", folder)
     resize = _row(RESIZES, str(model["image_resize_strategy"]), "image_resize_strategy", folder)
     notes: list[str] = []
     whole = read_tensors(folder.path / CHECKPOINT)
     home = Folder(hub.get(base or source, f"{folder.path}: the language model's settings and tokenizer"))
     language = renamed(whole, ("model.llm_backbone.llm.", ""))
-    connector = renamed(whole, ("model.projector.projector.", ""))
     rows = rows_of(language, "model.embed_tokens.weight", folder.path)
     told = language_config(home.config, str(home.path / "config.json"))
     facts = LanguageFacts(told, rows, head_bias="lm_head.bias" in language, attention=None, source=source)
     trained = renamed(whole, ("model.vision_backbone.", ""))
     choices: dict[str, Any] = {"layer": -2, "resize": resize, "size": size or backbone.size}
     if len(backbone.towers) > 1:
-        both = [(f"timm/{name}", renamed(trained, (PREFIXES[view], "")), view) for view, name in backbone.towers]
-        vision, seen = fused(both, hub, notes, fusion="channel", tokens="patch", **choices)
+        # Fused, CLIP runs with the plain GELU of timm's default: prismatic/models/backbones/vision/dinoclip_vit.py.
+        own = {"clip": {"activation": "gelu"}}
+        both = [
+            (f"timm/{name}", renamed(trained, (PREFIXES[view], "")), {"name": view, **own.get(view, {})})
+            for view, name in backbone.towers
+        ]
+        vision, seen = fused(both, hub, **choices)
     else:
         ((_, name),) = backbone.towers
-        own = renamed(trained, ("featurizer.", ""))
-        vision, seen = tower_of(f"timm/{name}", own, hub, notes, trained=bool(own), tokens="patch", **choices)
-    kind = str(model["arch_specifier"]).removeprefix("no-align+")
+        learned = renamed(trained, ("featurizer.", ""))
+        vision, seen = tower_of(f"timm/{name}", learned, hub, notes, trained=True, **choices)
     recipe = ModelRecipe(
         vision=vision,
-        connector=ConnectorRecipe(kind={"gelu-mlp": "mlp2x_gelu", "fused-gelu-mlp": "fused_gelu_mlp"}.get(kind, kind)),
+        connector=of_prismatic(str(model["arch_specifier"])),
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
-        chat=chat,
+        chat=published("Prismatic", builder).name,
     )
-    return Foreign(recipe, seen, connector, language, facts, home.path, notes)
+    return Foreign(
+        recipe, seen, read_state(renamed(whole, ("model.projector.", ""))), language, facts, home.path, notes
+    )

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from leveret.inputs.formats import published
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
 from leveret.model.peers.foreign import Foreign, Hub, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, tower_of
-from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
+from leveret.model.published import of_factory, read_state
+from leveret.model.recipe import LanguageRecipe, ModelRecipe
 from leveret.runs import DataError
 
 LANGUAGE, TOWER, CONNECTOR = "language_model.", "vision_tower._vision_tower.", "connector._connector."
@@ -26,22 +28,20 @@ PARTS = ("language_model", "vision_tower", "connector")
 ADAPTED = "base_model.model.language_model."
 TOKENS = {"patch": "drop_first", "cls_patch": "cls_patch"}
 MOF = "mof:"
+BERT = "google-bert/bert-base-uncased"
+"""Where the Factory takes the sizes of its Q-Former from."""
 
 
 def recognise(folder: Folder) -> bool:
     """A `tinyllava` model, or the folders that a stage leaves."""
-    return folder.config.get("model_type") == "tinyllava" or (
-        "connector_type" in folder.config and folder.has(*PARTS)
-    )
+    return folder.config.get("model_type") == "tinyllava" or ("connector_type" in folder.config and folder.has(*PARTS))
 
 
-def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
+def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = None) -> Foreign:
     """The model. DataError where the folder is not whole, EnvironmentFault where what it stands on is not there."""
     config = folder.config
     notes: list[str] = []
     language, seen, connector = _parts(folder, notes)
-    for name in [name for name in connector if name.endswith("position_ids")]:
-        del connector[name]  # a buffer of numbers from 0 on, which transformers no longer saves
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise DataError(f"{folder.path / 'config.json'}: no text_config, which says what the language model is")
@@ -54,23 +54,21 @@ def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
         "layer": int(config.get("vision_feature_layer", -2)),
         "tokens": TOKENS[str(config.get("vision_feature_select_strategy", "patch"))],
         "resize": "pad" if config.get("image_aspect_ratio") == "pad" else None,
+        "size": size,
     }
     if names[0].startswith(MOF):
+        # Both get the pixels that CLIP's processor makes (tinyllava/model/vision_tower/mof.py).
         both = [
-            (name.removeprefix(MOF), renamed(seen, (f"{view}.", "")), view)
+            (name.removeprefix(MOF), renamed(seen, (f"{view}.", "")), {"name": view, "normalise": "clip"})
             for name, view in zip(names, ("clip", "dinov2"), strict=True)
         ]
-        vision, towers = fused(both, hub, notes, fusion="interleave", normalise="clip", **choices)
+        vision, towers = fused(both, hub, **choices)
     else:
         vision, towers = tower_of(names[0], seen, hub, notes, trained=True, **choices)
-    options = {
-        name: config[name]
-        for name in ("num_queries", "num_resampler_layers", "resampler_hidden_size")
-        if config.get(name) is not None
-    }
+    bert = hub.find(BERT)
     recipe = ModelRecipe(
         vision=vision,
-        connector=connector_recipe(str(config.get("connector_type", "mlp2x_gelu")), options),
+        connector=of_factory(config, Folder(bert).config if bert is not None else None),
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
         chat=_chat(source, str(told["model_type"])),
     )
@@ -81,11 +79,6 @@ def read(folder: Folder, hub: Hub, base: str | None = None) -> Foreign:
     return Foreign(recipe, towers, connector, language, facts, spoken, notes)
 
 
-def connector_recipe(kind: str, options: Mapping[str, Any]) -> ConnectorRecipe:
-    """The Factory's connector in our words."""
-    return ConnectorRecipe(kind=kind)
-
-
 def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
     """Language model, tower and connector, each under its own names."""
     if folder.weights():
@@ -93,7 +86,7 @@ def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
         parts = [renamed(whole, (prefix, "")) for prefix in (LANGUAGE, TOWER, CONNECTOR)]
         if left := [name for name in whole if not name.startswith((LANGUAGE, TOWER, CONNECTOR))]:
             raise DataError(f"{folder.path}: {len(left)} tensors belong to no part of the model: {', '.join(left[:8])}")
-        return parts[0], parts[1], parts[2]
+        return parts[0], parts[1], read_state(whole)
     language, seen, connector = (folder.state(part) for part in PARTS)
     language = {name.replace(".base_layer.", "."): x for name, x in language.items()}
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
@@ -101,11 +94,11 @@ def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
             settings = folder.settings("adapter_config.json")
             language = merge_adapters(language, read_tensors(folder.path / name), settings, ADAPTED)
             notes.append("the adapters are merged into the language model")
-    return language, seen, renamed(connector, ("_connector.", ""))
+    return language, seen, read_state(connector)
 
 
 def _chat(source: str, model_type: str) -> str:
     """The template that the Factory's scripts give to a language model (scripts/train/*.sh, conv_version)."""
     if model_type == "qwen2":
-        return "qwen2_instruct" if "instruct" in source.lower() else "qwen2_base"
-    return {"phi": "phi", "gemma": "gemma", "llama": "llama_tiny", "stablelm": "phi"}.get(model_type, "phi")
+        return published("TinyLLaVA", "qwen2_instruct" if "instruct" in source.lower() else "qwen2_base").name
+    return published("TinyLLaVA", {"gemma": "gemma", "llama": "llama"}.get(model_type, "phi")).name

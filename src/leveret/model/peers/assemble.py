@@ -1,0 +1,75 @@
+"""From what a peer's folder holds to a model of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from leveret.model import language as languages
+from leveret.model import tower_keys, towers
+from leveret.model.build import join
+from leveret.model.checkpoint import fill, stored
+from leveret.model.peers.files import State
+from leveret.model.peers.foreign import Foreign
+from leveret.model.recipe import Kept
+from leveret.model.tower_table import TowerFacts, describe_all
+from leveret.model.vlm import VLM
+
+
+def assemble(foreign: Foreign, source: Path) -> VLM:
+    """The model, in evaluation mode: towers in float32, all else in the types in which it was saved.
+
+    DataError where the tensors are not exactly the model's: missing and unexpected names are listed.
+    """
+    from transformers.initialization import no_init_weights
+
+    tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
+    kept: list[list[Kept]] = []
+    for place, facts in enumerate(describe_all(foreign.recipe.vision)):
+        kept.append(parts_of(facts, foreign.seen[place]) if place in foreign.seen else [])
+    spoken, tables = foreign.facts, dict(foreign.language)
+    if foreign.cut and len(tokenizer) < spoken.vocab:
+        spoken = replace(spoken, vocab=len(tokenizer))
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            if name in tables:
+                tables[name] = tables[name][: spoken.vocab].clone()
+    language_recipe = foreign.recipe.language.model_copy(update={"vocab": spoken.vocab})
+    vision = foreign.recipe.vision.keeping(kept)
+    recipe = foreign.recipe.model_copy(update={"vision": vision, "language": language_recipe})
+    with no_init_weights():
+        eyes = [
+            towers.fill_tower(facts, foreign.seen[place], where=str(source))
+            if place in foreign.seen
+            else towers.load_tower(facts)
+            for place, facts in enumerate(describe_all(recipe.vision))
+        ]
+        language = languages.build_language(spoken)
+        vlm = join(recipe, eyes, language, tokenizer=tokenizer)
+    seen = {name: tensor for name, tensor in stored(vlm) if name.startswith("towers.")}
+    tied = {name.removeprefix("language.") for name, _ in stored(vlm) if name.startswith("language.")}
+    tables = {name: tensor for name, tensor in tables.items() if name in tied or not _is_tied(name, vlm)}
+    state = seen | _under("connector.", foreign.connector) | _under("language.", tables)
+    fill(vlm, state, source)
+    return vlm.eval()
+
+
+def parts_of(facts: TowerFacts, state: State) -> list[Kept]:
+    """Parts of a tower that do not run but are in the checkpoint, as `keep` names them."""
+    family = towers.TOWER_FAMILIES[facts.family]
+    names = tower_keys.to_ours(state, facts.family)
+    blocks = {name.removeprefix(family.blocks + ".").split(".")[0] for name in names if name.startswith(family.blocks)}
+    found: list[Kept] = ["layers"] if len(blocks) == int(facts.config["num_hidden_layers"]) > facts.depth else []
+    found += ["norm"] if any(name.startswith(family.norm + ".") for name in names) else []
+    return found + (["head"] if family.head and any(name.startswith(family.head + ".") for name in names) else [])
+
+
+def _under(prefix: str, state: Mapping[str, Any]) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def _is_tied(name: str, vlm: VLM) -> bool:
+    """Whether a tensor of the language model is another one's, so that a checkpoint that holds both says it twice."""
+    head = vlm.language.get_output_embeddings()
+    return name == "lm_head.weight" and head.weight is vlm.language.get_input_embeddings().weight
