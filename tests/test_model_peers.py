@@ -78,10 +78,9 @@ def test_a_peers_model_computes_what_its_own_code_computed(family: str) -> None:
             key = (case.get("checkpoint") or next(folder.glob("checkpoint*")).name, case.get("base") or "")
             if key not in loaded:
                 base = folder / key[1] if key[1] and (folder / key[1]).exists() else key[1] or None
-                vlm = peers.load(
-                    folder / key[0], hub=folder / "hub", base=str(base) if base else None, size=size_of(said["meta"])
-                )
-                loaded[key] = vlm.cast(torch.float32)
+                told: dict[str, Any] = {"hub": folder / "hub", "base": str(base) if base else None}
+                told |= {"size": size_of(said["meta"]), "dtype": torch.float32}
+                loaded[key] = peers.load(folder / key[0], **told)
             check(loaded[key], case, arrays, said["meta"])
 
 

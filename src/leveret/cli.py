@@ -440,6 +440,30 @@ def show(
     station(source, index=index, id=id, images=images, model=model, out=out, json=json)
 
 
+@_verb("convert", "leveret.model.peers")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA or Prismatic.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, as `leveret chat` and `eval` take it.")],
+    hub: Annotated[
+        Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The language model that adapters or a projector stand on, if not the one named.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as it was saved.")] = None,
+    json: Json = False,
+) -> None:
+    """Turn another tool's model into one of ours; what it is is recognised by its contents."""
+    from leveret.model.peers.convert import convert as station
+
+    with _reporting(json):
+        found = station(source, out, hub=hub, base=base, dtype=dtype)
+    lines = [f"{found['kind']}: {found['parameters']:,} parameters, {found['image_tokens']} tokens an image"]
+    lines += [f"  {name:<10} {what}" for name, what in found["parts"].items()]
+    lines += [f"  note: {note}" for note in found["notes"]]
+    _report(json, found, "\n".join([*lines, f"the model is in {out}"]))
+
+
 @_verb("doctor", "leveret.doctor", LOOK)
 def doctor(json: Json = False) -> None:
     """What is installed, and what fits on this machine."""

@@ -6,6 +6,8 @@ Remote code is never run, and pickled weights are only read with torch's `weight
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder / 'config.json'}: cannot be read as JSON ({fault})") from None
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing but errors."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def from_pretrained(class_name: str, source: str, where: str, **options: Any) -> Any:
     """`transformers.<class_name>.from_pretrained(source)` in float32, refusing a checkpoint that lacks weights.
 
@@ -43,18 +58,17 @@ def from_pretrained(class_name: str, source: str, where: str, **options: Any) ->
     from transformers.utils import logging
 
     loader = getattr(transformers, class_name)
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # what it would report (parts we leave out on purpose) is checked below
+    bars = logging.is_progress_bar_enabled()
     if Path(source).is_dir():
         logging.disable_progress_bar()  # reading a local file is quick; a download keeps its bar
     try:
-        model, report = loader.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
-        )
+        with quiet():  # what it would report (parts we leave out on purpose) is checked below
+            model, report = loader.from_pretrained(
+                source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+            )
     except (OSError, ImportError) as fault:
         raise missing(source, where, fault) from fault
     finally:
-        logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
     if lacking := sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ()))):

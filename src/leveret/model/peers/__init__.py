@@ -13,6 +13,8 @@ from leveret.model.peers.foreign import Foreign, Hub
 from leveret.runs import DataError
 
 if TYPE_CHECKING:
+    import torch
+
     from leveret.model.vlm import VLM
 
 
@@ -23,7 +25,7 @@ class Peer:
     recognise  whether a folder is one of its. read: (folder, hub, base, size) -> what it holds.
     """
 
-    about: str
+    name: str
     recognise: Callable[[Folder], bool]
     read: Callable[[Folder, Hub, str | None, int | None], Foreign]
 
@@ -65,13 +67,23 @@ def read(
         )
         raise DataError(
             f"{path} is no model of a tool that is known here: {what}{more}. Known: "
-            + "; ".join(peer.about for peer in PEERS.values())
+            + "; ".join(peer.name for peer in PEERS.values())
         )
     return PEERS[name].read(folder, Hub(Path(hub) if hub is not None else None), base, size)
 
 
-def load(path: str | Path, *, hub: str | Path | None = None, base: str | None = None, size: int | None = None) -> VLM:
-    """The model in a peer's folder, as `read` reads it, in evaluation mode; weights in the types they were saved in."""
+def load(
+    path: str | Path,
+    *,
+    hub: str | Path | None = None,
+    base: str | None = None,
+    size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> VLM:
+    """The model in a peer's folder, as `read` reads it, in evaluation mode.
+
+    dtype  of all weights; by default the one in which most of the language model was saved.
+    """
     from leveret.model.peers.assemble import assemble
 
-    return assemble(read(path, hub=hub, base=base, size=size), Path(path))
+    return assemble(read(path, hub=hub, base=base, size=size), Path(path), dtype)

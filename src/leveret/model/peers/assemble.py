@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from leveret.model import language as languages
 from leveret.model import tower_keys, towers
 from leveret.model.build import join
 from leveret.model.checkpoint import fill, stored
+from leveret.model.hub import quiet
 from leveret.model.peers.files import State
 from leveret.model.peers.foreign import Foreign
 from leveret.model.recipe import Kept
@@ -18,14 +22,15 @@ from leveret.model.tower_table import TowerFacts, describe_all
 from leveret.model.vlm import VLM
 
 
-def assemble(foreign: Foreign, source: Path) -> VLM:
-    """The model, in evaluation mode: towers in float32, all else in the types in which it was saved.
+def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -> VLM:
+    """The model, in evaluation mode, all of it in one type: `dtype`, else the one that most of the language model has.
 
     DataError where the tensors are not exactly the model's: missing and unexpected names are listed.
     """
     from transformers.initialization import no_init_weights
 
-    tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
+    with quiet():  # about a model type that transformers does not know
+        tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
     kept: list[list[Kept]] = []
     for place, facts in enumerate(describe_all(foreign.recipe.vision)):
         kept.append(parts_of(facts, foreign.seen[place]) if place in foreign.seen else [])
@@ -47,12 +52,29 @@ def assemble(foreign: Foreign, source: Path) -> VLM:
         ]
         language = languages.build_language(spoken)
         vlm = join(recipe, eyes, language, tokenizer=tokenizer)
+    if dtype is None:
+        dtype = Counter(tensor.dtype for tensor in foreign.language.values()).most_common(1)[0][0]
     seen = {name: tensor for name, tensor in stored(vlm) if name.startswith("towers.")}
     tied = {name.removeprefix("language.") for name, _ in stored(vlm) if name.startswith("language.")}
     tables = {name: tensor for name, tensor in tables.items() if name in tied or not _is_tied(name, vlm)}
     state = seen | _under("connector.", foreign.connector) | _under("language.", tables)
-    fill(vlm, state, source)
+    fill(vlm, {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, source)
+    _call(vlm, foreign.names)
     return vlm.eval()
+
+
+def _call(vlm: VLM, names: Sequence[str]) -> None:
+    """Names the towers as the checkpoint does: paths of this machine have no place in a model that is saved."""
+    for tower, name in zip(vlm.towers.values(), names, strict=False):
+        assert isinstance(tower, towers.Tower)
+        tower.facts = replace(tower.facts, source=name)
+    vision = vlm.recipe.vision
+    if vision.tower is not None and names:
+        vision = vision.model_copy(update={"tower": names[0]})
+    elif names:
+        each = [one.model_copy(update={"tower": name}) for one, name in zip(vision.towers, names, strict=True)]
+        vision = vision.model_copy(update={"towers": each})
+    vlm.recipe = vlm.recipe.model_copy(update={"vision": vision})
 
 
 def parts_of(facts: TowerFacts, state: State) -> list[Kept]:

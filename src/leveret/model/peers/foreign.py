@@ -60,6 +60,7 @@ class Foreign:
     connector, language  tensors under the names of the modules they belong to.
     facts      of the language model.
     tokenizer  the folder that its tokenizer is read from.
+    names      of the towers, as the checkpoint says them.
     cut        whether the tool cuts the token tables to the tokenizer's length when it loads them.
     notes      what was done otherwise than names say, for people.
     """
@@ -71,6 +72,7 @@ class Foreign:
     facts: LanguageFacts
     tokenizer: Path
     notes: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = ()
     cut: bool = False
 
 

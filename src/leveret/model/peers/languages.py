@@ -86,11 +86,9 @@ def language_config(config: Mapping[str, Any], where: str) -> Config:
             f"{where}: model_type {said!r} is no language model that is known here{more}. Known besides those of "
             f"transformers: {', '.join(FAMILIES)}"
         )
-    found = told(config)
-    known = AutoConfig.for_model(name).to_dict()
     rope = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # said at the top before transformers 5
-    return (
-        {"model_type": name}
-        | {key: value for key, value in found.items() if key in known or key in rope}
-        | {"model_type": name}
-    )
+    known = {*AutoConfig.for_model(name).to_dict(), *rope} - {"_name_or_path", "architectures", "transformers_version"}
+    found = {key: value for key, value in told(config).items() if key in known}
+    if found.get("rope_scaling", 0) is None:
+        del found["rope_scaling"]
+    return found | {"model_type": name}

@@ -104,8 +104,9 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     source = str(config.get("_name_or_path") or folder.path)
     facts = LanguageFacts(told, rows, head_bias="lm_head.bias" in language, attention=None, source=source)
     own = renamed(whole, (TOWER, ""))
+    tower = str(config["mm_vision_tower"])
     vision, seen = tower_of(
-        str(config["mm_vision_tower"]),
+        tower,
         own,
         hub,
         notes,
@@ -122,7 +123,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
         chat=dialect.chats.get(str(config["model_type"]), dialect.chat),
     )
-    return Foreign(recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, cut=True)
+    return Foreign(recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, (tower,), cut=True)
 
 
 def _scales(config: Mapping[str, Any]) -> list[int]:

@@ -76,7 +76,8 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     if no_tokenizer(folder):
         named = str(config.get("tokenizer_name_or_path") or source)
         spoken = hub.get(named, f"{folder.path}: the tokenizer")
-    return Foreign(recipe, towers, connector, language, facts, spoken, notes)
+    called = tuple(name.removeprefix(MOF) for name in names if name)
+    return Foreign(recipe, towers, connector, language, facts, spoken, notes, called)
 
 
 def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
