@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -371,3 +372,56 @@ def test_the_qformers_published_names() -> None:
     assert theirs["connector._connector.bert.embeddings.position_ids"].shape == (1, 64)
     assert published.read_state(theirs).keys() == connector.state_dict().keys()
     assert published.read_state({"language_model.lm_head.weight": torch.zeros(1)}) == {}
+
+
+# --- what the page says -----------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "connectors.md").read_text("utf-8")
+
+
+def test_the_page_names_every_row_and_setting() -> None:
+    said: dict[str, set[str]] = {}
+    for line in PAGE.splitlines():
+        cells = [re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:-1]]
+        if len(cells) == 5 and cells[0]:
+            said |= {kind: set(cells[2]) for kind in cells[0]}
+    assert said.pop("mlpNx_gelu") == set()
+    assert said == {kind: set(row.settings.model_fields) for kind, row in CONNECTORS.items()}
+
+
+def test_the_pages_own_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.setitem(CONNECTORS, "normed_linear", None)  # type: ignore[arg-type]  # so that it is gone afterwards
+    exec(code, {"__name__": "own"})
+    recipe = tiny_recipe(connector="normed_linear")
+    recipe.connector.options["eps"] = 0.5
+    vlm = build(recipe)
+    assert vlm.spec.tokens == 4 and vlm.connector[0].eps == 0.5  # type: ignore[index]
+    assert vlm(tiny_batch(vlm)).loss_sum.isfinite()
+
+
+def test_parts_that_do_not_fit_are_refused_before_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from leveret.model import language, towers
+
+    for module, name in ((towers, "load_tower"), (language, "load_language")):
+        monkeypatch.setattr(module, name, lambda facts: pytest.fail("weights were fetched"))
+    for kind, options in (("identity", {}), ("pixel_shuffle", {"factor": 3}), ("spp_v1", {"pool": 3})):
+        connector = ConnectorRecipe(kind=kind, options=options)
+        with pytest.raises(RecipeError, match=r"model\.connector"):
+            build(tiny_recipe().model_copy(update={"connector": connector}))
+
+
+def test_settings_in_a_recipe_file(tmp_path: Path) -> None:
+    """Given in YAML, changed on the command line, and taken away by a recipe that extends it."""
+    from pydantic import BaseModel
+
+    from leveret import recipe
+
+    class Whole(BaseModel):
+        connector: ConnectorRecipe
+
+    (tmp_path / "a.yaml").write_text("connector: {kind: resampler, options: {queries: 64}}")
+    given = recipe.load(tmp_path / "a.yaml", Whole, "models", ["connector.options.layers=2"]).connector
+    assert given.options == {"queries": 64, "layers": 2}
+    (tmp_path / "b.yaml").write_text(f"extends: {tmp_path / 'a.yaml'}\nconnector: {{kind: linear, options: null}}")
+    assert recipe.load(tmp_path / "b.yaml", Whole, "models").connector == ConnectorRecipe(kind="linear")

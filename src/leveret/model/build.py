@@ -28,6 +28,8 @@ def build(recipe: ModelRecipe, *, weights: bool = True, device: str | torch.devi
     Raises RecipeError listing every fault of the recipe at once, EnvironmentFault when weights cannot be had.
     """
     seen, spoken = check(recipe)
+    if weights:
+        build_meta(recipe)  # parts that do not fit each other are refused before any weight is fetched
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         eyes = [towers.load_tower(facts) if weights else towers.build_tower(facts) for facts in seen]

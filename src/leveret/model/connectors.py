@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -156,17 +156,15 @@ def _mlp_row(depth: int) -> ConnectorRow:
     return ConnectorRow(lambda w, d, n, s: mlp(w, d, depth=depth))
 
 
-def _spp_row(kind: str, version: Any) -> ConnectorRow:
+def _spp_row(version: Literal["v1", "v2", "v3"]) -> ConnectorRow:
     def tokens(count: int, settings: PoolSettings) -> int:
-        if version is None:
-            return count
-        if not (side := side_of(count, kind) // settings.pool):
+        if not (side := side_of(count, f"spp_{version}") // settings.pool):
             raise RecipeError(
                 f"model.connector.options.pool: {settings.pool} is more than the side of the grid of {count} tokens"
             )
         return side * side
 
-    return ConnectorRow(lambda w, d, n, s: Spp(w, d, s.pool, version), tokens, PoolSettings, plain=version is None)
+    return ConnectorRow(lambda w, d, n, s: Spp(w, d, s.pool, version), tokens, PoolSettings)
 
 
 def _grouped_row(kind: str, interleave: bool) -> ConnectorRow:
@@ -194,10 +192,10 @@ CONNECTORS: dict[str, ConnectorRow] = {
     ),
     "qformer": ConnectorRow(lambda w, d, n, s: QFormer(w, d, **dict(s)), lambda count, s: s.queries, QFormerSettings),
     "ldp": ConnectorRow(lambda w, d, n, s: Ldp(w, d), lambda count, s: ((side_of(count, "ldp") + 1) // 2) ** 2),
-    "spp_v1": _spp_row("spp_v1", "v1"),
-    "spp_v2": _spp_row("spp_v2", "v2"),
-    "spp_v3": _spp_row("spp_v3", "v3"),
-    "spp": _spp_row("spp", None),
+    "spp_v1": _spp_row("v1"),
+    "spp_v2": _spp_row("v2"),
+    "spp_v3": _spp_row("v3"),
+    "spp": ConnectorRow(lambda w, d, n, s: Spp(w, d, 1, None), plain=True),
     "minigpt": _grouped_row("minigpt", interleave=False),
     "vanilla": _grouped_row("vanilla", interleave=True),
     "pixel_shuffle": ConnectorRow(

@@ -25,6 +25,17 @@ _BEFORE = re.compile(
 _SELF, _ATTENTION = "attention.self.", "attention.attention."
 _POSITIONS = "bert.embeddings.position_ids"
 
+# Our settings and the fields of their configs. What a config does not say has the same default there and here.
+_RESAMPLER = {"queries": "num_queries", "layers": "num_resampler_layers"}
+_BERT = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "dropout": "hidden_dropout_prob",
+    "norm_eps": "layer_norm_eps",
+}
+
 
 def of_llava(config: Mapping[str, Any]) -> ConnectorRecipe:
     """The connector of a Bunny, LLaVA or early TinyLLaVA config.json (`mm_projector_type`).
@@ -38,11 +49,8 @@ def of_llava(config: Mapping[str, Any]) -> ConnectorRecipe:
         return ConnectorRecipe(kind=f"spp_{version}" if version else "spp")
     if kind == "resampler":
         width = config.get("resampler_hidden_size", 768)
-        options = {"width": width, "heads": 8 if width == 512 else 12}  # the original's rule
-        for ours, theirs in (("queries", "num_queries"), ("layers", "num_resampler_layers")):
-            if theirs in config:
-                options[ours] = config[theirs]
-        return ConnectorRecipe(kind="resampler_paper", options=options)
+        sizes = {"width": width, "heads": 8 if width == 512 else 12}  # the original's rule
+        return ConnectorRecipe(kind="resampler_paper", options={**sizes, **_given(config, _RESAMPLER)})
     return _known(kind, ("linear", "ldp", "minigpt", "vanilla", "identity"), "mm_projector_type")
 
 
@@ -55,20 +63,10 @@ def of_factory(config: Mapping[str, Any], bert: Mapping[str, Any] | None = None)
     kind = str(config.get("connector_type"))
     if kind == "resampler":
         # its width is the language model's; `resampler_hidden_size` is written down and never read
-        return ConnectorRecipe(
-            kind=kind, options={"queries": config["num_queries"], "layers": config["num_resampler_layers"]}
-        )
+        return ConnectorRecipe(kind=kind, options=_given(config, _RESAMPLER))
     if kind == "qformer":
-        names = {
-            "width": "hidden_size",
-            "layers": "num_hidden_layers",
-            "heads": "num_attention_heads",
-            "hidden": "intermediate_size",
-            "dropout": "hidden_dropout_prob",
-            "norm_eps": "layer_norm_eps",
-        }
-        sizes = {ours: bert[theirs] for ours, theirs in names.items() if theirs in bert} if bert else {}
-        return ConnectorRecipe(kind=kind, options={"queries": config["num_queries"], **sizes})
+        queries = _given(config, {"queries": _RESAMPLER["queries"]})
+        return ConnectorRecipe(kind=kind, options={**queries, **_given(bert or {}, _BERT)})
     return _known(kind, ("linear", "mof_mlp", "identity"), "connector_type")
 
 
@@ -78,6 +76,10 @@ def of_prismatic(arch_specifier: str) -> ConnectorRecipe:
     if kind == "gelu-mlp":
         return ConnectorRecipe(kind="mlp2x_gelu")
     return _known(kind, ("linear", "fused-gelu-mlp"), "arch_specifier")
+
+
+def _given(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
 
 
 def _known(kind: str, kinds: tuple[str, ...], where: str) -> ConnectorRecipe:

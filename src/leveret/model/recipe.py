@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from leveret.records import Resize
 
@@ -129,7 +129,8 @@ class ConnectorRecipe(_Strict):
 
     kind: str = Field(default="mlp2x_gelu", description="A row of CONNECTORS; mlpNx_gelu with any N.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="The row's own settings, for example {queries: 64}; see model/connectors.py."
+        default_factory=dict,
+        description="The row's own settings, for example {queries: 64}; docs/connectors.md has all.",
     )
     dropout: float = Field(
         default=0.0,
@@ -138,6 +139,12 @@ class ConnectorRecipe(_Strict):
         description="While the connector learns, this share of its input numbers is dropped: what one number says of a "
         "pair of attributes it cannot lean on, so it composes better.",
     )
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _none(cls, options: Any) -> Any:
+        """`options: null` takes away what a recipe further up `extends` has set."""
+        return {} if options is None else options
 
 
 class LanguageRecipe(_Strict):
