@@ -26,6 +26,7 @@ from leveret.model.towers import (
     whole,
 )
 from leveret.runs import EnvironmentFault, RecipeError
+from tower_fakes import CLASSES, states_of, toy
 
 REAL_TOWERS = [name for name, row in TOWERS.items() if not row.package]
 REAL_LANGUAGES = [name for name, row in language.LANGUAGES.items() if not row.package]
@@ -101,52 +102,6 @@ def test_every_language_row_has_the_published_count(name: str) -> None:
 def test_backbones_has_what_rows_need_and_no_more() -> None:
     assert set(backbones()["vision"]) == {TOWERS[name].like or name for name in REAL_TOWERS}
     assert set(backbones()["language"]) == set(REAL_LANGUAGES)
-
-
-# family -> transformers' configuration and class, the part of SIGLIP that is not its, and leading tokens
-CLASSES: dict[str, tuple[str, str, dict[str, Any], int]] = {
-    "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel", {}, 0),
-    "siglip2_vision_model": ("Siglip2VisionConfig", "Siglip2VisionModel", {"num_patches": 4}, 0),
-    "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel", {}, 1),
-    "dinov2": ("Dinov2Config", "Dinov2Model", {"mlp_ratio": 2}, 1),
-    "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", {"mlp_ratio": 2}, 5),
-    "dinov3_vit": ("DINOv3ViTConfig", "DINOv3ViTModel", {"num_register_tokens": 4, "pos_embed_rescale": 2.0}, 5),
-    "vit": ("ViTConfig", "ViTModel", {}, 1),
-    "aimv2_vision_model": ("Aimv2VisionConfig", "Aimv2VisionModel", {}, 0),
-}
-
-
-def toy(family: str) -> Any:
-    """transformers' own tower at toy size: 32 pixels, patches of 16, 3 blocks, 16 wide."""
-    config, cls, extra, _ = CLASSES[family]
-    torch.manual_seed(0)
-    options = {"add_pooling_layer": False} if family == "vit" else {}
-    sizes = {
-        key: value for key, value in SIGLIP.items() if not (family == "siglip2_vision_model" and key == "image_size")
-    }
-    return loud(getattr(transformers, cls)(getattr(transformers, config)(**{**sizes, **extra}), **options)).eval()
-
-
-def states_of(model: Any, family: str, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """transformers' [embeddings, block 1, .., block n], each as it leaves its block."""
-    seen: list[torch.Tensor] = []
-    blocks = model.get_submodule(towers.TOWER_FAMILIES[family].blocks)
-    hooks = [blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
-    hooks += [block.register_forward_hook(lambda _, args, out: seen.append(out)) for block in blocks]
-    with torch.no_grad():
-        if family == "siglip2_vision_model":
-            from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
-
-            patches = [torch.from_numpy(convert_image_to_patches(p.numpy(), 16)) for p in pixels]
-            cells = pixels.shape[-1] // 16
-            model(torch.stack(patches), torch.ones(len(pixels), cells**2), torch.tensor([[cells, cells]] * len(pixels)))
-        elif towers.TOWER_FAMILIES[family].sizes == "flag":
-            model(pixels, interpolate_pos_encoding=True)
-        else:
-            model(pixels)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 def test_every_family_is_tested() -> None:
