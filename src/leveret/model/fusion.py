@@ -1,4 +1,4 @@
-"""Several towers become one sequence of features, and several scales of an image become one tower's.
+"""Fusion: several towers, or several scales of an image, become one sequence of features.
 
 `channel` puts towers side by side in width, as Prismatic does (DINOv2 first); `interleave` token by token, as the MoF
 of "Eyes Wide Shut" and TinyLLaVA Factory do. S2 ("When Do We Not Need Larger Vision Models?") is Bunny's form of it.

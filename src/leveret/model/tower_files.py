@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
 from leveret.model.hub import missing
-from leveret.runs import DataError
+from leveret.runs import DataError, EnvironmentFault
 
 NAMES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
 """Where timm's repositories keep their weights, the safest first."""
@@ -27,7 +28,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # what is not looked at is not read
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as fault:  # neither library has one error class of its own
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as weights ({reason})") from fault
@@ -55,7 +57,13 @@ def weights_file(source: str, repo: str = "", file: str = "", where: str = "mode
             return Path(hf_hub_download(repo, name))
         except Exception as reason:  # offline, no such file, no such repository, gated: all the same to us
             fault = reason
-    raise missing(repo, where, fault)
+    if not file:
+        raise missing(repo, where, fault)
+    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    raise EnvironmentFault(
+        f"{where}: the weights of {source!r} could not be read ({reason}). With a connection: "
+        f"`hf download {repo} {file} --local-dir .`, then set {where}=./{file}"
+    )
 
 
 def is_timm(config: Mapping[str, Any]) -> bool:

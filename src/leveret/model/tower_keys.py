@@ -1,4 +1,4 @@
-"""What others call the weights of a tower, and how their names become ours and ours theirs.
+"""Key tables: what peers call the weights of a tower, both ways.
 
 A table row holds their name and ours: `*` is the number of a block, `?` stands for weight and bias, `{a,b}` for several
 tensors. Several theirs are joined, several ours are cut, along the first dimension (timm's qkv is our q, k, v). A third

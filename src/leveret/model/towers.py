@@ -1,13 +1,15 @@
 """Vision towers: pixels [N, 3, S, S] -> features [N, tokens, width].
 
-What towers there are stands in tower_table.py; this is how one is built, filled and run. A tower is built exactly as
-deep as the layer that is taken, without the norm and the head that follow it, unless the recipe's `keep` asks for them.
+What towers there are stands in tower_table.py, their architectures in tower_facts.py; this is how one is built, filled
+and run. A tower is built exactly as deep as the layer that is taken, without the norm and the head that follow it,
+unless the recipe's `keep` asks for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +18,11 @@ from torch import Tensor, nn
 from leveret.model import tower_keys
 from leveret.model.eva import EvaVision
 from leveret.model.fusion import multiscale
-from leveret.model.hub import from_pretrained, package_file
+from leveret.model.hub import from_pretrained, package_file, read_config
 from leveret.model.tiny import TinyVisionTower, load_module
+from leveret.model.tower_facts import TOWER_FAMILIES, Family, TowerFacts, grid, prefix
 from leveret.model.tower_files import is_timm, read_weights, weights_file
-from leveret.model.tower_table import (
-    TOWER_FAMILIES,
-    TOWERS,
-    Family,
-    TowerFacts,
-    TowerRow,
-    backbones,
-    describe,
-    describe_all,
-    grid,
-    prefix,
-)
+from leveret.model.tower_table import TOWERS, TowerRow, backbones, describe, describe_all
 from leveret.records import TowerView
 from leveret.runs import DataError, RecipeError
 
@@ -215,10 +207,6 @@ def fill_tower(facts: TowerFacts, state: Mapping[str, Tensor], *, under: str = "
 
 def _by_table(facts: TowerFacts, row: TowerRow | None) -> bool:
     """Whether its weights stand under a peer's names."""
-    from pathlib import Path
-
-    from leveret.model.hub import read_config
-
     if row is not None:
         return bool(row.repo)
     folder = Path(facts.source)

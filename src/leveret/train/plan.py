@@ -126,7 +126,8 @@ def describe(
         tokens, total = mean or tokens, total_steps(stage, count) if count else None
     lines.append(("batch", _geometry(stage, world, job)))
     lines.append(("schedule", _schedule(stage, total)))
-    lines.append(("chat", f"{stage.chat or vlm.chat}; images are made square by {vlm.spec.towers[0].resize}"))
+    square = ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
+    lines.append(("chat", f"{stage.chat or vlm.chat}; images are made square by {square}"))
     if job is not None:
         begun = f", going on from {Path(job.resume).name}" if job.resume else ""
         lines.append(("precision", f"{job.precision} on {job.device}, {job.threads} thread(s) per rank{begun}"))

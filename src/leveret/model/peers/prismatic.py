@@ -66,7 +66,7 @@ LANGUAGES: dict[str, tuple[str, str]] = {
 }
 """llm_backbone_id -> (hub id, prompt builder): prismatic/models/backbones/llm/*.py"""
 
-RESIZES = {"letterbox": "letterbox", "resize-naive": "squash", "resize-crop": "crop"}
+RESIZES = {"letterbox": "letterbox", "resize-naive": "squash", "resize-crop": "centre"}
 PREFIXES = {"clip": "clip_featurizer.", "siglip": "siglip_featurizer.", "dinov2": "dino_featurizer."}
 
 
@@ -117,6 +117,6 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
         chat=published("Prismatic", builder).name,
     )
-    return Foreign(
-        recipe, seen, read_state(renamed(whole, ("model.projector.", ""))), language, facts, home.path, notes
-    )
+    connector = read_state(renamed(whole, ("model.projector.", "")))
+    called = tuple(f"timm/{name}" for _, name in backbone.towers)
+    return Foreign(recipe, seen, connector, language, facts, home.path, notes, called)

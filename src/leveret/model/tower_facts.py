@@ -1,0 +1,142 @@
+"""Facts of a tower: how its architecture is built and read, and everything that rebuilds it.
+
+TOWER_FAMILIES says how an architecture is built and read; TowerFacts is everything that rebuilds a tower where the
+table row and the folder it came from are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from leveret.model.recipe import Moments
+from leveret.model.recipe import Tokens as TokenChoice
+from leveret.records import Resize
+
+Resample = Literal["bicubic", "bilinear", "nearest"]
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+MOMENTS: dict[Moments, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "half": (HALF, HALF),
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TowerFacts:
+    """Everything that rebuilds a tower without its table row; saved in a model's config.json.
+
+    family  a row of TOWER_FAMILIES.
+    config  the architecture's own configuration, at its published depth.
+    depth   blocks that run. The rest are not built unless "layers" is in `keep`.
+    size    side of the image it is given: with S2 the largest scale.
+    keep    published parts that do not run but stay in the checkpoint: "layers", "norm", "head".
+    name    of its view, and of its weights among several towers.
+    tokens  which tokens are taken: a choice of TowerRecipe.
+    s2      sides of the scales in rising order; () for one scale.
+    """
+
+    family: str
+    config: Mapping[str, Any]
+    depth: int
+    size: int
+    keep: tuple[str, ...] = ()
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
+    resize: Resize = "squash"
+    source: str = ""
+    name: str = "vision"
+    tokens: TokenChoice = "patch"
+    s2: tuple[int, ...] = ()
+    resample: Resample = "bicubic"
+
+    @property
+    def side(self) -> int:
+        """Side of what the network itself sees: with S2 a tile, else the image."""
+        return self.s2[0] if self.s2 else self.size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TowerFacts:
+        tuples = {key: tuple(data[key]) for key in ("keep", "mean", "std", "s2") if key in data}
+        return cls(**{**data, **tuples})
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    model_class  transformers' class ("" for our own).
+    blocks       where the list of transformer blocks lies.
+    short        what a tower of it is called among several.
+    norm, head   what follows the last block.
+    pre          a norm between the embeddings and the first block.
+    head_switch  the configuration's word that says whether the head is built.
+    prefix       leading tokens (class, registers) that are no part of the image; registers come on top, as configured.
+    sizes        what another size than the configuration's does: "flag" the embeddings interpolate when told, "any"
+                 they do so by themselves (or have no stored positions), "fixed" it cannot be.
+    resize, resample, mean, std  what the published models were trained with, for folders that do not say.
+    """
+
+    model_class: str
+    blocks: str
+    norm: str
+    short: str
+    pre: str = ""
+    head: str = ""
+    head_switch: str = "vision_use_head"
+    prefix: int = 0
+    sizes: Literal["flag", "any", "fixed"] = "any"
+    resize: Resize = "squash"
+    resample: Resample = "bicubic"
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
+
+
+_DINO = {"short": "dinov2", "prefix": 1, "resize": "crop", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+TOWER_FAMILIES: dict[str, Family] = {
+    "siglip_vision_model": Family(
+        "SiglipVisionModel", "encoder.layers", "post_layernorm", "siglip", head="head", sizes="flag"
+    ),
+    # NaFlex; here at one fixed square size, its positions interpolated as the class does
+    "siglip2_vision_model": Family(
+        "Siglip2VisionModel", "encoder.layers", "post_layernorm", "siglip2", head="head", resample="bilinear"
+    ),
+    "clip_vision_model": Family(
+        "CLIPVisionModel", "encoder.layers", "post_layernorm", "clip", pre="pre_layrnorm", prefix=1, sizes="flag",
+        resize="crop", mean=CLIP_MEAN, std=CLIP_STD,
+    ),
+    "dinov2": Family("Dinov2Model", "encoder.layer", "layernorm", **_DINO),  # type: ignore[arg-type]
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "encoder.layer", "layernorm", **_DINO  # type: ignore[arg-type]
+    ),
+    "dinov3_vit": Family(
+        "DINOv3ViTModel", "model.layer", "norm", "dinov3", prefix=1, resample="bilinear",
+        mean=IMAGENET_MEAN, std=IMAGENET_STD,
+    ),
+    "vit": Family("ViTModel", "layers", "layernorm", "vit", prefix=1, sizes="flag", resample="bilinear"),
+    "aimv2_vision_model": Family(
+        "Aimv2VisionModel", "encoder.layers", "rms_norm", "aimv2", head="head", head_switch="use_head", sizes="fixed",
+        resize="crop", mean=CLIP_MEAN, std=CLIP_STD,
+    ),
+    "eva02_clip": Family(
+        "", "blocks", "norm", "eva", head="head", prefix=1, sizes="fixed", resize="crop", mean=CLIP_MEAN, std=CLIP_STD
+    ),
+    "tiny": Family("", "layers", "norm", "tiny", sizes="fixed"),
+}  # fmt: skip
+
+
+def grid(facts: TowerFacts) -> int:
+    """Patches to a side of the square that the network sees."""
+    return facts.side // (8 if facts.family == "tiny" else int(facts.config["patch_size"]))
+
+
+def prefix(facts: TowerFacts) -> int:
+    """Leading tokens that are no patches: class token and registers."""
+    return TOWER_FAMILIES[facts.family].prefix + int(facts.config.get("num_register_tokens") or 0)
