@@ -22,8 +22,8 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def folders(file: str, key: str = "") -> list[Any]:
-    """Parameters of a test: the folders that hold `file` (a JSON object with `key`); one that skips where none does."""
-    found = [path.parent for path in sorted(PARITY.glob(f"*/{file}")) if not key or key in read(path)]
+    """Parameters of a test: folders that hold `file`, with `key` in its first case; one that skips where none does."""
+    found = [path.parent for path in sorted(PARITY.glob(f"*/{file}")) if not key or key in read(path)["cases"][0]]
     if found:
         return [pytest.param(folder, id=folder.name) for folder in found]
     return [pytest.param(PARITY, marks=pytest.mark.skip(f"no */{file} in {PARITY}: set LEVERET_PARITY"), id="none")]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import inputs_parity as given
 from leveret.inputs.chat import encode
 from leveret.inputs.faithful import PLACE, row_of
-from leveret.records import IMAGE_MARK, ImageSpec, TowerView, Turn
+from leveret.inputs.formats import ChatFormat
+from leveret.records import IGNORE, IMAGE_MARK, ImageRef, ImageSpec, Sample, TowerView, Turn
 from leveret.runs import DataError
 
 pytestmark = pytest.mark.parity
@@ -63,3 +66,48 @@ def test_every_prompt_is_the_originals(folder: Path) -> None:
             else:
                 ids = [PLACE if seen else token for token, seen in zip(ours.input_ids, ours.image_mask, strict=True)]
             assert ids == case["input_ids"], (case["name"], faithful)
+
+
+# --- where the default does otherwise ---------------------------------------------------------------------------------
+
+
+def documented() -> list[tuple[list[str], list[str], str]]:
+    """(formats, rows, what) of the list in docs/chat-formats.md, the patterns as fnmatch reads them."""
+    text = (Path(__file__).resolve().parents[1] / "docs/chat-formats.md").read_text("utf-8")
+    lines = text.partition("| formats | rows |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
+    assert all(len(line) == 4 and line[3] for line in cells), "every difference has its reason"
+    return [(re.findall("`(.*?)`", one), re.findall("`(.*?)`", two), what) for one, two, what, _ in cells]
+
+
+def difference(row: dict[str, Any], chat: ChatFormat, tokenizer: Any, limit: int) -> str:
+    """What the default does otherwise with a row; "" where nothing is, once the row is cut as the collator cuts it."""
+    turns, has_image = given.turns_of(row), row["image"] is not None
+    if Sample("row", (ImageRef("picture.png"),) * has_image, tuple(turns)).fault():
+        return "refused"
+    assert "error" not in row, "what the original cannot read is refused"
+    front = has_image and chat.name.startswith("prismatic")  # the image comes on top of the text, after the first token
+    ours = encode(turns, chat, tokenizer, ONE, [(56, 56)] * has_image, max_tokens=limit + front)
+    ids = [PLACE if seen else token for token, seen in zip(ours.input_ids, ours.image_mask, strict=True)]
+    theirs = [
+        part[:1] + [extra] * front + part[1:limit]
+        for part, extra in ((row["input_ids"], PLACE), (row["labels"], IGNORE))
+    ]
+    kinds = [name for name, a, b in zip(("ids", "labels"), (ids, ours.labels), theirs, strict=True) if a != b]
+    if kinds == ["labels"]:  # a difference in labels alone is a row that the original masks whole, and ours never is
+        assert set(row["labels"]) == {IGNORE} and ours.labels[-1] != IGNORE
+    return ", ".join(kinds)
+
+
+@pytest.mark.parametrize("folder", given.folders("training.json"))
+def test_the_default_differs_where_the_list_says(folder: Path) -> None:
+    tokenizer = given.tokenizer_of(folder)
+    limit = given.read(folder / "training.json")["tokenizer"]["model_max_length"]
+    for name, chat, part in given.parts(folder):
+        for row in part["rows"]:
+            said = [
+                what
+                for chats, ids, what in documented()
+                if any(fnmatch(chat.name, one) for one in chats) and any(fnmatch(row["id"], one) for one in ids)
+            ]
+            assert difference(row, chat, tokenizer, limit) == (said[0] if said else ""), (name, row["id"])

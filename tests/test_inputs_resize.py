@@ -125,7 +125,7 @@ def test_pixels_equal_bunnys_own(parity: Path) -> None:
 def test_an_image_of_the_towers_size_is_not_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     image = noise(56, 56)
     monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("resized"))
-    for kind in ("squash", "pad", "crop"):
+    for kind in ("squash", "pad", "crop", "centre", "letterbox"):
         assert fit(image, replace(SIGLIP, resize=kind)) is image
 
 
@@ -149,18 +149,21 @@ def test_crop_keeps_the_centre() -> None:
     width=st.integers(1, 400),
     height=st.integers(1, 400),
     size=st.integers(1, 70),
-    kind=st.sampled_from(["squash", "pad", "crop"]),
+    kind=st.sampled_from(["squash", "pad", "crop", "centre", "letterbox"]),
+    more=st.integers(0, 9),
     clip=st.booleans(),
 )
-def test_any_picture_gives_finite_values_in_range(width: int, height: int, size: int, kind: str, clip: bool) -> None:
-    view = replace(CLIP if clip else SIGLIP, size=size, resize=kind)
+def test_any_picture_gives_finite_values_in_range(
+    width: int, height: int, size: int, kind: str, clip: bool, more: int
+) -> None:
+    view = replace(CLIP if clip else SIGLIP, size=size, resize=kind, short=size + more)
     pixels = prepare(noise(width, height), view)
     assert pixels.shape == (3, size, size) and pixels.dtype == np.float32 and np.isfinite(pixels).all()
     for channel, mean, std in zip(pixels, view.mean, view.std, strict=True):
         assert channel.min() >= (0 - mean) / std - 1e-6 and channel.max() <= (1 - mean) / std + 1e-6
 
 
-@pytest.mark.parametrize("kind", ["squash", "pad", "crop"])
+@pytest.mark.parametrize("kind", ["squash", "pad", "crop", "centre", "letterbox"])
 @pytest.mark.parametrize("size", [(40_000, 2), (1, 30_000)])
 def test_ribbons_do_not_ask_for_gigabytes(kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
@@ -181,14 +184,14 @@ def test_ribbons_do_not_ask_for_gigabytes(kind: str, size: tuple[int, int], monk
     monkeypatch.setattr(Image, "new", new_)
     seen = np.asarray(fit(image, TowerView("t", 32, resize=kind)))
     assert seen.shape == (32, 32, 3) and largest <= resize.LARGEST_CANVAS
-    assert (np.abs(seen[16, 16].astype(int) - (10, 200, 30)) <= (0 if kind != "pad" else 255)).all()
+    assert (np.abs(seen[16, 16].astype(int) - (10, 200, 30)) <= (255 if kind in ("pad", "letterbox") else 0)).all()
 
 
 def test_the_bounded_paths_agree_with_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.zeros((60, 900, 3), np.uint8)
     pixels[..., 0] = np.linspace(0, 255, 900).astype(np.uint8)
     image = Image.fromarray(pixels)
-    for kind, tolerance in (("crop", 1), ("pad", 12)):
+    for kind, tolerance in (("crop", 1), ("centre", 1), ("pad", 12), ("letterbox", 12)):
         view = TowerView("t", 32, resize=kind)
         exact = np.asarray(fit(image, view)).astype(int)
         monkeypatch.setattr(resize, "LARGEST_CANVAS", 1000)
@@ -197,7 +200,37 @@ def test_the_bounded_paths_agree_with_the_exact_ones(monkeypatch: pytest.MonkeyP
         assert np.abs(exact - bounded).mean() <= tolerance
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_short_side_longer_than_the_cut_equals_transformers(size: tuple[int, int]) -> None:
+    """DINOv2's 256 and 224: also for an image that has the cut's size already."""
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    view = replace(CLIP, short=62)
+    common = {"image_mean": list(view.mean), "image_std": list(view.std), "resample": Image.Resampling.BICUBIC}
+    processor = BitImageProcessorPil(size={"shortest_edge": 62}, crop_size={"height": 56, "width": 56}, **common)
+    theirs = np.asarray(processor(noise(*size), return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(prepare(noise(*size), view), theirs)
+
+
+def test_the_two_ways_to_halve_an_odd_remainder() -> None:
+    """transformers rounds down, torchvision to the even side: 3 spare pixels give 1 and 2, 1 spare pixel 0 and 0."""
+    for spare, lefts in ((3, {"crop": 1, "centre": 2}), (1, {"crop": 0, "centre": 0}), (5, {"crop": 2, "centre": 2})):
+        image = Image.fromarray(np.arange(8 + spare, dtype=np.uint8)[None, :, None].repeat(8, 0).repeat(3, 2))
+        for kind, left in lefts.items():
+            assert int(np.asarray(fit(image, TowerView("t", 8, resize=kind)))[0, 0, 0]) == left
+
+
+def test_letterbox_drops_half_pixels() -> None:
+    """5 x 2 becomes 5 x 4, one row short of square: scaled to 5 on the short side, one column is cut off."""
+    image = Image.new("RGB", (5, 2), (255, 0, 0))
+    seen = np.asarray(fit(image, TowerView("t", 4, resize="letterbox", resample="nearest")))
+    assert seen.shape == (4, 4, 3)
+    assert [tuple(row[0]) for row in seen.tolist()] == [(127,) * 3, (255, 0, 0), (255, 0, 0), (127,) * 3]
+
+
 def test_unknown_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="short of siglip: 50 is below its size, 56"):
+        fit(noise(3, 4), replace(SIGLIP, resize="crop", short=50))
     with pytest.raises(ValueError, match="stretch"):
         fit(noise(3, 4), replace(SIGLIP, resize="stretch"))
     with pytest.raises(ValueError, match="lanczos"):

@@ -22,7 +22,7 @@ IGNORE = -100
 """Label of a position that is not supervised (the value torch's cross entropy skips)."""
 
 Role = Literal["system", "user", "assistant"]
-Resize = Literal["squash", "pad", "crop"]
+Resize = Literal["squash", "pad", "crop", "centre", "letterbox"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,11 @@ class TowerView:
     size     side of the square input, in pixels.
     mean,std per channel, of values in 0..1.
     resize   "squash" distorts to the square; "pad" centres on a square of the mean colour (LLaVA's rule,
-             int(255 * mean)); "crop" scales the short side and cuts the centre.
+             int(255 * mean)); "crop" scales the short side and cuts the centre, as transformers does; "centre" is the
+             same as torchvision does it (half a pixel goes to the even side); "letterbox" is Prismatic's: pads the two
+             sides alike with the mean colour, half pixels dropped, then "centre".
+    short    length the short side is scaled to before the centre is cut, where that is not `size` (timm's crop_pct,
+             DINOv2's 256 for 224); 0 for `size`. "squash" has no use for it.
     """
 
     name: str
@@ -122,6 +126,7 @@ class TowerView:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Resize = "squash"
     resample: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    short: int = 0
 
 
 @dataclass(frozen=True, slots=True)

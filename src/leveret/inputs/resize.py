@@ -1,16 +1,21 @@
 """An image becomes what a vision tower eats: a square of the tower's size, normalised.
 
-Three geometries, each equal to the last bit to the system it comes from:
+Five geometries, each equal to the last bit to the system it comes from:
 
 - `squash` distorts to the square: `SiglipImageProcessorPil` of transformers.
 - `crop` scales the short side to the tower's size and cuts the centre: `CLIPImageProcessorPil`.
 - `pad` centres the image on a square of the mean colour, then scales: LLaVA's `expand2square` before the processor.
+- `centre` is `crop` as torchvision does it (`Resize` and `CenterCrop`): Bunny's EVA towers, Prismatic's "resize-crop".
+- `letterbox` pads both sides alike, then `centre`: Prismatic's `LetterboxPad` before timm's transform.
+
+`crop`, `pad`, `centre` and `letterbox` may scale to `TowerView.short` before they cut.
 
 Only Pillow and numpy are needed; Pillow is imported by whoever opened the image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -30,6 +35,7 @@ photo of 50,000 x 1 pixels would then ask for gigabytes. Beyond this bound the s
 is seen, or from a copy reduced first; it then agrees to rounding, no longer to the last bit.
 """
 
+_KINDS = ("squash", "pad", "crop", "centre", "letterbox")
 _FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # the numbers of PIL.Image.Resampling
 
 
@@ -52,24 +58,40 @@ def prepare(image: Image.Image, view: TowerView) -> NDArray[np.float32]:
 def fit(image: Image.Image, view: TowerView) -> Image.Image:
     """The image squashed, padded or cropped to `view.size` square: RGB, still in 0..255.
 
-    Raises ValueError when `view.resize` or `view.resample` is none of those that `TowerView` names.
+    Raises ValueError when `view.resize` or `view.resample` is none of those that `TowerView` names, or when
+    `view.short` is below `view.size`.
     """
     if image.mode != "RGB":
         image = image.convert("RGB")
-    size, (width, height) = view.size, image.size
-    if width == size and height == size:
-        return image
+    size, short, (width, height) = view.size, view.short or view.size, image.size
     if view.resample not in _FILTERS:
         raise ValueError(f"resample of {view.name}: {view.resample!r} is none of {', '.join(_FILTERS)}")
+    if view.resize not in _KINDS:
+        raise ValueError(f"resize of {view.name}: {view.resize!r} is none of {', '.join(_KINDS)}")
+    if short < size:
+        raise ValueError(f"short of {view.name}: {short} is below its size, {size}: the centre would be too small")
+    if width == size and height == size and (short == size or view.resize == "squash"):
+        return image
     resample = _FILTERS[view.resample]
     if view.resize == "squash":
         return image.resize((size, size), resample)
-    if view.resize == "pad":
+    if view.resize in ("pad", "letterbox"):
         fill = (int(255 * view.mean[0]), int(255 * view.mean[1]), int(255 * view.mean[2]))
-        return _on_square(image, fill, size, resample).resize((size, size), resample)
-    if view.resize == "crop":
-        return _centre(image, size, resample)
-    raise ValueError(f"resize of {view.name}: {view.resize!r} is none of squash, pad, crop")
+        square = _on_square if view.resize == "pad" else _letterboxed
+        image = square(image, fill, short, resample)
+    if view.resize in ("crop", "pad"):
+        return _cut(image, size, short, resample, _half_down)
+    return _cut(image, size, short, resample, _half_even)
+
+
+def _half_down(spare: int) -> int:
+    """transformers: an odd remainder goes to the right or below."""
+    return spare // 2
+
+
+def _half_even(spare: int) -> int:
+    """torchvision: an odd remainder's half pixel goes to the even side."""
+    return round(spare / 2)
 
 
 def _on_square(image: Image.Image, fill: tuple[int, int, int], size: int, resample: int) -> Image.Image:
@@ -89,15 +111,29 @@ def _on_square(image: Image.Image, fill: tuple[int, int, int], size: int, resamp
     return square
 
 
-def _centre(image: Image.Image, size: int, resample: int) -> Image.Image:
-    """Short side to `size` (the long one rounded down), then the middle (odd remainder to the right or below)."""
+def _letterboxed(image: Image.Image, fill: tuple[int, int, int], size: int, resample: int) -> Image.Image:
+    """Prismatic's `LetterboxPad`: the same on both sides, half a pixel dropped, so it may end one pixel off square."""
+    from PIL import Image as pil
+
     width, height = image.size
-    short = min(width, height)
-    new_width, new_height = (size if side == short else int(size * side / short) for side in (width, height))
-    left, top = (new_width - size) // 2, (new_height - size) // 2
+    side = max(width, height)
+    if side * side > LARGEST_CANVAS:
+        return _on_square(image, fill, size, resample)
+    across, down = (side - width) // 2, (side - height) // 2
+    canvas = pil.new("RGB", (width + 2 * across, height + 2 * down), fill)
+    canvas.paste(image, (across, down))
+    return canvas
+
+
+def _cut(image: Image.Image, size: int, short: int, resample: int, half: Callable[[int], int]) -> Image.Image:
+    """Short side to `short` (the long one rounded down), then the middle; `half` says where an odd remainder goes."""
+    width, height = image.size
+    least = min(width, height)
+    new_width, new_height = (short if side == least else int(short * side / least) for side in (width, height))
+    left, top = half(new_width - size), half(new_height - size)
     if new_width * new_height <= LARGEST_CANVAS:
-        scaled = image.resize((new_width, new_height), resample)
-        return scaled.crop((left, top, left + size, top + size))
+        scaled = image if (new_width, new_height) == image.size else image.resize((new_width, new_height), resample)
+        return scaled if scaled.size == (size, size) else scaled.crop((left, top, left + size, top + size))
     across, down = width / new_width, height / new_height  # source pixels per pixel seen
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     return image.resize((size, size), resample, box=box)

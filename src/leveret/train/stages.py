@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from leveret.model.recipe import ModelRecipe
+from leveret.records import Resize
 
 Part = Literal["vision", "connector", "language"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +52,7 @@ class StageRecipe(_Strict):
     data: str = Field(description="LLaVA JSON, tars, parquet, a folder of save_to_disk, or of photos with captions.")
     images: str | None = Field(None, description="Root of the images; the folder of the data when left out.")
     chat: str | None = Field(None, description="Chat format of this stage; the model's when left out.")
-    resize: Literal["squash", "pad", "crop"] | None = Field(
+    resize: Resize | None = Field(
         None, description="How images become square from this stage on; the model's when left out."
     )
     learn: dict[Part, Learn] = Field(min_length=1, description="What learns, at which rate. The rest is frozen.")

@@ -1,0 +1,126 @@
+"""The pixels of every image of the parity data: cases, training rows and Prismatic's transforms, to 1e-6."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import inputs_parity as given
+from leveret.inputs.resize import prepare
+from leveret.inputs.views import EVA, prismatic_views, view_of_processor, with_aspect
+from leveret.records import TowerView
+from leveret.runs import RecipeError
+
+CLOSE = 1e-6
+
+
+def views_of(folder: Path, aspect: str | None = None, checkpoint: str = "checkpoint*") -> tuple[TowerView, ...]:
+    """What the folder's model sees, by its own configs; `aspect` instead of the model's."""
+    meta = given.read(folder / "cases.json")["meta"]
+    system = given.system_of(folder)
+    if system == "Prismatic":
+        return prismatic_views(meta["vision_backbone_id"], meta["default_image_size"], meta["image_resize_strategy"])
+    config = given.read(next(path for path in sorted(folder.glob(f"{checkpoint}/config.json"))))
+    aspect = aspect or config.get("image_aspect_ratio")
+    source = config.get("mm_vision_tower") or config["vision_model_name_or_path"]
+    processor = folder / "hub" / source.removeprefix("mof:") / "preprocessor_config.json"
+    largest = max(map(int, config.get("s2_scales", "384,768,1152").split(","))) if config.get("use_s2") else None
+    if processor.is_file():
+        return (view_of_processor(given.read(processor), aspect=aspect, largest=largest),)
+    size = meta["eva_vision_config"]["image_size"]
+    return (with_aspect(EVA, aspect, largest or size),)
+
+
+def near(folder: Path, image: str, views: tuple[TowerView, ...], arrays: Any, keys: Any) -> float:
+    """Largest difference between our pixels and the stored ones; every key has its view."""
+    picture = Image.open(folder / image)
+    named = list(keys.values()) if isinstance(keys, dict) else list(keys) if isinstance(keys, list) else [keys]
+    if isinstance(keys, dict) and len(views) > 1:
+        assert list(keys) == [view.name for view in views]
+    views = views * len(named) if len(views) == 1 else views  # TinyLLaVA's MoF: both towers see the first one's pixels
+    differences = []
+    for key, view in zip(named, views, strict=True):
+        ours, theirs = prepare(picture, view), arrays[key]
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.float32
+        differences.append(float(np.abs(ours - theirs).max()))
+    return max(differences)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("folder", given.folders("training.json"))
+def test_every_case_and_every_row(folder: Path, record_property: Any) -> None:
+    largest, seen = 0.0, 0
+    with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
+        for case in given.read(folder / "cases.json")["cases"]:
+            if case.get("image"):
+                views = views_of(folder, checkpoint=case.get("checkpoint") or "checkpoint*")
+                largest = max(largest, near(folder, case["image"], views, arrays, case["pixel_values"]))
+                seen += 1
+        training = given.read(folder / "training.json")
+        for key in arrays.files:
+            if not key.startswith("train."):
+                continue
+            _, _template, aspect, row_id, *_ = key.split(".")
+            rows = [row for part in training.values() if isinstance(part, dict) for row in part.get("rows", ())]
+            row = next(row for row in rows if row["id"] == row_id)
+            largest = max(largest, near(folder, f"images/{row['image']}", views_of(folder, aspect), arrays, key))
+            seen += 1
+    record_property("largest", largest)
+    assert seen and largest <= CLOSE, f"{seen} images, largest difference {largest}"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("folder", given.folders("cases.json", "image_resize_strategy"))
+def test_every_transform_of_prismatic(folder: Path) -> None:
+    cases = [case for case in given.read(folder / "cases.json")["cases"] if "image_resize_strategy" in case]
+    with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
+        for case in cases:
+            views = prismatic_views(case["vision_backbone_id"], case["image_size"], case["image_resize_strategy"])
+            assert near(folder, case["image"], views, arrays, case["arrays"]) <= CLOSE, json.dumps(case)
+
+
+def test_processors_as_views() -> None:
+    half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    siglip = {**half, "size": {"height": 384, "width": 384}}
+    assert view_of_processor(siglip) == TowerView("vision", 384)
+    assert view_of_processor(siglip, aspect="pad", largest=1152) == TowerView("vision", 1152, resize="pad")
+    clip = {**half, "size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True}
+    assert view_of_processor(clip) == TowerView("vision", 224, resize="crop")
+    dino = {**clip, "size": {"shortest_edge": 256}, "resample": 2}
+    assert view_of_processor(dino) == TowerView("vision", 224, resize="crop", resample="bilinear", short=256)
+    old = {**half, "size": 336, "crop_size": 336, "do_center_crop": True}
+    assert view_of_processor(old, "clip") == TowerView("clip", 336, resize="crop")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"height": 224, "width": 448}}, "no square"),
+        ({"size": {"shortest_edge": 224}}, "gives no square"),
+        ({"size": {"longest_edge": 224}}, "allowed: a number"),
+        ({"size": {"height": 224, "width": 224}, "crop_size": 200}, "distorted, then cut"),
+        ({"resample": 1}, "resample is 1"),
+        ({"do_resize": False}, "must be on"),
+    ],
+)
+def test_processors_that_no_view_can_say(change: dict[str, Any], message: str) -> None:
+    base = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}}
+    with pytest.raises(RecipeError, match=message):
+        view_of_processor({**base, **change})
+
+
+def test_prismatics_words() -> None:
+    assert [view.name for view in prismatic_views("dinoclip-vit-l-336px", 336, "letterbox")] == ["dino", "clip"]
+    assert prismatic_views("clip-vit-b", 224, "resize-crop")[0].short == 248
+    assert prismatic_views("clip-vit-b", 224, "resize-naive")[0].short == 0
+    with pytest.raises(RecipeError, match="did you mean"):
+        prismatic_views("clip-vit-xl", 224, "letterbox")
+    with pytest.raises(RecipeError, match="resize-naive, resize-crop, letterbox"):
+        prismatic_views("clip-vit-l", 224, "pad")
+    with pytest.raises(RecipeError, match="anyres"):
+        with_aspect(EVA, "anyres")
