@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from leveret.model import peers
+from fakes import tiny_tokenizer
+from leveret.cli import explain, run
+from leveret.model import checkpoint, peers
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, Batch
+from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 PARITY = Path(os.environ.get("LEVERET_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
 FAMILIES = sorted(
@@ -101,3 +104,151 @@ def check(vlm: VLM, case: dict[str, Any], arrays: Any, meta: dict[str, Any]) -> 
         vlm.language.generation_config.eos_token_id = None  # what is stored ends with the end token
         found = vlm.generate(batch, do_sample=False, max_new_tokens=end, pad_token_id=0)
         assert found[0].tolist() == case["greedy_ids"]
+
+
+# --- what a user meets, on folders made here --------------------------------------------------------------------------
+
+
+def bunny(place: Path) -> tuple[Path, Path]:
+    """(checkpoint, hub): a tiny Bunny as its tool saves it, with random weights, and the tower it names on the hub."""
+    from safetensors.torch import save_file
+    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    told = Qwen2Config(**small, num_key_value_heads=2, vocab_size=len(tokenizer) + 7, tie_word_embeddings=False)
+    tower = SiglipVisionModel(SiglipVisionConfig(**{**small, "hidden_size": 16}, image_size=28, patch_size=14))
+    hub, folder = place / "hub", place / "bunny"
+    tower.save_pretrained(hub / "google/siglip-so400m-patch14-384")
+    state = {name: x.clone() for name, x in Qwen2ForCausalLM(told).state_dict().items()}
+    state |= {f"model.mm_projector.{n}.{kind}": torch.randn(32, *([16 if n == 0 else 32] if kind == "weight" else []))
+              for n in (0, 2) for kind in ("weight", "bias")}  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors")
+    said = {"mm_vision_tower": "google/siglip-so400m-patch14-384", "mm_projector_type": "mlp2x_gelu"}
+    said |= {"image_aspect_ratio": "pad", "unfreeze_vision_tower": False, "model_type": "bunny-qwen2"}
+    (folder / "config.json").write_text(json.dumps(told.to_dict() | said))
+    return folder, hub
+
+
+def test_convert_writes_a_model_that_chat_and_eval_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, hub = bunny(tmp_path)
+    assert run(["convert", str(folder), str(tmp_path / "ours"), "--hub", str(hub), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["chat"] == "bunny" and said["image_tokens"] == 4 and "Bunny" in said["kind"]
+    ours, theirs = checkpoint.load(tmp_path / "ours"), peers.load(folder, hub=hub)
+    assert ours.language.get_input_embeddings().weight.shape[0] == len(ours.tokenizer)  # as Bunny cuts it
+    pixels = {"vision": torch.randn(1, 3, 28, 28)}
+    batch = row_of(ours, {"input_ids": [5, -200, 7, 8]}, pixels, prismatic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch, logits="all").logits, theirs(batch, logits="all").logits)
+    text = (tmp_path / "ours/config.json").read_text()
+    assert "google/siglip-so400m-patch14-384" in text and str(tmp_path) not in text  # no path of this machine
+    assert ours.recipe.vision.resize == "pad"
+    assert run(["convert", str(folder), str(folder / "inside"), "--hub", str(hub)]) == 2
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch /tmp/leveret-was-here",)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("nowhere", "there is no such folder"),
+        ("no config", "no config.json that says what it is"),
+        ("another tool", "model_type 'gpt9'.*asks for code"),
+        ("not JSON", "not JSON"),
+        ("cut short", "damaged or cut short"),
+        ("code", "holds more than tensors"),
+        ("a shard away", "lists model-2.safetensors, which is not there"),
+        ("a shard outside", "outside its folder"),
+        ("a tensor away", "missing: connector.2.bias"),
+        ("a tensor too many", "unexpected: language.model.layers.9.x"),
+        ("another connector", "'mlp0x_gelu' is not known"),
+        ("tiles", "LLaVA 1.6"),
+        ("no tower", "is not on this machine|could not be read|is not known"),
+        ("openelm", "differ in heads and width"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(harm: str, said: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder, hub = bunny(tmp_path)
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    changes: dict[str, dict[str, Any]] = {
+        "another tool": {"model_type": "gpt9", "auto_map": {"AutoModel": "x.Y"}, "mm_vision_tower": None},
+        "another connector": {"mm_projector_type": "mlp0x_gelu"},
+        "tiles": {"image_aspect_ratio": "anyres"},
+        "no tower": {"mm_vision_tower": "someone/else"},
+    }
+    if harm in changes:
+        config |= changes[harm]
+        config = {name: value for name, value in config.items() if value is not None}
+    if harm == "a tensor away":
+        del weights["model.mm_projector.2.bias"]
+    if harm == "a tensor too many":
+        weights["model.layers.9.x"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    if harm == "openelm":
+        for part in ("language_model", "vision_tower", "connector"):
+            (folder / part).mkdir()
+        text = {"model_type": "tinyllava", "connector_type": "linear", "text_config": {"model_type": "openelm"}}
+        (folder / "config.json").write_text(json.dumps(text))
+        named = {"language_model.model.embed_tokens.weight": weights["model.embed_tokens.weight"]}
+        save_file(named, folder / "model.safetensors")
+    if harm == "no config":
+        (folder / "config.json").unlink()
+    if harm == "not JSON":
+        (folder / "config.json").write_text("{")
+    if harm == "cut short":
+        os.truncate(folder / "model.safetensors", 900)
+    if harm in ("code", "a shard away", "a shard outside"):
+        (folder / "model.safetensors").unlink()
+    if harm == "code":
+        torch.save({"model.embed_tokens.weight": _Evil()}, folder / "pytorch_model.bin")
+    if harm.startswith("a shard"):
+        name = "../model-2.safetensors" if harm == "a shard outside" else "model-2.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    place = tmp_path / "nothing" if harm == "nowhere" else folder
+    with pytest.raises((DataError, EnvironmentFault, RecipeError), match=said) as caught:
+        peers.load(place, hub=hub)
+    assert not Path("/tmp/leveret-was-here").exists()
+    assert explain(caught.value)[0] in (2, 3, 5)
+
+
+def test_adapters_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from leveret.model.peers.files import merge_adapters
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Qwen2ForCausalLM(Qwen2Config(**small, num_key_value_heads=2, vocab_size=64))
+    base = {name: x.clone() for name, x in model.state_dict().items()}
+    for more in (
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}},
+    ):
+        settings = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **more
+        )
+        adapted = get_peft_model(model, settings)
+        adapted.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+        told = json.loads((tmp_path / "a/adapter_config.json").read_text())
+        from safetensors.torch import load_file
+
+        adapters = load_file(tmp_path / "a/adapter_model.safetensors")
+        found = merge_adapters(base, adapters, told, "base_model.model.")
+        model = adapted.merge_and_unload()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6)
+        model.load_state_dict(base)
+    with pytest.raises(DataError, match="made for another model"):
+        merge_adapters({}, adapters, told, "base_model.model.")

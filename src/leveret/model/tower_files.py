@@ -55,8 +55,8 @@ def weights_file(source: str, repo: str = "", file: str = "", where: str = "mode
     for name in (file,) if file else NAMES:
         try:
             return Path(hf_hub_download(repo, name))
-        except Exception as reason:  # offline, no such file, no such repository, gated: all the same to us
-            fault = reason
+        except Exception as met:  # offline, no such file, no such repository, gated: all the same to us
+            fault = met
     if not file:
         raise missing(repo, where, fault)
     reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]

@@ -83,6 +83,13 @@ def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:
     return int(state[name].shape[0])
 
 
+def called(name: Any, folder: Folder) -> str:
+    """What a language model is called in a model that is saved: an id as it is, of a path of someone's machine the end,
+    and the folder's own name where nothing is said."""
+    said = str(name or folder.path.resolve().name)
+    return said if said.count("/") == 1 and not said.startswith((".", "/", "~")) else said.rstrip("/").split("/")[-1]
+
+
 def no_tokenizer(folder: Folder) -> bool:
     """Whether a folder lacks a tokenizer of its own."""
     return not any(folder.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

@@ -16,7 +16,7 @@ from typing import Any
 
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
-from leveret.model.peers.foreign import Foreign, Hub, no_tokenizer, rows_of
+from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import tower_of
 from leveret.model.published import of_llava, read_state
@@ -101,7 +101,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         language.pop("lm_head.bias", None)
     told = language_config(config, str(folder.path / "config.json"))
     rows = rows_of(language, "model.embed_tokens.weight", folder.path)
-    source = str(config.get("_name_or_path") or folder.path)
+    source = called(config.get("_name_or_path"), folder)
     facts = LanguageFacts(told, rows, head_bias="lm_head.bias" in language, attention=None, source=source)
     own = renamed(whole, (TOWER, ""))
     tower = str(config["mm_vision_tower"])

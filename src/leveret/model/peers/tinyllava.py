@@ -16,7 +16,7 @@ from typing import Any
 from leveret.inputs.formats import published
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
-from leveret.model.peers.foreign import Foreign, Hub, no_tokenizer, rows_of
+from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, tower_of
 from leveret.model.published import of_factory, read_state
@@ -47,7 +47,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         raise DataError(f"{folder.path / 'config.json'}: no text_config, which says what the language model is")
     told = language_config(text, f"{folder.path / 'config.json'}: text_config")
     rows = rows_of(language, "model.embed_tokens.weight", folder.path)
-    source = str(config.get("llm_model_name_or_path") or folder.path)
+    source = called(config.get("llm_model_name_or_path"), folder)
     facts = LanguageFacts(told, rows, head_bias="lm_head.bias" in language, attention=None, source=source)
     names = [str(config.get(f"vision_model_name_or_path{end}") or "") for end in ("", "2")]
     choices: dict[str, Any] = {
@@ -76,8 +76,8 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     if no_tokenizer(folder):
         named = str(config.get("tokenizer_name_or_path") or source)
         spoken = hub.get(named, f"{folder.path}: the tokenizer")
-    called = tuple(name.removeprefix(MOF) for name in names if name)
-    return Foreign(recipe, towers, connector, language, facts, spoken, notes, called)
+    eyes = tuple(name.removeprefix(MOF) for name in names if name)
+    return Foreign(recipe, towers, connector, language, facts, spoken, notes, eyes)
 
 
 def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
