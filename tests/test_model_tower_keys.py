@@ -82,6 +82,32 @@ def test_positions_are_resampled_only_for_peers(tmp_path: Path) -> None:
     assert torch.equal(small[:, 0], flat[:, 0])
 
 
+def test_dinov2s_positions_as_they_were_then(tmp_path: Path) -> None:
+    """The scale of DINOv2's own code, (G + 0.1) / g, against a bicubic interpolation written out for one point."""
+    model = toy("dinov2")
+    model.save_pretrained(tmp_path)
+    facts = describe(VisionRecipe(tower=str(tmp_path), size=64))
+    tower = fill_tower(facts, model.state_dict(), positions="dino")
+    assert tower.facts.config["image_size"] == 64 and tower.tokens == 16
+    got = tower.model.embeddings.position_embeddings
+    stored = model.embeddings.position_embeddings.detach()
+    assert torch.equal(got[:, :1], stored[:, :1])
+    place = (2 + 0.5) / (4.1 / 2) - 0.5  # the point in row 2, column 2 of 4, in the 2 x 2 grid
+    start, t = int(place), place - int(place)
+
+    def weight(x: float) -> float:
+        x, a = abs(x), -0.75
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    weights = [weight(t + 1), weight(t), weight(1 - t), weight(2 - t)]
+    rows = [min(max(start + shift, 0), 1) for shift in (-1, 0, 1, 2)]
+    grid = stored[0, 1:].reshape(2, 2, -1)
+    wanted = sum(weights[y] * weights[x] * grid[rows[y], rows[x]] for y in range(4) for x in range(4))
+    torch.testing.assert_close(got[0, 1 + 2 * 4 + 2].detach(), wanted)
+    other = load_tower(facts)(torch.ones(1, 3, 64, 64))
+    assert 1e-3 < float((tower(torch.ones(1, 3, 64, 64)) - other).abs().max().detach())
+
+
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     model = toy("clip_vision_model")
     model.save_pretrained(tmp_path)
@@ -144,6 +170,8 @@ def test_a_timm_folder(architecture: str, tmp_path: Path) -> None:
     assert (tower.tokens, tower.width, len(tower.blocks)) == (4, 16, 2)
     large = load_tower(describe(VisionRecipe(tower=str(tmp_path), size=48)))
     assert large(torch.zeros(1, 3, 48, 48)).shape == (1, 9, 16)
+    (tmp_path / "config.json").write_text(json.dumps({**told, "pretrained_cfg": {"tag": "laion2b"}}))
+    assert describe(VisionRecipe(tower=str(tmp_path))).config["hidden_act"] == "gelu", "OpenAI's alone had another"
     (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
     with pytest.raises(DataError, match=r"no model_args\.num_heads"):
         describe(VisionRecipe(tower=str(tmp_path)))

@@ -55,8 +55,8 @@ def weights_file(source: str, repo: str = "", file: str = "", where: str = "mode
     for name in (file,) if file else NAMES:
         try:
             return Path(hf_hub_download(repo, name))
-        except Exception as reason:  # offline, no such file, no such repository, gated: all the same to us
-            fault = reason
+        except Exception as said:  # offline, no such file, no such repository, gated: all the same to us
+            fault = said
     if not file:
         raise missing(repo, where, fault)
     reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
@@ -85,6 +85,9 @@ def timm_config(folder: Path, config: Mapping[str, Any], published: Mapping[str,
         )
     side = told.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size", [published["image_size"]])[-1]
     full = {**published, **sizes, "num_attention_heads": heads or published["num_attention_heads"], "image_size": side}
+    tag = (config.get("pretrained_cfg") or {}).get("tag") or folder.name.partition(".")[2]
+    if published.get("hidden_act") == "quick_gelu" and tag and not tag.startswith("openai"):
+        full["hidden_act"] = "gelu"  # others than OpenAI trained these shapes with it
     if "mlp_ratio" in published:
         full["mlp_ratio"], rest = divmod(full.pop("intermediate_size"), full["hidden_size"])
         if rest:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 
 from leveret.runs import DataError
 
+Positions = Literal["antialias", "dino"]
+"""How position embeddings are brought to another grid while weights are loaded."""
 Rows = tuple[tuple[str, str] | tuple[str, str, int], ...]
 
 _CLIP_BLOCK = "encoder.layers.*"
@@ -265,9 +268,14 @@ def to_theirs(state: Mapping[str, Tensor], family: str, layout: str, prefix: str
     return {prefix + name: tensor.contiguous() for name, tensor in {**theirs, **ours}.items()}
 
 
-def resample(position: Tensor, shape: torch.Size) -> Tensor:
-    """Position embeddings [.., p + g * g, W] on another grid [.., p + G * G, W], as timm does while it loads: bicubic
-    with antialias in float32, p prefix tokens (none or one) left as they are."""
+def resample(position: Tensor, shape: torch.Size, how: Positions = "antialias") -> Tensor:
+    """Position embeddings [.., p + g * g, W] on another grid [.., p + G * G, W], in float32; p prefix tokens (none or
+    one) stay as they are.
+
+    antialias  bicubic with antialias: timm, while it loads.
+    dino       bicubic by the scale (G + 0.1) / g: DINOv2's own code, and transformers 4.40 (so the Factory's MoF). The
+               0.1 moves every sample a little; later transformers interpolate to the size instead.
+    """
     have, want = position.shape[-2], shape[-2]
     if have == want:
         return position
@@ -275,7 +283,11 @@ def resample(position: Tensor, shape: torch.Size) -> Tensor:
     old, new = round((have - prefix) ** 0.5), round((want - prefix) ** 0.5)
     flat = position.reshape(have, -1)
     grid = flat[prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    scaled = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+    if how == "dino":
+        scale = (new + 0.1) / old
+        scaled = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+    else:
+        scaled = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
     patches = scaled.permute(0, 2, 3, 1).reshape(new * new, -1).to(position.dtype)
     return torch.cat([flat[:prefix], patches]).reshape(shape)
 
