@@ -36,8 +36,8 @@ def test_to_theirs_and_back(family: str, layout: str) -> None:
         ours["embeddings.position_embeddings"][:, 0] = 0  # timm keeps it inside the class token
     if layout == "timm" and "embeddings.mask_token" in ours:
         ours["embeddings.mask_token"].zero_()
-    if layout == "openai":
-        assert "visual.conv1.weight" in tower_keys.to_theirs(ours, family, layout, "visual.")
+    if layout == "apple":
+        ours = {name: tensor for name, tensor in ours.items() if not name.startswith("head.")}
     theirs = tower_keys.to_theirs(ours, family, layout, "some.tower.")
     assert all(name.startswith("some.tower.") for name in theirs)
     theirs["other.weight"] = torch.zeros(1)
@@ -143,6 +143,29 @@ def test_transformers_names_of_other_versions(family: str, tmp_path: Path) -> No
         wanted = load_tower(facts)(pixels)
         for state in (old, model.state_dict(), read_weights(tmp_path / "model.safetensors")):
             assert torch.equal(fill_tower(facts, state)(pixels), wanted)
+
+
+def test_aimv2_as_apple_published_it(tmp_path: Path) -> None:
+    """A flat configuration for code of its own, and names of its own, in several files."""
+    from safetensors.torch import save_file
+
+    model = toy("aimv2_vision_model")
+    without_head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    state = tower_keys.to_theirs(without_head, "aimv2_vision_model", "apple")
+    files = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in state.items() if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    told = {**model.config.to_dict(), "model_type": "aimv2", "auto_map": {"AutoModel": "modeling_aimv2.AIMv2Model"}}
+    del told["use_head"]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    pixels = torch.randn(1, 3, 32, 32)
+    tower = load_tower(describe(VisionRecipe(tower=str(tmp_path))))
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), states_of(model, "aimv2_vision_model", pixels)[2])
+    (tmp_path / "part-0.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"part-0\.safetensors: cannot be read"):
+        load_tower(tower.facts)
 
 
 TIMM = {

@@ -5,6 +5,7 @@ Pickled files are read with torch's `weights_only`: tensors and plain containers
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,22 @@ NAMES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a pickled state dict. DataError when the file is damaged, holds code,
-    or anything else than named tensors."""
+    """The tensors of a `.safetensors` file, of a pickled state dict, or of all files that an index names.
+
+    DataError when a file is damaged, holds code, or anything else than named tensors.
+    """
     try:
+        if path.name.endswith(".index.json"):
+            files = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+            return {name: tensor for file in files for name, tensor in read_weights(path.parent / file).items()}
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         # what is not looked at is not read
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except DataError:
+        raise
     except Exception as fault:  # neither library has one error class of its own
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as weights ({reason})") from fault
@@ -44,7 +52,7 @@ def weights_file(source: str, repo: str = "", file: str = "", where: str = "mode
     path = Path(source)
     if path.is_file():
         return path
-    found = [path / name for name in NAMES if (path / name).is_file()]
+    found = [path / name for name in (*NAMES, "model.safetensors.index.json") if (path / name).is_file()]
     if found:
         return found[0]
     if not repo:

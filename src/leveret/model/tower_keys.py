@@ -5,7 +5,8 @@ tensors. Several theirs are joined, several ours are cut, along the first dimens
 entry says how many leading dimensions of size 1 theirs has and ours has not.
 
 Layouts, recognised by the names alone: "transformers" (also the names before its version 5), "timm" (plain or under
-open_clip's `visual.trunk.`), "openai" (open_clip's `visual.`), "eva" (QuanSun's EVA-CLIP files).
+open_clip's `visual.trunk.`), "openai" (open_clip's `visual.`), "eva" (QuanSun's EVA-CLIP files), "apple" (AIMv2 as
+first published).
 """
 
 from __future__ import annotations
@@ -114,6 +115,19 @@ _EVA: Rows = (
     ("norm.?", "norm.?"),
     ("head.?", "head.?"),
 )
+_APPLE_AIMV2: Rows = (
+    ("preprocessor.patchifier.proj.?", "embeddings.patch_embed.?"),
+    ("preprocessor.patchifier.norm.weight", "embeddings.rms_norm.weight"),
+    ("preprocessor.pos_embed", "embeddings.position_embedding.weight", 1),
+    ("trunk.blocks.*.norm_1.weight", "encoder.layers.*.rms_norm1.weight"),
+    ("trunk.blocks.*.attn.qkv.weight", "encoder.layers.*.attention.{q,k,v}_proj.weight"),
+    ("trunk.blocks.*.attn.proj.weight", "encoder.layers.*.attention.out_proj.weight"),
+    ("trunk.blocks.*.norm_2.weight", "encoder.layers.*.rms_norm2.weight"),
+    ("trunk.blocks.*.mlp.fc1.weight", "encoder.layers.*.ffn.gate_proj.weight"),
+    ("trunk.blocks.*.mlp.fc3.weight", "encoder.layers.*.ffn.up_proj.weight"),
+    ("trunk.blocks.*.mlp.fc2.weight", "encoder.layers.*.ffn.down_proj.weight"),
+    ("trunk.post_trunk_norm.weight", "rms_norm.weight"),
+)
 # transformers before its version 5 wrote these; what a row does not name is called the same on both sides
 _HF_DINOV2: Rows = (
     ("encoder.layer.*.attention.attention.{query,key,value}.?", "encoder.layer.*.attention.{q,k,v}_proj.?"),
@@ -175,7 +189,10 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "transformers": _hf("patch_embeddings.projection", _HF_IMAGENET),
         "timm": Layout("patch_embed.proj.weight", _TIMM_IMAGENET, ignored=("head.weight", "head.bias")),
     },
-    "aimv2_vision_model": {"transformers": _hf("patch_embed")},
+    "aimv2_vision_model": {
+        "transformers": _hf("patch_embed"),
+        "apple": Layout("preprocessor.patchifier.proj.weight", _APPLE_AIMV2),
+    },
     "eva02_clip": {"eva": Layout("patch_embed.proj.weight", _EVA, ignored=("rope.freqs_cos", "rope.freqs_sin"))},
 }
 """Family of tower -> name of a layout -> the layout."""

@@ -164,7 +164,7 @@ def load_tower(facts: TowerFacts) -> Tower:
     if row is not None and row.package:
         return Tower(facts, load_module(TinyVisionTower, package_file(row.package, facts.source)).requires_grad_(True))
     if _by_table(facts, row):
-        repo, file = (row.repo, row.file) if row is not None else ("", "")
+        repo, file = (row.repo or facts.source, row.file) if row is not None else ("", "")
         path = weights_file(facts.source, repo, file)
         return fill_tower(facts, read_weights(path), where=str(path))
     family = TOWER_FAMILIES[facts.family]
@@ -219,7 +219,10 @@ def fill_tower(
 
 
 def _by_table(facts: TowerFacts, row: TowerRow | None) -> bool:
-    """Whether its weights stand under a peer's names."""
+    """Whether its weights are read by the key tables: those under a peer's names, and AIMv2's, whose published folders
+    transformers does not read (the names are its own, the configuration is not)."""
+    if facts.family == "aimv2_vision_model":
+        return True
     if row is not None:
         return bool(row.repo)
     folder = Path(facts.source)
