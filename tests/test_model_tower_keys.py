@@ -36,8 +36,8 @@ def test_to_theirs_and_back(family: str, layout: str) -> None:
         ours["embeddings.position_embeddings"][:, 0] = 0  # timm keeps it inside the class token
     if layout == "timm" and "embeddings.mask_token" in ours:
         ours["embeddings.mask_token"].zero_()
-    if layout == "openai":
-        assert "visual.conv1.weight" in tower_keys.to_theirs(ours, family, layout, "visual.")
+    if layout == "apple":
+        ours = {name: tensor for name, tensor in ours.items() if not name.startswith("head.")}
     theirs = tower_keys.to_theirs(ours, family, layout, "some.tower.")
     assert all(name.startswith("some.tower.") for name in theirs)
     theirs["other.weight"] = torch.zeros(1)
@@ -82,6 +82,32 @@ def test_positions_are_resampled_only_for_peers(tmp_path: Path) -> None:
     assert torch.equal(small[:, 0], flat[:, 0])
 
 
+def test_dinov2s_positions_as_they_were_then(tmp_path: Path) -> None:
+    """The scale of DINOv2's own code, (G + 0.1) / g, against a bicubic interpolation written out for one point."""
+    model = toy("dinov2")
+    model.save_pretrained(tmp_path)
+    facts = describe(VisionRecipe(tower=str(tmp_path), size=64))
+    tower = fill_tower(facts, model.state_dict(), positions="dino")
+    assert tower.facts.config["image_size"] == 64 and tower.tokens == 16
+    got = tower.model.embeddings.position_embeddings
+    stored = model.embeddings.position_embeddings.detach()
+    assert torch.equal(got[:, :1], stored[:, :1])
+    place = (2 + 0.5) / (4.1 / 2) - 0.5  # the point in row 2, column 2 of 4, in the 2 x 2 grid
+    start, t = int(place), place - int(place)
+
+    def weight(x: float) -> float:
+        x, a = abs(x), -0.75
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    weights = [weight(t + 1), weight(t), weight(1 - t), weight(2 - t)]
+    rows = [min(max(start + shift, 0), 1) for shift in (-1, 0, 1, 2)]
+    grid = stored[0, 1:].reshape(2, 2, -1)
+    wanted = sum(weights[y] * weights[x] * grid[rows[y], rows[x]] for y in range(4) for x in range(4))
+    torch.testing.assert_close(got[0, 1 + 2 * 4 + 2].detach(), wanted)
+    other = load_tower(facts)(torch.ones(1, 3, 64, 64))
+    assert 1e-3 < float((tower(torch.ones(1, 3, 64, 64)) - other).abs().max().detach())
+
+
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     model = toy("clip_vision_model")
     model.save_pretrained(tmp_path)
@@ -119,6 +145,29 @@ def test_transformers_names_of_other_versions(family: str, tmp_path: Path) -> No
             assert torch.equal(fill_tower(facts, state)(pixels), wanted)
 
 
+def test_aimv2_as_apple_published_it(tmp_path: Path) -> None:
+    """A flat configuration for code of its own, and names of its own, in several files."""
+    from safetensors.torch import save_file
+
+    model = toy("aimv2_vision_model")
+    without_head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    state = tower_keys.to_theirs(without_head, "aimv2_vision_model", "apple")
+    files = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in state.items() if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    told = {**model.config.to_dict(), "model_type": "aimv2", "auto_map": {"AutoModel": "modeling_aimv2.AIMv2Model"}}
+    del told["use_head"]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    pixels = torch.randn(1, 3, 32, 32)
+    tower = load_tower(describe(VisionRecipe(tower=str(tmp_path))))
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), states_of(model, "aimv2_vision_model", pixels)[2])
+    (tmp_path / "part-0.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"part-0\.safetensors: cannot be read"):
+        load_tower(tower.facts)
+
+
 TIMM = {
     "vit_so400m_patch14_siglip_384": "siglip_vision_model",
     "vit_large_patch14_clip_336": "clip_vision_model",
@@ -144,6 +193,8 @@ def test_a_timm_folder(architecture: str, tmp_path: Path) -> None:
     assert (tower.tokens, tower.width, len(tower.blocks)) == (4, 16, 2)
     large = load_tower(describe(VisionRecipe(tower=str(tmp_path), size=48)))
     assert large(torch.zeros(1, 3, 48, 48)).shape == (1, 9, 16)
+    (tmp_path / "config.json").write_text(json.dumps({**told, "pretrained_cfg": {"tag": "laion2b"}}))
+    assert describe(VisionRecipe(tower=str(tmp_path))).config["hidden_act"] == "gelu", "OpenAI's alone had another"
     (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
     with pytest.raises(DataError, match=r"no model_args\.num_heads"):
         describe(VisionRecipe(tower=str(tmp_path)))

@@ -37,8 +37,8 @@ def checkpoint_state(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
-def towers_of(folder: Path, meta: dict[str, Any], checkpoint: str) -> list[Tower]:
-    """The towers as the original loader would have had them."""
+def towers_of(folder: Path, meta: dict[str, Any], checkpoint: str, side: int) -> list[Tower]:
+    """The towers as the original loader would have had them; `side` is that of its pixels."""
     system = meta["system"]
     if system == "prismatic-vlms":
         # Prismatic forgot quick_gelu where CLIP stands beside DINOv2
@@ -60,6 +60,7 @@ def towers_of(folder: Path, meta: dict[str, Any], checkpoint: str) -> list[Tower
             tower=str(folder / "hub" / config["mm_vision_tower"]),
             layer=config.get("mm_vision_select_layer", -2),
             tokens=chosen,
+            size=side,
             s2=[int(scale) for scale in scales.split(",") if scale],
         )
         (facts,) = describe_all(recipe)
@@ -73,6 +74,7 @@ def towers_of(folder: Path, meta: dict[str, Any], checkpoint: str) -> list[Tower
         TowerRecipe(
             tower=str(folder / "hub" / name),
             layer=meta["vision_feature_layer"],
+            size=side,
             tokens={"patch": "drop_first", "cls_patch": "cls_patch"}[meta["vision_feature_select_strategy"]],
             normalise="clip" if len(names) > 1 else None,
         )
@@ -82,9 +84,9 @@ def towers_of(folder: Path, meta: dict[str, Any], checkpoint: str) -> list[Tower
     state = checkpoint_state(apart if apart.is_dir() else folder / checkpoint)
     stem = "" if apart.is_dir() else "vision_tower._vision_tower."
     unders = [f"{stem}clip.", f"{stem}dinov2."] if len(names) > 1 else [stem]
-    facts_of = describe_all(VisionRecipe(towers=recipes))
-    return [
-        fill_tower(facts, state, under=under, where=str(folder)) for facts, under in zip(facts_of, unders, strict=True)
+    return [  # where DINOv2's grid is another, its positions follow the pixels by the rule of that time
+        fill_tower(facts, state, under=under, positions="dino" if facts.family == "dinov2" else None, where=str(folder))
+        for facts, under in zip(describe_all(VisionRecipe(towers=recipes)), unders, strict=True)
     ]
 
 
@@ -97,11 +99,12 @@ def numbers(folder: Path) -> float:
             if not case.get("tower_features"):
                 continue
             checkpoint = case.get("checkpoint") or said["meta"].get("checkpoint") or "checkpoint"
-            if checkpoint not in built:
-                built[checkpoint] = [tower.eval() for tower in towers_of(folder, said["meta"], checkpoint)]
-            towers = built[checkpoint]
             keys = case["pixel_values"]
             keys = list(keys.values()) if isinstance(keys, dict) else keys if isinstance(keys, list) else [keys]
+            side = arrays[keys[0]].shape[-1]
+            if checkpoint not in built:
+                built[checkpoint] = [tower.eval() for tower in towers_of(folder, said["meta"], checkpoint, side)]
+            towers = built[checkpoint]
             keys = keys * len(towers) if len(keys) == 1 else keys
             pixels = [torch.from_numpy(arrays[key])[None] for key in keys]
             assert all(p.shape[-1] == tower.view.size for p, tower in zip(pixels, towers, strict=True))
@@ -111,7 +114,7 @@ def numbers(folder: Path) -> float:
             if isinstance(wanted, str):
                 features, wanted = [fuse(features, "channel")], [wanted]
             for ours, key in zip(features, wanted, strict=True):
-                assert ours[0].shape == arrays[key].shape
+                assert ours[0].shape == arrays[key].shape and ours.isfinite().all() and arrays[key].std() > 0.1
                 worst = max(worst, float(np.abs(ours[0].numpy() - arrays[key]).max()))
     return worst
 

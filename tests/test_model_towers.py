@@ -387,3 +387,26 @@ def test_the_drawn_worlds_backbones_compose_and_come_back(tmp_path: Path) -> Non
         logits = vlm(batch).logits
         assert logits.isfinite().all()
         assert torch.equal(load(save(vlm, tmp_path / "m"))(batch).logits, logits)
+
+
+@pytest.mark.parametrize("kind", ["Siglip2", "Aimv2", "ViT"])
+def test_the_vision_part_of_larger_models(kind: str, tmp_path: Path) -> None:
+    """A NaFlex SigLIP2, an AIMv2-lit, and ImageNet's classifier, as they are published: the tower is found in them."""
+    torch.manual_seed(0)
+    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    if kind == "ViT":
+        whole_model = loud(
+            transformers.ViTForImageClassification(transformers.ViTConfig(**SIGLIP, num_labels=3))
+        ).eval()
+        family, inner = "vit", whole_model.vit
+    else:
+        sizes = {key: value for key, value in SIGLIP.items() if key != "image_size" or kind == "Aimv2"}
+        seen = {**sizes, **({"num_patches": 4} if kind == "Siglip2" else {})}
+        config = getattr(transformers, f"{kind}Config")(vision_config=seen, text_config=text)
+        whole_model = loud(getattr(transformers, f"{kind}Model")(config)).eval()
+        family, inner = f"{kind.lower()}_vision_model", whole_model.vision_model
+    whole_model.save_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 32, 32)
+    tower = load_tower(describe(VisionRecipe(tower=str(tmp_path)))).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), states_of(inner, family, pixels)[2][:, tower.facts.family == "vit" :])

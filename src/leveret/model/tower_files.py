@@ -5,6 +5,7 @@ Pickled files are read with torch's `weights_only`: tensors and plain containers
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,22 @@ NAMES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a pickled state dict. DataError when the file is damaged, holds code,
-    or anything else than named tensors."""
+    """The tensors of a `.safetensors` file, of a pickled state dict, or of all files that an index names.
+
+    DataError when a file is damaged, holds code, or anything else than named tensors.
+    """
     try:
+        if path.name.endswith(".index.json"):
+            files = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+            return {name: tensor for file in files for name, tensor in read_weights(path.parent / file).items()}
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         # what is not looked at is not read
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except DataError:
+        raise
     except Exception as fault:  # neither library has one error class of its own
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as weights ({reason})") from fault
@@ -44,7 +52,7 @@ def weights_file(source: str, repo: str = "", file: str = "", where: str = "mode
     path = Path(source)
     if path.is_file():
         return path
-    found = [path / name for name in NAMES if (path / name).is_file()]
+    found = [path / name for name in (*NAMES, "model.safetensors.index.json") if (path / name).is_file()]
     if found:
         return found[0]
     if not repo:
@@ -55,8 +63,13 @@ def weights_file(source: str, repo: str = "", file: str = "", where: str = "mode
     for name in (file,) if file else NAMES:
         try:
             return Path(hf_hub_download(repo, name))
+<<<<<<< HEAD
         except Exception as met:  # offline, no such file, no such repository, gated: all the same to us
             fault = met
+=======
+        except Exception as said:  # offline, no such file, no such repository, gated: all the same to us
+            fault = said
+>>>>>>> 321fe8f86ea1cc7b5c8ef3f1156bfc352b020448
     if not file:
         raise missing(repo, where, fault)
     reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
@@ -85,6 +98,9 @@ def timm_config(folder: Path, config: Mapping[str, Any], published: Mapping[str,
         )
     side = told.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size", [published["image_size"]])[-1]
     full = {**published, **sizes, "num_attention_heads": heads or published["num_attention_heads"], "image_size": side}
+    tag = (config.get("pretrained_cfg") or {}).get("tag") or folder.name.partition(".")[2]
+    if published.get("hidden_act") == "quick_gelu" and tag and not tag.startswith("openai"):
+        full["hidden_act"] = "gelu"  # others than OpenAI trained these shapes with it
     if "mlp_ratio" in published:
         full["mlp_ratio"], rest = divmod(full.pop("intermediate_size"), full["hidden_size"])
         if rest:

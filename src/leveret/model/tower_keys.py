@@ -5,7 +5,8 @@ tensors. Several theirs are joined, several ours are cut, along the first dimens
 entry says how many leading dimensions of size 1 theirs has and ours has not.
 
 Layouts, recognised by the names alone: "transformers" (also the names before its version 5), "timm" (plain or under
-open_clip's `visual.trunk.`), "openai" (open_clip's `visual.`), "eva" (QuanSun's EVA-CLIP files).
+open_clip's `visual.trunk.`), "openai" (open_clip's `visual.`), "eva" (QuanSun's EVA-CLIP files), "apple" (AIMv2 as
+first published).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from torch.nn import functional as F
 
 from leveret.runs import DataError
 
+Positions = Literal["antialias", "dino"]
+"""How position embeddings are brought to another grid while weights are loaded."""
 Rows = tuple[tuple[str, str] | tuple[str, str, int], ...]
 
 _CLIP_BLOCK = "encoder.layers.*"
@@ -111,6 +115,19 @@ _EVA: Rows = (
     ("norm.?", "norm.?"),
     ("head.?", "head.?"),
 )
+_APPLE_AIMV2: Rows = (
+    ("preprocessor.patchifier.proj.?", "embeddings.patch_embed.?"),
+    ("preprocessor.patchifier.norm.weight", "embeddings.rms_norm.weight"),
+    ("preprocessor.pos_embed", "embeddings.position_embedding.weight", 1),
+    ("trunk.blocks.*.norm_1.weight", "encoder.layers.*.rms_norm1.weight"),
+    ("trunk.blocks.*.attn.qkv.weight", "encoder.layers.*.attention.{q,k,v}_proj.weight"),
+    ("trunk.blocks.*.attn.proj.weight", "encoder.layers.*.attention.out_proj.weight"),
+    ("trunk.blocks.*.norm_2.weight", "encoder.layers.*.rms_norm2.weight"),
+    ("trunk.blocks.*.mlp.fc1.weight", "encoder.layers.*.ffn.gate_proj.weight"),
+    ("trunk.blocks.*.mlp.fc3.weight", "encoder.layers.*.ffn.up_proj.weight"),
+    ("trunk.blocks.*.mlp.fc2.weight", "encoder.layers.*.ffn.down_proj.weight"),
+    ("trunk.post_trunk_norm.weight", "rms_norm.weight"),
+)
 # transformers before its version 5 wrote these; what a row does not name is called the same on both sides
 _HF_DINOV2: Rows = (
     ("encoder.layer.*.attention.attention.{query,key,value}.?", "encoder.layer.*.attention.{q,k,v}_proj.?"),
@@ -172,7 +189,10 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "transformers": _hf("patch_embeddings.projection", _HF_IMAGENET),
         "timm": Layout("patch_embed.proj.weight", _TIMM_IMAGENET, ignored=("head.weight", "head.bias")),
     },
-    "aimv2_vision_model": {"transformers": _hf("patch_embed")},
+    "aimv2_vision_model": {
+        "transformers": _hf("patch_embed"),
+        "apple": Layout("preprocessor.patchifier.proj.weight", _APPLE_AIMV2),
+    },
     "eva02_clip": {"eva": Layout("patch_embed.proj.weight", _EVA, ignored=("rope.freqs_cos", "rope.freqs_sin"))},
 }
 """Family of tower -> name of a layout -> the layout."""
@@ -265,9 +285,14 @@ def to_theirs(state: Mapping[str, Tensor], family: str, layout: str, prefix: str
     return {prefix + name: tensor.contiguous() for name, tensor in {**theirs, **ours}.items()}
 
 
-def resample(position: Tensor, shape: torch.Size) -> Tensor:
-    """Position embeddings [.., p + g * g, W] on another grid [.., p + G * G, W], as timm does while it loads: bicubic
-    with antialias in float32, p prefix tokens (none or one) left as they are."""
+def resample(position: Tensor, shape: torch.Size, how: Positions = "antialias") -> Tensor:
+    """Position embeddings [.., p + g * g, W] on another grid [.., p + G * G, W], in float32; p prefix tokens (none or
+    one) stay as they are.
+
+    antialias  bicubic with antialias: timm, while it loads.
+    dino       bicubic by the scale (G + 0.1) / g: DINOv2's own code, and transformers 4.40 (so the Factory's MoF). The
+               0.1 moves every sample a little; later transformers interpolate to the size instead.
+    """
     have, want = position.shape[-2], shape[-2]
     if have == want:
         return position
@@ -275,7 +300,11 @@ def resample(position: Tensor, shape: torch.Size) -> Tensor:
     old, new = round((have - prefix) ** 0.5), round((want - prefix) ** 0.5)
     flat = position.reshape(have, -1)
     grid = flat[prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    scaled = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+    if how == "dino":
+        scale = (new + 0.1) / old
+        scaled = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+    else:
+        scaled = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
     patches = scaled.permute(0, 2, 3, 1).reshape(new * new, -1).to(position.dtype)
     return torch.cat([flat[:prefix], patches]).reshape(shape)
 

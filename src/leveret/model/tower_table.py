@@ -240,6 +240,8 @@ def _folder_facts(folder: Path, config: dict[str, Any], where: str) -> TowerFact
     """A Hugging Face folder of a tower, or of a whole CLIP or SigLIP, whose vision part is taken."""
     if "vision_config" in config:
         config = {**config["vision_config"], "model_type": f"{config.get('model_type')}_vision_model"}
+    elif config.get("model_type") == "aimv2":  # as Apple wrote it, for code of its own
+        config = {"use_head": False, **config, "model_type": "aimv2_vision_model"}
     family = config.get("model_type", "")
     if family not in TOWER_FAMILIES:
         known = ", ".join(name for name, row in TOWER_FAMILIES.items() if row.model_class)

@@ -164,7 +164,7 @@ def load_tower(facts: TowerFacts) -> Tower:
     if row is not None and row.package:
         return Tower(facts, load_module(TinyVisionTower, package_file(row.package, facts.source)).requires_grad_(True))
     if _by_table(facts, row):
-        repo, file = (row.repo, row.file) if row is not None else ("", "")
+        repo, file = (row.repo or facts.source, row.file) if row is not None else ("", "")
         path = weights_file(facts.source, repo, file)
         return fill_tower(facts, read_weights(path), where=str(path))
     family = TOWER_FAMILIES[facts.family]
@@ -173,21 +173,34 @@ def load_tower(facts: TowerFacts) -> Tower:
     return Tower(facts, _strip(model, facts))
 
 
-def fill_tower(facts: TowerFacts, state: Mapping[str, Tensor], *, under: str = "", where: str = "weights") -> Tower:
+def fill_tower(
+    facts: TowerFacts,
+    state: Mapping[str, Tensor],
+    *,
+    under: str = "",
+    positions: tower_keys.Positions | None = None,
+    where: str = "weights",
+) -> Tower:
     """The tower that `facts` describe with the weights of `state`, under whatever names of tower_keys.LAYOUTS they
     stand there (only those that begin with `under`, where `state` holds several towers), in float32.
 
-    Parts that `facts` do not keep are passed over; position embeddings of timm's and OpenAI's files are brought to the
-    tower's grid as timm does. DataError naming what is missing, unexpected, or of another shape.
+    positions  how position embeddings are brought to the grid of `facts.side` for good. Default: "antialias" for timm's
+               and OpenAI's names, as Prismatic had it; for others they stay, and the class interpolates as it runs.
+
+    Parts that `facts` do not keep are passed over. DataError naming what is missing, unexpected, or of another shape.
     """
     layout, _ = tower_keys.recognise(state, facts.family, under, where)
     given = tower_keys.to_ours(state, facts.family, under=under, where=where)
+    if positions is None and layout in ("timm", "openai"):
+        positions = "antialias"
+    if positions is not None:
+        facts = replace(facts, config={**facts.config, "image_size": facts.side})
     tower = build_tower(facts)
     own = dict(tower.model.state_dict())
-    if layout in ("timm", "openai"):
+    if positions is not None:
         for name in given.keys() & own.keys():
             if name.startswith("embeddings.position_embedding"):
-                given[name] = tower_keys.resample(given[name], own[name].shape)
+                given[name] = tower_keys.resample(given[name], own[name].shape, positions)
     family = TOWER_FAMILIES[facts.family]
     after = (family.blocks + ".", family.norm + ".", (family.head or "\0") + ".")
     faults = {
@@ -206,7 +219,10 @@ def fill_tower(facts: TowerFacts, state: Mapping[str, Tensor], *, under: str = "
 
 
 def _by_table(facts: TowerFacts, row: TowerRow | None) -> bool:
-    """Whether its weights stand under a peer's names."""
+    """Whether its weights are read by the key tables: those under a peer's names, and AIMv2's, whose published folders
+    transformers does not read (the names are its own, the configuration is not)."""
+    if facts.family == "aimv2_vision_model":
+        return True
     if row is not None:
         return bool(row.repo)
     folder = Path(facts.source)
