@@ -63,13 +63,8 @@ def weights_file(source: str, repo: str = "", file: str = "", where: str = "mode
     for name in (file,) if file else NAMES:
         try:
             return Path(hf_hub_download(repo, name))
-<<<<<<< HEAD
-        except Exception as met:  # offline, no such file, no such repository, gated: all the same to us
-            fault = met
-=======
         except Exception as said:  # offline, no such file, no such repository, gated: all the same to us
             fault = said
->>>>>>> 321fe8f86ea1cc7b5c8ef3f1156bfc352b020448
     if not file:
         raise missing(repo, where, fault)
     reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
