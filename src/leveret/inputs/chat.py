@@ -64,7 +64,8 @@ def encode(
     image_sizes  (height, width) of every image, in reading order; each fills `spec.count(height, width)` positions.
     generate     write the beginning of the assistant's turn at the end; nothing is supervised then.
     max_tokens   longest row; what is over is cut from the right and counted in `Encoded.cut`.
-    faithful     as the system the format comes from makes ids and labels, its faults included (`faithful.py`).
+    faithful     as the system the format comes from makes ids and labels, its faults included (`faithful.py`);
+                 formats named NAME/faithful always do.
 
     Raises:
         DataError: there are not as many marks as images, nothing to answer, or `max_tokens` would cut an image.
@@ -76,7 +77,7 @@ def encode(
         raise DataError("a conversation needs at least one turn")
     if generate and turns[-1].role != "user":
         raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
-    if faithful:
+    if faithful or form.faithful:
         return encode_faithfully(turns, form, tokenizer, spec, image_sizes, generate=generate, max_tokens=max_tokens)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if image_sizes else 0
     if marks != len(image_sizes):
@@ -122,7 +123,7 @@ def _check(form: ChatFormat, reader: Reader) -> None:
         return
     for stop in form.stop:
         if stop.strip() and not reader.has((stop,)):
-            fitting = [row.name for row in CHATS.values() if reader.has(row.stop)]
+            fitting = [row.name for row in CHATS.values() if reader.has(row.stop) and not row.faithful]
             hint = f"Formats whose end token it has: {', '.join(fitting)}" if fitting else "Add the token to it"
             raise RecipeError(
                 f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"

@@ -122,7 +122,7 @@ def original_of(chat: ChatFormat, tokenizer: Any) -> Original:
     if name == "bunny_phi3":  # Phi-3's tokenizer stopped adding a start token in June 2024; Bunny asks which it has
         name = "bunny_start" if reader_of(tokenizer).start else "bunny"
     if name not in ORIGINALS:
-        have = ", ".join(row.name for row in CHATS.values() if row.original in {*ORIGINALS, "bunny_phi3"})
+        have = ", ".join(row.name for row in CHATS.values() if row.original and not row.faithful)
         raise RecipeError(f"chat format {chat.name!r} has no original to be faithful to. Those that have: {have}")
     return ORIGINALS[name]
 
