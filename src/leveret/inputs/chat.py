@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from leveret.inputs.faithful import encode_faithfully
 from leveret.inputs.formats import CHATS, ChatFormat, find_chat, published
 from leveret.inputs.reader import Chunk, Encoded, Reader, reader_of
-from leveret.inputs.template import BEGIN, END, Said, render
+from leveret.inputs.template import BEGIN, END, ESCAPED, Said, render
 from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Turn
 from leveret.runs import DataError, RecipeError
 
@@ -36,15 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CHATS", "ChatFormat", "Encoded", "encode", "find_chat", "literal", "published"]
 
-_ESCAPED = IMAGE_MARK[0] + "\ue000" + IMAGE_MARK[1:]  # a private-use character inside: no mark, taken out when written
-
 
 def literal(text: str) -> str:
     """`text` so that `<image>` in it is no mark but the seven characters a person typed.
 
     For servers and chats, which add their own marks to what people write. `encode` takes the protection out again.
     """
-    return text.replace(IMAGE_MARK, _ESCAPED)
+    return text.replace(IMAGE_MARK, ESCAPED)
 
 
 def encode(
@@ -162,7 +160,7 @@ def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate:
                 chunks.append(Chunk(pieces, "".join([text for text, _ in pieces]), spans))
                 pieces, spans, length, block = [], [], 0, 0 if block >= 0 else -1
             if part:
-                part = part.replace(_ESCAPED, IMAGE_MARK) if "\ue000" in part else part
+                part = part.replace(ESCAPED, IMAGE_MARK) if "\ue000" in part else part
                 pieces.append((part, said))
                 length += len(part)
     chunks.append(Chunk(pieces, "".join([text for text, _ in pieces]), spans))
