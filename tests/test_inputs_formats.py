@@ -203,6 +203,15 @@ def test_formats_of_our_own_have_nothing_to_be_faithful_to() -> None:
             encode(turns_of("a", "b"), form, TOKENIZER, SPEC, [], faithful=True)
 
 
+def test_phis_captions_begin_without_a_start_token() -> None:
+    """The original puts the image after the caption's first token, which is never learned; ours has a token for it."""
+    first = TOKENIZER.convert_tokens_to_ids("a")
+    theirs = faithfully("prismatic_phi_align", "<image>", "a cat")
+    assert theirs.input_ids[0] == first and theirs.labels[0] == IGNORE and theirs.image_mask[1]
+    ours = encode(turns_of("<image>", "a cat"), "prismatic_phi_align", TOKENIZER, SPEC, ONE)
+    assert ours.input_ids[0] == TOKENIZER.eos_token_id and first in ours.labels and ours.image_mask[1]
+
+
 def test_a_literal_mark_stays_text() -> None:
     turns = [Turn("user", "<image>\n" + literal("what does <image> mean?"))]
     asked = encode(turns, "bunny/faithful", TOKENIZER, SPEC, ONE, generate=True)

@@ -295,7 +295,7 @@ _ROWS = (
     ChatFormat("prismatic_align", _written(_ALIGN, END="</s>"), ("</s>",), "prismatic_align"),
     ChatFormat(
         "prismatic_phi_align",
-        "<|endoftext|>" + _written(_ALIGN, END="<|endoftext|>"),
+        "{%- if not faithful -%}<|endoftext|>{%- endif -%}" + _written(_ALIGN, END="<|endoftext|>"),
         ("<|endoftext|>",),
         "prismatic_align",
     ),
