@@ -44,6 +44,28 @@ def test_every_row_is_the_originals(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", given.folders("training.json"))
+def test_every_row_as_our_model_reads_it(folder: Path) -> None:
+    """The twin `NAME/faithful`: the same row with its image opened to two positions, cut as they cut it."""
+    tokenizer, spec = given.tokenizer_of(folder), ImageSpec((TowerView("t", 56),), 2)
+    limit = given.read(folder / "training.json")["tokenizer"]["model_max_length"]
+    prismatic = given.system_of(folder) == "Prismatic"
+    for name, chat, part in given.parts(folder):
+        for row in part["rows"]:
+            if "error" in row:
+                continue
+            sizes = [(56, 56)] if row["image"] else []
+            twin = f"{chat.name}/faithful"
+            ours = encode(given.turns_of(row), twin, tokenizer, spec, sizes, max_tokens=limit)
+            ids, labels = row["input_ids"], row["labels"]
+            if prismatic and sizes:
+                ids, labels = [ids[0], PLACE, *ids[1:]], [labels[0], IGNORE, *labels[1:]]
+            pairs = [pair for pair in zip(ids, labels, strict=True) for _ in range(2 if pair[0] == PLACE else 1)]
+            pairs = pairs if prismatic else pairs[:limit]
+            seen = [PLACE if mark else token for token, mark in zip(ours.input_ids, ours.image_mask, strict=True)]
+            assert list(zip(seen, ours.labels, strict=True)) == pairs, (name, row["id"])
+
+
+@pytest.mark.parametrize("folder", given.folders("training.json"))
 def test_every_prompt_is_the_originals(folder: Path) -> None:
     """Faithfully and by default: what is asked is written alike (but for Prismatic's bracket), image and all."""
     tokenizer, chat = given.tokenizer_of(folder), given.chat_of(folder)
