@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +17,6 @@ from leveret.runs import DataError, RecipeError
 SPEC = ImageSpec((TowerView("t", 8),), tokens=3)
 ONE = [(8, 8)]
 SPECIALS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<|endoftext|>", "<|end_of_text|>"]
-FAMILIES = [
-    "bunny-phi2-siglip",
-    "bunny-phi1.5-eva_lora",
-    "bunny-qwen1.5-siglip",
-    "bunny-stablelm2-siglip",
-    "bunny-phi3-siglip_s2",
-    "bunny-minicpm-siglip",
-    "bunny-llama3-siglip",
-]
 
 
 def byte_level(*, start: bool = False) -> PreTrainedTokenizerFast:
@@ -76,45 +65,7 @@ def learned(encoded: Encoded, tokenizer: Any = TOKENIZER) -> str:
     return decode([label for label in encoded.labels if label != IGNORE], tokenizer)
 
 
-# --- against the originals ------------------------------------------------------------------------------------------
-
-
-def original_rows(parity: Path, family: str) -> tuple[Any, list[tuple[str, dict[str, Any]]]]:
-    root = parity / family
-    folder = next(path.parent for path in sorted(root.rglob("tokenizer.json")))
-    training = json.loads((root / "training.json").read_text(encoding="utf-8"))
-    rows = [(training[part]["template"], row) for part in ("chat", "plain") for row in training[part]["rows"]]
-    return PreTrainedTokenizerFast.from_pretrained(folder), rows
-
-
-def encode_row(row: dict[str, Any], chat: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = [Turn(roles[said["from"]], said["value"]) for said in row["conversations"]]  # type: ignore[arg-type]
-    if turns[0].role == "assistant":
-        turns = turns[1:]  # the original drops it; Sample.fault refuses such a row
-    if row["id"] == "two_image_tags":  # the original folds them; Sample.fault refuses two marks for one image
-        turns[0] = Turn("user", turns[0].text.replace("<image>\n<image>", "<image>"))
-    limit = 640 if row["id"] == "too_long_text_only" else None  # the original cuts image rows in its collator only
-    sizes = [(56, 56)] if row["image"] else []
-    encoded = encode(turns, chat, tokenizer, ImageSpec((TowerView("t", 56),), 1), sizes, max_tokens=limit)
-    ids = [-200 if seen else token for token, seen in zip(encoded.input_ids, encoded.image_mask, strict=True)]
-    return ids, encoded.labels
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ids_and_labels_equal_bunnys(parity: Path, family: str) -> None:
-    tokenizer, rows = original_rows(parity, family)
-    assert len(rows) >= 17
-    for chat, row in rows:
-        ids, labels = encode_row(row, chat, tokenizer)
-        assert ids == row["input_ids"], row["id"]
-        if row["id"] == "separator_in_answer":
-            # Documented correction: the original cannot count this row and drops it whole.
-            assert set(row["labels"]) == {IGNORE}
-            said = tokenizer.decode([label for label in labels if label != IGNORE])
-            assert said.strip().startswith("USER: hi ASSISTANT: hello there") and labels[-1] == ids[-1]
-        else:
-            assert labels == row["labels"], row["id"]
+# --- against transformers (against the originals: test_inputs_faithful.py) --------------------------------------------
 
 
 def test_templates_mean_the_same_to_transformers() -> None:

@@ -8,7 +8,7 @@ Nothing heavy is imported here; tensors are named in annotations only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,19 +130,110 @@ class TowerView:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiling:
+    """LLaVA-1.6's "anyres": an image is seen whole, and again in tiles of the tower's size.
+
+    size    side of a tile, in pixels; the towers' own.
+    cells   tokens along one side of a tile, after the connector.
+    grids   (height, width) in pixels of every arrangement of tiles allowed, multiples of `size`. The order decides
+            ties. transformers writes pinpoints this way; LLaVA's own are (width, height): `from_llava` turns them.
+    merge   "unpad": tokens of the tiles row by row over the whole image, those of the black borders left out, a newline
+            token after every row. "spatial": row by row, borders in, no newlines. "flat": tile after tile.
+    """
+
+    size: int
+    cells: int
+    grids: tuple[tuple[int, int], ...]
+    merge: Literal["unpad", "spatial", "flat"] = "unpad"
+
+    def __post_init__(self) -> None:
+        odd = [grid for grid in self.grids if min(grid) < self.size or grid[0] % self.size or grid[1] % self.size]
+        if not self.grids or odd:
+            raise ValueError(f"grids {odd or self.grids}: give at least one, all multiples of the tile's {self.size}")
+        if self.merge not in ("unpad", "spatial", "flat"):
+            raise ValueError(f"merge is {self.merge!r}; allowed: unpad, spatial, flat")
+
+    @classmethod
+    def from_llava(
+        cls, size: int, cells: int, pinpoints: Sequence[Sequence[int]], merge: str = "spatial_unpad"
+    ) -> Tiling:
+        """From LLaVA's config: `image_grid_pinpoints`, (width, height) pairs, and `mm_patch_merge_type`."""
+        kinds: dict[str, Any] = {"spatial_unpad": "unpad", "spatial": "spatial", "flat": "flat"}
+        if merge not in kinds:
+            raise ValueError(f"mm_patch_merge_type is {merge!r}; allowed: {', '.join(kinds)}")
+        return cls(size, cells, tuple((height, width) for width, height in pinpoints), kinds[merge])
+
+    def best(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the grid for an image: most pixels of it kept, then least left over, then the first.
+
+        LLaVA's `select_best_resolution`.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(f"an image of {height} x {width} pixels has no tiles")
+
+        def worth(grid: tuple[int, int]) -> tuple[int, int]:
+            scale = min(grid[1] / width, grid[0] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            return kept, kept - grid[0] * grid[1]
+
+        return max(self.grids, key=worth)  # the first of equals
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many pictures the tower sees of an image: the whole, then its tiles."""
+        rows, columns = self.best(height, width)
+        return 1 + (rows // self.size) * (columns // self.size)
+
+    def _window(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, bottom, left, right) of the tokens that are not border, in the grid of all tiles (`unpad_image`)."""
+        rows, columns = (side // self.size * self.cells for side in self.best(height, width))
+        if self.merge != "unpad":
+            return 0, rows, 0, columns
+        if width / height > columns / rows:
+            border = (rows - int(round(height * (columns / width), 7))) // 2
+            return border, rows - border, 0, columns
+        border = (columns - int(round(width * (rows / height), 7))) // 2
+        return 0, rows, border, columns - border
+
+    def count(self, height: int, width: int) -> int:
+        """Tokens of an image of (height, width) pixels, newlines included: the length of its `layout`."""
+        top, bottom, left, right = self._window(height, width)
+        return self.cells**2 + (bottom - top) * (right - left + (self.merge == "unpad"))
+
+    def layout(self, height: int, width: int) -> list[int]:
+        """Which token stands at each position: its place among tiles x cells x cells tower tokens, -1 for a newline.
+
+        The whole image (tile 0) comes first, then its tiles.
+        """
+        cells, across = self.cells, self.best(height, width)[1] // self.size
+        places = list(range(cells * cells))
+        if self.merge == "flat":
+            return list(range(self.tiles(height, width) * cells * cells))
+        top, bottom, left, right = self._window(height, width)
+        for row in range(top, bottom):
+            for column in range(left, right):
+                tile = 1 + (row // cells) * across + column // cells
+                places.append((tile * cells + row % cells) * cells + column % cells)
+            places += [-1] if self.merge == "unpad" else []
+        return places
+
+
+@dataclass(frozen=True, slots=True)
 class ImageSpec:
     """Everything inputs must know about a model's eyes; pure data, saved in config.json.
 
     towers   one view per tower, in fusion order.
-    tokens   positions one image fills in the language model (after fusion and connector).
+    tokens   positions one image fills in the language model (after fusion and connector); of one tile, where it is
+             seen in tiles.
+    tiling   how images are cut into tiles; None for one picture per image.
     """
 
     towers: tuple[TowerView, ...]
     tokens: int
+    tiling: Tiling | None = None
 
     def count(self, height: int, width: int) -> int:
-        """Positions that an image of (height, width) pixels fills. Fixed here; tiles will depend on the size."""
-        return self.tokens
+        """Positions that an image of (height, width) pixels fills; with tiles they depend on its size."""
+        return self.tokens if self.tiling is None else self.tiling.count(height, width)
 
     def to_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
@@ -154,7 +245,10 @@ class ImageSpec:
         views = tuple(
             TowerView(**{**view, "mean": tuple(view["mean"]), "std": tuple(view["std"])}) for view in data["towers"]
         )
-        return cls(towers=views, tokens=int(data["tokens"]))
+        tiling = data.get("tiling")
+        if tiling is not None:
+            tiling = Tiling(**{**tiling, "grids": tuple(tuple(grid) for grid in tiling["grids"])})
+        return cls(towers=views, tokens=int(data["tokens"]), tiling=tiling)
 
 
 @dataclass(slots=True)

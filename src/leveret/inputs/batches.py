@@ -26,7 +26,8 @@ and of the whole epoch 2 %."""
 class Item:
     """One sample, ready to be laid into a batch.
 
-    pixels    one dict per image, in reading order: tower name -> float32 [3, S, S]. Empty for text-only samples.
+    pixels    one dict per image, in reading order: tower name -> float32 [3, S, S], or [tiles, 3, S, S] where the image
+              is seen in tiles. Empty for text-only samples.
     features  [images, tokens, width] tower outputs, instead of pixels.
     """
 
@@ -64,8 +65,7 @@ def collate(items: Sequence[Item], pad_id: int, side: Literal["right", "left"] =
         attention[row, real] = True
         positions[row, real] = steps[:length]
         segments[row, real] = 0
-    pixels, features = _images(items)
-    count = len(features) if features is not None else len(next(iter(pixels.values()), ()))
+    pixels, features, tiles = _images(items)
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -74,14 +74,14 @@ def collate(items: Sequence[Item], pad_id: int, side: Literal["right", "left"] =
         segments=torch.from_numpy(segments),
         image_mask=torch.from_numpy(images),
         pixels=pixels,
-        tile_image=torch.arange(count),  # one tile per image, so far
+        tile_image=torch.repeat_interleave(torch.arange(len(tiles)), torch.tensor(tiles, dtype=torch.int64)),
         features=features,
         ids=tuple(item.id for item in items),
     )
 
 
-def _images(items: Sequence[Item]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """All images of the rows, in reading order: stacked pixels per tower, or joined features."""
+def _images(items: Sequence[Item]) -> tuple[dict[str, Tensor], Tensor | None, list[int]]:
+    """All images of the rows, in reading order: pixels per tower, or joined features; and how many tiles each has."""
     import torch
 
     seen = [image for item in items for image in item.pixels]
@@ -89,11 +89,19 @@ def _images(items: Sequence[Item]) -> tuple[dict[str, Tensor], Tensor | None]:
     if seen and given:
         raise ValueError("a batch holds pixels or features, not both")
     if given:
-        return {}, torch.cat(given)
+        features = torch.cat(given)
+        return {}, features, [1] * len(features)
     towers = list(seen[0]) if seen else []
     if odd := next((image for image in seen if set(image) != set(towers)), None):
         raise ValueError(f"images prepared for different towers in one batch: {towers} and {list(odd)}")
-    return {name: torch.from_numpy(np.stack([image[name] for image in seen])) for name in towers}, None
+    tiled = {name: [image[name].reshape(-1, *image[name].shape[-3:]) for image in seen] for name in towers}
+    counts = [[len(image) for image in images] for images in tiled.values()]
+    if any(count != counts[0] for count in counts):
+        raise ValueError(
+            f"towers see different numbers of tiles of one image: {dict(zip(towers, counts, strict=True))}"
+        )
+    stacked = {name: torch.from_numpy(np.concatenate(images)) for name, images in tiled.items()}
+    return stacked, None, counts[0] if counts else []
 
 
 def plan(lengths: Sequence[int] | NDArray[np.int64], batch: int, seed: int, epoch: int) -> list[list[int]]:

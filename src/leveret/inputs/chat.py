@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from leveret.inputs.faithful import encode_faithfully
 from leveret.inputs.formats import CHATS, ChatFormat, find_chat, published
 from leveret.inputs.reader import Chunk, Encoded, Reader, reader_of
-from leveret.inputs.template import BEGIN, END, Said, render
+from leveret.inputs.template import BEGIN, END, ESCAPED, Said, render
 from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Turn
 from leveret.runs import DataError, RecipeError
 
@@ -36,15 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CHATS", "ChatFormat", "Encoded", "encode", "find_chat", "literal", "published"]
 
-_ESCAPED = IMAGE_MARK[0] + "\ue000" + IMAGE_MARK[1:]  # a private-use character inside: no mark, taken out when written
-
 
 def literal(text: str) -> str:
     """`text` so that `<image>` in it is no mark but the seven characters a person typed.
 
     For servers and chats, which add their own marks to what people write. `encode` takes the protection out again.
     """
-    return text.replace(IMAGE_MARK, _ESCAPED)
+    return text.replace(IMAGE_MARK, ESCAPED)
 
 
 def encode(
@@ -64,7 +62,8 @@ def encode(
     image_sizes  (height, width) of every image, in reading order; each fills `spec.count(height, width)` positions.
     generate     write the beginning of the assistant's turn at the end; nothing is supervised then.
     max_tokens   longest row; what is over is cut from the right and counted in `Encoded.cut`.
-    faithful     as the system the format comes from makes ids and labels, its faults included (`faithful.py`).
+    faithful     as the system the format comes from makes ids and labels, its faults included (`faithful.py`);
+                 formats named NAME/faithful always do.
 
     Raises:
         DataError: there are not as many marks as images, nothing to answer, or `max_tokens` would cut an image.
@@ -76,7 +75,7 @@ def encode(
         raise DataError("a conversation needs at least one turn")
     if generate and turns[-1].role != "user":
         raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
-    if faithful:
+    if faithful or form.faithful:
         return encode_faithfully(turns, form, tokenizer, spec, image_sizes, generate=generate, max_tokens=max_tokens)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if image_sizes else 0
     if marks != len(image_sizes):
@@ -122,7 +121,7 @@ def _check(form: ChatFormat, reader: Reader) -> None:
         return
     for stop in form.stop:
         if stop.strip() and not reader.has((stop,)):
-            fitting = [row.name for row in CHATS.values() if reader.has(row.stop)]
+            fitting = [row.name for row in CHATS.values() if reader.has(row.stop) and not row.faithful]
             hint = f"Formats whose end token it has: {', '.join(fitting)}" if fitting else "Add the token to it"
             raise RecipeError(
                 f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"
@@ -161,7 +160,7 @@ def _chunks(form: ChatFormat, turns: Sequence[Turn], has_images: bool, generate:
                 chunks.append(Chunk(pieces, "".join([text for text, _ in pieces]), spans))
                 pieces, spans, length, block = [], [], 0, 0 if block >= 0 else -1
             if part:
-                part = part.replace(_ESCAPED, IMAGE_MARK) if "\ue000" in part else part
+                part = part.replace(ESCAPED, IMAGE_MARK) if "\ue000" in part else part
                 pieces.append((part, said))
                 length += len(part)
     chunks.append(Chunk(pieces, "".join([text for text, _ in pieces]), spans))

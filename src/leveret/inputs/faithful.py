@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from leveret.inputs.formats import CHATS, ChatFormat
-from leveret.inputs.reader import Encoded, Reader, reader_of
-from leveret.inputs.template import BEGIN, END, Said, render
+from leveret.inputs.reader import Encoded, Reader, check_unicode, reader_of
+from leveret.inputs.template import BEGIN, END, ESCAPED, Said, render
 from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Turn
 from leveret.runs import DataError, RecipeError
 
@@ -98,7 +98,8 @@ class _Tokens:
 
     def alone(self, text: str) -> list[int]:
         """Ids of a text that holds no image, without a start token."""
-        return list(self.reader.backend.encode(text, add_special_tokens=False).ids)
+        check_unicode(text)
+        return list(self.reader.backend.encode(_unescaped(text), add_special_tokens=False).ids)
 
     def plain(self, text: str) -> list[int]:
         return self.start + self.alone(text)
@@ -116,13 +117,17 @@ class _Tokens:
         return ids
 
 
+def _unescaped(text: str) -> str:
+    return text.replace(ESCAPED, IMAGE_MARK)
+
+
 def original_of(chat: ChatFormat, tokenizer: Any) -> Original:
     """The rule a format's rows were made by. RecipeError when the format is our own, or its rule is not known here."""
     name = chat.original
     if name == "bunny_phi3":  # Phi-3's tokenizer stopped adding a start token in June 2024; Bunny asks which it has
         name = "bunny_start" if reader_of(tokenizer).start else "bunny"
     if name not in ORIGINALS:
-        have = ", ".join(row.name for row in CHATS.values() if row.original in {*ORIGINALS, "bunny_phi3"})
+        have = ", ".join(row.name for row in CHATS.values() if row.original and not row.faithful)
         raise RecipeError(f"chat format {chat.name!r} has no original to be faithful to. Those that have: {have}")
     return ORIGINALS[name]
 
@@ -311,7 +316,7 @@ def encode_faithfully(
             f"the original sees {1 if prismatic else marks} image(s) in this row, but {len(image_sizes)} are given: "
             f"one {IMAGE_MARK} in one user turn per row, or do not ask to be faithful"
         )
-    encoded, number = Encoded([], [], [], row.text), 0
+    encoded, number = Encoded([], [], [], _unescaped(row.text)), 0
     for token, label in zip(ids, labels, strict=True):
         count = spec.count(*image_sizes[number]) if token == PLACE else 1
         number += token == PLACE

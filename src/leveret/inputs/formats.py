@@ -3,13 +3,16 @@
 A format is a Jinja template in the form transformers uses, so it can travel with a saved model as
 `chat_template.jinja`. What the model learns stands between `{% generation %}` and `{% endgeneration %}`.
 
+A format of another system has a twin, `NAME/faithful`, for models that system trained: the same conversation, with the
+ids and labels that system makes (`faithful.py`).
+
 Sources: Bunny bunny/conversation.py, LLaVA llava/conversation.py, TinyLLaVA Factory tinyllava/data/template/, Prismatic
 prismatic/models/backbones/llm/prompting/. `docs/chat-formats.md` shows each, and where we write it otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from leveret.runs import RecipeError, closest
 
@@ -23,14 +26,16 @@ class ChatFormat:
               what a filter returns counts as structure, in which special tokens are special. `faithful` is true where
               an original's text, faults included, is wanted; elsewhere it is not defined.
     stop      texts at which an answer ends. Each must be one token of the tokenizer, unless it is blank.
-    original  the row of `faithful.ORIGINALS` that says how the system it comes from makes ids and labels; "" for
-              formats of our own, which have no original.
+    original  the row of `faithful.ORIGINALS` that says how the system it comes from makes ids and labels; "" where
+              there is none: formats of our own, and LLaVA's ChatML.
+    faithful  ids and labels are made as that system makes them, its faults included.
     """
 
     name: str
     template: str
     stop: tuple[str, ...]
     original: str = ""
+    faithful: bool = False
 
 
 _TINY = """\
@@ -247,7 +252,7 @@ def _llama_2(name: str, system: str, start: str) -> ChatFormat:
 
 
 def _mpt(name: str, system: str) -> ChatFormat:
-    return ChatFormat(name, _written(_MPT, SYSTEM=system), ("<|im_end|>",), "llava_mpt")
+    return ChatFormat(name, _written(_MPT, SYSTEM=system), ("<|im_end|>",))
 
 
 def _prismatic(
@@ -257,49 +262,56 @@ def _prismatic(
     return ChatFormat(f"prismatic_{name}", _written(_PRISMATIC, **words), (end,), "prismatic")
 
 
+_ROWS = (
+    ChatFormat("tiny", _TINY, ("<|end|>",)),
+    ChatFormat("plain", _PLAIN, ("\n",), "llava_plain"),
+    _two("bunny", "<|endoftext|>", "bunny"),
+    _two("phi3", "<|endoftext|>", "bunny_phi3"),
+    _two("minicpm", "</s>", "bunny_start"),
+    _two("llama", "<|end_of_text|>", "bunny_start"),
+    _two("vicuna_v1", "</s>", "llava_v1"),
+    _two("llava_v1", "</s>", "llava_v1", _HUMAN),
+    _llama_2("llava_llama_2", _VISION, "<s>"),
+    _llama_2("llama_2", _RESPECTFUL, "<s>"),
+    _llama_2("mistral_instruct", "", ""),
+    _mpt(
+        "mpt",
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
+    ),
+    _mpt("chatml_direct", "Answer the questions."),
+    ChatFormat("tinyllava_pretrain", _PLAIN, ("\n",), "tinyllava_pretrain"),
+    _tinyllava("phi", "<|endoftext|>", "tinyllava"),
+    _tinyllava("qwen2_base", "<|endoftext|>", "tinyllava"),
+    _tinyllava("qwen2_instruct", "<|im_end|>", "tinyllava"),
+    _tinyllava("gemma", "<eos>", "tinyllava_start"),
+    _tinyllava("llama", "</s>", "tinyllava_llama"),
+    _prismatic("pure", "In:{{ ' ' }}", "{{ '\\n' }}Out:"),
+    _prismatic("vicuna_v15", _SYSTEM_FIRST + "USER:{{ ' ' }}", "{{ ' ' }}ASSISTANT:", system=_USER),
+    _prismatic("llama2_chat", _SYS_FIRST, "{{ ' ' }}[/INST]", system=_VISION),
+    _prismatic("mistral_instruct", "[INST]{{ ' ' }}", "{{ ' ' }}[/INST]"),
+    _prismatic(
+        "phi", "Input:{{ ' ' }}", "{{ '\\n' }}Output:", "<|endoftext|>", start="<|endoftext|>", tail="{{ '\\n' }}"
+    ),
+    ChatFormat("prismatic_align", _written(_ALIGN, END="</s>"), ("</s>",), "prismatic_align"),
+    ChatFormat(
+        "prismatic_phi_align",
+        "{%- if not faithful -%}<|endoftext|>{%- endif -%}" + _written(_ALIGN, END="<|endoftext|>"),
+        ("<|endoftext|>",),
+        "prismatic_align",
+    ),
+)
+
+
+def _faithful(form: ChatFormat) -> ChatFormat:
+    """The format's faithful twin, whose template says so wherever it is rendered."""
+    template = "{%- set faithful = true -%}\n" + form.template
+    return replace(form, name=f"{form.name}/faithful", template=template, faithful=True)
+
+
 CHATS: dict[str, ChatFormat] = {
-    row.name: row
-    for row in (
-        ChatFormat("tiny", _TINY, ("<|end|>",)),
-        ChatFormat("plain", _PLAIN, ("\n",), "llava_plain"),
-        _two("bunny", "<|endoftext|>", "bunny"),
-        _two("phi3", "<|endoftext|>", "bunny_phi3"),
-        _two("minicpm", "</s>", "bunny_start"),
-        _two("llama", "<|end_of_text|>", "bunny_start"),
-        _two("vicuna_v1", "</s>", "llava_v1"),
-        _two("llava_v1", "</s>", "llava_v1", _HUMAN),
-        _llama_2("llava_llama_2", _VISION, "<s>"),
-        _llama_2("llama_2", _RESPECTFUL, "<s>"),
-        _llama_2("mistral_instruct", "", ""),
-        _mpt(
-            "mpt",
-            "A conversation between a user and an LLM-based AI assistant. "
-            "The assistant gives helpful and honest answers.",
-        ),
-        _mpt("chatml_direct", "Answer the questions."),
-        ChatFormat("tinyllava_pretrain", _PLAIN, ("\n",), "tinyllava_pretrain"),
-        _tinyllava("phi", "<|endoftext|>", "tinyllava"),
-        _tinyllava("qwen2_base", "<|endoftext|>", "tinyllava"),
-        _tinyllava("qwen2_instruct", "<|im_end|>", "tinyllava"),
-        _tinyllava("gemma", "<eos>", "tinyllava_start"),
-        _tinyllava("llama", "</s>", "tinyllava_llama"),
-        _prismatic("pure", "In:{{ ' ' }}", "{{ '\\n' }}Out:"),
-        _prismatic("vicuna_v15", _SYSTEM_FIRST + "USER:{{ ' ' }}", "{{ ' ' }}ASSISTANT:", system=_USER),
-        _prismatic("llama2_chat", _SYS_FIRST, "{{ ' ' }}[/INST]", system=_VISION),
-        _prismatic("mistral_instruct", "[INST]{{ ' ' }}", "{{ ' ' }}[/INST]"),
-        _prismatic(
-            "phi", "Input:{{ ' ' }}", "{{ '\\n' }}Output:", "<|endoftext|>", start="<|endoftext|>", tail="{{ '\\n' }}"
-        ),
-        ChatFormat("prismatic_align", _written(_ALIGN, END="</s>"), ("</s>",), "prismatic_align"),
-        ChatFormat(
-            "prismatic_phi_align",
-            "<|endoftext|>" + _written(_ALIGN, END="<|endoftext|>"),
-            ("<|endoftext|>",),
-            "prismatic_align",
-        ),
-    )
+    row.name: row for row in (*_ROWS, *(_faithful(form) for form in _ROWS if form.original))
 }
-"""Every chat format by name."""
+"""Every chat format by name; `NAME/faithful` is NAME as the system it comes from has it."""
 
 _NAMES = {
     "LLaVA": {"v1": "vicuna_v1", "v0_plain": "plain", "mistral_direct": "chatml_direct"},
@@ -335,5 +347,8 @@ def find_chat(chat: str | ChatFormat) -> ChatFormat:
     if chat not in CHATS:
         near = closest(chat, CHATS)
         hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-        raise RecipeError(f"chat: {chat!r} is not a chat format. Allowed: {', '.join(CHATS)}{hint}")
+        names = ", ".join(row.name for row in _ROWS)
+        raise RecipeError(
+            f"chat: {chat!r} is not a chat format. Allowed: {names}; those of other systems also as NAME/faithful{hint}"
+        )
     return CHATS[chat]

@@ -51,6 +51,12 @@ _LONE = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs: what Python makes of bytes that are no UTF-8, and no tokenizer can read."""
 
 
+def check_unicode(text: str) -> None:
+    """DataError when a tokenizer could not read the text."""
+    if not text.isascii() and _LONE.search(text):
+        raise DataError("the text is not valid Unicode (bytes that are no UTF-8 were read into it): mend its encoding")
+
+
 class Reader:
     """A tokenizer made ready: private copies, so that nobody's padding, truncation or trimmed offsets show here."""
 
@@ -91,10 +97,7 @@ class Reader:
         """Ids and labels of one chunk."""
         if not chunk.text:
             return [], []
-        if not chunk.text.isascii() and _LONE.search(chunk.text):
-            raise DataError(
-                "the text is not valid Unicode (bytes that are no UTF-8 were read into it): mend its encoding"
-            )
+        check_unicode(chunk.text)
         if any(said and self._special.search(text) for text, said in chunk.pieces):
             ids, offsets = self._spelled(chunk.pieces)
         else:

@@ -64,15 +64,13 @@ def fit(image: Image.Image, view: TowerView) -> Image.Image:
     if image.mode != "RGB":
         image = image.convert("RGB")
     size, short, (width, height) = view.size, view.short or view.size, image.size
-    if view.resample not in _FILTERS:
-        raise ValueError(f"resample of {view.name}: {view.resample!r} is none of {', '.join(_FILTERS)}")
+    resample = filter_of(view.resample)
     if view.resize not in _KINDS:
         raise ValueError(f"resize of {view.name}: {view.resize!r} is none of {', '.join(_KINDS)}")
     if short < size:
         raise ValueError(f"short of {view.name}: {short} is below its size, {size}: the centre would be too small")
     if width == size and height == size and (short == size or view.resize == "squash"):
         return image
-    resample = _FILTERS[view.resample]
     if view.resize == "squash":
         return image.resize((size, size), resample)
     if view.resize in ("pad", "letterbox"):
@@ -82,6 +80,13 @@ def fit(image: Image.Image, view: TowerView) -> Image.Image:
     if view.resize in ("crop", "pad"):
         return _cut(image, size, short, resample, _half_down)
     return _cut(image, size, short, resample, _half_even)
+
+
+def filter_of(resample: str) -> int:
+    """Pillow's number of a filter. ValueError when it is none of those that `TowerView` names."""
+    if resample not in _FILTERS:
+        raise ValueError(f"resample: {resample!r} is none of {', '.join(_FILTERS)}")
+    return _FILTERS[resample]
 
 
 def _half_down(spare: int) -> int:

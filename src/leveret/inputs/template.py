@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from leveret.records import IMAGE_MARK
 from leveret.runs import RecipeError
 
 if TYPE_CHECKING:
     from leveret.inputs.formats import ChatFormat
+
+
+ESCAPED = IMAGE_MARK[0] + "\ue000" + IMAGE_MARK[1:]
+"""The mark with a private-use character inside: no mark, and the character is taken out when the text is tokenised."""
 
 
 class Said(str):

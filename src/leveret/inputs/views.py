@@ -33,12 +33,12 @@ def with_aspect(view: TowerView, aspect: str | None, largest: int | None = None)
 
     largest  the largest scale of S2, at which the image is prepared; the tower's own size where S2 is not used.
 
-    Raises RecipeError for any other word ("anyres" is `tiles.Tiling`, which has several pictures per image).
+    Raises RecipeError for any other word ("anyres" gives several pictures per image: `records.Tiling`).
     """
     if aspect not in (None, *ASPECTS):
         raise RecipeError(
             f"image_aspect_ratio: {aspect!r} is not one picture per image. Allowed: {', '.join(ASPECTS)}; for 'anyres' "
-            "take inputs.Tiling"
+            "take records.Tiling.from_llava"
         )
     if largest is not None:
         view = replace(view, size=largest, short=0)
