@@ -45,7 +45,12 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
     recipe = foreign.recipe.model_copy(update={"vision": vision, "language": language_recipe})
     with no_init_weights():
         eyes = [
-            towers.fill_tower(facts, foreign.seen[place], where=str(source))
+            towers.fill_tower(
+                facts,
+                foreign.seen[place],
+                where=str(source),
+                positions=foreign.positions if facts.family == "dinov2" else None,
+            )
             if place in foreign.seen
             else towers.load_tower(facts)
             for place, facts in enumerate(describe_all(recipe.vision))

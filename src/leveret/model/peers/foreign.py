@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
 from leveret.model.recipe import ModelRecipe
+from leveret.model.tower_keys import Positions
 from leveret.runs import DataError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Foreign:
     facts      of the language model.
     tokenizer  the folder that its tokenizer is read from.
     names      of the towers, as the checkpoint says them.
+    positions  how DINOv2's positions were brought to the image's size when the tool ran (towers.fill_tower).
     cut        whether the tool cuts the token tables to the tokenizer's length when it loads them.
     notes      what was done otherwise than names say, for people.
     """
@@ -73,6 +75,7 @@ class Foreign:
     tokenizer: Path
     notes: list[str] = field(default_factory=list)
     names: tuple[str, ...] = ()
+    positions: Positions | None = None
     cut: bool = False
 
 
