@@ -71,10 +71,7 @@ def encode(
     """
     form, reader = find_chat(chat), reader_of(tokenizer)
     _check(form, reader)
-    if not turns:
-        raise DataError("a conversation needs at least one turn")
-    if generate and turns[-1].role != "user":
-        raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
+    _check_turns(turns, generate)
     if faithful or form.faithful:
         return encode_faithfully(turns, form, tokenizer, spec, image_sizes, generate=generate, max_tokens=max_tokens)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if image_sizes else 0
@@ -133,6 +130,14 @@ def _check(form: ChatFormat, reader: Reader) -> None:
                 f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"
             )
     reader.checked.add(form.stop)
+
+
+def _check_turns(turns: Sequence[Turn], generate: bool) -> None:
+    """DataError when nothing is said, or nothing asked where an answer is wanted."""
+    if not turns:
+        raise DataError("a conversation needs at least one turn")
+    if generate and turns[-1].role != "user":
+        raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
 
 
 # --- from turns to chunks -------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ _TWO = """\
 {%- endif -%}
 """
 
-# The same text as Bunny's, but for empty turns, which TinyLLaVA writes in full.
+# The same, but for empty turns, which are written in full.
 _TINYLLAVA = """\
 {%- if messages[0]['role'] != 'system' -%}
     {{ "SYSTEM" }}{{ ' ' }}
@@ -138,7 +138,7 @@ _TINYLLAVA = """\
 {%- endif -%}
 """
 
-# LLaVA's LLAMA_2 style. The start token of the first round is the tokenizer's own.
+# LLaVA's LLAMA_2 style; the first round's start token is the tokenizer's own.
 _LLAMA_2 = """\
 {%- set said = namespace(system="SYSTEM", first=true) -%}
 {%- for message in messages -%}
@@ -164,7 +164,7 @@ _LLAMA_2 = """\
 {%- endfor -%}
 """
 
-# LLaVA's MPT style: ChatML whose turns are not parted by newlines.
+# LLaVA's MPT style: ChatML without newlines between turns.
 _MPT = """\
 {%- if messages[0]['role'] != 'system' -%}
     <|im_start|>system{{ '\\n' }}{{ "SYSTEM" }}<|im_end|>
@@ -321,7 +321,6 @@ _NAMES = {
     },
 }
 """What the originals call a format, where that is not the end of our name for it."""
-
 SYSTEMS = ("Bunny", "LLaVA", "TinyLLaVA", "Prismatic")
 
 
