@@ -63,15 +63,18 @@ def tokenizer_of(folder: Path) -> Any:
     said = read(folder / "training.json")["tokenizer"]
     homes = {path.parent for name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in folder.rglob(name)}
     saved = [home for home in sorted(homes) if (home / "tokenizer.json").is_file() or said.get("slow")]
-    source = min(saved, key=lambda home: ("hub" in home.parts, len(home.parts)))  # a checkpoint's own before the hub's
-    if not (source / "tokenizer.json").is_file() and (source / "tokenizer.model").is_file():
-        pytest.importorskip("sentencepiece", reason="tokenizer.model needs sentencepiece")
-    tokenizer = (AutoTokenizer if said.get("slow") else PreTrainedTokenizerFast).from_pretrained(source)
-    if tokenizer.convert_tokens_to_ids([said["pad_token"]]) != [said["pad_token_id"]]:
-        tokenizer.add_special_tokens({"pad_token": said["pad_token"]})
-    tokenizer.pad_token, tokenizer.eos_token = said["pad_token"], said["eos_token"]
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (said["pad_token_id"], said["eos_token_id"])
-    return tokenizer
+    loader, wrong = AutoTokenizer if said.get("slow") else PreTrainedTokenizerFast, []
+    for source in sorted(saved, key=lambda home: ("hub" in home.parts, len(home.parts))):  # a checkpoint's own first
+        if not (source / "tokenizer.json").is_file() and (source / "tokenizer.model").is_file():
+            pytest.importorskip("sentencepiece", reason="tokenizer.model needs sentencepiece")
+        tokenizer = loader.from_pretrained(source)
+        if tokenizer.convert_tokens_to_ids([said["pad_token"]]) != [said["pad_token_id"]]:
+            tokenizer.add_special_tokens({"pad_token": said["pad_token"]})
+        tokenizer.pad_token, tokenizer.eos_token = said["pad_token"], said["eos_token"]
+        if (tokenizer.pad_token_id, tokenizer.eos_token_id) == (said["pad_token_id"], said["eos_token_id"]):
+            return tokenizer
+        wrong.append(source)
+    raise AssertionError(f"no tokenizer of {folder} has the special tokens of training.json: {wrong}")
 
 
 def chat_of(folder: Path) -> ChatFormat:

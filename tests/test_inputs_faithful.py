@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import inputs_parity as given
@@ -63,6 +64,28 @@ def test_every_row_as_our_model_reads_it(folder: Path) -> None:
             pairs = pairs if prismatic else pairs[:limit]
             seen = [PLACE if mark else token for token, mark in zip(ours.input_ids, ours.image_mask, strict=True)]
             assert list(zip(seen, ours.labels, strict=True)) == pairs, (name, row["id"])
+
+
+@pytest.mark.parametrize("folder", given.folders("training.json"))
+def test_a_batch_has_the_originals_expanded_labels(folder: Path) -> None:
+    """After the original collator and the insertion of image features (Prismatic stores no such array)."""
+    training, tokenizer = given.read(folder / "training.json"), given.tokenizer_of(folder)
+    rows = {row["id"]: row for name, _, part in given.parts(folder) if name == "chat" for row in part["rows"]}
+    with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
+        if "batch.expanded_labels" not in arrays:
+            pytest.skip("the folder holds no expanded labels")
+        features = next(case["projected_features"] for case in given.cases(folder) if case["image"])
+        spec = ImageSpec((TowerView("t", 56),), arrays[features].shape[-2])
+        stored = zip(arrays["batch.expanded_labels"], arrays["batch.expanded_attention_mask"], strict=True)
+        chat, limit = (
+            next(form for name, form, _ in given.parts(folder) if name == "chat"),
+            training["tokenizer"]["model_max_length"],
+        )
+        for row_id, (labels, mask) in zip(training["batch"]["ids"], stored, strict=True):
+            row = rows[row_id]
+            sizes = [(56, 56)] if row["image"] else []
+            ours = encode(given.turns_of(row), chat, tokenizer, spec, sizes, max_tokens=limit, faithful=True)
+            assert ours.labels == labels[mask.astype(bool)].tolist(), row_id
 
 
 @pytest.mark.parametrize("folder", given.folders("training.json"))

@@ -71,10 +71,7 @@ def encode(
     """
     form, reader = find_chat(chat), reader_of(tokenizer)
     _check(form, reader)
-    if not turns:
-        raise DataError("a conversation needs at least one turn")
-    if generate and turns[-1].role != "user":
-        raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
+    _check_turns(turns, generate)
     if faithful or form.faithful:
         return encode_faithfully(turns, form, tokenizer, spec, image_sizes, generate=generate, max_tokens=max_tokens)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if image_sizes else 0
@@ -105,14 +102,20 @@ def encode(
         seen += [False] * len(new_ids)
     encoded = Encoded(ids, labels, seen, IMAGE_MARK.join(chunk.text for chunk in chunks))
     if max_tokens is not None and len(ids) > max_tokens:
-        if ends_of_images and ends_of_images[-1] > max_tokens:
-            raise DataError(
-                f"max_tokens={max_tokens} would cut an image: the last image ends at position {ends_of_images[-1]}. "
-                f"Allow at least that many tokens, or shorten the text before the image"
-            )
-        encoded.cut = len(ids) - max_tokens
-        del ids[max_tokens:], labels[max_tokens:], seen[max_tokens:]
+        _cut(encoded, max_tokens, ends_of_images[-1] if ends_of_images else 0)
     return encoded
+
+
+def _cut(encoded: Encoded, max_tokens: int, end_of_images: int) -> None:
+    """Takes off what is over, on the right. DataError when that would be part of an image."""
+    if end_of_images > max_tokens:
+        raise DataError(
+            f"max_tokens={max_tokens} would cut an image: the last image ends at position {end_of_images}. "
+            f"Allow at least that many tokens, or shorten the text before the image"
+        )
+    encoded.cut = len(encoded.input_ids) - max_tokens
+    for part in (encoded.input_ids, encoded.labels, encoded.image_mask):
+        del part[max_tokens:]
 
 
 def _check(form: ChatFormat, reader: Reader) -> None:
@@ -127,6 +130,14 @@ def _check(form: ChatFormat, reader: Reader) -> None:
                 f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"
             )
     reader.checked.add(form.stop)
+
+
+def _check_turns(turns: Sequence[Turn], generate: bool) -> None:
+    """DataError when nothing is said, or nothing asked where an answer is wanted."""
+    if not turns:
+        raise DataError("a conversation needs at least one turn")
+    if generate and turns[-1].role != "user":
+        raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
 
 
 # --- from turns to chunks -------------------------------------------------------------------------------------------

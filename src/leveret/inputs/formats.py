@@ -80,6 +80,7 @@ _VISION = (
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+_HONEST = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 _RESPECTFUL = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
     "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
@@ -88,8 +89,7 @@ _RESPECTFUL = (
     "not correct. If you don't know the answer to a question, please don't share false information."
 )
 
-# An empty turn is written without blank and end token, because the originals (Bunny, LLaVA) take "" for "nothing said
-# yet".
+# An empty turn gets neither blank nor end token, as Bunny and LLaVA take "" for "nothing said yet".
 _TWO = """\
 {%- if messages[0]['role'] != 'system' -%}
     {{ "SYSTEM" }}{{ ' ' }}
@@ -116,7 +116,7 @@ _TWO = """\
 {%- endif -%}
 """
 
-# The same text as Bunny's, but for empty turns, which TinyLLaVA writes in full.
+# The same, but for empty turns, which are written in full.
 _TINYLLAVA = """\
 {%- if messages[0]['role'] != 'system' -%}
     {{ "SYSTEM" }}{{ ' ' }}
@@ -138,7 +138,7 @@ _TINYLLAVA = """\
 {%- endif -%}
 """
 
-# LLaVA's LLAMA_2 style. The start token of the first round is the tokenizer's own.
+# LLaVA's LLAMA_2 style; the first round's start token is the tokenizer's own.
 _LLAMA_2 = """\
 {%- set said = namespace(system="SYSTEM", first=true) -%}
 {%- for message in messages -%}
@@ -164,7 +164,7 @@ _LLAMA_2 = """\
 {%- endfor -%}
 """
 
-# LLaVA's MPT style: ChatML whose turns are not parted by newlines.
+# LLaVA's MPT style: ChatML without newlines between turns.
 _MPT = """\
 {%- if messages[0]['role'] != 'system' -%}
     <|im_start|>system{{ '\\n' }}{{ "SYSTEM" }}<|im_end|>
@@ -274,10 +274,7 @@ _ROWS = (
     _llama_2("llava_llama_2", _VISION, "<s>"),
     _llama_2("llama_2", _RESPECTFUL, "<s>"),
     _llama_2("mistral_instruct", "", ""),
-    _mpt(
-        "mpt",
-        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
-    ),
+    _mpt("mpt", _HONEST),
     _mpt("chatml_direct", "Answer the questions."),
     ChatFormat("tinyllava_pretrain", _PLAIN, ("\n",), "tinyllava_pretrain"),
     _tinyllava("phi", "<|endoftext|>", "tinyllava"),
@@ -324,7 +321,6 @@ _NAMES = {
     },
 }
 """What the originals call a format, where that is not the end of our name for it."""
-
 SYSTEMS = ("Bunny", "LLaVA", "TinyLLaVA", "Prismatic")
 
 
