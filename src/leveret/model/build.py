@@ -13,7 +13,6 @@ from leveret.model.connectors import build_connector, connector_tokens, settle
 from leveret.model.fusion import fused
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
-from leveret.model.tables import unknown
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
 from leveret.records import ImageSpec
@@ -51,7 +50,7 @@ def build_meta(recipe: ModelRecipe) -> VLM:
 def check(recipe: ModelRecipe) -> tuple[tuple[TowerFacts, ...], LanguageFacts]:
     """The facts of every tower and of the language model. RecipeError listing every unknown id and impossible choice
     at once."""
-    from leveret.inputs.chat import CHATS
+    from leveret.inputs.formats import find_chat
 
     faults: list[str] = []
     found: list[Any] = []
@@ -65,8 +64,10 @@ def check(recipe: ModelRecipe) -> tuple[tuple[TowerFacts, ...], LanguageFacts]:
             found.append(describe())
         except RecipeError as fault:
             faults.append(str(fault))
-    if recipe.chat not in CHATS:
-        faults.append(unknown(CHATS, recipe.chat, "model.chat"))
+    try:
+        find_chat(recipe.chat)
+    except RecipeError as fault:
+        faults.append(f"model.{fault}")
     if faults:
         raise RecipeError("\n".join(faults))
     return found[0], found[1]
