@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from fakes import tiny_tokenizer
 from leveret.cli import explain, run
 from leveret.model import checkpoint, peers
+from leveret.model.peers.write import write
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, Batch
 from leveret.runs import DataError, EnvironmentFault, RecipeError
@@ -252,3 +254,99 @@ def test_adapters_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
         model.load_state_dict(base)
     with pytest.raises(DataError, match="made for another model"):
         merge_adapters({}, adapters, told, "base_model.model.")
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+
+ROUND = {  # layout -> families whose models it can hold
+    "bunny": [name for name in FAMILIES if name.startswith("bunny-")],
+    "llava": [name for name in FAMILIES if name.startswith("llava")],
+    "tinyllava": [name for name in FAMILIES if name.startswith("tinyllava") and "mof" not in name],
+}
+
+
+PLAIN = ("bunny-llama3-siglip", "bunny-qwen1.5-siglip", "bunny-stablelm2-siglip", "bunny-phi2-siglip",
+         "llava1.5-vicuna-clip")  # fmt: skip
+"""Families that transformers' LLaVA can hold."""
+
+
+def opened(family: str) -> tuple[VLM, Path]:
+    folder = PARITY / family
+    return peers.load(next(folder.glob("checkpoint*")), hub=folder / "hub", dtype=torch.float32), folder
+
+
+def some_batch(vlm: VLM) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = {view.name: torch.randn(1, 3, view.size, view.size, generator=generator) for view in vlm.spec.towers}
+    return row_of(vlm, {"input_ids": [5, 9, -200, 7, 8, 11]}, pixels, prismatic=False)
+
+
+@MISSING
+@pytest.mark.parity
+@pytest.mark.parametrize(("layout", "family"), [(to, name) for to, names in ROUND.items() for name in names])
+def test_there_and_back_is_the_same_model(layout: str, family: str, tmp_path: Path) -> None:
+    vlm, folder = opened(family)
+    batch = some_batch(vlm)
+    with torch.no_grad():
+        expected = vlm(batch, logits="all").logits
+        write(vlm, tmp_path / "theirs", layout)
+        again = peers.load(tmp_path / "theirs", hub=folder / "hub", dtype=torch.float32)
+        close(again(batch, logits="all").logits, expected.numpy(), 1e-5, "logits")
+    assert {name for name, _ in checkpoint.stored(again)} == {name for name, _ in checkpoint.stored(vlm)}
+    source = next(folder.glob("checkpoint*"))
+    if (source / "model.safetensors").exists() and layout != "llava":  # the names are those that the tool writes
+        from safetensors import safe_open
+
+        with (
+            safe_open(source / "model.safetensors", "pt") as one,
+            safe_open(tmp_path / "theirs/model.safetensors", "pt") as two,
+        ):
+            assert set(two.keys()) <= set(one.keys())
+
+
+@MISSING
+@pytest.mark.parity
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name in PLAIN])
+def test_transformers_own_llava_computes_the_same(family: str, tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    vlm, _ = opened(family)
+    batch = some_batch(vlm)
+    rows = vlm.language.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        expected = vlm(batch, logits="all").logits[0]
+        write(vlm, tmp_path / "hf", "hf-llava")
+        theirs, report = LlavaForConditionalGeneration.from_pretrained(
+            tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        ids = batch.input_ids.masked_fill(batch.image_mask, theirs.config.image_token_id)
+        found = theirs.eval()(input_ids=ids, pixel_values=batch.pixels["vision"]).logits[0]
+    close(found[:, :rows], expected.numpy(), 1e-5, "logits")
+    text = json.loads((tmp_path / "hf/config.json").read_text())
+    assert "architectures" in text["text_config"] and "architectures" not in text["vision_config"]
+
+
+def test_what_a_layout_cannot_hold_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, hub = bunny(tmp_path)
+    ours = tmp_path / "ours"
+    assert run(["convert", str(folder), str(ours), "--hub", str(hub)]) == 0
+    for to in ("hf-llava", "bunny", "tinyllava", "llava"):
+        assert run(["convert", str(ours), str(tmp_path / to), "--to", to]) == 0, to
+    for wrong, said in (("lava", "did you mean llava"), ("leveret", "is a model of ours already")):
+        capsys.readouterr()
+        assert run(["convert", str(ours), str(tmp_path / "x"), "--to", wrong]) == 2
+        assert said in capsys.readouterr().err
+    vlm = checkpoint.load(ours)
+    tower, connector = vlm.towers["vision"], vlm.recipe.connector
+    vlm.recipe = vlm.recipe.model_copy(update={"connector": connector.model_copy(update={"kind": "resampler"})})
+    for to in ("hf-llava", "bunny", "llava"):
+        with pytest.raises(RecipeError, match="resampler"):
+            write(vlm, tmp_path / "y", to)
+    vlm.recipe = vlm.recipe.model_copy(update={"connector": connector})
+    tower.facts = replace(tower.facts, tokens="drop_first")
+    for to in ("hf-llava", "bunny", "llava"):
+        with pytest.raises(RecipeError, match="without the first"):
+            write(vlm, tmp_path / "y", to)
+    assert not (tmp_path / "y").exists()

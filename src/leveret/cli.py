@@ -442,8 +442,9 @@ def show(
 
 @_verb("convert", "leveret.model.peers")
 def convert(
-    source: Annotated[Path, typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA or Prismatic.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write, as `leveret chat` and `eval` take it.")],
+    source: Annotated[Path, typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="leveret, hf-llava, bunny, llava or tinyllava.")] = "leveret",
     hub: Annotated[
         Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")
     ] = None,
@@ -453,11 +454,11 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as it was saved.")] = None,
     json: Json = False,
 ) -> None:
-    """Turn another tool's model into one of ours; what it is is recognised by its contents."""
+    """Turn another tool's model into one of ours, or one of ours into another's layout."""
     from leveret.model.peers.convert import convert as station
 
     with _reporting(json):
-        found = station(source, out, hub=hub, base=base, dtype=dtype)
+        found = station(source, out, to=to, hub=hub, base=base, dtype=dtype)
     lines = [f"{found['kind']}: {found['parameters']:,} parameters, {found['image_tokens']} tokens an image"]
     lines += [f"  {name:<10} {what}" for name, what in found["parts"].items()]
     lines += [f"  note: {note}" for note in found["notes"]]

@@ -66,7 +66,7 @@ def save(vlm: VLM, folder: str | Path) -> Path:
         (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode)
         for file in [*fresh.iterdir(), fresh]:
             _flush(file)
-        _replace(folder, fresh)
+        replace_folder(folder, fresh)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
@@ -203,7 +203,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _replace(folder: Path, fresh: Path) -> None:
+def replace_folder(folder: Path, fresh: Path) -> None:
     """Renames `fresh` to `folder`. A folder cannot be renamed over a full one, so the old one steps aside first."""
     old = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.old"
     if folder.exists():

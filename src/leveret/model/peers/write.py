@@ -1,0 +1,349 @@
+"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory.
+
+Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
+safetensors alone. A folder is written beside its place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from leveret.inputs.formats import CHATS
+from leveret.model import tower_keys
+from leveret.model.checkpoint import replace_folder, stored
+from leveret.model.peers import merged, tinyllava
+from leveret.model.published import write_state
+from leveret.model.towers import Tower
+from leveret.model.vlm import VLM
+from leveret.runs import RecipeError
+
+State = dict[str, Tensor]
+Written = tuple[dict[str, Any], State, dict[str, Any]]
+"""(config.json, tensors, other JSON files by name)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout: (model) -> what is written, RecipeError where the model does not fit."""
+
+    about: str
+    write: Callable[[VLM], Written]
+
+
+def write(vlm: VLM, out: str | Path, layout: str) -> Path:
+    """Writes the model as a folder of `layout` (a row of LAYOUTS), with its tokenizer and chat template; returns it.
+
+    RecipeError names the part that the layout cannot hold.
+    """
+    from safetensors.torch import save_file
+
+    out = Path(out)
+    config, state, more = LAYOUTS[layout].write(vlm)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.parent / f".{out.name}.{uuid4().hex[:8]}.new"
+    fresh.mkdir()
+    try:
+        if vlm.tokenizer is not None:
+            vlm.tokenizer.save_pretrained(fresh)
+        (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
+        save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
+        for name, content in {"config.json": config, **more}.items():
+            (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode)
+        replace_folder(out, fresh)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return out
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _eye(vlm: VLM, layout: str, families: Mapping[str, str]) -> Tower:
+    """The model's one tower. families: those that the layout knows -> a layout of tower_keys."""
+    towers = list(vlm.towers.values())
+    if len(towers) > 1:
+        names = ", ".join(str(tower.facts.source) for tower in towers if isinstance(tower, Tower))
+        raise RecipeError(f"{layout} holds one tower, and this model has {len(towers)}: {names}")
+    tower = towers[0]
+    assert isinstance(tower, Tower)
+    if tower.facts.family not in families:
+        raise RecipeError(
+            f"{layout} has no name for the tower {tower.facts.source} ({tower.facts.family}); it knows "
+            f"{', '.join(families)}"
+        )
+    return tower
+
+
+def _seen(tower: Tower, layout: str, prefix: str) -> State:
+    return tower_keys.to_theirs(tower.model.state_dict(), tower.facts.family, layout, prefix)
+
+
+def _language(vlm: VLM, prefix: str = "") -> State:
+    """The language model's tensors, a tied one once."""
+    own = [(name, tensor) for name, tensor in stored(vlm) if name.startswith("language.")]
+    return {prefix + name.removeprefix("language."): tensor for name, tensor in own}
+
+
+def _language_config(vlm: VLM) -> dict[str, Any]:
+    config: dict[str, Any] = vlm.language.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    rows = vlm.language.get_input_embeddings().weight.shape[0]
+    kind = str(next(vlm.language.parameters()).dtype).removeprefix("torch.")
+    return config | {"vocab_size": rows, "dtype": kind, "architectures": [type(vlm.language).__name__]}
+
+
+def _layer(tower: Tower) -> int:
+    """The layer that is taken, counted from the end of the published tower."""
+    return tower.facts.depth - tower.published_depth - 1
+
+
+def _kind(vlm: VLM, layout: str, known: Callable[[str], bool]) -> str:
+    kind = vlm.recipe.connector.kind
+    if not known(kind):
+        raise RecipeError(f"{layout} has no name for the connector {kind}")
+    return kind
+
+
+def _is_mlp(kind: str) -> bool:
+    return kind in ("linear", "identity") or (kind.startswith("mlp") and kind.endswith("x_gelu"))
+
+
+# --- LLaVA's own layout, and Bunny's ----------------------------------------------------------------------------------
+
+
+def _merged(name: str, types: Mapping[str, str], trained: str) -> Callable[[VLM], Written]:
+    """types: transformers' model types -> the layout's. trained: the setting by which the tower in it is read."""
+    eyes = {"siglip_vision_model": "transformers", "clip_vision_model": "transformers"}
+    if name == "Bunny":
+        eyes["eva02_clip"] = "eva"
+
+    def written(vlm: VLM) -> Written:
+        config = _language_config(vlm)
+        if config["model_type"] not in types:
+            raise RecipeError(
+                f"{name} has no class for the language model {vlm.recipe.language.name} ({config['model_type']}); it "
+                f"has one for {', '.join(types)}"
+            )
+        tower = _eye(vlm, name, eyes)
+        if tower.facts.s2 and name != "Bunny":
+            raise RecipeError(f"{name} has no multi-scale towers, and {tower.facts.source} runs at {tower.facts.s2}")
+        if tower.facts.tokens == "drop_first":
+            raise RecipeError(
+                f"{name} drops no patch of {tower.facts.source}, and this model was taught without the first"
+            )
+        bias = "lm_head.bias" in _language(vlm)
+        if bias and name == "Bunny":
+            raise RecipeError("Bunny's language models have no bias in the output layer, and this one has")
+        kind = _kind(vlm, name, lambda kind: _is_mlp(kind) or (name == "Bunny" and kind in _BUNNYS))
+        config |= _minicpm(config) if config["model_type"] == "granite" else {}
+        config |= {
+            "model_type": types[config["model_type"]],
+            "mm_vision_tower": tower.facts.source,
+            "mm_hidden_size": tower.width,
+            "mm_projector_type": kind,
+            "mm_vision_select_layer": _layer(tower),
+            "mm_vision_select_feature": tower.facts.tokens,
+            "image_aspect_ratio": "pad" if vlm.spec.towers[0].resize == "pad" else "square",
+            "tokenizer_padding_side": "right",
+            "use_mm_proj": True,
+            "use_s2": bool(tower.facts.s2),
+            trained: True,
+        }
+        if tower.facts.s2:
+            config["s2_scales"] = ",".join(map(str, tower.facts.s2))
+        inside = "model." if tower.facts.family == "eva02_clip" else "vision_model."
+        state = _language(vlm) | _seen(tower, eyes[tower.facts.family], merged.TOWER + inside)
+        return config, state | write_state(kind, vlm.connector.state_dict(), merged.CONNECTOR), {}
+
+    return written
+
+
+_BUNNYS = ("ldp", "minigpt", "vanilla", "spp", "spp_v1", "spp_v2", "spp_v3")
+
+
+def _minicpm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Granite's multipliers as MiniCPM's scales: the inverse of `languages._minicpm`."""
+    return {
+        "scale_emb": config["embedding_multiplier"],
+        "scale_depth": config["residual_multiplier"] * math.sqrt(config["num_hidden_layers"]),
+        "dim_model_base": config["hidden_size"] / config["logits_scaling"],
+    }
+
+
+# --- TinyLLaVA Factory ------------------------------------------------------------------------------------------------
+
+
+def _factory(vlm: VLM) -> Written:
+    name = "TinyLLaVA Factory"
+    text = _language_config(vlm)
+    eyes = {"siglip_vision_model": "transformers", "clip_vision_model": "transformers", "dinov2": "transformers"}
+    tower = _eye(vlm, name, eyes)
+    if tower.facts.s2:
+        raise RecipeError(f"{name} has no multi-scale towers, and {tower.facts.source} runs at {tower.facts.s2}")
+    # Its `patch` drops the first token whatever it is: of CLIP the class token, of SigLIP a patch.
+    said = {"drop_first": "patch", "cls_patch": "cls_patch"}
+    if tower.facts.tokens == "patch" and tower.facts.family != "siglip_vision_model":
+        said["patch"] = "patch"
+    elif tower.facts.tokens == "patch":
+        said["patch"] = "cls_patch"  # keeps all that there are
+    kind = _kind(vlm, name, lambda kind: _is_mlp(kind) or kind in ("resampler", "qformer"))
+    options = vlm.recipe.connector.options
+    inside = "" if tower.facts.family == "dinov2" else "vision_model."
+    config = {
+        "architectures": ["TinyLlavaForConditionalGeneration"],
+        "model_type": "tinyllava",
+        "connector_type": kind,
+        "llm_model_name_or_path": vlm.recipe.language.name,
+        "tokenizer_name_or_path": vlm.recipe.language.name,
+        "vision_model_name_or_path": tower.facts.source,
+        "vision_model_name_or_path2": "",
+        "hidden_size": text["hidden_size"],
+        "vision_hidden_size": tower.width,
+        "vocab_size": text["vocab_size"],
+        "image_aspect_ratio": "pad" if vlm.spec.towers[0].resize == "pad" else "square",
+        "image_token_index": -200,
+        "ignore_index": -100,
+        "vision_feature_layer": _layer(tower),
+        "vision_feature_select_strategy": said[tower.facts.tokens],
+        "num_queries": options.get("queries", 128),
+        "num_resampler_layers": options.get("layers", 3),
+        "tokenizer_padding_side": "right",
+        "text_config": text,
+        "vision_config": dict(tower.facts.config) | {"model_name_or_path": tower.facts.source},
+    }
+    state = _language(vlm, tinyllava.LANGUAGE) | _seen(tower, eyes[tower.facts.family], tinyllava.TOWER + inside)
+    return config, state | write_state(kind, vlm.connector.state_dict(), tinyllava.CONNECTOR), {}
+
+
+# --- HF LLaVA ---------------------------------------------------------------------------------------------------------
+
+SCALED = ("gemma2", "granite", "cohere", "cohere2")
+"""Language models whose logits are scaled or capped after the output layer, which transformers' LLaVA leaves out."""
+IMAGE = "<image>"
+
+
+def _hf_llava(vlm: VLM) -> Written:
+    """The spelling that vLLM reads too: `vision_tower.vision_model.*`, `language_model.model.*`, and `architectures` in
+    text_config but not in vision_config (ecosystem: llama.cpp would route by it)."""
+    name = "HF LLaVA"
+    tower = _eye(vlm, name, {"siglip_vision_model": "transformers", "clip_vision_model": "transformers"})
+    facts, text = tower.facts, _language_config(vlm)
+    if facts.s2:
+        raise RecipeError(f"{name} has no multi-scale towers, and {facts.source} runs at {facts.s2}")
+    if facts.tokens == "drop_first" and facts.family == "siglip_vision_model":
+        raise RecipeError(f"{name} cannot leave out a patch, and this model was taught without the first of SigLIP's")
+    if (kind := vlm.recipe.connector.kind) != "mlp2x_gelu":
+        raise RecipeError(f"{name} has one connector, mlp2x_gelu, and this model has {kind}")
+    language = _language(vlm)
+    if "lm_head.bias" in language:
+        if language.pop("lm_head.bias").abs().max() > 0:
+            raise RecipeError(f"{name} has no bias in the output layer, and {vlm.recipe.language.name} has one")
+    if text["model_type"] in SCALED:
+        raise RecipeError(
+            f"{name} leaves out how {text['model_type']} scales or caps its logits, so answers would differ"
+        )
+    text["tie_word_embeddings"] = "lm_head.weight" not in language
+    token = _image_token(vlm, text, language)
+    default = facts.family == "clip_vision_model" and facts.tokens != "cls_patch"
+    vision = {key: value for key, value in facts.config.items() if key not in ("architectures", "transformers_version")}
+    built = len(list(tower.model.get_submodule("encoder.layers")))
+    vision |= {"num_hidden_layers": built, "image_size": facts.size}
+    if facts.family == "siglip_vision_model":
+        vision["vision_use_head"] = "head" in facts.keep
+    rest = {key: x for key, x in tower.model.state_dict().items()}
+    if not any(key.startswith("post_layernorm.") for key in rest):  # never run, but the class has it
+        width = int(vision["hidden_size"])
+        rest |= {"post_layernorm.weight": torch.ones(width), "post_layernorm.bias": torch.zeros(width)}
+    kind_of = next(iter(language.values())).dtype
+    state = {f"language_model.{key}": x for key, x in language.items()}
+    state |= {f"vision_tower.vision_model.{key}": x.to(kind_of) for key, x in rest.items() if "position_ids" not in key}
+    for at, place in (("0", "1"), ("2", "2")):
+        for what in ("weight", "bias"):
+            state[f"multi_modal_projector.linear_{place}.{what}"] = vlm.connector.state_dict()[f"{at}.{what}"]
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": token,
+        "image_seq_length": vlm.spec.tokens,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": facts.depth - built - 1,
+        "vision_feature_select_strategy": "default" if default else "full",
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "dtype": str(kind_of).removeprefix("torch."),
+        "text_config": text,
+        "vision_config": vision,
+    }
+    view = vlm.spec.towers[0]
+    side = {"height": view.size, "width": view.size}
+    clip = facts.family == "clip_vision_model" and view.resize == "crop"
+    images = {
+        "image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor",
+        "size": {"shortest_edge": view.size} if clip else side,
+        "crop_size": side,
+        "image_mean": list(view.mean),
+        "image_std": list(view.std),
+        "resample": 3,
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": int(facts.config["patch_size"]),
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+        "num_additional_image_tokens": 1 if default else 0,
+        "image_token": IMAGE,
+    }
+    return config, state, {"preprocessor_config.json": images, "processor_config.json": processor}
+
+
+def _image_token(vlm: VLM, text: dict[str, Any], language: State) -> int:
+    """The id of `<image>`, which the class writes the image over: the tokenizer's, or a new one behind all others."""
+    if vlm.tokenizer is None:
+        raise RecipeError("HF LLaVA needs a tokenizer, in which <image> is a token; this model has none")
+    if IMAGE not in vlm.tokenizer.get_vocab():
+        vlm.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    token = int(vlm.tokenizer.convert_tokens_to_ids(IMAGE))
+    if token >= text["vocab_size"]:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in language:
+                more = language[name].new_zeros(token + 1 - text["vocab_size"], language[name].shape[1])
+                language[name] = torch.cat([language[name], more])
+        text["vocab_size"] = token + 1
+    return token
+
+
+LAYOUTS: dict[str, Layout] = {
+    "hf-llava": Layout("transformers' LLaVA, which vLLM reads too", _hf_llava),
+    "bunny": Layout(
+        "Bunny, merged",
+        _merged(
+            "Bunny",
+            {
+                "phi": "bunny-phi", "phi3": "bunny-phi3", "stablelm": "bunny-stablelm", "qwen2": "bunny-qwen2",
+                "llama": "bunny-llama", "granite": "bunny-minicpm",
+            },
+            "unfreeze_vision_tower",
+        ),
+    ),
+    "llava": Layout(
+        "LLaVA 1.5, merged",
+        _merged(
+            "LLaVA",
+            {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"},
+            "unfreeze_mm_vision_tower",
+        ),
+    ),
+    "tinyllava": Layout("TinyLLaVA Factory, tuned", _factory),
+}  # fmt: skip
