@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import replace
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import leveret
 from fakes import tiny_tokenizer
 from leveret.cli import explain, run
 from leveret.model import checkpoint, peers
@@ -117,7 +120,8 @@ def bunny(place: Path) -> tuple[Path, Path]:
     from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     told = Qwen2Config(**small, num_key_value_heads=2, vocab_size=len(tokenizer) + 7, tie_word_embeddings=False)
     tower = SiglipVisionModel(SiglipVisionConfig(**{**small, "hidden_size": 16}, image_size=28, patch_size=14))
@@ -148,6 +152,12 @@ def test_convert_writes_a_model_that_chat_and_eval_take(tmp_path: Path, capsys: 
     text = (tmp_path / "ours/config.json").read_text()
     assert "google/siglip-so400m-patch14-384" in text and str(tmp_path) not in text  # no path of this machine
     assert ours.recipe.vision.resize == "pad"
+    # As it was saved, in halves too, it answers on a CPU.
+    assert run(["convert", str(folder), str(tmp_path / "halves"), "--hub", str(hub), "--dtype", "float16"]) == 0
+    assert checkpoint.load(tmp_path / "halves").dtype == torch.float16
+    picture = tmp_path / "p.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    assert isinstance(leveret.load(tmp_path / "halves").ask(picture, "What is this?", max_new_tokens=3), str)
     assert run(["convert", str(folder), str(folder / "inside"), "--hub", str(hub)]) == 2
 
 

@@ -79,7 +79,10 @@ def load(path: str | Path, device: str = "auto", *, precision: Precision = "auto
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).strip().splitlines()[0]
         raise EnvironmentFault(f"device {device!r} cannot be used ({reason}); try auto or cpu") from fault
-    return Model(load_vlm(path, device), precision=precision)
+    vlm = load_vlm(path, device)
+    if vlm.device.type == "cpu" and vlm.dtype == torch.float16:
+        vlm.cast(torch.float32)  # on a CPU bf16 autocast takes no halves, and without it they are emulated
+    return Model(vlm, precision=precision)
 
 
 def opening(image: Picture, question: str) -> tuple[tuple[ImageRef, ...], tuple[Turn, ...]]:

@@ -6,6 +6,7 @@ Remote code is never run, and pickled weights are only read with torch's `weight
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -36,13 +37,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing but errors."""
+    """transformers says nothing but errors: nothing of old settings, nor of types that it does not know."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(before)
 

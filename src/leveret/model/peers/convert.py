@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from leveret.model import checkpoint, parts
-from leveret.model.peers import PEERS, Folder, read, recognise
+from leveret.model.peers import Folder, read
 from leveret.model.peers.assemble import assemble
 from leveret.model.peers.write import LAYOUTS, write
 from leveret.runs import DataError, RecipeError, closest
@@ -78,4 +78,4 @@ def _open(
         vlm = checkpoint.load(own)
         return (vlm.cast(dtype) if dtype is not None else vlm), OURS, []
     foreign = read(source, hub=hub, base=base)
-    return assemble(foreign, source, dtype), PEERS[str(recognise(Folder(source)))].name, foreign.notes
+    return assemble(foreign, source, dtype), foreign.tool, foreign.notes

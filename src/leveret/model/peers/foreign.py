@@ -55,6 +55,7 @@ class Hub:
 class Foreign:
     """What a peer's folder holds.
 
+    tool       that wrote it.
     recipe     the composition; towers are named by rows of TOWERS or by paths.
     seen       place among the towers -> its tensors, under any names of tower_keys.LAYOUTS; a tower that is not there
                has the weights that its own source holds.
@@ -67,6 +68,7 @@ class Foreign:
     notes      what was done otherwise than names say, for people.
     """
 
+    tool: str
     recipe: ModelRecipe
     seen: Mapping[int, State]
     connector: State

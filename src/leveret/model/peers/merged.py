@@ -123,7 +123,9 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
         chat=dialect.chats.get(str(config["model_type"]), dialect.chat),
     )
-    return Foreign(recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, (tower,), cut=True)
+    return Foreign(
+        dialect.name, recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, (tower,), cut=True
+    )
 
 
 def _scales(config: Mapping[str, Any]) -> list[int]:

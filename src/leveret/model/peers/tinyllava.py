@@ -77,7 +77,9 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         named = str(config.get("tokenizer_name_or_path") or source)
         spoken = hub.get(named, f"{folder.path}: the tokenizer")
     eyes = tuple(name.removeprefix(MOF) for name in names if name)
-    return Foreign(recipe, towers, connector, language, facts, spoken, notes, eyes, positions="dino")
+    return Foreign(
+        "TinyLLaVA Factory", recipe, towers, connector, language, facts, spoken, notes, eyes, positions="dino"
+    )
 
 
 def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
