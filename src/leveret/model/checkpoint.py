@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,24 +53,32 @@ def save(vlm: VLM, folder: str | Path) -> Path:
     folder = Path(folder)
     if adapters := [name for name in vlm.state_dict() if "lora_" in name]:
         raise ValueError(f"the language model still carries adapters ({adapters[0]}, ..): merge them before saving")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.new"
-    fresh.mkdir()
-    try:
+    with fresh_folder(folder) as fresh:
         if vlm.tokenizer is not None:
             vlm.tokenizer.save_pretrained(fresh)
         (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
         tensors = {name: tensor.detach().contiguous() for name, tensor in stored(vlm)}
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         (fresh / "config.json").write_text(json.dumps(config_of(vlm), indent=2, sort_keys=True) + "\n", "utf-8")
+    return folder
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write a model into (config.json and model.safetensors, and what goes with them), which then takes the
+    place of `folder`: a reader finds the old one or the new one. At any error nothing of it stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.new"
+    fresh.mkdir()
+    try:
+        yield fresh
         # safetensors writes for the owner alone; the model shall be as readable as the files beside it
         (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode)
         for file in [*fresh.iterdir(), fresh]:
             _flush(file)
-        replace_folder(folder, fresh)
+        _replace(folder, fresh)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return folder
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
@@ -203,7 +212,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def replace_folder(folder: Path, fresh: Path) -> None:
+def _replace(folder: Path, fresh: Path) -> None:
     """Renames `fresh` to `folder`. A folder cannot be renamed over a full one, so the old one steps aside first."""
     old = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.old"
     if folder.exists():

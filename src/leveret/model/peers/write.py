@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from leveret.inputs.formats import CHATS
 from leveret.model import tower_keys
-from leveret.model.checkpoint import replace_folder, stored
+from leveret.model.checkpoint import fresh_folder, stored
 from leveret.model.peers import merged, tinyllava
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
@@ -49,10 +47,7 @@ def write(vlm: VLM, out: str | Path, layout: str) -> Path:
 
     out = Path(out)
     config, state, more = LAYOUTS[layout].write(vlm)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.parent / f".{out.name}.{uuid4().hex[:8]}.new"
-    fresh.mkdir()
-    try:
+    with fresh_folder(out) as fresh:
         if vlm.tokenizer is not None:
             vlm.tokenizer.save_pretrained(fresh)
         (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
@@ -60,10 +55,6 @@ def write(vlm: VLM, out: str | Path, layout: str) -> Path:
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         for name, content in {"config.json": config, **more}.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode)
-        replace_folder(out, fresh)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return out
 
 
