@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.runs import DataError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def package_file(path: str, wanted_by: str) -> Path:
@@ -90,3 +93,64 @@ def missing(source: str, where: str, fault: Exception, what: str = "the weights"
         f"{where}: {what} of {source!r} could not be read ({reason}). With a connection: "
         f"`hf download {source} --local-dir {name}`, then set {where}={name}; a gated model also needs `hf auth login`"
     )
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickle; nested dictionaries have their names joined by dots.
+
+    DataError where the file is damaged, holds anything but tensors, or would run code.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except pickle.UnpicklingError as fault:
+        raise DataError(
+            f"{file}: cannot be read as weights: a pickle that holds more than tensors "
+            f"({str(fault).splitlines()[0][:120]}). Reading it could run code; ask its author for safetensors"
+        ) from None
+    except Exception as fault:  # neither torch nor safetensors has an error class of its own for a broken file
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0][:120]
+        raise DataError(f"{file}: cannot be read as weights; it is damaged or cut short ({reason})") from None
+    return dict(_flat(found, file))
+
+
+def _is_zip(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(2) == b"PK"
+
+
+def _flat(found: Any, file: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    import torch
+
+    if not isinstance(found, Mapping):
+        raise DataError(f"{file}: holds a {type(found).__name__} that is not names and tensors")
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, file, f"{prefix}{name}.")
+        else:
+            raise DataError(f"{file}: holds a {type(value).__name__} ({prefix}{name}) that is not names and tensors")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The shards of an index, each once, as they are named first. DataError where the file is no index, or names a
+    file outside its folder or one that is not there."""
+    try:
+        named = json.loads(index.read_text("utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, AttributeError) as fault:
+        raise DataError(f"{index}: not an index of shards ({type(fault).__name__}: {fault})") from None
+    files = [index.parent / name for name in dict.fromkeys(named)]
+    for file in files:
+        if file.resolve().parent != index.parent.resolve():
+            raise DataError(f"{index}: names {file.name!r} outside its folder; nothing there is read")
+        if not file.is_file():
+            raise DataError(f"{index}: lists {file.name}, which is not there; the download is not complete")
+    return files

@@ -5,16 +5,14 @@ Pickled files are read with torch's `weights_only`: tensors and plain containers
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
-from leveret.model.hub import missing
+from leveret.model.hub import missing, read_tensors, shards_of
 from leveret.runs import DataError, EnvironmentFault
 
 NAMES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
@@ -26,24 +24,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     DataError when a file is damaged, holds code, or anything else than named tensors.
     """
-    try:
-        if path.name.endswith(".index.json"):
-            files = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-            return {name: tensor for file in files for name, tensor in read_weights(path.parent / file).items()}
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # what is not looked at is not read
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except DataError:
-        raise
-    except Exception as fault:  # neither library has one error class of its own
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as weights ({reason})") from fault
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise DataError(f"{path}: holds a {type(state).__name__} that is not names and tensors")
-    return dict(state)
+    files = shards_of(path) if path.name.endswith(".index.json") else [path]
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
 def weights_file(source: str, repo: str = "", file: str = "", where: str = "model.vision.tower") -> Path:

@@ -7,12 +7,13 @@ as they were saved; what they mean is the business of each peer's own file.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leveret.model.hub import read_tensors, shards_of
 from leveret.runs import DataError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Folder:
             for stem in STEMS:
                 index = folder / f"{stem}.{ending}.index.json"
                 if index.is_file():
-                    return _listed(index)
+                    return shards_of(index)
                 if (folder / f"{stem}.{ending}").is_file():
                     return [folder / f"{stem}.{ending}"]
         return []
@@ -75,66 +76,6 @@ class Folder:
             wanted = ", ".join(f"{stem}.safetensors or {stem}.bin" for stem in STEMS)
             raise DataError(f"{self.path / inside} holds no weights: none of {wanted}, or an index of shards")
         return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-
-
-def _listed(index: Path) -> list[Path]:
-    """The shards of an index, each once, in the order in which they are named first."""
-    try:
-        named = json.loads(index.read_text("utf-8"))["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError) as fault:
-        raise DataError(f"{index}: not an index of shards ({type(fault).__name__}: {fault})") from None
-    files = [index.parent / name for name in dict.fromkeys(named)]
-    for file in files:
-        if file.resolve().parent != index.parent.resolve():
-            raise DataError(f"{index}: names {file.name!r} outside its folder; nothing there is read")
-        if not file.is_file():
-            raise DataError(f"{index}: lists {file.name}, which is not there; the download is not complete")
-    return files
-
-
-def read_tensors(file: Path) -> State:
-    """The tensors of a .safetensors file or of a pickle; nested dictionaries have their names joined by dots.
-
-    DataError where the file is damaged, holds anything but tensors, or would run code.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except pickle.UnpicklingError as fault:
-        raise DataError(
-            f"{file}: a pickle that holds more than tensors ({str(fault).splitlines()[0][:120]}). It is not read, for "
-            "reading it could run code; ask its author for safetensors"
-        ) from None
-    except Exception as fault:  # neither torch nor safetensors has an error class of its own for a broken file
-        raise DataError(
-            f"{file}: cannot be read; it is damaged or cut short ({str(fault).splitlines()[0][:120]})"
-        ) from None
-    state: State = dict(_flat(found, file))
-    return state
-
-
-def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        return opened.read(2) == b"PK"
-
-
-def _flat(found: Any, file: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    import torch
-
-    if not isinstance(found, Mapping):
-        raise DataError(f"{file}: a {type(found).__name__}, where a dictionary of tensors belongs")
-    for name, value in found.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Mapping):
-            yield from _flat(value, file, f"{prefix}{name}.")
 
 
 def renamed(state: Mapping[str, Any], *pairs: tuple[str, str]) -> State:
