@@ -7,7 +7,7 @@ as they were saved; what they mean is the business of each peer's own file.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +135,3 @@ def shown(names: Sequence[str] | Mapping[str, Any], most: int = 12) -> str:
     """Names for a message."""
     listed = sorted(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
-
-
-Read = Callable[[Folder], Any]

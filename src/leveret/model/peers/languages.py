@@ -63,7 +63,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Config]]] = {
 
 REFUSED = {
     "openelm": "its layers differ in heads and width, which no class of transformers builds",
-    "mpt": "transformers' MPT has other names for its layers, and no published model of this family uses it",
+    "llava_mpt": "there is no table yet for the names of MosaicML's own class",
 }
 """Model types that are met but cannot be had, and why."""
 
