@@ -17,6 +17,7 @@ from PIL import Image
 import leveret
 from fakes import tiny_tokenizer
 from leveret.cli import explain, run
+from leveret.inputs.resize import prepare
 from leveret.model import checkpoint, peers
 from leveret.model.peers.write import write
 from leveret.model.vlm import VLM
@@ -90,6 +91,16 @@ def test_a_peers_model_computes_what_its_own_code_computed(family: str) -> None:
                 told |= {"size": size_of(said["meta"]), "dtype": torch.float32}
                 loaded[key] = peers.load(folder / key[0], **told)
             check(loaded[key], case, arrays, said["meta"])
+            if case.get("image"):
+                seen_as_the_original(loaded[key], case, arrays, folder)
+
+
+def seen_as_the_original(vlm: VLM, case: dict[str, Any], arrays: Any, folder: Path) -> None:
+    """What the model's own views make of the image is what the original's processor made."""
+    expected = pixels_of(vlm, case, arrays)
+    with Image.open(folder / "images" / Path(case["image"]).name) as image:
+        for view in vlm.spec.towers:
+            close(torch.from_numpy(prepare(image.convert("RGB"), view)), expected[view.name][0].numpy(), 1e-6, "pixels")
 
 
 def check(vlm: VLM, case: dict[str, Any], arrays: Any, meta: dict[str, Any]) -> None:
@@ -162,8 +173,13 @@ def test_convert_writes_a_model_that_chat_and_eval_take(tmp_path: Path, capsys: 
 
 
 class _Evil:
+    """What reading would run: it leaves a folder at `trace`."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = str(trace)
+
     def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/leveret-was-here",)
+        return os.mkdir, (self.trace,)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +237,14 @@ def test_what_cannot_be_read_is_refused_in_one_line(harm: str, said: str, tmp_pa
     if harm in ("code", "a shard away", "a shard outside"):
         (folder / "model.safetensors").unlink()
     if harm == "code":
-        torch.save({"model.embed_tokens.weight": _Evil()}, folder / "pytorch_model.bin")
+        torch.save({"model.embed_tokens.weight": _Evil(tmp_path / "was here")}, folder / "pytorch_model.bin")
     if harm.startswith("a shard"):
         name = "../model-2.safetensors" if harm == "a shard outside" else "model-2.safetensors"
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     place = tmp_path / "nothing" if harm == "nowhere" else folder
     with pytest.raises((DataError, EnvironmentFault, RecipeError), match=said) as caught:
         peers.load(place, hub=hub)
-    assert not Path("/tmp/leveret-was-here").exists()
+    assert not (tmp_path / "was here").exists()
     assert explain(caught.value)[0] in (2, 3, 5)
 
 

@@ -19,6 +19,8 @@ Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
 _CLIP: Moments = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF: Moments = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET: Moments = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MOMENTS = {"half": _HALF, "clip": _CLIP, "imagenet": _IMAGENET}
+"""Mean and std of the pixels, by the name that a recipe's `normalise` has."""
 
 EVA = TowerView("eva", 336, *_CLIP, resize="centre")
 """What Bunny gives EVA-02-CLIP-L-336, which has no preprocessor_config.json (multimodal_encoder/eva_clip)."""
@@ -108,7 +110,8 @@ PRISMATIC: dict[str, tuple[tuple[str, Moments, float], ...]] = {
 }
 """Prismatic's vision backbones: tower, moments, and the share of the scaled picture that is cut out (crop_pct)."""
 
-_STRATEGIES: dict[str, Resize] = {"resize-naive": "squash", "resize-crop": "centre", "letterbox": "letterbox"}
+STRATEGIES: dict[str, Resize] = {"resize-naive": "squash", "resize-crop": "centre", "letterbox": "letterbox"}
+"""Prismatic's image_resize_strategy in our words."""
 
 
 def prismatic_views(backbone: str, size: int, strategy: str) -> tuple[TowerView, ...]:
@@ -123,9 +126,9 @@ def prismatic_views(backbone: str, size: int, strategy: str) -> tuple[TowerView,
         near = closest(backbone, PRISMATIC)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"vision_backbone_id: {backbone!r} is not Prismatic's. Allowed: {', '.join(PRISMATIC)}{hint}")
-    if strategy not in _STRATEGIES:
-        raise RecipeError(f"image_resize_strategy: {strategy!r} is none of {', '.join(_STRATEGIES)}")
-    kind = _STRATEGIES[strategy]
+    if strategy not in STRATEGIES:
+        raise RecipeError(f"image_resize_strategy: {strategy!r} is none of {', '.join(STRATEGIES)}")
+    kind = STRATEGIES[strategy]
     return tuple(
         TowerView(name, size, *moments, resize=kind, short=0 if share == 1 or kind == "squash" else int(size / share))
         for name, moments, share in PRISMATIC[backbone]

@@ -10,20 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from leveret.model.recipe import Moments
+from leveret.inputs.views import MOMENTS
 from leveret.model.recipe import Tokens as TokenChoice
 from leveret.records import Resize
 
 Resample = Literal["bicubic", "bilinear", "nearest"]
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-MOMENTS: dict[Moments, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "half": (HALF, HALF),
-    "clip": (CLIP_MEAN, CLIP_STD),
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-}
+(CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD) = MOMENTS["clip"], MOMENTS["imagenet"]
+HALF, _ = MOMENTS["half"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import nn
 
+from leveret.inputs.views import MOMENTS
 from leveret.model.hub import package_file, read_config
 from leveret.model.recipe import TowerRecipe, VisionRecipe
 from leveret.model.tables import unknown
-from leveret.model.tower_facts import MOMENTS, TOWER_FAMILIES, TowerFacts
+from leveret.model.tower_facts import TOWER_FAMILIES, TowerFacts
 from leveret.model.tower_files import eva_config, is_timm, timm_config
 from leveret.records import Resize
 from leveret.runs import RecipeError

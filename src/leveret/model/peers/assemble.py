@@ -31,9 +31,10 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
 
     with quiet():  # about a model type that transformers does not know
         tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
-    kept: list[list[Kept]] = []
-    for place, facts in enumerate(describe_all(foreign.recipe.vision)):
-        kept.append(parts_of(facts, foreign.seen[place]) if place in foreign.seen else [])
+    described = describe_all(foreign.recipe.vision)
+    kept = [
+        parts_of(facts, foreign.seen[place]) if place in foreign.seen else [] for place, facts in enumerate(described)
+    ]
     spoken, tables = foreign.facts, dict(foreign.language)
     if foreign.cut and len(tokenizer) < spoken.vocab:
         spoken = replace(spoken, vocab=len(tokenizer))
@@ -46,22 +47,22 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
     with no_init_weights():
         eyes = [
             towers.fill_tower(
-                facts,
+                replace(facts, keep=tuple(kept[place])),
                 foreign.seen[place],
                 where=str(source),
                 positions=foreign.positions if facts.family == "dinov2" else None,
             )
             if place in foreign.seen
             else towers.load_tower(facts)
-            for place, facts in enumerate(describe_all(recipe.vision))
+            for place, facts in enumerate(described)
         ]
         language = languages.build_language(spoken)
         vlm = join(recipe, eyes, language, tokenizer=tokenizer)
     if dtype is None:
         dtype = Counter(tensor.dtype for tensor in foreign.language.values()).most_common(1)[0][0]
+    if language.get_output_embeddings().weight is language.get_input_embeddings().weight:
+        tables.pop("lm_head.weight", None)  # a checkpoint may say twice what is one
     seen = {name: tensor for name, tensor in stored(vlm) if name.startswith("towers.")}
-    tied = {name.removeprefix("language.") for name, _ in stored(vlm) if name.startswith("language.")}
-    tables = {name: tensor for name, tensor in tables.items() if name in tied or not _is_tied(name, vlm)}
     state = seen | _under("connector.", foreign.connector) | _under("language.", tables)
     fill(vlm, {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, source)
     _call(vlm, foreign.names)
@@ -94,9 +95,3 @@ def parts_of(facts: TowerFacts, state: State) -> list[Kept]:
 
 def _under(prefix: str, state: Mapping[str, Any]) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def _is_tied(name: str, vlm: VLM) -> bool:
-    """Whether a tensor of the language model is another one's, so that a checkpoint that holds both says it twice."""
-    head = vlm.language.get_output_embeddings()
-    return name == "lm_head.weight" and head.weight is vlm.language.get_input_embeddings().weight

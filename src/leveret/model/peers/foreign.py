@@ -1,20 +1,17 @@
-"""A peer's model told in our words: what it is made of, and its tensors under our names; and how it becomes a VLM."""
+"""A peer's model told in our words: what it is made of, and its tensors; and where what it stands on is looked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
 from leveret.model.recipe import ModelRecipe
 from leveret.model.tower_keys import Positions
 from leveret.runs import DataError, EnvironmentFault
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leveret.inputs.formats import published
+from leveret.inputs.views import STRATEGIES
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, read_tensors, renamed
 from leveret.model.peers.foreign import Foreign, Hub, rows_of
@@ -66,7 +67,6 @@ LANGUAGES: dict[str, tuple[str, str]] = {
 }
 """llm_backbone_id -> (hub id, prompt builder): prismatic/models/backbones/llm/*.py"""
 
-RESIZES = {"letterbox": "letterbox", "resize-naive": "squash", "resize-crop": "centre"}
 PREFIXES = {"clip": "clip_featurizer.", "siglip": "siglip_featurizer.", "dinov2": "dino_featurizer."}
 
 
@@ -89,7 +89,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     model = folder.config["model"]
     backbone: Backbone = _row(BACKBONES, str(model["vision_backbone_id"]), "vision_backbone_id", folder)
     source, builder = _row(LANGUAGES, str(model["llm_backbone_id"]), "llm_backbone_id", folder)
-    resize = _row(RESIZES, str(model["image_resize_strategy"]), "image_resize_strategy", folder)
+    resize = _row(STRATEGIES, str(model["image_resize_strategy"]), "image_resize_strategy", folder)
     notes: list[str] = []
     whole = read_tensors(folder.path / CHECKPOINT)
     home = Folder(hub.get(base or source, f"{folder.path}: the language model's settings and tokenizer"))
