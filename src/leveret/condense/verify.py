@@ -127,7 +127,8 @@ def _contaminated(opened: Opened, seed: int, found: dict[str, Any]) -> None:
         return
     config: Any = opened.recipe.steps[AGAINST]
     rows = (*opened.state.earlier, opened.state.rows)[0]
-    x, told = [], []  # unit vectors, and the cosines that were written down: NaN where a row was not dropped
+    x: list[Array] = []  # unit vectors
+    told: list[float] = []  # the cosines that were written down: NaN where a row was not dropped
     for wanted in (True, False):
         first: list[tuple[int, int, int]] = []  # (key, part, place)
         for number, part in enumerate(rows.parts):
@@ -135,18 +136,20 @@ def _contaminated(opened: Opened, seed: int, found: dict[str, Any]) -> None:
             keys = hash_keys(part.read("hash")[0][places], seed, SALT)
             for at in np.argsort(keys, kind="stable")[:MET].tolist():
                 first.append((int(keys[at]), number, int(places[at])))
-        for _, number, place in sorted(first)[:MET]:
-            x.append(unit(rows.parts[number].reader()(np.array([place])))[0])
-            told.append(load(rows.place(AGAINST, rows.parts[number]), "benchmark_cosine")[0][place])
+        chosen = sorted(first)[:MET]
+        for number in sorted({number for _, number, _ in chosen}):
+            places = np.array([place for _, of, place in chosen if of == number])
+            x.extend(unit(rows.parts[number].reader()(places)))
+            told.extend(load(rows.place(AGAINST, rows.parts[number]), "benchmark_cosine")[0][places])
     if not x:
         return
-    highest = np.full(len(x), -np.inf)
+    chosen_rows, highest = np.stack(x), np.full(len(x), -np.inf)
     try:
         for part in [part for one in opened.benchmarks for part in one.parts()]:
             everything = part.reader()
             for some in spans(part.n, LARGEST // 2):
                 images = unit(everything(np.arange(some.start, some.stop)))
-                highest = np.maximum(highest, (np.stack(x) @ images.T).max(1))
+                highest = np.maximum(highest, (chosen_rows @ images.T).max(1))
     except (DataError, OSError):
         return  # what is finished needs them no more
     found["contaminated"] = len(x)
