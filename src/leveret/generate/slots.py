@@ -21,7 +21,8 @@ from torch import Tensor
 from leveret.generate.cache import Shelf, SlotCache
 from leveret.generate.sampling import Picker
 from leveret.generate.text import Stops, decode
-from leveret.model.vlm import VLM, only_rows
+from leveret.model.rows import only_rows
+from leveret.model.vlm import VLM
 from leveret.records import IGNORE, Batch
 from leveret.runs import EnvironmentFault
 
@@ -180,7 +181,7 @@ class Slots:
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             embeddings = self.vlm.embed(batch)
             mask = self.masks.of(at, max(starts) + length, embeddings.dtype)
-            with only_rows(self.vlm.language.get_output_embeddings(), last if logits else torch.zeros_like(last)):
+            with only_rows(self.vlm.language, last if logits else torch.zeros_like(last)):
                 out = self.vlm.language(
                     inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
                     past_key_values=self.cache, use_cache=True,

@@ -20,8 +20,7 @@ positions, V vocabulary. A batch without images never touches the towers. Nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 
 from leveret.model.fusion import fuse
 from leveret.model.recipe import ModelRecipe
+from leveret.model.rows import only_rows
 from leveret.records import IGNORE, Batch, ImageSpec
 
 if TYPE_CHECKING:
@@ -139,13 +139,14 @@ class VLM(nn.Module):
     def forward(self, batch: Batch, *, logits: Logits = "supervised") -> VLMOutput:
         """Summed loss and logits of a batch.
 
-        The output layer runs only on the rows asked for: "supervised" (training), "last" (the next token of every
-        row) or "all". Labels are shifted here, never across a segment; padding is masked on either side.
+        The output layer, and what only it reads (rows.py), runs on the rows asked for: "supervised" (training), "last"
+        (the next token of every row) or "all". Labels are shifted here, never across a segment; padding is masked on
+        either side.
         """
         embeddings = self.embed(batch)  # [B, T, D]
         targets = next_labels(batch)  # [B, T]; IGNORE where the next token is not supervised
         rows = {"supervised": targets != IGNORE, "last": last_real(batch.attention_mask), "all": None}[logits]
-        with only_rows(self.language.get_output_embeddings(), rows):
+        with only_rows(self.language, rows):
             scores = self.language(inputs_embeds=embeddings, use_cache=False, **attention_inputs(batch)).logits
         if rows is not None:
             scores = scores.squeeze(0)  # [K, V]
@@ -192,20 +193,3 @@ def attention_inputs(batch: Batch) -> dict[str, Tensor | None]:
     positions = batch.position_ids.masked_fill(~batch.attention_mask.bool(), 0)
     packed = bool((batch.segments > 0).any())
     return {"position_ids": positions, "attention_mask": None if packed else batch.attention_mask}
-
-
-@contextmanager
-def only_rows(head: nn.Module, rows: Tensor | None) -> Iterator[None]:
-    """Let the output layer see only the hidden rows where `rows` [B, T] is True: it then gets [1, K, D].
-
-    A hook, not a call of our own: what a family does after its output layer (Gemma's soft cap, Granite's scale)
-    is then done by the family's code.
-    """
-    if rows is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][rows].unsqueeze(0), *args[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from leveret.model.attention import trained_in_blocks
 from leveret.model.threads import torch_threads
 from leveret.records import Batch
 from leveret.runs import (
@@ -172,7 +173,7 @@ class Teacher:
         optimiser.zero()
         torch.manual_seed(state.random_seed(self.job.seed, self.job.stage, self.step, self.ranks.rank))
         for batch, _ in batches:
-            with autocast(self.job.device, self.job.precision):
+            with autocast(self.job.device, self.job.precision), trained_in_blocks(self.vlm.language):
                 out = self.vlm(batch.to(self.job.device) if self.job.device != "cpu" else batch)
             loss = out.loss_sum * weight
             if loss.requires_grad:  # not so when only the connector learns and no sample of the pass has an image
