@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from leveret.model.language import REFUSED as LANGUAGES_REFUSED
 from leveret.runs import DataError
 
 Config = dict[str, Any]
@@ -62,7 +63,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Config]]] = {
 """Model types of peers: transformers' own, and how the settings are said there."""
 
 REFUSED = {
-    "openelm": "its layers differ in heads and width, which no class of transformers builds",
+    **LANGUAGES_REFUSED,
     "llava_mpt": "there is no table yet for the names of MosaicML's own class",
 }
 """Model types that are met but cannot be had, and why."""
