@@ -76,9 +76,9 @@ def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     turned = int(HEAD * found.get("partial_rotary_factor", 1.0))
     if turned % 2:  # 0.4 of 80 is even, of 8 it is not
         found["partial_rotary_factor"], turned = 0.5, HEAD // 2
-    for name in ("short_factor", "long_factor"):
-        if name in found:  # the first is 1 everywhere: others, so that the test sees them
-            found[name] = [1.0 + step for step in range(turned // 2)]
+    for first, name in enumerate(("short_factor", "long_factor")):
+        if name in found:  # the short ones are 1 everywhere: others, so that a test sees them
+            found[name] = [1.0 + first + step for step in range(turned // 2)]
     if found.get("rope_type") == "llama3":
         found["original_max_position_embeddings"] = 16
     return found

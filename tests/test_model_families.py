@@ -18,7 +18,7 @@ from leveret.model.language import LANGUAGES, describe
 from leveret.model.recipe import LanguageRecipe
 from leveret.model.vlm import VLM
 from leveret.records import ImageRef, Turn
-from leveret.runs import RecipeError
+from leveret.runs import DataError, RecipeError
 from test_generate_engine import picture
 
 _built: dict[str, VLM] = {}
@@ -101,6 +101,22 @@ def test_the_engine_answers_what_transformers_answers(vlm: VLM) -> None:
         assert [len(row) for row in cut] == [answer.meta["tokens"] for answer in answers]
         said = [vlm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]
         assert [answer.text for answer in answers] == said
+
+
+def test_an_answer_ends_where_the_angles_change() -> None:
+    """Phi-4-mini turns all rows by other angles as soon as one passes a length; the engine goes up to there."""
+    vlm = toy_vlm(FAMILIES["Phi-4-mini"])
+    config = vlm.language.config
+    assert config.rope_parameters["short_factor"] != config.rope_parameters["long_factor"]
+    config.rope_parameters["original_max_position_embeddings"] = 40
+    (ref, text), request = questions()[1], {"max_new_tokens": 64}
+    turns = (Turn("user", f"<image>\n{text}"),)
+    (answer,) = Engine(vlm, precision="fp32").answer([Request("q", (ref,), turns, **request)])
+    prompt = len(encode(turns, vlm.chat, vlm.tokenizer, vlm.spec, [(1, 1)], generate=True).input_ids)
+    assert prompt < 40 and answer.meta["tokens"] <= 40 - prompt
+    config.rope_parameters["original_max_position_embeddings"] = prompt
+    with pytest.raises(DataError, match=f"fills {prompt} positions and the model has {prompt}"):
+        Engine(vlm, precision="fp32").answer([Request("q", (ref,), turns, **request)])
 
 
 def test_minicpm_is_granite_by_other_names(tmp_path: Path) -> None:

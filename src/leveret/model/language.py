@@ -255,6 +255,19 @@ def load_tokenizer(source: str, where: str = "model.language.name", *, as_saved:
     return tokenizer
 
 
+def reach(config: Any) -> int | None:
+    """How many positions a prompt and its answer may fill; None where the configuration sets no bound.
+
+    `longrope` (Phi-4-mini) turns every row by other angles as soon as the longest is past the length it was first
+    trained at: keys that are kept would not fit those that follow, and an answer would depend on its company. There the
+    bound is that length.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return getattr(config, "max_position_embeddings", None)
+
+
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
