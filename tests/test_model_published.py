@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from leveret import recipe
 from leveret.cli import run
 from leveret.inputs.formats import find_chat
 from leveret.model.build import build_meta
+from leveret.model.language import LANGUAGES
 from leveret.model.parts import modules
 from leveret.model.peers import prismatic
 from leveret.model.towers import describe_all
@@ -187,6 +189,16 @@ def test_the_sizes_are_the_published_ones(name: str, capsys: pytest.CaptureFixtu
         counts = {row["part"]: row["parameters"] for row in stage["parts"]}
         tokens = stage["notes"]["tokens"].partition(" per image")[0]
         assert Sizes(**counts, tokens=int(tokens)) == SIZES[name]
+
+
+def test_the_docs_list_every_model_with_its_sizes() -> None:
+    text = (Path(__file__).parents[1] / "docs/models.md").read_text("utf-8")
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")
+    ]
+    told = {name: (int(total.replace(",", "")), int(tokens)) for name, _, _, total, tokens in rows}
+    assert told == {name: (s.vision + s.connector + s.language, s.tokens) for name, s in SIZES.items()}
+    assert all(f"`{name}`" in text for name, row in LANGUAGES.items() if not row.package)
 
 
 @pytest.mark.parametrize(
