@@ -1,7 +1,7 @@
-"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory.
+"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory, GGUF.
 
 Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
-safetensors alone. A folder is written beside its place and renamed into it.
+safetensors alone, or GGUF. A folder is written beside its place and renamed into it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from leveret.inputs.formats import CHATS
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
-from leveret.model.peers import merged, tinyllava
+from leveret.model.peers import gguf_write, merged, tinyllava
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
@@ -32,21 +32,30 @@ Written = tuple[dict[str, Any], State, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout: (model) -> what is written, RecipeError where the model does not fit."""
+    """A layout, by one of two ways; RecipeError where the model does not fit.
+
+    write  (model) -> what is written. files: (model, folder) -> notes for the user, where it writes its own files.
+    """
 
     about: str
-    write: Callable[[VLM], Written]
+    write: Callable[[VLM], Written] | None = None
+    files: Callable[[VLM, Path], list[str]] | None = None
 
 
-def write(vlm: VLM, out: str | Path, layout: str) -> Path:
-    """Writes the model as a folder of `layout` (a row of LAYOUTS), with its tokenizer and chat template; returns it.
+def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
+    """Writes the model as a folder of `layout` (a row of LAYOUTS), with its tokenizer and chat template. Returns notes
+    for the user: where what reads the layout will not do as this model was taught.
 
     RecipeError names the part that the layout cannot hold.
     """
     from safetensors.torch import save_file
 
-    out = Path(out)
-    config, state, more = LAYOUTS[layout].write(vlm)
+    out, row = Path(out), LAYOUTS[layout]
+    if row.files is not None:
+        with fresh_folder(out) as fresh:
+            return row.files(vlm, fresh)
+    assert row.write is not None
+    config, state, more = row.write(vlm)
     with fresh_folder(out) as fresh:
         if vlm.tokenizer is not None:
             vlm.tokenizer.save_pretrained(fresh)
@@ -55,7 +64,7 @@ def write(vlm: VLM, out: str | Path, layout: str) -> Path:
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         for name, content in {"config.json": config, **more}.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    return out
+    return []
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -315,6 +324,14 @@ def _image_token(vlm: VLM, text: dict[str, Any], language: State) -> int:
     return token
 
 
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _gguf(vlm: VLM, folder: Path) -> list[str]:
+    tower = _eye(vlm, "llama.cpp", dict.fromkeys(gguf_write.TOWERS, ""))
+    return gguf_write.write(folder, vlm, tower, _language_config(vlm), _language(vlm))
+
+
 LAYOUTS: dict[str, Layout] = {
     "hf-llava": Layout("transformers' LLaVA, which vLLM reads too", _hf_llava),
     "bunny": Layout(
@@ -337,4 +354,5 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "tinyllava": Layout("TinyLLaVA Factory, tuned", _factory),
+    "gguf": Layout("two GGUF files, which llama.cpp runs", files=_gguf),
 }  # fmt: skip
