@@ -687,6 +687,7 @@ _EXTRAS = {
     "tensorboard": "track",
     "wandb": "track",
     "bitsandbytes": "quant",
+    "gguf": "gguf",
 }
 _NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
 _AGAIN = "interrupted; what was finished is kept, run the same command again to go on"

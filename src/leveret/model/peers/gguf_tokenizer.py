@@ -19,7 +19,10 @@ from leveret.runs import RecipeError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"  # what SentencePiece writes for a blank
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBER"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN, _LLAMA = _WORDS.replace("NUMBER", ""), _WORDS.replace("NUMBER", "{1,3}")
 _RULES: dict[tuple[str, ...], tuple[str, str]] = {
     ("gpt2",): ("gpt-2", ""),
@@ -54,7 +57,7 @@ def vocabulary(tokenizer: Any, form: ChatFormat, rows: int, end: int | None = No
     if model["type"] != "BPE":
         raise RecipeError(f"llama.cpp: a tokenizer of the kind {model['type']} is not written here, only BPE is")
     words = _pieces(state) if model.get("byte_fallback") else _bytes(state)
-    tokens, types = _tokens(state, rows, bool(model.get("byte_fallback")))
+    tokens, types = _tokens(state, rows, bool(model.get("byte_fallback")), tokenizer.unk_token)
     keys: dict[str, Any] = dict(words.keys) | {"token_list": tokens, "token_types": types}
     if model.get("byte_fallback"):
         keys["token_scores"] = _scores(model, tokens)
@@ -117,10 +120,11 @@ def _pieces(state: Mapping[str, Any]) -> Vocabulary:
     if missing := [n for n in range(256) if f"<0x{n:02X}>" not in state["model"]["vocab"]]:
         raise RecipeError(f"llama.cpp needs a token for every byte, and this tokenizer has none for {missing[0]}")
     notes = []
-    if before == "first":
+    if metaspace and prefix:
+        where = "the first text alone, and only" if before == "first" else "a text only"
         notes.append(
-            "this tokenizer puts a blank before the first text alone, llama.cpp also after every special token: ids may "
-            "differ there"
+            f"this tokenizer puts a blank before {where} where none stands already; llama.cpp puts one before every "
+            "text that follows a special token: ids may differ there"
         )
     return Vocabulary({"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": prefix}, notes)
 
@@ -128,9 +132,8 @@ def _pieces(state: Mapping[str, Any]) -> Vocabulary:
 _SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
-def _tokens(state: Mapping[str, Any], rows: int, pieces: bool) -> tuple[list[str], list[int]]:
+def _tokens(state: Mapping[str, Any], rows: int, pieces: bool, unknown: str | None) -> tuple[list[str], list[int]]:
     """Texts and types of ids 0 to `rows`."""
-    unknown = state["model"].get("unk_token")
     tokens, types = [f"[PAD{n}]" for n in range(rows)], [UNUSED] * rows
     for text, place in state["model"]["vocab"].items():
         if place < rows:

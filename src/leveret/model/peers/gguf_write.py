@@ -27,7 +27,12 @@ State = dict[str, Tensor]
 
 LANGUAGE, VISION = "model.gguf", "mmproj.gguf"
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-_ACTS = {"quick_gelu": {}, "gelu": {"use_gelu": True}, "gelu_pytorch_tanh": {"use_gelu": True}, "silu": {"use_silu": True}}
+_ACTS = {
+    "quick_gelu": {},
+    "gelu": {"use_gelu": True},
+    "gelu_pytorch_tanh": {"use_gelu": True},
+    "silu": {"use_silu": True},
+}
 """transformers' names of a tower's activation -> what the file says; libmtmd's default is CLIP's quick GELU."""
 _PADDING = (122, 116, 104)
 """The colour with which libmtmd makes an image square."""
@@ -50,7 +55,7 @@ def write(folder: Path, vlm: VLM, tower: Tower, config: Mapping[str, Any], langu
     name = vlm.recipe.language.name
     text = gguf_language.language(config, language, name)
     ends = config.get("eos_token_id")
-    end = ends[0] if isinstance(ends, list) and ends else ends
+    end = next(iter(ends), None) if isinstance(ends, list) else ends
     words = gguf_tokenizer.vocabulary(vlm.tokenizer, find_chat(vlm.chat), text.keys["vocab_size"], end)
     seen, facts, notes = _vision(vlm, tower, text.image)
     kind = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}[vlm.dtype]
