@@ -26,7 +26,7 @@ from leveret.inputs.formats import CHATS
 from leveret.model import checkpoint
 from leveret.model.build import build
 from leveret.model.peers.gguf_language import FAMILIES, language
-from leveret.model.peers.gguf_tokenizer import vocabulary
+from leveret.model.peers.gguf_tokenizer import chat_template, vocabulary
 from leveret.model.peers.write import write
 from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, VisionRecipe
 from leveret.model.vlm import VLM
@@ -410,11 +410,42 @@ def test_what_is_said_of_special_tokens() -> None:
     assert [keys["token_types"][n] for n in (0, 1, 2, 3, 258, 259, 333)] == [2, 3, 3, 6, 6, 1, 5]
     assert keys["token_list"][333] == "[PAD333]" and len(keys["token_scores"]) == 334
     assert (keys["bos_token_id"], keys["eos_token_id"], keys["unk_token_id"]) == (1, 2, 0)
-    assert keys["add_bos_token"] is True and keys["chat_template"] == CHATS["vicuna_v1"].template
+    assert keys["add_bos_token"] is True and keys["chat_template"] == chat_template(CHATS["vicuna_v1"])
     keys = vocabulary(tiny_tokenizer(), CHATS["tiny"], 300, end=3).keys
     assert keys["add_bos_token"] is False and "bos_token_id" not in keys and "eot_token_id" not in keys
     assert len(keys["token_list"]) == 300 and keys["token_types"][:6] == [3, 3, 3, 3, 3, 1]
     assert vocabulary(tiny_tokenizer(), replace(CHATS["tiny"], stop=("<|user|>",)), 300).keys["eot_token_id"] == 2
+
+
+def written(template: str, messages: list[dict[str, str]], generate: bool) -> str:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    plain = re.sub(
+        r"\{%-? (end)?generation -?%\}", lambda tag: "{%- " + ("endif" if tag[1] else "if 1") + " -%}", template
+    )
+    own = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return own.from_string(plain).render(messages=messages, add_generation_prompt=generate)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_chat_template_puts_images_where_the_model_learned_them(name: str) -> None:
+    """What llama-server hands over (no newline around a picture, wherever it stood) becomes what `encode` makes."""
+    mark = "<__media_k3J__>"
+    turns = [("user", "Is there {} a red square?"), ("assistant", "Yes."), ("user", "And a {}<image>?")]
+    for images, system in ((("", ""), False), ((mark, ""), False), ((mark * 2, mark), True)):
+        theirs = [{"role": "system", "content": "Be brief."}] * system
+        ours = list(theirs)
+        for place, (role, text) in enumerate(turns):
+            given = text.format(images[place // 2])
+            count = given.count(mark)
+            theirs.append({"role": role, "content": given})
+            words = given.replace(mark, "").replace("<image>", "image" if count else "<image>")
+            ours.append({"role": role, "content": "<image>\n" * count + words})
+        for generate in (True, False):
+            expected = written(CHATS[name].template, ours, generate)
+            if any(images):
+                expected = expected.replace("<image>", mark)
+            assert written(chat_template(CHATS[name]), theirs, generate) == expected
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

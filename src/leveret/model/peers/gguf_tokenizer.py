@@ -7,6 +7,7 @@ llama.cpp runs no regular expression of a file: it has a name for each rule that
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,40 @@ def vocabulary(tokenizer: Any, form: ChatFormat, rows: int, end: int | None = No
     for stop in form.stop:
         if (token := known.get(stop)) is not None and token != special["eos"]:
             keys["eot_token_id"] = token
-    keys |= {"add_bos_token": bool(start), "add_eos_token": False, "chat_template": form.template}
+    keys |= {"add_bos_token": bool(start), "add_eos_token": False, "chat_template": chat_template(form)}
     return Vocabulary(keys, words.notes)
+
+
+# llama-server hands a turn's images over as texts like <__media_k3J__>, where they stood between the texts.
+_IMAGES = """\
+{%- set seen = namespace(mark='', turns=[]) -%}
+{%- for message in messages -%}
+    {%- set words = message['content'] -%}
+    {%- if message['role'] == 'user' and '<__media' in words -%}
+        {%- set seen.mark = '<__media' + words.split('<__media')[1].split('__>')[0] + '__>' -%}
+        {%- set count = (words.split(seen.mark) | length) - 1 -%}
+        {%- set words = '<image>\n' * count + words.replace(seen.mark, '').replace('<image>', 'image') -%}
+    {%- endif -%}
+    {%- set seen.turns = seen.turns + [{'role': message['role'], 'content': words}] -%}
+{%- endfor -%}
+{%- set messages = seen.turns -%}
+{%- set written -%}
+TEMPLATE
+{%- endset -%}
+{{- written.replace('<image>', seen.mark) if seen.mark else written -}}
+"""
+
+
+def chat_template(form: ChatFormat) -> str:
+    """The format's template for llama.cpp: a turn's images come first, each with a newline behind it, as the model was
+    taught; in place of what llama.cpp's Jinja has not (`count`, generation blocks) stands what it has."""
+    body = form.template.strip().replace("message['content'].count('<image>')", _COUNT)
+    body = re.sub(r"(\{%-?) generation (-?%\})", r"\1 if true \2", body)
+    body = re.sub(r"(\{%-?) endgeneration (-?%\})", r"\1 endif \2", body)
+    return _IMAGES.replace("TEMPLATE", body)
+
+
+_COUNT = "((message['content'].split('<image>') | length) - 1)"
 
 
 def _bytes(state: Mapping[str, Any]) -> Vocabulary:
