@@ -639,3 +639,35 @@ def test_llama_cpp_sees_with_clip_as_it_should_or_as_its_issue_says(tmp_path: Pa
     pixels = ((torch.from_numpy(picture) / 255 - torch.tensor(view.mean)) / torch.tensor(view.std)).permute(2, 0, 1)
     worst = [np.abs(found - features_of(file, pixels, shifted=shifted).numpy()).max() for shifted in (False, True)]
     assert min(worst) < 2e-2, worst
+
+
+def test_llama_server_answers_as_the_model_does(tmp_path: Path) -> None:
+    """Picture and question through chat template, tokenizer, mmproj and language model: the same greedy tokens."""
+    server = pytest.importorskip("xllamacpp", reason="pip install xllamacpp, and llama-server itself is asked")
+    import base64
+    import socket
+
+    from PIL import Image
+
+    import leveret
+
+    vlm = model_of(tmp_path)
+    write(vlm, tmp_path / "out", "gguf")
+    checkpoint.save(vlm, tmp_path / "ours")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    said = server.CommonParams()
+    said.model.path, said.mmproj.path = str(tmp_path / "out/model.gguf"), str(tmp_path / "out/mmproj.gguf")
+    said.mmproj_use_gpu, said.n_gpu_layers, said.warmup, said.use_jinja = False, 0, False, True
+    said.n_ctx, said.n_parallel, said.cpuparams.n_threads, said.cpuparams_batch.n_threads = 256, 1, 1, 1
+    said.cache_type_k = said.cache_type_v = server.ggml_type.GGML_TYPE_F32
+    said.flash_attn_type = server.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        said.port = free.getsockname()[1]
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "p.png").read_bytes()).decode()
+    question = "Is there a red square?"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    asked = {"messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0}
+    answer = server.Server(said).handle_chat_completions(asked)
+    found = answer["choices"][0]["message"]["content"]
+    assert found == leveret.load(tmp_path / "ours").ask(tmp_path / "p.png", question, max_new_tokens=12)

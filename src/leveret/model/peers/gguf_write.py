@@ -144,9 +144,9 @@ def _vision(vlm: VLM, tower: Tower, scale: float) -> tuple[State, dict[str, Any]
     notes = ["llama.cpp computes the connector's GELU by its tanh approximation: features differ in the fourth digit"]
     if facts.family == "clip_vision_model":
         notes.append(
-            "llama.cpp since May 2025 (up to b9190 at least) puts CLIP's class token behind the patches and reads the "
-            "positions as if it stood before them, so what it sees is shifted (ggml-org/llama.cpp issue 25814). The "
-            "file is right for a build with that mended; SigLIP towers are not affected"
+            "llama.cpp since May 2025 (up to October 2026 at least) puts CLIP's class token behind the patches and "
+            "reads the positions as if it stood before them, so what it sees is shifted (ggml-org/llama.cpp issue "
+            "25814). The file is right for a build with that mended; SigLIP towers are not affected"
         )
     ours = tuple(round(255 * mean) for mean in view.mean)
     if view.resize != "pad" or ours != _PADDING:
