@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+import test_model_peers as peers_tests
 from fakes import LLAMA, SIGLIP, loud, tiny_tokenizer, tiny_vlm
 from leveret.cli import run
 from leveret.inputs.formats import CHATS
@@ -517,7 +518,8 @@ def test_a_composition_that_libmtmd_has_not_is_named(tmp_path: Path, capsys: pyt
     # A model that the package ships: the tower is none that libmtmd has.
     checkpoint.save(tiny_vlm(connector="linear"), tmp_path / "ours")
     assert run(["convert", str(tmp_path / "ours"), str(tmp_path / "x"), "--to", "gguf"]) == 2
-    assert "mlp2x_gelu" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    said = capsys.readouterr().err
+    assert "mlp2x_gelu" in said and "--to hf-llava" in said and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -639,6 +641,28 @@ def test_llama_cpp_sees_with_clip_as_it_should_or_as_its_issue_says(tmp_path: Pa
     pixels = ((torch.from_numpy(picture) / 255 - torch.tensor(view.mean)) / torch.tensor(view.std)).permute(2, 0, 1)
     worst = [np.abs(found - features_of(file, pixels, shifted=shifted).numpy()).max() for shifted in (False, True)]
     assert min(worst) < 2e-2, worst
+
+
+@peers_tests.MISSING
+@pytest.mark.parity
+@pytest.mark.parametrize("family", [name for name in peers_tests.FAMILIES if name in peers_tests.PLAIN])
+def test_llama_cpp_reads_and_computes_what_bunny_and_llava_do(family: str, tmp_path: Path) -> None:
+    """The tokenizers of that data are small, but each is of the kind and splits by the rule of its published one."""
+    cpp = llama_cpp()
+    vlm, _ = peers_tests.opened(family)
+    write(vlm, tmp_path / "out", "gguf")
+    model, context = opened(tmp_path / "out")
+    text = "USER: What is the red square doing in 2024?\nIt's 3.14 ASSISTANT:"
+    ids = vlm.tokenizer(text, add_special_tokens=False).input_ids
+    assert list(model.get_vocab().tokenize(text, False, True)) == ids
+    batch = cpp.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+    for place, token in enumerate(ids):
+        batch.add(token, place, [0], True)
+    context.decode(batch)
+    found = np.array([context.get_logits_ith(place) for place in range(len(ids))])
+    with torch.no_grad():
+        expected = vlm.language(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-2 if "phi" in family else 1e-4)
 
 
 def test_llama_server_answers_as_the_model_does(tmp_path: Path) -> None:

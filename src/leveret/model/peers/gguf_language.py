@@ -86,11 +86,11 @@ def language(config: Config, state: State, name: str) -> Language:
     if kind not in FAMILIES:
         raise RecipeError(
             f"llama.cpp: no architecture is known here for the language model {name} ({kind}); known are "
-            f"{', '.join(FAMILIES)}. Use --to leveret or hf-llava"
+            f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     for fault in _faults(config, state, family):
-        raise RecipeError(f"llama.cpp's {family.arch} {fault}, which {name} needs. Use --to leveret or hf-llava")
+        raise RecipeError(f"llama.cpp's {family.arch} {fault}: the language model {name} does not fit")
     keys, notes = _keys(config, state, family)
     width = int(config["hidden_size"])
     return Language(
@@ -208,7 +208,7 @@ def _tensors(config: Config, state: State, family: Family) -> State:
     for name, tensor in state.items():
         told = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if told is None:
-            raise RecipeError(f"llama.cpp's {family.arch} has no tensor for {name}. Use --to leveret or hf-llava")
+            raise RecipeError(f"llama.cpp's {family.arch} has no tensor for {name}")
         part = name.split(".")[-2]
         if family.turned and part in heads:
             tensor = interleaved(tensor, heads[part])

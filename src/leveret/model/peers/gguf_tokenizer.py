@@ -126,7 +126,7 @@ def _bytes(state: Mapping[str, Any]) -> Vocabulary:
     if not name:
         raise RecipeError(
             f"llama.cpp has no name for how this tokenizer splits text ({', '.join(signs)}); known here are those of "
-            "GPT-2, SmolLM, Qwen2, Llama 3 and SentencePiece. Use --to leveret or hf-llava"
+            "GPT-2, SmolLM, Qwen2, Llama 3 and SentencePiece"
         )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return Vocabulary({"tokenizer_model": "gpt2", "tokenizer_pre": name, "token_merges": merges}, [])
@@ -148,7 +148,7 @@ def _pieces(state: Mapping[str, Any]) -> Vocabulary:
     else:
         raise RecipeError(
             "llama.cpp has no name for how this tokenizer splits text (byte fallback, but not SentencePiece's way of "
-            "writing blanks). Use --to leveret or hf-llava"
+            "writing blanks)"
         )
     if missing := [n for n in range(256) if f"<0x{n:02X}>" not in state["model"]["vocab"]]:
         raise RecipeError(f"llama.cpp needs a token for every byte, and this tokenizer has none for {missing[0]}")

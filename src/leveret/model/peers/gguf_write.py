@@ -26,6 +26,7 @@ from leveret.runs import EnvironmentFault, RecipeError
 State = dict[str, Tensor]
 
 LANGUAGE, VISION = "model.gguf", "mmproj.gguf"
+INSTEAD = "leveret itself runs this model (chat, eval); other engines read --to hf-llava, where it fits"
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 _ACTS = {
     "quick_gelu": {},
@@ -111,10 +112,7 @@ def _vision(vlm: VLM, tower: Tower, scale: float) -> tuple[State, dict[str, Any]
     if facts.tokens == "drop_first" and facts.family == "siglip_vision_model":
         raise RecipeError(f"llama.cpp drops no patch of {source}, and this model was taught without the first")
     if (kind := vlm.recipe.connector.kind) != "mlp2x_gelu":
-        raise RecipeError(
-            f"llama.cpp: only the connector mlp2x_gelu is written as GGUF, and this model has {kind}. "
-            "Use --to leveret, or teach the model with mlp2x_gelu"
-        )
+        raise RecipeError(f"llama.cpp: only the connector mlp2x_gelu is written as GGUF, and this model has {kind}")
     if (act := str(config["hidden_act"])) not in _ACTS:
         raise RecipeError(f"llama.cpp has no activation {act} for towers, and {source} has it")
     if width == deep:

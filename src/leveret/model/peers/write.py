@@ -328,8 +328,11 @@ def _image_token(vlm: VLM, text: dict[str, Any], language: State) -> int:
 
 
 def _gguf(vlm: VLM, folder: Path) -> list[str]:
-    tower = _eye(vlm, "llama.cpp", dict.fromkeys(gguf_write.TOWERS, ""))
-    return gguf_write.write(folder, vlm, tower, _language_config(vlm), _language(vlm))
+    try:
+        tower = _eye(vlm, "llama.cpp", dict.fromkeys(gguf_write.TOWERS, ""))
+        return gguf_write.write(folder, vlm, tower, _language_config(vlm), _language(vlm))
+    except RecipeError as fault:
+        raise RecipeError(f"{fault}. {gguf_write.INSTEAD}") from None
 
 
 LAYOUTS: dict[str, Layout] = {
