@@ -647,7 +647,7 @@ def test_llama_cpp_sees_with_clip_as_it_should_or_as_its_issue_says(tmp_path: Pa
 @pytest.mark.parity
 @pytest.mark.parametrize("family", [name for name in peers_tests.FAMILIES if name in peers_tests.PLAIN])
 def test_llama_cpp_reads_and_computes_what_bunny_and_llava_do(family: str, tmp_path: Path) -> None:
-    """The tokenizers of that data are small, but each is of the kind and splits by the rule of its published one."""
+    """Ids of a text, and the logits of them."""
     cpp = llama_cpp()
     vlm, _ = peers_tests.opened(family)
     write(vlm, tmp_path / "out", "gguf")
