@@ -1,7 +1,8 @@
-"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory, Prismatic.
+"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory, Prismatic,
+GGUF.
 
 Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
-safetensors alone. A folder is written beside its place and renamed into it.
+safetensors alone, or GGUF. A folder is written beside its place and renamed into it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from leveret.inputs.formats import CHATS, published
 from leveret.inputs.views import STRATEGIES
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
-from leveret.model.peers import merged, prismatic, tinyllava
+from leveret.model.peers import gguf_write, merged, prismatic, tinyllava
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
@@ -33,24 +34,33 @@ Written = tuple[dict[str, Any], State, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout: (model) -> what is written, RecipeError where the model does not fit. weights: the file of tensors."""
+    """A layout, by one of two ways; RecipeError where the model does not fit.
+
+    write  (model) -> what is written, its tensors in the file `weights`.
+    files  (model, folder) -> notes for the user, where it writes its own files.
+    """
 
     about: str
-    write: Callable[[VLM], Written]
+    write: Callable[[VLM], Written] | None = None
+    files: Callable[[VLM, Path], list[str]] | None = None
     weights: str = "model.safetensors"
 
 
-def write(vlm: VLM, out: str | Path, layout: str) -> Path:
-    """Writes the model as a folder of `layout` (a row of LAYOUTS), with its tokenizer and chat template; returns it.
+def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
+    """Writes the model as a folder of `layout` (a row of LAYOUTS), with its tokenizer and chat template. Returns notes
+    for the user: where what reads the layout will not do as this model was taught.
 
     RecipeError names the part that the layout cannot hold.
     """
     from safetensors.torch import save_file
 
-    out = Path(out)
-    row = LAYOUTS[layout]
+    out, row = Path(out), LAYOUTS[layout]
+    if row.files is not None:
+        with fresh_folder(out) as fresh:
+            return row.files(vlm, fresh)
+    assert row.write is not None
     config, state, more = row.write(vlm)
-    with fresh_folder(out, row.weights) as fresh:
+    with fresh_folder(out) as fresh:
         if vlm.tokenizer is not None:
             vlm.tokenizer.save_pretrained(fresh)
         (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
@@ -59,7 +69,7 @@ def write(vlm: VLM, out: str | Path, layout: str) -> Path:
         save_file(tensors, fresh / row.weights, {"format": "pt"})
         for name, content in {"config.json": config, **more}.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    return out
+    return []
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -391,6 +401,17 @@ def _language_id(vlm: VLM) -> str:
     return found
 
 
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _gguf(vlm: VLM, folder: Path) -> list[str]:
+    try:
+        tower = _eye(vlm, "llama.cpp", dict.fromkeys(gguf_write.TOWERS, ""))
+        return gguf_write.write(folder, vlm, tower, _language_config(vlm), _language(vlm))
+    except RecipeError as fault:
+        raise RecipeError(f"{fault}. {gguf_write.INSTEAD}") from None
+
+
 LAYOUTS: dict[str, Layout] = {
     "hf-llava": Layout("transformers' LLaVA, which vLLM reads too", _hf_llava),
     "bunny": Layout(
@@ -413,5 +434,6 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "tinyllava": Layout("TinyLLaVA Factory, tuned", _factory),
-    "prismatic": Layout("Prismatic, its tensors as safetensors", _prismatic, f"{prismatic.WEIGHTS}safetensors"),
+    "prismatic": Layout("Prismatic, its tensors as safetensors", _prismatic, weights=f"{prismatic.WEIGHTS}safetensors"),
+    "gguf": Layout("two GGUF files, which llama.cpp runs", files=_gguf),
 }  # fmt: skip
