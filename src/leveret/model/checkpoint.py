@@ -22,8 +22,10 @@ from uuid import uuid4
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
+from leveret.inputs.formats import find_chat
+from leveret.inputs.reader import end_ids
 from leveret.model import language as languages
 from leveret.model import towers
 from leveret.model.build import join
@@ -31,7 +33,7 @@ from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
-from leveret.records import ImageSpec
+from leveret.records import IMAGE_MARK, ImageSpec
 from leveret.runs import DataError
 
 FORMAT = 2
@@ -140,6 +142,7 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "leveret": __version__,
+        **_for_transformers(vlm),
         "recipe": vlm.recipe.model_dump(mode="json"),
         "spec": vlm.spec.to_dict(),
         # training may have chosen another resize since the tower was built; the spec has the last word
@@ -150,7 +153,23 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     }
 
 
-def stored(vlm: VLM) -> Iterator[tuple[str, Tensor]]:
+def _for_transformers(vlm: VLM) -> dict[str, Any]:
+    """What transformers asks of a config.json (`leveret.register`): whose it is, which id stands where an image's
+    tokens go, and which ids end an answer."""
+    told: dict[str, Any] = {"model_type": "leveret", "architectures": ["LeveretForConditionalGeneration"]}
+    if vlm.tokenizer is None:
+        return told
+    image = vlm.tokenizer.get_vocab().get(IMAGE_MARK)
+    ends = getattr(getattr(vlm.language, "generation_config", None), "eos_token_id", None)
+    return told | {
+        # a tokenizer without the mark gets it behind all others
+        "image_token_id": len(vlm.tokenizer) if image is None else image,
+        "eos_token_id": sorted(end_ids(find_chat(vlm.chat).stop, vlm.tokenizer, ends)),
+        "pad_token_id": vlm.tokenizer.pad_token_id,
+    }
+
+
+def stored(vlm: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that a checkpoint holds: parameters and persistent buffers, a tied one once, under the first
     of its names."""
     kept = vlm.state_dict()
@@ -193,6 +212,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
     try:
         if config["format"] == 1:
             config["vision"] = [config["vision"]]
+        if "text_config" in config:  # written by transformers' classes
+            config["language"]["config"] = config["text_config"]
         return config, ModelRecipe.model_validate(config["recipe"])
     except (KeyError, ValidationError) as fault:
         raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault
