@@ -102,10 +102,21 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
         eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
         language = languages.build_language(LanguageFacts(**config["language"]))
         vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder))
-    fill(vlm, weights, folder)
+    fill(vlm, weights if "auto_map" not in config else _ours(weights), folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
+
+
+def _ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model published with its code (peers/remote.py), under our own names."""
+    from leveret.model.hf import OUR_NAMES
+
+    def renamed(name: str) -> str:
+        found = ((ours, theirs) for ours, theirs in OUR_NAMES.items() if name.startswith(theirs))
+        return next((ours.lstrip("^").replace("\\", "") + name.removeprefix(theirs) for ours, theirs in found), name)
+
+    return {renamed(name): tensor for name, tensor in weights.items()}
 
 
 def find(path: str | Path) -> Path:

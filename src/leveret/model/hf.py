@@ -140,9 +140,7 @@ class LeveretModel(LeveretPreTrainedModel):
         seen = [pixels[..., :size, :size] for pixels, size in zip(seen, sizes, strict=True)]
         features = fuse([tower(pixels) for tower, pixels in zip(towers, seen, strict=True)], self.fusion)
         dropped = F.dropout(features.to(self.language_model.dtype), self.dropout, self.training)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=self.multi_modal_projector(dropped)
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.multi_modal_projector(dropped))
 
     @can_return_tuple
     def forward(
@@ -201,7 +199,9 @@ class LeveretForConditionalGeneration(LeveretPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LeveretModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=bool(config.language.get("head_bias", False)))
+        self.lm_head: nn.Module = nn.Linear(
+            text.hidden_size, text.vocab_size, bias=bool(config.language.get("head_bias", False))
+        )
         table = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is table)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}

@@ -3,8 +3,8 @@
     conversation -> chat template (Jinja) -> text with <image> -> one <image> per token -> chunks between them -> ids
     image -> RGB, upright -> `prepare` for every tower -> pixel_values
 
-peers/remote.py writes the two classes, and what they need of others, as the code of a published model; what stands below
-them stays here.
+peers/remote.py writes the two classes, and what they need of others, as the code of a published model; what stands
+below them stays here.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ _TIDY = """\
 {%- endfor -%}
 {%- set messages = told.messages -%}
 """
-"""Contents in parts become text, with a user turn's image marks in front, each followed by a newline (`chat._content`)."""
+"""Contents in parts become text, a user turn's image marks in front, each followed by a newline (`chat._content`)."""
 
 
 def processor_for(spec: ImageSpec, chat: str, tokenizer: Any) -> LeveretProcessor:

@@ -1,4 +1,5 @@
-"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory.
+"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory; and with
+their own code, for transformers (remote.py).
 
 Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
 safetensors alone. A folder is written beside its place and renamed into it.
@@ -19,7 +20,7 @@ from torch import Tensor
 from leveret.inputs.formats import CHATS
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
-from leveret.model.peers import merged, tinyllava
+from leveret.model.peers import merged, remote, tinyllava
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
@@ -27,7 +28,7 @@ from leveret.runs import RecipeError
 
 State = dict[str, Tensor]
 Written = tuple[dict[str, Any], State, dict[str, Any]]
-"""(config.json, tensors, other JSON files by name)."""
+"""(config.json, tensors, other files by name: JSON or text; under "tokenizer" another tokenizer than the model's)."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ def write(vlm: VLM, out: str | Path, layout: str) -> Path:
     out = Path(out)
     config, state, more = LAYOUTS[layout].write(vlm)
     with fresh_folder(out) as fresh:
-        if vlm.tokenizer is not None:
-            vlm.tokenizer.save_pretrained(fresh)
+        if (tokenizer := more.pop("tokenizer", vlm.tokenizer)) is not None:
+            tokenizer.save_pretrained(fresh)
         (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         for name, content in {"config.json": config, **more}.items():
-            (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (fresh / name).write_text(text, "utf-8")
     return out
 
 
@@ -337,4 +339,5 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "tinyllava": Layout("TinyLLaVA Factory, tuned", _factory),
+    "remote-code": Layout("transformers with trust_remote_code, without leveret", remote.written),
 }  # fmt: skip
