@@ -245,6 +245,7 @@ def processor_for(spec: ImageSpec, chat: str, tokenizer: Any) -> LeveretProcesso
     start = "{{ bos_token }}" if reader_of(tokenizer).start else ""
     template = _TIDY + start + find_chat(chat).template
     tokenizer.padding_side, tokenizer.chat_template = "left", template
+    tokenizer.init_kwargs["padding_side"] = "left"  # what is saved
     views = LeveretImageProcessor(towers=spec.to_dict()["towers"])
     return LeveretProcessor(views, tokenizer, chat_template=template, num_image_tokens=spec.tokens)
 
