@@ -1,6 +1,6 @@
 """Runs where leveret is not: loads published folders as a stranger would, and writes what they give.
 
-    python remote_reader.py JOB.json OUT.npz
+python remote_reader.py JOB.json OUT.npz
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, T
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, Batch, ImageRef, TowerView, Turn
 from leveret.runs import RecipeError
-from tower_fakes import eva_file, toy
+from tower_fakes import CLASSES, eva_file, toy
 
 TESTS = Path(__file__).resolve().parent
 QUESTIONS = ("what colour is the circle ?", "is there a green triangle in the image ? yes or no")
@@ -62,7 +63,7 @@ def world() -> VLM:
 
 
 def phi(folder: Path) -> VLM:
-    """CLIP seen at two scales, pixel shuffle, and a Phi whose output layer has a bias and whose tokenizer has no mark."""
+    """CLIP at two scales, pixel shuffle, and a Phi whose output layer has a bias and whose tokenizer has no mark."""
     from transformers import PhiConfig, PhiForCausalLM
 
     sizes = dict(hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -221,7 +222,7 @@ def test_a_published_folder_is_read_back(elsewhere: Elsewhere, picture: Path, tm
 
 
 @pytest.mark.parametrize("kind", [*CONNECTORS, "mlp4x_gelu"])
-def test_every_connector_travels_by_its_own_source(kind: str) -> None:
+def test_every_connector_travels_by_its_own_source(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"qformer": {"width": 24, "heads": 2, "layers": 2}, "resampler_paper": {"width": 24, "heads": 2}}
     width = 32 if kind in ("identity", "spp") else 16
     settings = read_settings(kind, options.get(kind, {})).model_dump()
@@ -236,14 +237,65 @@ def test_every_connector_travels_by_its_own_source(kind: str) -> None:
         for alias in node.names
     }
     assert not any(name.startswith("leveret") for name in named)
-    there: dict[str, Any] = {"__name__": "modeling_leveret"}
-    exec(compile(text, "modeling_leveret.py", "exec"), there)
-    theirs = there["build_connector"](kind, width, 32, 16, settings).eval()
+    there: Any = ModuleType("modeling_leveret")
+    monkeypatch.setitem(sys.modules, "modeling_leveret", there)
+    exec(compile(text, "modeling_leveret.py", "exec"), there.__dict__)
+    theirs = there.build_connector(kind, width, 32, 16, settings).eval()
     assert type(theirs).__module__ != type(ours).__module__ or type(ours).__module__.startswith("torch.")
     theirs.load_state_dict(ours.state_dict())
     features = torch.randn(2, 16, width)
     with torch.no_grad():
         assert torch.equal(theirs(features), ours(features))
+
+
+TOWERS = [*CLASSES, "tiny"]
+LANGUAGES = {
+    "granite": ("Granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"final_logit_softcapping": 4.0, "head_dim": 8, "tie_word_embeddings": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "phi3": ("Phi3", {}), "qwen2": ("Qwen2", {"tie_word_embeddings": True}), "stablelm": ("StableLm", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*TOWERS, *LANGUAGES])
+def test_every_part_computes_the_same_when_loaded(kind: str, tmp_path: Path) -> None:
+    """Written, then loaded from the files: towers by their configuration, language models with what they do to their
+    logits, tied tables, buffers that no file holds."""
+    import transformers
+
+    from leveret.model.hf import LeveretForConditionalGeneration, LeveretModel
+
+    tower, language, options = "world/vision", str(tiny_language_folder()), {}
+    if kind in CLASSES:
+        toy(kind).save_pretrained(tmp_path / "tower")
+        tower, options = str(tmp_path / "tower"), {"size": 32}
+    elif kind in LANGUAGES:
+        name, more = LANGUAGES[kind]
+        sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=4, pad_token_id=0, **more)
+        loud(getattr(transformers, f"{name}ForCausalLM")(config)).save_pretrained(tmp_path / "language")
+        tiny_tokenizer().save_pretrained(tmp_path / "language")
+        language = str(tmp_path / "language")
+    vlm = build(
+        ModelRecipe(
+            vision=VisionRecipe(tower=tower, **options), language=LanguageRecipe(name=language),
+            connector=ConnectorRecipe(kind="linear"), chat="tiny",
+        )
+    )  # fmt: skip
+    write(vlm, tmp_path / "out", "remote-code")
+    model = LeveretForConditionalGeneration.from_pretrained(tmp_path / "out")
+    batch = tiny_batch(vlm, lengths=(vlm.spec.tokens + 8,), images=(True,))
+    ids = batch.input_ids.masked_fill(batch.image_mask, model.config.image_token_id)
+    with torch.no_grad():
+        logits = vlm(batch, logits="all").logits
+        found = model(input_ids=ids, pixel_values=batch.pixels["vision"]).logits
+    assert (found - logits).abs().max() <= 1e-5 * max(1.0, float(logits.abs().max()))
+    if kind == "dinov3_vit":  # transformers renames `layer_scale` of one two levels down, and then misses it
+        return
+    checkpoint.save(vlm, tmp_path / "ours")
+    for folder in ("out", "ours"):
+        _, report = LeveretModel.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not report["missing_keys"]
 
 
 # --- where leveret is installed ---------------------------------------------------------------------------------------
@@ -287,7 +339,7 @@ def test_our_folders_load_by_the_auto_classes(tmp_path: Path, picture: Path) -> 
     assert processor.decode(made, skip_special_tokens=True).strip() == answer.text
 
     model.train()(**told, labels=batch.labels).loss.backward()
-    assert model.model.multi_modal_projector.up.weight.grad.abs().sum() > 0
+    assert model.model.multi_modal_projector.straight.weight.grad.abs().sum() > 0
     again = tmp_path / "again"
     model.save_pretrained(again)
     back = checkpoint.load(again)  # a folder of ours, but for its tokenizer
@@ -373,8 +425,8 @@ def test_a_picture_that_is_none_is_refused(picture: Path) -> None:
     array = np.asarray(Image.open(picture).convert("RGB"))
     taken = processor.image_processor(array)["pixel_values"]
     assert np.array_equal(taken[0], prepare(Image.fromarray(array), vlm.spec.towers[0]))
-    for odd in (array.astype(np.float32) / 255, array[..., 0], array.transpose(2, 0, 1)):
-        with pytest.raises(ValueError, match=r"uint8 array|valid"):
+    for odd in (array.astype(np.float32) / 255, array.transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match="uint8 array"):
             processor.image_processor(odd)
     with pytest.raises(ValueError, match="give images, text, or both"):
         processor()
