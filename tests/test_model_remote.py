@@ -25,7 +25,7 @@ from leveret.cli import run
 from leveret.generate.engine import Engine, Request
 from leveret.inputs.chat import CHATS, encode
 from leveret.inputs.resize import prepare
-from leveret.model import checkpoint
+from leveret.model import checkpoint, peers
 from leveret.model.build import build
 from leveret.model.connectors import CONNECTORS, build_connector, read_settings
 from leveret.model.peers import remote
@@ -119,9 +119,8 @@ VIEWS = [
 class Elsewhere:
     """The models as we have them, and what a process without leveret made of their folders."""
 
-    def __init__(self, folder: Path, picture: Path, seen: list[Path]) -> None:
-        made = (tiny_vlm(), world(), phi(folder), fused(folder))
-        self.models = dict(zip(KINDS, made, strict=True))
+    def __init__(self, folder: Path, models: dict[str, VLM], picture: Path, seen: list[Path]) -> None:
+        self.models = models
         self.folders: dict[str, Path] = {}
         for name, vlm in self.models.items():
             checkpoint.save(vlm, folder / "ours" / name)
@@ -150,7 +149,9 @@ IMAGES = sorted(path for end in ("png", "jpg") for path in PARITY.rglob(f"*.{end
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, picture: Path) -> Elsewhere:
-    return Elsewhere(tmp_path_factory.mktemp("elsewhere"), picture, IMAGES)
+    folder = tmp_path_factory.mktemp("elsewhere")
+    made = (tiny_vlm(), world(), phi(folder), fused(folder))
+    return Elsewhere(folder, dict(zip(KINDS, made, strict=True)), picture, IMAGES)
 
 
 def asked(vlm: VLM, question: str, picture: Path) -> tuple[Batch, list[int]]:
@@ -172,6 +173,44 @@ def asked(vlm: VLM, question: str, picture: Path) -> tuple[Batch, list[int]]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_published_model_is_the_same_without_leveret(elsewhere: Elsewhere, name: str, picture: Path) -> None:
+    same(elsewhere, name, picture)
+
+
+def peers_models(parity: Path) -> dict[str, VLM]:
+    """One model of every family: tokenizers with a start token (SentencePiece's and bytes), fused towers, S2, others'
+    chat formats."""
+    models = {}
+    for path in sorted(parity.glob("*/cases.json")):
+        said, family = json.loads(path.read_text()), path.parent
+        if not any(family.glob("checkpoint*")):
+            continue
+        folder = family / (said["cases"][0].get("checkpoint") or next(family.glob("checkpoint*")).name)
+        base = said["cases"][0].get("base")
+        base = str(family / base) if base and (family / base).exists() else base
+        told = {"hub": family / "hub", "size": said["meta"].get("default_image_size"), "dtype": torch.float32}
+        models[family.name] = peers.load(folder, base=base, **told)
+    return models
+
+
+@pytest.mark.parity
+def test_peers_models_can_be_published(parity: Path, tmp_path: Path) -> None:
+    for name, vlm in peers_models(parity).items():  # writing compares ids and logits, and refuses what differs
+        write(vlm, tmp_path / name, "remote-code")
+        back = checkpoint.load(tmp_path / name)
+        more = {*back.tokenizer.get_vocab().items()} - {*vlm.tokenizer.get_vocab().items()}
+        assert back.chat == vlm.chat and {token for token, _ in more} <= {IMAGE_MARK}
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_peers_published_models_are_the_same_without_leveret(parity: Path, tmp_path: Path, picture: Path) -> None:
+    elsewhere = Elsewhere(tmp_path, peers_models(parity), picture, [])
+    for name in elsewhere.models:
+        same(elsewhere, name, picture)
+
+
+def same(elsewhere: Elsewhere, name: str, picture: Path) -> None:
+    """What was made of a folder without leveret is what leveret makes of it."""
     vlm = elsewhere.models[name]
     found = {key.partition("/")[2]: value for key, value in elsewhere.found.items() if key.startswith(f"{name}/")}
     for number, question in enumerate(QUESTIONS):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,7 +102,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     with torch.device(device), no_init_weights():
         eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
         language = languages.build_language(LanguageFacts(**config["language"]))
-        vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder))
+        vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder, int(config["language"]["vocab"])))
     fill(vlm, weights if "auto_map" not in config else _ours(weights), folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
@@ -230,10 +231,26 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
         raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, rows: int) -> Any:
+    """The folder's tokenizer. What a published model has behind the token table, the image mark, is left out: with us a
+    place among the ids is marked, and no id."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
+    tokenizer = languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
+    if tokenizer.get_vocab().get(IMAGE_MARK, 0) < rows:
+        return tokenizer
+    with tempfile.TemporaryDirectory() as kept:
+        tokenizer.save_pretrained(kept)
+        for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "extra_special_tokens")):
+            said = json.loads((Path(kept) / name).read_text("utf-8"))
+            if key in said:
+                said[key] = [token for token in said[key] if _content(token) != IMAGE_MARK]
+            (Path(kept) / name).write_text(json.dumps(said), "utf-8")
+        return languages.load_tokenizer(kept, where=str(folder), as_saved=True)
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _flush(path: Path) -> None:
