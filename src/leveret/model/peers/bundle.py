@@ -136,7 +136,12 @@ class _Bundle:
 
     def written(self, docstring: str) -> str:
         head = [f'"""{docstring}"""', "", "from __future__ import annotations", "", *_sorted(self.imports)]
-        return "\n".join(head) + "\n\n\n" + "\n\n\n".join(self.texts.values()) + "\n"
+        body, after_constant = "", False
+        for text in self.texts.values():
+            constant = not text.startswith(("class ", "def ", "@"))
+            body += ("\n" if constant and after_constant else "\n\n\n") + text
+            after_constant = constant
+        return "\n".join(head) + body + "\n"
 
 
 def bundle(roots: Iterable[Part], docstring: str, instead: Mapping[Part, str] | None = None) -> str:

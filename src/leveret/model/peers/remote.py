@@ -33,7 +33,7 @@ MODELING, PROCESSING = "modeling_leveret", "processing_leveret"
 _HEAD = """{what}
 
 Written by `leveret convert --to remote-code` from leveret's own source (Apache-2.0), which is not needed to run it.
-Tested with transformers 5.
+Tested with transformers 5.19 and 5.23.
 """
 _CARD = """---
 library_name: transformers
