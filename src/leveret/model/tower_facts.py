@@ -1,18 +1,22 @@
 """Facts of a tower: how its architecture is built and read, and everything that rebuilds it.
 
 TOWER_FAMILIES says how an architecture is built and read; TowerFacts is everything that rebuilds a tower where the
-table row and the folder it came from are gone.
+table row and the folder it came from are gone. An architecture of a user's own is built by a file of theirs (own.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from leveret import own
 from leveret.inputs.views import MOMENTS
 from leveret.model.recipe import Tokens as TokenChoice
 from leveret.records import Resize
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Resample = Literal["bicubic", "bilinear", "nearest"]
 
@@ -24,7 +28,7 @@ HALF, _ = MOMENTS["half"]
 class TowerFacts:
     """Everything that rebuilds a tower without its table row; saved in a model's config.json.
 
-    family  a row of TOWER_FAMILIES.
+    family  a row of TOWER_FAMILIES, or a row in a user's own file.
     config  the architecture's own configuration, at its published depth.
     depth   blocks that run. The rest are not built unless "layers" is in `keep`.
     size    side of the image it is given: with S2 the largest scale.
@@ -76,6 +80,8 @@ class Family:
     sizes        what another size than the configuration's does: "flag" the embeddings interpolate when told, "any"
                  they do so by themselves (or have no stored positions), "fixed" it cannot be.
     resize, resample, mean, std  what the published models were trained with, for folders that do not say.
+    build        (config) -> module, where no class of transformers is built: pixels [N, 3, S, S] -> `prefix` and
+                 (S / patch_size)^2 tokens [N, n, hidden_size]. It runs whole: `depth` is its number of blocks.
     """
 
     model_class: str
@@ -91,6 +97,7 @@ class Family:
     resample: Resample = "bicubic"
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
+    build: Callable[[Mapping[str, Any]], nn.Module] | None = None
 
 
 _DINO = {"short": "dinov2", "prefix": 1, "resize": "crop", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -126,11 +133,43 @@ TOWER_FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+def family_of(facts: TowerFacts, where: str = "model.vision.tower") -> Family:
+    """How the tower's architecture is built and read. RecipeError when a user's own file has to say so and does not,
+    or nobody named it on this machine."""
+    if not own.is_own(facts.family):
+        return TOWER_FAMILIES[facts.family]
+    from leveret.model.tower_table import TowerRow
+
+    family = own.row(facts.family, TowerRow, where).family
+    assert family is not None, "facts have this family because the row has it"
+    return family
+
+
+def is_whole(facts: TowerFacts) -> bool:
+    """Whether one module of ours or of the user's turns pixels into tokens, and is never cut to a depth."""
+    return facts.family == "tiny" or own.is_own(facts.family)
+
+
+def width(facts: TowerFacts) -> int:
+    """Numbers that a token of one scale has."""
+    return int(facts.config["width" if facts.family == "tiny" else "hidden_size"])
+
+
+def published_depth(facts: TowerFacts) -> int:
+    """Blocks that the published tower has, run or not."""
+    return int(facts.config["layers" if facts.family == "tiny" else "num_hidden_layers"])
+
+
+def patch(facts: TowerFacts) -> int:
+    """Side of a patch, in pixels."""
+    return 8 if facts.family == "tiny" else int(facts.config["patch_size"])
+
+
 def grid(facts: TowerFacts) -> int:
     """Patches to a side of the square that the network sees."""
-    return facts.side // (8 if facts.family == "tiny" else int(facts.config["patch_size"]))
+    return facts.side // patch(facts)
 
 
 def prefix(facts: TowerFacts) -> int:
     """Leading tokens that are no patches: class token and registers."""
-    return TOWER_FAMILIES[facts.family].prefix + int(facts.config.get("num_register_tokens") or 0)
+    return family_of(facts).prefix + int(facts.config.get("num_register_tokens") or 0)

@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import nn
 
+from leveret import own
 from leveret.inputs.views import MOMENTS
 from leveret.model.hub import package_file, read_config
 from leveret.model.recipe import TowerRecipe, VisionRecipe
 from leveret.model.tables import unknown
-from leveret.model.tower_facts import TOWER_FAMILIES, TowerFacts
+from leveret.model.tower_facts import TOWER_FAMILIES, Family, TowerFacts, family_of, is_whole, patch
 from leveret.model.tower_files import eva_config, is_timm, timm_config
 from leveret.records import Resize
 from leveret.runs import RecipeError
@@ -34,11 +35,12 @@ class TowerRow:
     layer   index into [embeddings, block 1, .., block n]; -2 is the habit of LLaVA and Bunny.
     size    side of the input, where it is not the configuration's (DINOv2 interpolates its positions).
     like    the entry of backbones.json whose configuration it has, where not that of its own name.
-    change  what is different in that configuration.
+    change  what is different in that configuration; the whole of it, where there is no such entry.
     repo    the hub's repository of its weights, for weights under a peer's names (tower_keys.py). Their positions are
             brought to the recipe's size while they are loaded.
-    file    their file there; "" for the usual names.
+    file    their file there; "" for the usual names. Without `repo` it is a file beside the user's own.
     resize  what Prismatic gives its timm towers, where not the family's.
+    family  an architecture of the user's own, which `change` configures.
     """
 
     layer: int = -2
@@ -49,6 +51,7 @@ class TowerRow:
     repo: str = ""
     file: str = ""
     resize: Resize | None = None
+    family: Family | None = None
 
 
 def _timm(name: str, like: str, repo: str = "", size: int | None = None, **change: Any) -> tuple[str, TowerRow]:
@@ -136,9 +139,9 @@ def describe(recipe: VisionRecipe | TowerRecipe, where: str = "model.vision") ->
     layer = row.layer if one.layer is None else one.layer
     blocks = facts.depth
     depth = blocks + 1 + layer if layer < 0 else layer
-    tiny = facts.family == "tiny"
-    if not 1 <= depth <= blocks or (tiny and depth != blocks):
-        allowed = f"-1 or {blocks}" if tiny else f"1 to {blocks}, or -1 to -{blocks}"
+    whole = is_whole(facts)
+    if not 1 <= depth <= blocks or (whole and depth != blocks):
+        allowed = f"-1 or {blocks}" if whole else f"1 to {blocks}, or -1 to -{blocks}"
         raise RecipeError(f"{where}.layer: {layer} given, but {one.tower} has {blocks} blocks; allowed: {allowed}")
     mean, std = MOMENTS[one.normalise] if one.normalise else (facts.mean, facts.std)
     config = dict(facts.config)
@@ -146,7 +149,7 @@ def describe(recipe: VisionRecipe | TowerRecipe, where: str = "model.vision") ->
         config["hidden_act"] = _activation(one.activation, config, where)
     facts = replace(
         facts, depth=depth, keep=tuple(one.keep), resize=one.resize or facts.resize, mean=mean, std=std, config=config,
-        tokens=one.tokens, name=one.name or TOWER_FAMILIES[facts.family].short,
+        tokens=one.tokens, name=one.name or family_of(facts).short,
     )  # fmt: skip
     return _sized(facts, one, fixed, where)
 
@@ -166,14 +169,14 @@ def _sized(facts: TowerFacts, recipe: TowerRecipe, resampled: bool, where: str) 
         )
     side = scales[0] if scales else recipe.size or facts.size
     published = int(facts.config.get("image_size") or facts.size)
-    family = TOWER_FAMILIES[facts.family]
+    family = family_of(facts)
     if side != facts.size and family.sizes == "fixed" and not facts.config.get("is_native"):
         raise RecipeError(f"{where}.size: {side} given, but {facts.source} takes {facts.size} pixels and no other size")
-    patch = 8 if facts.family == "tiny" else int(facts.config["patch_size"])
+    cells = patch(facts)
     # those with a published size that leaves a rest (SigLIP: 384 = 27 * 14 + 6) drop it, as the convolution does
-    if side < patch or (facts.family == "siglip2_vision_model" and side % patch):
+    if side < cells or (facts.family == "siglip2_vision_model" and side % cells):
         raise RecipeError(
-            f"{where}.size: {side} given, but {facts.source} cuts patches of {patch} pixels; give a multiple"
+            f"{where}.size: {side} given, but {facts.source} cuts patches of {cells} pixels; give a multiple"
         )
     config = {**facts.config, "image_size": side} if resampled and side != published else facts.config
     return replace(facts, size=scales[-1] if scales else side, s2=scales, config=config)
@@ -193,6 +196,8 @@ def _activation(name: str, config: Mapping[str, Any], where: str) -> str:
 
 def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
     """Row, published facts, and whether its positions are resampled while they are loaded."""
+    if own.is_own(tower):
+        return _own(tower, f"{where}.tower")
     row, path = TOWERS.get(tower), Path(tower)
     if row is not None and row.package:
         return row, _tiny_facts(tower, row), False
@@ -205,7 +210,7 @@ def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
     if path.suffix == ".pt" and path.is_file():
         return TowerRow(), _facts(eva_config(path), tower, None, {}), False
     if not (path / "config.json").is_file():
-        also = ", or the path of a Hugging Face folder, a timm folder or an EVA-CLIP .pt file"
+        also = ", the path of a Hugging Face folder, a timm folder or an EVA-CLIP .pt file, or my.py:NAME"
         raise RecipeError(unknown(TOWERS, tower, f"{where}.tower", also))
     if not is_timm(config := read_config(path)):
         return TowerRow(), _folder_facts(path, config, f"{where}.tower"), False
@@ -220,8 +225,56 @@ def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
     ), True  # fmt: skip
 
 
-def _facts(config: Mapping[str, Any], source: str, size: int | None, extra: Mapping[str, Any]) -> TowerFacts:
-    family = TOWER_FAMILIES[config["model_type"]]
+def _own(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
+    """The same of a row in a user's own file: of an architecture of theirs, or with a configuration that stands on a
+    published one or is given whole."""
+    row = own.row(tower, TowerRow, where)
+    entries = backbones()["vision"]
+    if row.like and row.like not in entries:
+        raise RecipeError(unknown(entries, row.like, f"{where}: {tower}: like"))
+    entry = entries[row.like] if row.like else {}
+    try:  # as it will stand in a saved model's config.json
+        config = json.loads(json.dumps({**entry.get("config", {}), **row.change}))
+    except TypeError as fault:
+        raise RecipeError(f"{where}: {tower}: `change` must hold plain numbers, words and lists ({fault})") from None
+    if row.family is None:
+        config, extra = _known(config, f"{where}: {tower}"), entry
+    else:
+        _complete(config, row, f"{where}: {tower}")
+        config, extra, row = {**config, "model_type": tower}, {}, replace(row, layer=-1)
+    facts = _facts(config, tower, row.size, extra, row.family)
+    return row, replace(facts, resize=row.resize or facts.resize), False
+
+
+def _known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A configuration of an architecture of transformers', with every default written out."""
+    from transformers import AutoConfig
+
+    known = {name for name, family in TOWER_FAMILIES.items() if family.model_class}
+    if (kind := config.get("model_type", "")) == "eva02_clip":
+        return dict(config)
+    if kind not in known:
+        said = f"`change` says model_type {kind!r}" if kind else "neither `like`, `family` nor a model_type is given"
+        raise RecipeError(f"{where}: {said}; known architectures: {', '.join(sorted(known))}")
+    return AutoConfig.for_model(**config).to_dict()
+
+
+def _complete(config: Mapping[str, Any], row: TowerRow, where: str) -> None:
+    """RecipeError where a row with an architecture of its own does not say what everybody must know of it."""
+    if row.like or row.package or row.repo or row.family is None or row.family.build is None:
+        raise RecipeError(
+            f"{where}: `family` needs its `build`, and goes with `change` and `file`, not with `like`, `package` or "
+            "`repo`"
+        )
+    needed = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
+    if lacking := [name for name in needed if not isinstance(config.get(name), int) or config[name] < 1]:
+        raise RecipeError(f"{where}: `change` must say {', '.join(lacking)}, each a whole number from 1")
+
+
+def _facts(
+    config: Mapping[str, Any], source: str, size: int | None, extra: Mapping[str, Any], family: Family | None = None
+) -> TowerFacts:
+    family = family or TOWER_FAMILIES[config["model_type"]]
     # NaFlex has no size of its own: a square of as many patches as it has positions for
     naflex = int(config.get("num_patches") or 0) ** 0.5 * int(config["patch_size"])
     return TowerFacts(
