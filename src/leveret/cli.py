@@ -23,7 +23,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from leveret.own import allow
 from leveret.runs import DataError, EnvironmentFault, UserError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -109,6 +108,14 @@ def _plan(json: bool, facts: dict[str, Any], more: Sequence[str] = ()) -> None:
 
     tell({name: value for name, value in facts.items() if name != "estimate"}, "  ")
     _report(json, facts, "\n".join([*lines, *more]))
+
+
+def _allow(files: list[Path] | None) -> None:
+    """The person says that these files of their own may run."""
+    if files:
+        from leveret.own import allow
+
+        allow(files)
 
 
 def _version(asked: bool) -> None:
@@ -354,7 +361,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Examine a model: scores, intervals, baselines, a page."""
-    allow(own or ())
+    _allow(own)
     if dry_run:
         from leveret.evaluate import SUITES, load_items
 
@@ -427,7 +434,7 @@ def chat(
     own: Own = None,
 ) -> None:
     """Talk with a model about a picture."""
-    allow(own or ())
+    _allow(own)
     from leveret.serve.chat import chat as station
 
     station(model, image=image, prompt=prompt)
@@ -445,7 +452,7 @@ def show(
     json: Json = False,
 ) -> None:
     """One sample at every seam, from record to answer."""
-    allow(own or ())
+    _allow(own)
     from leveret.show import show as station
 
     station(source, index=index, id=id, images=images, model=model, out=out, json=json)
@@ -467,7 +474,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Turn another tool's model into one of ours, or one of ours into another's layout."""
-    allow(own or ())
+    _allow(own)
     from leveret.model.peers.convert import convert as station
 
     with _reporting(json):

@@ -84,10 +84,10 @@ class Family:
                  (S / patch_size)^2 tokens [N, n, hidden_size]. It runs whole: `depth` is its number of blocks.
     """
 
-    model_class: str
-    blocks: str
-    norm: str
-    short: str
+    model_class: str = ""
+    blocks: str = "blocks"
+    norm: str = "norm"
+    short: str = "own"
     pre: str = ""
     head: str = ""
     head_switch: str = "vision_use_head"

@@ -210,17 +210,8 @@ def _load_own(facts: TowerFacts) -> Tower:
     if row.family is None:
         return fill_tower(facts, state, where=str(path))
     tower = build_tower(facts)
-    own_state = tower.model.state_dict()
-    if faults := [
-        *(f"{name} is missing" for name in own_state if name not in state),
-        *(f"{name} is unexpected" for name in state if name not in own_state),
-        *(
-            f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in own_state.items()
-            if name in state and state[name].shape != tensor.shape
-        ),
-    ]:
-        raise DataError(f"{path}: not the weights of {facts.source}: {'; '.join(faults[:8])}")
+    if said := _misfits(tower.model.state_dict(), state):
+        raise DataError(f"{path}: not the weights of {facts.source}; {said}")
     tower.model.load_state_dict(state)
     return tower
 
@@ -266,26 +257,32 @@ def fill_tower(
     if positions is not None:
         facts = replace(facts, config={**facts.config, "image_size": facts.side})
     tower = build_tower(facts)
-    own = dict(tower.model.state_dict())
+    due = dict(tower.model.state_dict())
     if positions is not None:
-        for name in given.keys() & own.keys():
+        for name in given.keys() & due.keys():
             if name.startswith("embeddings.position_embedding"):
-                given[name] = tower_keys.resample(given[name], own[name].shape, positions)
+                given[name] = tower_keys.resample(given[name], due[name].shape, positions)
     family = family_of(facts)
     after = (family.blocks + ".", family.norm + ".", (family.head or "\0") + ".")
+    if said := _misfits(due, given, after):
+        raise DataError(f"{where}: not the weights of this {facts.family} tower; {said}")
+    tower.model.load_state_dict({name: given[name].float() for name in due})
+    return tower
+
+
+def _misfits(due: Mapping[str, Tensor], given: Mapping[str, Tensor], spare: tuple[str, ...] = ()) -> str:
+    """What keeps the weights `given` from being those of a module, in words; names that begin with `spare` may be too
+    many."""
     faults = {
-        "missing": [name for name in own if name not in given],
-        "unexpected": [name for name in given if name not in own and not name.startswith(after)],
+        "missing": [name for name in due if name not in given],
+        "unexpected": [name for name in given if name not in due and not name.startswith(spare)],
         "of another shape": [
             f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
-            for name, tensor in own.items()
+            for name, tensor in due.items()
             if name in given and given[name].shape != tensor.shape
         ],
     }
-    if said := [f"{len(names)} {kind}: {', '.join(sorted(names)[:8])}" for kind, names in faults.items() if names]:
-        raise DataError(f"{where}: not the weights of this {facts.family} tower; {'; '.join(said)}")
-    tower.model.load_state_dict({name: given[name].float() for name in own})
-    return tower
+    return "; ".join(f"{len(names)} {kind}: {', '.join(sorted(names)[:8])}" for kind, names in faults.items() if names)
 
 
 def _by_table(facts: TowerFacts, row: TowerRow | None) -> bool:
