@@ -207,6 +207,7 @@ OTHERS: list[tuple[str, str, str]] = [
     ("tower", TOWER + "ROW = TowerRow()", "neither `like`, `family` nor a model_type"),
     ("tower", TOWER + "ROW = TowerRow(like='facebook/dinov2-bose')", "like: .*did you mean 'facebook/dinov2-base'"),
     ("tower", TOWER + "ROW = TowerRow(change={'model_type': 'resnet'})", "model_type 'resnet'; known architectures"),
+    ("tower", TOWER + "ROW = TowerRow(like='facebook/dinov2-base', crop=0)", "`crop` is 0"),
     ("tower", TOWER + "ROW = TowerRow(change={'x': nn.Linear})", "must hold plain numbers"),
     ("tower", TOWER + f"ROW = TowerRow(family=Family(), change={SIZES})", "`family` needs its `build`"),
     ("tower", TOWER + "ROW = TowerRow(family=Family(build=nn.Module), change={'patch_size': 8})", "say hidden_size"),

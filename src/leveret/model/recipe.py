@@ -53,6 +53,13 @@ class _TowerChoices(_Strict):
         "of all scales are joined on channels; the number of tokens is that of the smallest.",
     )
     resize: Resize | None = Field(default=None, description="How an image becomes a square. Default: the tower's row.")
+    crop: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of the scaled image that is cut out of its middle (timm's crop_pct); `squash` has no use "
+        "for it. Default: the tower's row or preprocessor_config.json, mostly 1; with `s2` 1.",
+    )
     normalise: Moments | None = Field(
         default=None,
         description="Mean and std of the pixels, where not the tower's own (the Factory's MoF gives both its towers "

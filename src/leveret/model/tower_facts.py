@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from leveret import own
 from leveret.inputs.views import MOMENTS
 from leveret.model.recipe import Tokens as TokenChoice
-from leveret.records import Resize
+from leveret.records import Resize, TowerView
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +36,7 @@ class TowerFacts:
     name    of its view, and of its weights among several towers.
     tokens  which tokens are taken: a choice of TowerRecipe.
     s2      sides of the scales in rising order; () for one scale.
+    short   what the short side is scaled to before the centre is cut, where not `size` (TowerView.short).
     """
 
     family: str
@@ -51,6 +52,12 @@ class TowerFacts:
     tokens: TokenChoice = "patch"
     s2: tuple[int, ...] = ()
     resample: Resample = "bicubic"
+    short: int = 0
+
+    @property
+    def view(self) -> TowerView:
+        """How the tower wants to see an image."""
+        return TowerView(self.name, self.size, self.mean, self.std, self.resize, self.resample, self.short)
 
     @property
     def side(self) -> int:
@@ -126,8 +133,9 @@ TOWER_FAMILIES: dict[str, Family] = {
         "Aimv2VisionModel", "encoder.layers", "rms_norm", "aimv2", head="head", head_switch="use_head", sizes="fixed",
         resize="crop", mean=CLIP_MEAN, std=CLIP_STD,
     ),
+    # torchvision's transforms: Bunny's multimodal_encoder/eva_clip, which has no preprocessor_config.json
     "eva02_clip": Family(
-        "", "blocks", "norm", "eva", head="head", prefix=1, sizes="fixed", resize="crop", mean=CLIP_MEAN, std=CLIP_STD
+        "", "blocks", "norm", "eva", head="head", prefix=1, sizes="fixed", resize="centre", mean=CLIP_MEAN, std=CLIP_STD
     ),
     "tiny": Family("", "layers", "norm", "tiny", sizes="fixed"),
 }  # fmt: skip

@@ -18,14 +18,14 @@ from typing import Any
 from torch import nn
 
 from leveret import own
-from leveret.inputs.views import MOMENTS
+from leveret.inputs.views import MOMENTS, RESAMPLE, view_of_processor
 from leveret.model.hub import package_file, read_config
 from leveret.model.recipe import TowerRecipe, VisionRecipe
 from leveret.model.tables import unknown
 from leveret.model.tower_facts import TOWER_FAMILIES, Family, TowerFacts, family_of, is_whole, patch
 from leveret.model.tower_files import eva_config, is_timm, timm_config
 from leveret.records import Resize
-from leveret.runs import RecipeError
+from leveret.runs import RecipeError, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class TowerRow:
     file    their file there; "" for the usual names. Without `repo` it is a file beside the user's own.
     resize  what Prismatic gives its timm towers, where not the family's.
     family  an architecture of the user's own, which `change` configures.
+    crop    share of the scaled image that is cut out of its middle (timm's crop_pct), where it is not all.
     """
 
     layer: int = -2
@@ -52,14 +53,18 @@ class TowerRow:
     file: str = ""
     resize: Resize | None = None
     family: Family | None = None
+    crop: float = 1.0
 
 
-def _timm(name: str, like: str, repo: str = "", size: int | None = None, **change: Any) -> tuple[str, TowerRow]:
+def _timm(
+    name: str, like: str, repo: str = "", size: int | None = None, crop: float = 1.0, **change: Any
+) -> tuple[str, TowerRow]:
     """One of Prismatic's towers. timm runs SigLIP with exact GELU and ImageNet's ViT with another epsilon than
     transformers does."""
     if "siglip" in name:
         change["hidden_act"] = "gelu"
-    return f"timm/{name}", TowerRow(like=like, size=size, change=change, repo=f"timm/{repo or name}", resize="squash")
+    row = TowerRow(like=like, size=size, change=change, repo=f"timm/{repo or name}", resize="squash", crop=crop)
+    return f"timm/{name}", row
 
 
 TOWERS: dict[str, TowerRow] = {
@@ -88,7 +93,8 @@ TOWERS: dict[str, TowerRow] = {
     "apple/aimv2-large-patch14-224": TowerRow(),
     "QuanSun/EVA02_CLIP_L_336_psz14_s6B": TowerRow(repo="QuanSun/EVA-CLIP", file="EVA02_CLIP_L_336_psz14_s6B.pt"),
     **dict([
-        _timm("vit_base_patch16_clip_224.openai", "openai/clip-vit-base-patch16"),
+        # the one whose crop_pct Prismatic left in place (prismatic.md 5)
+        _timm("vit_base_patch16_clip_224.openai", "openai/clip-vit-base-patch16", crop=0.9),
         _timm("vit_large_patch14_clip_224.openai", "openai/clip-vit-large-patch14"),
         _timm("vit_large_patch14_clip_336.openai", "openai/clip-vit-large-patch14-336"),
         _timm("vit_base_patch16_siglip_224", "google/siglip-base-patch16-224", "ViT-B-16-SigLIP"),
@@ -179,7 +185,12 @@ def _sized(facts: TowerFacts, recipe: TowerRecipe, resampled: bool, where: str) 
             f"{where}.size: {side} given, but {facts.source} cuts patches of {cells} pixels; give a multiple"
         )
     config = {**facts.config, "image_size": side} if resampled and side != published else facts.config
-    return replace(facts, size=scales[-1] if scales else side, s2=scales, config=config)
+    size = scales[-1] if scales else side
+    # another size keeps the share that is cut out; S2's largest scale is seen whole, as Bunny's processors are set
+    short = 0 if scales else side * facts.short // facts.size
+    if recipe.crop is not None:
+        short = _short(size, recipe.crop)
+    return replace(facts, size=size, s2=scales, config=config, short=short)
 
 
 def _activation(name: str, config: Mapping[str, Any], where: str) -> str:
@@ -205,7 +216,7 @@ def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
         entry = backbones()["vision"][row.like or tower]
         facts = _facts({**entry["config"], **row.change}, tower, row.size, entry)
         if tower.startswith("timm/"):
-            facts = replace(facts, resize=row.resize or facts.resize, config={**facts.config, "image_size": facts.size})
+            facts = _by_timm(replace(facts, config={**facts.config, "image_size": facts.size}), row)
         return row, facts, tower.startswith("timm/")
     if path.suffix == ".pt" and path.is_file():
         return TowerRow(), _facts(eva_config(path), tower, None, {}), False
@@ -219,10 +230,23 @@ def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
         raise RecipeError(unknown(rows, config["architecture"], f"{where}.tower: {path}: timm's architecture"))
     row = rows[config["architecture"]]
     entry = backbones()["vision"][row.like]
-    return row, replace(
-        _facts(timm_config(path, config, {**entry["config"], **row.change}), tower, None, entry),
-        resize=row.resize or "squash",
-    ), True  # fmt: skip
+    facts = _facts(timm_config(path, config, {**entry["config"], **row.change}), tower, None, entry)
+    return row, _by_timm(facts, row), True
+
+
+def _by_timm(facts: TowerFacts, row: TowerRow) -> TowerFacts:
+    """The image as Prismatic prepares it for timm's towers: always bicubic (prismatic.md 5)."""
+    return _prepared_by(row, replace(facts, resample="bicubic"))
+
+
+def _prepared_by(row: TowerRow, facts: TowerFacts) -> TowerFacts:
+    """With the row's geometry."""
+    return replace(facts, resize=row.resize or facts.resize, short=_short(facts.size, row.crop))
+
+
+def _short(size: int, crop: float) -> int:
+    """What the short side is scaled to, so that `size` is `crop` of it; 0 for `size` itself. timm rounds down."""
+    return 0 if crop == 1 else int(size / crop)
 
 
 def _own(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
@@ -242,8 +266,9 @@ def _own(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
     else:
         _complete(config, row, f"{where}: {tower}")
         config, extra, row = {**config, "model_type": tower}, {}, replace(row, layer=-1)
-    facts = _facts(config, tower, row.size, extra, row.family)
-    return row, replace(facts, resize=row.resize or facts.resize), False
+    if not 0 < row.crop <= 1:
+        raise RecipeError(f"{where}: {tower}: `crop` is {row.crop}; it must be more than 0 and at most 1")
+    return row, _prepared_by(row, _facts(config, tower, row.size, extra, row.family)), False
 
 
 def _known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -304,12 +329,37 @@ def _folder_facts(folder: Path, config: dict[str, Any], where: str) -> TowerFact
 
     # Published configs leave out whatever equals the class's default.
     full = AutoConfig.for_model(**config).to_dict()
+    facts = _facts(full, str(folder), None, {})
     processor = folder / "preprocessor_config.json"
-    said = json.loads(processor.read_text("utf-8")) if processor.is_file() else {}
-    resample = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(said.get("resample", -1))
-    return _facts(
-        full, str(folder), None, {"mean": said.get("image_mean"), "std": said.get("image_std"), "resample": resample}
-    )
+    return _prepared(facts, read_json(processor), where) if processor.is_file() else facts
+
+
+def _prepared(facts: TowerFacts, said: Mapping[str, Any], where: str) -> TowerFacts:
+    """The facts with what a preprocessor_config.json says of the image; what it leaves out is the family's."""
+    number = {word: number for number, word in RESAMPLE.items()}[facts.resample]
+    silent = {"image_mean": facts.mean, "image_std": facts.std, "resample": number}
+    if not isinstance(said, Mapping):
+        raise RecipeError(f"{where}: {facts.source}: preprocessor_config.json holds no mapping")
+    sized = said.get("size") is not None
+    told = {**silent, **{key: value for key, value in said.items() if value is not None}}
+    if not sized:  # NaFlex says how many patches it takes, and others nothing
+        told |= {"size": facts.size, "do_center_crop": False}
+    try:
+        view = view_of_processor(told)
+    except RecipeError as fault:
+        raise RecipeError(f"{where}: {facts.source}: {fault}") from None
+    except (KeyError, TypeError, ValueError) as fault:
+        raise RecipeError(f"{where}: {facts.source}: preprocessor_config.json cannot be read ({fault!r})") from None
+    facts = replace(facts, mean=view.mean, std=view.std, resample=view.resample)
+    if not sized:
+        return facts
+    own_size = int(facts.config.get("image_size") or facts.size)
+    if TOWER_FAMILIES[facts.family].sizes == "fixed" and not facts.config.get("is_native") and view.size != own_size:
+        raise RecipeError(
+            f"{where}: {facts.source}: its preprocessor_config.json makes {view.size} pixels, but its config.json says "
+            f"{own_size}, and it takes no other size"
+        )
+    return replace(facts, size=view.size, resize=view.resize, short=view.short)
 
 
 def _tiny_facts(name: str, row: TowerRow) -> TowerFacts:

@@ -35,7 +35,6 @@ from leveret.model.tower_facts import (
 from leveret.model.tower_files import is_timm, read_weights, weights_file
 from leveret.model.tower_table import TOWERS, TowerRow, backbones, describe, describe_all
 from leveret.model.trial import build_own
-from leveret.records import TowerView
 from leveret.runs import DataError, RecipeError
 
 __all__ = [
@@ -55,7 +54,7 @@ class Tower(nn.Module):
         self.facts = facts
         self.model: Any = model
         self._family = family_of(facts)
-        self.view = TowerView(facts.name, facts.size, facts.mean, facts.std, facts.resize, facts.resample)
+        self.view = facts.view
         self._whole = is_whole(facts)
         # with S2 every scale adds its own numbers to a token
         self.width = width(facts) * max(1, len(facts.s2))
