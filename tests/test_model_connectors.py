@@ -400,7 +400,7 @@ def test_the_pages_own_connector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert vlm.spec.tokens == 4 and vlm.connector[0].eps == 0.5  # type: ignore[index]
     assert vlm(tiny_batch(vlm)).loss_sum.isfinite()
     recipe.connector.options["epsilon"] = 0.5
-    with pytest.raises(RecipeError, match="not a setting of my.py:CONNECTOR.*did you mean eps"):
+    with pytest.raises(RecipeError, match=r"not a setting of my\.py:CONNECTOR.*did you mean eps"):
         build(recipe)
 
 
