@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fakes
 import train_fakes
 from leveret import own
 from leveret.cli import run as leveret
-from leveret.inputs.formats import _BROUGHT, find_chat
+from leveret.inputs.formats import _BROUGHT, _OWN, find_chat
 from leveret.model.build import build, build_meta, check
 from leveret.model.checkpoint import load, save
 from leveret.model.recipe import ModelRecipe
@@ -53,6 +55,7 @@ def forget() -> None:
         sys.modules.pop(f"leveret_own_{fingerprint}", None)
     own._MODULES.clear()
     _BROUGHT.clear()
+    _OWN.clear()
 
 
 def recipe(**parts: str) -> ModelRecipe:
@@ -353,6 +356,39 @@ def test_a_model_that_was_loaded_is_saved_with_its_files(at: Path) -> None:
     batch = fakes.tiny_batch(vlm, lengths=(30, 25))
     with torch.no_grad():
         assert torch.equal(vlm(batch).logits, back(batch).logits)
+
+
+@given(before=st.text(max_size=8), after=st.text(max_size=8), colon=st.sampled_from(["", ":", "@", ":x@"]))
+def test_any_text_that_means_a_file_is_refused_in_one_line(before: str, after: str, colon: str) -> None:
+    text = f"{before}.py{colon}{after}"
+    if own.is_own(text):
+        with pytest.raises(RecipeError, match=r"^here: ") as refused:
+            own.pin(text, "here")
+        assert refused.value.exit_code == 2
+
+
+@given(name=st.from_regex(r"[A-Za-z_]\w{0,8}", fullmatch=True))
+def test_a_pinned_name_stays_what_it_is(name: str) -> None:
+    Path("my.py").write_text("")
+    pinned = own.pin(f"my.py:{name}", "here")
+    assert own.pin(pinned, "here") == pinned and own.parse(pinned, "here").name == name
+    forget()
+    assert own.lacking(pinned, "it") and own.pin(pinned, "here") == pinned and not own.lacking(pinned, "it")
+
+
+def test_a_users_own_words_go_before_those_a_model_brought(at: Path) -> None:
+    """A model folder may say what it likes of a reference: where the file itself was named, the file has the word."""
+    (at / "my.py").write_text(block("chat-formats.md"), "utf-8")
+    folder = save(build(recipe(chat="my.py:CHAT")), at / "model")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    name = config["recipe"]["chat"]
+    config["chat"]["template"] = config["chat"]["template"].replace("Q: ", "Evil: ")
+    (folder / "config.json").write_text(json.dumps(config))
+    forget()
+    load(folder)
+    assert "Evil: " in find_chat(name).template
+    own.allow(at / "my.py")
+    assert "Q: " in find_chat(name).template
 
 
 def test_two_models_with_other_words_under_one_name(at: Path) -> None:

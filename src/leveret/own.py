@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from leveret.runs import RecipeError, closest, sha256_of
 
@@ -92,10 +92,11 @@ def allow(paths: str | Path | Iterable[str | Path], where: str = "--own") -> Non
 
 
 def _allow(path: str | Path, where: str) -> str:
-    place = Path(path).expanduser()
+    place = Path(path)
     try:
+        place = place.expanduser()
         source = place.read_bytes()
-    except OSError as fault:
+    except (OSError, ValueError, RuntimeError) as fault:  # no path at all: a zero byte, an unknown ~user
         why = "that is a folder" if place.is_dir() else (
             "it cannot be read" if place.exists() else f"there is no such file in {Path.cwd()}"
             if not place.is_absolute() else "there is no such file"
@@ -114,6 +115,11 @@ def environment() -> dict[str, str]:
 
 def _told() -> list[str]:
     return [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
+
+
+def is_allowed(text: str) -> bool:
+    """Whether the file of a reference was named in this process, in this version."""
+    return parse(text, "own").fingerprint in _ALLOWED
 
 
 def lacking(text: str, where: str) -> str:
@@ -210,9 +216,3 @@ def guard(text: str, where: str) -> Iterator[None]:
         reason = fault.msg if isinstance(fault, SyntaxError) else str(fault)
         words = f"{type(fault).__name__}: {(reason.strip().splitlines() or [''])[0]}".rstrip(": ")
         raise RecipeError(f"{where}: {place}: {words}") from fault
-
-
-def check_mapping(value: Any, needed: Iterable[str], what: str, where: str) -> None:
-    """RecipeError naming the keys that a row's mapping lacks."""
-    if absent := [key for key in needed if key not in value]:
-        raise RecipeError(f"{where}: {what} lacks {', '.join(absent)}")

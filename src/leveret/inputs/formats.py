@@ -368,8 +368,14 @@ def bring(chat: str, form: ChatFormat) -> None:
         raise DataError(f"chat format {chat!r}: two models have it, with different templates; load them apart")
 
 
+_OWN: dict[str, ChatFormat] = {}
+"""Formats in users' own files, by pinned reference, that were looked at."""
+
+
 def _own(chat: str) -> ChatFormat:
-    if chat in _BROUGHT:
+    if chat in _OWN:
+        return _OWN[chat]
+    if chat in _BROUGHT and not own.is_allowed(chat):  # the file itself, where there is one, goes before
         return _BROUGHT[chat]
     from leveret.inputs.template import check_template
 
@@ -379,4 +385,5 @@ def _own(chat: str) -> ChatFormat:
     if form.faithful or form.original:
         raise RecipeError(f"chat: {chat}: `faithful` and `original` are for the formats of published systems")
     check_template(form, f"chat: {chat}")
+    _OWN[chat] = form
     return form
