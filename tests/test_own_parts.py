@@ -225,7 +225,9 @@ OTHERS: list[tuple[str, str, str]] = [
     ("chat", CHAT + "ROW = ChatFormat('x', 'a', ('<|end|>',), faithful=True)", "are for the formats of published"),
     ("chat", CHAT + "ROW = ChatFormat('x', '{{ messages.x.y }}', ('<|end|>',))", "fails"),
     ("language", LANGUAGE + "ROW = LanguageRow()", "give `repo`"),
-    ("language", LANGUAGE + "ROW = LanguageRow(repo='x/y', config={'model_type': 'bert_'})", "no causal language"),
+    ("language", LANGUAGE + "ROW = LanguageRow(like='microsoft/phi2')", "like: .*did you mean 'microsoft/phi-2'"),
+    ("language", LANGUAGE + "ROW = LanguageRow(repo='x/y', change={'x': print})", "must hold plain numbers"),
+    ("language", LANGUAGE + "ROW = LanguageRow(repo='x/y', change={'model_type': 'bert_'})", "no causal language"),
 ]  # fmt: skip
 
 
@@ -317,6 +319,25 @@ def test_rows_like_a_published_tower_are_told_without_weights(at: Path) -> None:
     assert build_meta(recipe(tower="my.py:TUNED")).towers["vision"].tokens == 196
 
 
+def test_a_language_model_with_other_settings_than_its_folder_says(at: Path) -> None:
+    """What the row changes holds while weights are read, and in the saved model."""
+    shutil.copytree(fakes.tiny_language_folder(), at / "lm")
+    (at / "my.py").write_text(
+        LANGUAGE
+        + "ROW = LanguageRow(repo='lm', change={'rms_norm_eps': 0.5})\nLIKE = LanguageRow(like='microsoft/phi-2')",
+        "utf-8",
+    )
+    mine, plain = build(recipe(language="my.py:ROW")), fakes.tiny_vlm()
+    assert mine.language.config.rms_norm_eps == 0.5 and mine.tokenizer is not None
+    batch, state = fakes.tiny_batch(plain), plain.language.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in mine.language.state_dict().items())
+    with torch.no_grad():
+        assert not torch.equal(mine(batch).logits, plain(batch).logits)
+        forget()
+        assert torch.equal(mine(batch).logits, load(save(mine, at / "model"))(batch).logits)
+    assert build_meta(recipe(language="my.py:LIKE")).language.config.model_type == "phi"
+
+
 def test_a_class_that_transformers_does_not_have(at: Path) -> None:
     """Registered in the file; a model of it needs the file, and refuses without."""
     (at / "my.py").write_text(
@@ -325,7 +346,7 @@ def test_a_class_that_transformers_does_not_have(at: Path) -> None:
         "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
         "AutoConfig.register('my_own_lm', MyConfig, exist_ok=True)\n"
         "AutoModelForCausalLM.register(MyConfig, MyModel, exist_ok=True)\n"
-        f"ROW = LanguageRow(repo='me/lm', config=dict({fakes.LLAMA!r}, model_type='my_own_lm'))\n", "utf-8"
+        f"ROW = LanguageRow(repo='me/lm', change=dict({fakes.LLAMA!r}, model_type='my_own_lm'))\n", "utf-8"
     )  # fmt: skip
     vlm = build(recipe(language="my.py:ROW"), weights=False)
     vlm.tokenizer = fakes.tiny_tokenizer()
