@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,33 @@ from PIL import Image
 
 import inputs_parity as given
 from leveret.inputs.resize import prepare
-from leveret.inputs.views import EVA, prismatic_views, view_of_processor, with_aspect
+from leveret.inputs.views import STRATEGIES, view_of_processor
+from leveret.model.peers.prismatic import BACKBONES
+from leveret.model.recipe import TowerRecipe, VisionRecipe
+from leveret.model.tower_facts import TOWER_FAMILIES
+from leveret.model.tower_table import describe_all
 from leveret.records import TowerView
 from leveret.runs import RecipeError
 
 CLOSE = 1e-6
+
+
+def prismatic_views(backbone: str, size: int, strategy: str) -> tuple[TowerView, ...]:
+    """What the towers of one of Prismatic's backbones see, by the rows that its models are read with."""
+    towers = [
+        TowerRecipe(tower=f"timm/{name}", name=view, size=size, resize=STRATEGIES[strategy])
+        for view, name in BACKBONES[backbone].towers
+    ]
+    return tuple(
+        replace(facts.view, name=facts.name.replace("dinov2", "dino"))
+        for facts in describe_all(VisionRecipe(towers=towers))
+    )
+
+
+def under(view: TowerView, aspect: str | None, largest: int | None) -> TowerView:
+    """The view under LLaVA's `image_aspect_ratio` and with S2's largest scale."""
+    view = view if largest is None else replace(view, size=largest, short=0)
+    return replace(view, resize="pad") if aspect == "pad" else view
 
 
 def views_of(folder: Path, aspect: str | None = None, checkpoint: str = "checkpoint*") -> tuple[TowerView, ...]:
@@ -31,9 +54,10 @@ def views_of(folder: Path, aspect: str | None = None, checkpoint: str = "checkpo
     processor = folder / "hub" / source.removeprefix("mof:") / "preprocessor_config.json"
     largest = max(map(int, config.get("s2_scales", "384,768,1152").split(","))) if config.get("use_s2") else None
     if processor.is_file():
-        return (view_of_processor(given.read(processor), aspect=aspect, largest=largest),)
+        return (under(view_of_processor(given.read(processor)), aspect, largest),)
     size = meta["eva_vision_config"]["image_size"]
-    return (with_aspect(EVA, aspect, largest or size),)
+    eva = TOWER_FAMILIES["eva02_clip"]
+    return (under(TowerView("eva", size, eva.mean, eva.std, eva.resize, eva.resample), aspect, largest),)
 
 
 def near(folder: Path, image: str, views: tuple[TowerView, ...], arrays: Any, keys: Any) -> float:
@@ -88,7 +112,6 @@ def test_processors_as_views() -> None:
     half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     siglip = {**half, "size": {"height": 384, "width": 384}}
     assert view_of_processor(siglip) == TowerView("vision", 384)
-    assert view_of_processor(siglip, aspect="pad", largest=1152) == TowerView("vision", 1152, resize="pad")
     clip = {**half, "size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True}
     assert view_of_processor(clip) == TowerView("vision", 224, resize="crop")
     dino = {**clip, "size": {"shortest_edge": 256}, "resample": 2}
@@ -104,6 +127,7 @@ def test_processors_as_views() -> None:
         ({"size": {"shortest_edge": 224}}, "gives no square"),
         ({"size": {"longest_edge": 224}}, "allowed: a number"),
         ({"size": {"height": 224, "width": 224}, "crop_size": 200}, "distorted, then cut"),
+        ({"size": {"shortest_edge": 200}, "crop_size": 224}, "too small to cut 224"),
         ({"resample": 1}, "resample is 1"),
         ({"do_resize": False}, "must be on"),
     ],
@@ -115,12 +139,8 @@ def test_processors_that_no_view_can_say(change: dict[str, Any], message: str) -
 
 
 def test_prismatics_words() -> None:
+    """Of all its towers one keeps timm's crop_pct of .9 (prismatic.md 5)."""
     assert [view.name for view in prismatic_views("dinoclip-vit-l-336px", 336, "letterbox")] == ["dino", "clip"]
-    assert prismatic_views("clip-vit-b", 224, "resize-crop")[0].short == 248
-    assert prismatic_views("clip-vit-b", 224, "resize-naive")[0].short == 0
-    with pytest.raises(RecipeError, match="did you mean"):
-        prismatic_views("clip-vit-xl", 224, "letterbox")
-    with pytest.raises(RecipeError, match="resize-naive, resize-crop, letterbox"):
-        prismatic_views("clip-vit-l", 224, "pad")
-    with pytest.raises(RecipeError, match="anyres"):
-        with_aspect(EVA, "anyres")
+    for backbone, row in BACKBONES.items():
+        for view in prismatic_views(backbone, row.size, "resize-crop"):
+            assert (view.resize, view.short) == ("centre", 248 if backbone == "clip-vit-b" else 0)

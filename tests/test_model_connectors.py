@@ -389,15 +389,19 @@ def test_the_page_names_every_row_and_setting() -> None:
     assert said == {kind: set(row.settings.model_fields) for kind, row in CONNECTORS.items()}
 
 
-def test_the_pages_own_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_own_connector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a setting of its own; test_own_parts.py teaches it."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    monkeypatch.setitem(CONNECTORS, "normed_linear", None)  # type: ignore[arg-type]  # so that it is gone afterwards
-    exec(code, {"__name__": "own"})
-    recipe = tiny_recipe(connector="normed_linear")
+    (tmp_path / "my.py").write_text(code, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe(connector="my.py:CONNECTOR")
     recipe.connector.options["eps"] = 0.5
     vlm = build(recipe)
     assert vlm.spec.tokens == 4 and vlm.connector[0].eps == 0.5  # type: ignore[index]
     assert vlm(tiny_batch(vlm)).loss_sum.isfinite()
+    recipe.connector.options["epsilon"] = 0.5
+    with pytest.raises(RecipeError, match=r"not a setting of my\.py:CONNECTOR.*did you mean eps"):
+        build(recipe)
 
 
 def test_parts_that_do_not_fit_are_refused_before_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

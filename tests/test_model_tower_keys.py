@@ -207,7 +207,7 @@ def test_an_eva_file(tmp_path: Path) -> None:
     """Its sizes are read from it; features are those of the network that wrote it."""
     path = eva_file(tmp_path / "eva.pt")
     facts = describe(VisionRecipe(tower=str(path)))
-    assert dict(facts.config) == EVA and facts.resize == "crop"
+    assert dict(facts.config) == EVA and facts.resize == "centre"
     torch.manual_seed(0)
     model = loud(EvaVision(EVA))
     pixels = torch.randn(2, 3, 32, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import transformers
 from fakes import SIGLIP, loud, tiny_recipe
 from leveret.model import language, towers
 from leveret.model.build import build, build_meta, check
+from leveret.model.checkpoint import load, save
 from leveret.model.connectors import build_connector
 from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, VisionRecipe
+from leveret.model.tower_facts import CLIP_MEAN
 from leveret.model.towers import (
     TOWERS,
     Tower,
@@ -235,6 +238,62 @@ def test_the_vision_part_of_a_whole_dual_encoder(kind: str, tmp_path: Path) -> N
         torch.testing.assert_close(tower(pixels), expected[:, 1 if kind == "CLIP" else 0 :])
     assert tower.view.mean == (0.1, 0.2, 0.3)
     assert tower.view.resize == ("crop" if kind == "CLIP" else "squash")
+
+
+HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+CUT = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+
+
+@pytest.mark.parametrize(
+    ("said", "view"),
+    [
+        ({**HALVES, **CUT, "resample": 2}, ("crop", 32, 40, "bilinear")),
+        ({**HALVES, "size": {"height": 48, "width": 48}}, ("squash", 48, 0, "bicubic")),
+        ({"size": 32, "crop_size": 32}, ("crop", 32, 0, "bicubic")),
+        ({"max_num_patches": 4, "resample": None}, ("crop", 32, 0, "bicubic")),
+    ],
+)
+def test_a_folders_processor_is_believed(said: dict[str, Any], view: tuple[Any, ...], tmp_path: Path) -> None:
+    """Size, geometry and filter; what the recipe says goes before it; a model that was saved keeps it."""
+    toy("clip_vision_model").save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(said))
+    recipe = VisionRecipe(tower=str(tmp_path / "clip"))
+
+    def seen(facts: TowerFacts) -> tuple[Any, ...]:
+        return facts.resize, facts.size, facts.short, facts.resample
+
+    facts = describe(recipe)
+    assert seen(facts) == view and facts.mean == (tuple(said["image_mean"]) if "image_mean" in said else CLIP_MEAN)
+    other = describe(recipe.model_copy(update={"resize": "pad", "size": 64}))
+    assert seen(other) == ("pad", 64, view[2] * 64 // view[1], view[3])
+    assert describe(recipe.model_copy(update={"s2": [32, 64]})).short == 0
+    assert describe(recipe.model_copy(update={"crop": 1.0})).short == 0
+    assert describe(recipe.model_copy(update={"crop": 0.5, "s2": [32, 64]})).short == 128
+    model = tiny_recipe().model_copy(update={"vision": recipe})
+    vlm = build(model)
+    assert load(save(vlm, tmp_path / "m")).spec == vlm.spec and vlm.spec.towers[0].short == view[2]
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "told"),
+    [
+        ("clip_vision_model", {**HALVES, "size": {"height": 32, "width": 40}}, "no square"),
+        ("clip_vision_model", {"image_mean": "grey"}, "cannot be read"),
+        ("clip_vision_model", [1], "holds no mapping"),
+        ("aimv2_vision_model", {**HALVES, "size": {"height": 48, "width": 48}}, "makes 48 pixels.*takes no other size"),
+    ],
+)
+def test_processors_that_cannot_be_followed(family: str, said: Any, told: str, tmp_path: Path) -> None:
+    toy(family).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(RecipeError, match=told):
+        describe(VisionRecipe(tower=str(tmp_path)))
+
+
+def test_the_one_tower_whose_share_is_cut_out_keeps_it() -> None:
+    """Prismatic's clip-vit-b: timm's crop_pct of .9."""
+    rows = {name: describe(VisionRecipe(tower=name)).short for name in TOWERS if name.startswith("timm/")}
+    assert {name: short for name, short in rows.items() if short} == {"timm/vit_base_patch16_clip_224.openai": 248}
 
 
 def test_a_tiny_tower_gives_the_same_features_in_training() -> None:

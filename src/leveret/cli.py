@@ -50,6 +50,10 @@ LimitShare = Annotated[float, typer.Option(min=0, max=1, help="Stop when a large
 Source = Annotated[
     str, typer.Argument(help="LLaVA JSON, tars, parquet, a folder of save_to_disk, or of images with captions.")
 ]
+Own = Annotated[
+    list[Path] | None,
+    typer.Option("--own", help="A Python file that a part of the model is built by: it may run. Also LEVERET_OWN."),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 EmbedPrecision = Annotated[
     str, typer.Option("--precision", help="Of the encoder: auto (bf16 where native), fp32, bf16.")
@@ -104,6 +108,14 @@ def _plan(json: bool, facts: dict[str, Any], more: Sequence[str] = ()) -> None:
 
     tell({name: value for name, value in facts.items() if name != "estimate"}, "  ")
     _report(json, facts, "\n".join([*lines, *more]))
+
+
+def _allow(files: list[Path] | None) -> None:
+    """The person says that these files of their own may run."""
+    if files:
+        from leveret.own import allow
+
+        allow(files)
 
 
 def _version(asked: bool) -> None:
@@ -344,10 +356,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
     n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
     blind: Annotated[bool, typer.Option(help="Ask every question with another picture too.")] = True,
+    own: Own = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Examine a model: scores, intervals, baselines, a page."""
+    _allow(own)
     if dry_run:
         from leveret.evaluate import SUITES, load_items
 
@@ -417,8 +431,10 @@ def chat(
     model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
     image: Annotated[Path | None, typer.Argument(help="The picture to talk about.")] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once, print the answer, and end.")] = None,
+    own: Own = None,
 ) -> None:
     """Talk with a model about a picture."""
+    _allow(own)
     from leveret.serve.chat import chat as station
 
     station(model, image=image, prompt=prompt)
@@ -432,9 +448,11 @@ def show(
     images: Images = None,
     model: Annotated[str | None, typer.Option(help="Also follow it through this model.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Save the pictures here: a .png or a folder.")] = None,
+    own: Own = None,
     json: Json = False,
 ) -> None:
     """One sample at every seam, from record to answer."""
+    _allow(own)
     from leveret.show import show as station
 
     station(source, index=index, id=id, images=images, model=model, out=out, json=json)
@@ -454,9 +472,11 @@ def convert(
         str | None, typer.Option(help="The language model that adapters or a projector stand on, if not the one named.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as it was saved.")] = None,
+    own: Own = None,
     json: Json = False,
 ) -> None:
     """Turn another tool's model into one of ours, or one of ours into another's layout."""
+    _allow(own)
     from leveret.model.peers.convert import convert as station
 
     with _reporting(json):

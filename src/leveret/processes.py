@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from leveret import own
+
 
 class Worker:
     """A process that runs `module.main()`; it must call `serve`. `arguments` are its sys.argv[1:]."""
@@ -22,7 +24,8 @@ class Worker:
     def __init__(self, module: str, *arguments: str) -> None:
         here = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, **own.environment(), "PYTHONPATH": path, **threads}
         # A session of its own: Ctrl-C reaches the parent, which finishes what is in flight, and not the workers.
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from {module} import main; main()", *arguments],

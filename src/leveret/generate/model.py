@@ -15,6 +15,7 @@ from leveret.images import ImageFault
 from leveret.model.checkpoint import load as load_vlm
 from leveret.model.precision import Precision
 from leveret.model.vlm import VLM
+from leveret.own import allow
 from leveret.records import IMAGE_MARK, ImageRef, Turn
 from leveret.runs import EnvironmentFault, RecipeError
 
@@ -65,13 +66,22 @@ class Model:
         return self.engine.stream(request, temperature, top_p, seed)
 
 
-def load(path: str | Path, device: str = "auto", *, precision: Precision = "auto") -> Model:
+def load(
+    path: str | Path,
+    device: str = "auto",
+    *,
+    precision: Precision = "auto",
+    own: str | Path | Sequence[str | Path] = (),
+) -> Model:
     """The model in a model folder or in the folder of a finished run.
 
     device  "auto" is a CUDA device when there is one, else the CPU; or any that torch knows.
+    own     Python files that parts of the model are built by: they may run.
 
-    Raises DataError when there is no readable model, EnvironmentFault when the device is not there.
+    Raises DataError when there is no readable model, or a part of it is built by a file that was not named;
+    EnvironmentFault when the device is not there.
     """
+    allow(own, "own")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from leveret.runs import RecipeError, closest
+from leveret import own
+from leveret.runs import DataError, RecipeError, closest
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,14 +338,52 @@ def published(system: str, name: str) -> ChatFormat:
 
 
 def find_chat(chat: str | ChatFormat) -> ChatFormat:
-    """The row of CHATS, or the format itself. RecipeError naming the closest names when there is none."""
+    """The row of CHATS or in a user's own file (own.py), or the format itself. RecipeError naming the closest names
+    when there is none."""
     if isinstance(chat, ChatFormat):
         return chat
+    if own.is_own(chat):
+        return _own(chat)
     if chat not in CHATS:
         near = closest(chat, CHATS)
         hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
         names = ", ".join(row.name for row in _ROWS)
         raise RecipeError(
-            f"chat: {chat!r} is not a chat format. Allowed: {names}; those of other systems also as NAME/faithful{hint}"
+            f"chat: {chat!r} is not a chat format. Allowed: {names}; those of other systems also as NAME/faithful; "
+            f"or my.py:NAME{hint}"
         )
     return CHATS[chat]
+
+
+_BROUGHT: dict[str, ChatFormat] = {}
+"""Formats that model folders brought along, by the reference under which their makers had them."""
+
+
+def bring(chat: str, form: ChatFormat) -> None:
+    """Take a format out of a model folder: it is a template, which runs in a sandbox, so no file is needed for it.
+
+    DataError when another model brought another one under the same reference.
+    """
+    if _BROUGHT.setdefault(chat, form) != form:
+        raise DataError(f"chat format {chat!r}: two models have it, with different templates; load them apart")
+
+
+_OWN: dict[str, ChatFormat] = {}
+"""Formats in users' own files, by pinned reference, that were looked at."""
+
+
+def _own(chat: str) -> ChatFormat:
+    if chat in _OWN:
+        return _OWN[chat]
+    if chat in _BROUGHT and not own.is_allowed(chat):  # the file itself, where there is one, goes before
+        return _BROUGHT[chat]
+    from leveret.inputs.template import check_template
+
+    form = own.row(chat, ChatFormat, "chat")
+    if not isinstance(form.template, str) or not isinstance(form.stop, tuple) or not form.stop:
+        raise RecipeError(f'chat: {chat}: `template` must be text, and `stop` a tuple of texts, such as ("<|end|>",)')
+    if form.faithful or form.original:
+        raise RecipeError(f"chat: {chat}: `faithful` and `original` are for the formats of published systems")
+    check_template(form, f"chat: {chat}")
+    _OWN[chat] = form
+    return form

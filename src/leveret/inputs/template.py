@@ -69,6 +69,17 @@ def render(
         raise RecipeError(f"the template of chat format {form.name!r} fails: {error}") from error
 
 
+def check_template(form: ChatFormat, where: str) -> None:
+    """RecipeError when the template is not valid, fails, or marks nothing that would be learned."""
+    asked = [{"role": "user", "content": Said("?")}, {"role": "assistant", "content": Said("!")}]
+    try:
+        pieces = list(render(form, asked, False))
+    except RecipeError as fault:
+        raise RecipeError(f"{where}: {fault}") from None
+    if not any(piece is BEGIN for piece in pieces):
+        raise RecipeError(f"{where}: its template has no generation block, so nothing would be learned")
+
+
 @lru_cache(maxsize=32)
 def _compiled(template: str) -> Any:
     """The template, compiled with the settings transformers uses, unable to reach or change anything of Python."""

@@ -12,7 +12,7 @@ from leveret.model import towers
 from leveret.model.connectors import build_connector, connector_tokens, settle
 from leveret.model.fusion import fused
 from leveret.model.language import LanguageFacts
-from leveret.model.recipe import ModelRecipe
+from leveret.model.recipe import ModelRecipe, named
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
 from leveret.records import ImageSpec
@@ -26,6 +26,7 @@ def build(recipe: ModelRecipe, *, weights: bool = True, device: str | torch.devi
     fresh. What is random depends on `seed` alone, and torch's global generator is left as it was.
     Raises RecipeError listing every fault of the recipe at once, EnvironmentFault when weights cannot be had.
     """
+    recipe = named(recipe)
     seen, spoken = check(recipe)
     if weights:
         build_meta(recipe)  # parts that do not fit each other are refused before any weight is fetched
@@ -41,6 +42,7 @@ def build(recipe: ModelRecipe, *, weights: bool = True, device: str | torch.devi
 
 def build_meta(recipe: ModelRecipe) -> VLM:
     """The same without memory, on torch's `meta` device: for counting and for `--dry-run`. It has no tokenizer."""
+    recipe = named(recipe)
     seen, spoken = check(recipe)
     with torch.device("meta"):
         eyes, language = [towers.build_tower(facts) for facts in seen], languages.build_language(spoken)
@@ -52,6 +54,7 @@ def check(recipe: ModelRecipe) -> tuple[tuple[TowerFacts, ...], LanguageFacts]:
     at once."""
     from leveret.inputs.formats import find_chat
 
+    recipe = named(recipe)
     faults: list[str] = []
     found: list[Any] = []
     describers = (

@@ -4,6 +4,7 @@
     model.safetensors    every weight and every stored statistic, each once, in its own type
     tokenizer files      as transformers writes them
     chat_template.jinja  the chat format, as a Jinja template
+    my.py                files of the maker's own that build a part (own.py); never run because they lie there
 
 Nothing is pickled. A folder is written beside its place and renamed into it, so a half-written one is never found.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from leveret.inputs.formats import find_chat
+from leveret import own
+from leveret.inputs.formats import ChatFormat, bring, find_chat
 from leveret.inputs.reader import end_ids
 from leveret.model import language as languages
 from leveret.model import towers
@@ -35,7 +37,7 @@ from leveret.model.recipe import ModelRecipe
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, ImageSpec
-from leveret.runs import DataError
+from leveret.runs import DataError, RecipeError
 
 FORMAT = 2
 """Version of the folder's layout; raised when an older leveret could not read a newer folder. 2: `vision` in
@@ -51,18 +53,18 @@ def save(vlm: VLM, folder: str | Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    from leveret.inputs.chat import CHATS
-
     folder = Path(folder)
     if adapters := [name for name in vlm.state_dict() if "lora_" in name]:
         raise ValueError(f"the language model still carries adapters ({adapters[0]}, ..): merge them before saving")
     with fresh_folder(folder) as fresh:
         if vlm.tokenizer is not None:
             vlm.tokenizer.save_pretrained(fresh)
-        (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
+        (fresh / "chat_template.jinja").write_text(find_chat(vlm.chat).template, "utf-8")
+        for name, reference in own_files(config := config_of(vlm)).items():
+            (fresh / name).write_bytes(own.source_of(reference)[1])
         tensors = {name: tensor.detach().contiguous() for name, tensor in stored(vlm)}
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
-        (fresh / "config.json").write_text(json.dumps(config_of(vlm), indent=2, sort_keys=True) + "\n", "utf-8")
+        (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     return folder
 
 
@@ -88,14 +90,16 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     """The model in a folder that `save` wrote (or in a run folder that holds one), in evaluation mode.
 
-    DataError when there is none, when it is of another format, or when its weights are not exactly the model's; the
-    text then lists what is missing and what is unexpected.
+    DataError when there is none, when it is of another format, when a part is built by a file of its maker's own that
+    nobody named here, or when its weights are not exactly the model's; the text then lists what is missing and what is
+    unexpected.
     """
     from safetensors.torch import load_file
     from transformers.initialization import no_init_weights
 
     folder = find(folder)
     config, recipe = _read(folder)
+    _look_at_own(config, folder)
     try:
         weights = load_file(folder / "model.safetensors", device=str(device))
     except Exception as fault:  # safetensors' own error class is not public
@@ -142,7 +146,7 @@ def config_of(vlm: VLM) -> dict[str, Any]:
 
     eyes = [tower for tower in vlm.towers.values() if isinstance(tower, towers.Tower)]
     assert len(eyes) == len(vlm.towers), "only towers of the table can be described"
-    head = vlm.language.get_output_embeddings()
+    head, form = vlm.language.get_output_embeddings(), find_chat(vlm.chat)
     config = vlm.language.config.to_dict()
     config.pop("_name_or_path", None)  # a path of the machine it was built on
     facts = LanguageFacts(
@@ -152,7 +156,7 @@ def config_of(vlm: VLM) -> dict[str, Any]:
         attention=vlm.language.config._attn_implementation,
         source=vlm.recipe.language.name,
     )
-    return {
+    written = {
         "format": FORMAT,
         "leveret": __version__,
         **_for_transformers(vlm),
@@ -164,6 +168,56 @@ def config_of(vlm: VLM) -> dict[str, Any]:
         ],
         "language": facts.to_dict(),
     }
+    if own.is_own(vlm.chat):  # a template is data: whoever loads the model needs no file for it
+        written["chat"] = {"name": form.name, "template": form.template, "stop": list(form.stop)}
+    if needed := _own_parts(written):
+        written["own"] = needed
+    return written
+
+
+def _own_parts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Part -> the reference of the user's own file that builds it. What a row only chooses (a published architecture, a
+    template) is in config.json as data, and needs none."""
+    said = [(f"vision.{facts.get('name')}", facts.get("family")) for facts in config["vision"]]
+    said.append(("connector", config["recipe"]["connector"]["kind"]))
+    if not languages.is_transformers(config["language"]["config"]):
+        said.append(("language", config["recipe"]["language"]["name"]))
+    return {part: reference for part, reference in said if own.is_own(reference)}
+
+
+def own_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the folder -> reference, for every file of the user's own that a model needs."""
+    files: dict[str, str] = {}
+    for reference in _own_parts(config).values():
+        said = own.parse(reference, "model")
+        name = Path(said.file).name
+        if name in files and own.parse(files[name], "model").fingerprint != said.fingerprint:
+            name = f"{Path(name).stem}-{said.fingerprint}.py"
+        files.setdefault(name, reference)
+    return files
+
+
+def _look_at_own(config: Mapping[str, Any], folder: Path) -> None:
+    """DataError naming the files that a person has to name before this model can be built."""
+    try:
+        if own.is_own(chat := config["recipe"]["chat"]):
+            brought = config["chat"]
+            bring(chat, ChatFormat(brought["name"], brought["template"], tuple(brought["stop"])))
+        parts = _own_parts(config)
+        faults = {reference: own.lacking(reference, f"its {part}") for part, reference in parts.items()}
+        files = own_files(config)
+    except (KeyError, TypeError, AttributeError, RecipeError) as fault:
+        raise DataError(f"{folder / 'config.json'}: its parts cannot be read: {fault!r}") from None
+    if said := list(dict.fromkeys(fault for fault in faults.values() if fault)):
+        here = [folder / name for name, reference in files.items() if faults[reference]]
+        known = next((str(file) for file in here if file.is_file()), f"PATH/{here[0].name}")
+        raise DataError(
+            f"{folder}: {'; '.join(said)}. leveret runs no code because a model names it: read the file, and if you "
+            f"trust it, say so with --own {known} (in Python own=..)"
+        )
+    for reference in parts.values():
+        if reference == config["recipe"]["language"]["name"]:
+            own.row(reference, languages.LanguageRow, "model.language.name")  # it registers its classes
 
 
 def _for_transformers(vlm: VLM) -> dict[str, Any]:

@@ -16,11 +16,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from leveret import own
 from leveret.model.grids import Grouped, Ldp, PixelShuffle, Residual2d, Spp, divided, side_of
 from leveret.model.qformer import QFormer
 from leveret.model.recipe import ConnectorRecipe
 from leveret.model.resampler import PaperResampler, PerceiverResampler
 from leveret.model.tables import unknown
+from leveret.model.trial import build_own
 from leveret.runs import RecipeError, closest
 
 # --- settings of rows -------------------------------------------------------------------------------------------------
@@ -208,17 +210,22 @@ CONNECTORS: dict[str, ConnectorRow] = {
 
 
 def find_connector(kind: str) -> ConnectorRow:
-    """The row called `kind`; mlpNx_gelu is one for every N from 1. RecipeError with the closest ids."""
+    """The row called `kind`, or in a user's own file (own.py); mlpNx_gelu is one for every N from 1. RecipeError with
+    the closest ids."""
+    if own.is_own(kind):
+        return own.row(kind, ConnectorRow, "model.connector.kind")
     if found := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
         return _mlp_row(int(found[1]))
     if kind not in CONNECTORS:
-        raise RecipeError(unknown(CONNECTORS, kind, "model.connector.kind", ", mlpNx_gelu with any N"))
+        raise RecipeError(unknown(CONNECTORS, kind, "model.connector.kind", ", mlpNx_gelu with any N, or my.py:NAME"))
     return CONNECTORS[kind]
 
 
 def read_settings(kind: str, options: Mapping[str, Any]) -> Settings:
     """`options` as the row's settings. RecipeError listing every fault, each with what is allowed."""
     row = find_connector(kind)
+    if not (isinstance(row.settings, type) and issubclass(row.settings, Settings)):
+        raise RecipeError(f"model.connector.kind: {kind}: its `settings` must be a class made from Settings")
     try:
         return row.settings.model_validate(dict(options))
     except ValidationError as errors:
@@ -242,7 +249,11 @@ def settle(recipe: ConnectorRecipe) -> ConnectorRecipe:
 
 def connector_tokens(kind: str, tokens: int, options: Mapping[str, Any] = {}) -> int:
     """How many tokens come out where `tokens` go in. RecipeError where the connector cannot take so many."""
-    return find_connector(kind).tokens(tokens, read_settings(kind, options))
+    with own.guard(kind, "model.connector.kind"):
+        found = find_connector(kind).tokens(tokens, read_settings(kind, options))
+    if not isinstance(found, int) or found < 1:
+        raise RecipeError(f"model.connector.kind: {kind} makes {found!r} tokens of {tokens}; it must be 1 or more")
+    return found
 
 
 def build_connector(
@@ -257,10 +268,13 @@ def build_connector(
     RecipeError on an unknown kind or setting, and where the kind cannot take such tokens or widths.
     """
     row, settings = find_connector(kind), read_settings(kind, options)
-    row.tokens(tokens, settings)
+    out = connector_tokens(kind, tokens, options)
     if row.plain and in_width != out_width:
         raise RecipeError(
             f"model.connector.kind: {kind} needs equal widths, but the tower's is {in_width} and the language "
             f"model's {out_width}; choose linear or mlp2x_gelu"
         )
-    return row.build(in_width, out_width, tokens, settings)
+    if not own.is_own(kind):
+        return row.build(in_width, out_width, tokens, settings)
+    given, due = [2, tokens, in_width], [2, out, out_width]
+    return build_own(kind, "model.connector.kind", lambda: row.build(in_width, out_width, tokens, settings), given, due)

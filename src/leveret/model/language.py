@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from leveret import own
 from leveret.model.hub import from_pretrained, missing, package_file, read_config
 from leveret.model.recipe import LanguageRecipe
 from leveret.model.tables import unknown
@@ -30,6 +31,8 @@ class LanguageRow:
     like       the entry of backbones.json whose configuration it has, where not that of its own name.
     change     what is different in that configuration.
     foreign    its own config.json asks for code of its own; its weights fit the class that backbones.json says.
+    repo       in a user's own file: where weights and tokenizer are, an id of the hub or a folder beside that file.
+               Without `like` and without a model_type in `change` its configuration is read there too.
     """
 
     package: str = ""
@@ -37,6 +40,7 @@ class LanguageRow:
     like: str = ""
     change: Mapping[str, Any] = field(default_factory=dict)
     foreign: bool = False
+    repo: str = ""
 
 
 def _like(name: str, **change: Any) -> LanguageRow:
@@ -133,9 +137,11 @@ def describe(recipe: LanguageRecipe, where: str = "model.language") -> LanguageF
     Raises RecipeError when the name is no row, folder or reachable id, EnvironmentFault when the package's own
     weights are not there.
     """
-    row = LANGUAGES.get(recipe.name, LanguageRow())
-    source = recipe.name
-    if row.package:
+    row, source = LANGUAGES.get(recipe.name, LanguageRow()), recipe.name
+    if own.is_own(source):
+        row = own.row(source, LanguageRow, f"{where}.name")
+        config = _own_config(source, row, f"{where}.name")
+    elif row.package:
         source = str(package_file(row.package, recipe.name))
         config = read_config(Path(source))
     elif recipe.name in LANGUAGES:
@@ -158,15 +164,59 @@ def describe(recipe: LanguageRecipe, where: str = "model.language") -> LanguageF
     )
 
 
+def _own_config(name: str, row: LanguageRow, where: str) -> dict[str, Any]:
+    """The configuration of a row in a user's own file."""
+    if row.package or not (row.repo or row.like):
+        raise RecipeError(
+            f"{where}: {name}: give `repo` (an id of the hub, or a folder beside the file) or `like` (an entry of "
+            "backbones.json), and no `package`"
+        )
+    entries = backbones()["language"]
+    if row.like and row.like not in entries:
+        raise RecipeError(unknown(entries, row.like, f"{where}: {name}: like"))
+    try:  # as it will stand in a saved model's config.json
+        change = json.loads(json.dumps(dict(row.change)))
+    except TypeError as fault:
+        raise RecipeError(f"{where}: {name}: `change` must hold plain numbers, words and lists ({fault})") from None
+    if row.like:
+        return {**entries[row.like]["config"], **change}
+    if "model_type" in change:
+        return change
+    return {**describe(LanguageRecipe(name=_place(name)), f"{where}: {name}: repo").config, **change}
+
+
+def _place(source: str) -> str:
+    """Where weights and tokenizer are: of a row in a user's own file its `repo`, else what it is like."""
+    if not own.is_own(source):
+        return source
+    row = own.row(source, LanguageRow, "model.language.name")
+    beside = own.source_of(source)[0].parent / row.repo
+    return str(beside) if row.repo and beside.is_dir() else row.repo or row.like
+
+
+def is_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers comes with a causal language model for a configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    return config.get("model_type") in CAUSAL
+
+
+def _registered(config: Mapping[str, Any]) -> bool:
+    """Whether a user's own file has registered classes for it (`AutoModelForCausalLM.register`)."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = config.get("model_type")
+    return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def _full(config: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
     """The configuration with every default written out."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     said = config.get("model_type")
     if said in REFUSED:
         raise RecipeError(f"{where}: {name} is a {said!r} model, which is not supported: {REFUSED[said]}")
-    if said not in CAUSAL:
+    if not is_transformers(config) and not _registered(config):
         raise RecipeError(
             f"{where}: {name} is a {said!r} model, which is no causal language model that "
             "transformers knows; leveret runs no code from model repositories"
@@ -182,7 +232,9 @@ def _hub_config(name: str, where: str) -> dict[str, Any]:
     if refused := next((why for kind, why in REFUSED.items() if f"/{kind}-" in name.lower()), None):
         raise RecipeError(f"{where}.name: {name} is not supported: {refused}")
     if name.count("/") != 1:
-        raise RecipeError(unknown(LANGUAGES, name, f"{where}.name", ", an id of the hub (owner/name), or a folder"))
+        raise RecipeError(
+            unknown(LANGUAGES, name, f"{where}.name", ", an id of the hub (owner/name), a folder, or my.py:NAME")
+        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as fault:
@@ -211,8 +263,9 @@ def load_language(facts: LanguageFacts) -> Any:
 
     # A config of its own would ask for code of its own.
     told = {"config": AutoConfig.for_model(**facts.config)} if _foreign(facts.source) else {}
+    source = _place(facts.source)
     model = from_pretrained(
-        "AutoModelForCausalLM", facts.source, "model.language.name", attn_implementation=facts.attention, **told
+        "AutoModelForCausalLM", source, "model.language.name", attn_implementation=facts.attention, **told
     )
     if model.config.vocab_size != facts.vocab:
         model.resize_token_embeddings(facts.vocab, mean_resizing=False)
@@ -220,6 +273,10 @@ def load_language(facts: LanguageFacts) -> Any:
 
 
 def _foreign(source: str) -> bool:
+    """Whether the configuration beside the weights is not the one to build by."""
+    if own.is_own(source):
+        row = own.row(source, LanguageRow, "model.language.name")
+        return row.foreign or bool(row.like or row.change) or _foreign(_place(source))
     if source in LANGUAGES:
         return LANGUAGES[source].foreign
     folder = Path(source)
@@ -242,6 +299,7 @@ def load_tokenizer(source: str, where: str = "model.language.name", *, as_saved:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    source = _place(source)
     if source in LANGUAGES and LANGUAGES[source].package:
         source = str(package_file(LANGUAGES[source].package, source))
     letter = (Path(source) / "tokenizer.json").is_file() and (as_saved or _declared(Path(source)) in _GENERIC)

@@ -11,14 +11,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from leveret import own
 from leveret.records import Resize
+from leveret.runs import RecipeError
 
 Kept = Literal["layers", "norm", "head"]
 Tokens = Literal["patch", "cls_patch", "drop_first"]
 Fusion = Literal["channel", "interleave"]
 Moments = Literal["half", "clip", "imagenet"]
 
-_TOWER = "A row of TOWERS, or a path: a Hugging Face folder, a timm folder, or an EVA-CLIP `.pt` file."
+_OWN = "my.py:NAME, a row in a file of your own"
+_TOWER = f"A row of TOWERS, a path (a Hugging Face folder, a timm folder, or an EVA-CLIP `.pt` file), or {_OWN}."
 
 
 class _Strict(BaseModel):
@@ -50,6 +53,13 @@ class _TowerChoices(_Strict):
         "of all scales are joined on channels; the number of tokens is that of the smallest.",
     )
     resize: Resize | None = Field(default=None, description="How an image becomes a square. Default: the tower's row.")
+    crop: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of the scaled image that is cut out of its middle (timm's crop_pct); `squash` has no use "
+        "for it. Default: the tower's row or preprocessor_config.json, mostly 1; with `s2` 1.",
+    )
     normalise: Moments | None = Field(
         default=None,
         description="Mean and std of the pixels, where not the tower's own (the Factory's MoF gives both its towers "
@@ -127,7 +137,7 @@ class VisionRecipe(_TowerChoices):
 class ConnectorRecipe(_Strict):
     """What turns the tower's tokens into the language model's."""
 
-    kind: str = Field(default="mlp2x_gelu", description="A row of CONNECTORS; mlpNx_gelu with any N.")
+    kind: str = Field(default="mlp2x_gelu", description=f"A row of CONNECTORS; mlpNx_gelu with any N; or {_OWN}.")
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="The row's own settings, for example {queries: 64}; docs/connectors.md has all.",
@@ -150,7 +160,9 @@ class ConnectorRecipe(_Strict):
 class LanguageRecipe(_Strict):
     """The language model."""
 
-    name: str = Field(description="A row of LANGUAGES, a Hugging Face id or the path of a Hugging Face folder.")
+    name: str = Field(
+        description=f"A row of LANGUAGES, a Hugging Face id, the path of a Hugging Face folder, or {_OWN}."
+    )
     vocab: int | None = Field(
         default=None, gt=0, description="Rows of the token tables, where not as published (Bunny: len(tokenizer))."
     )
@@ -166,4 +178,32 @@ class ModelRecipe(_Strict):
     vision: VisionRecipe
     connector: ConnectorRecipe = Field(default_factory=ConnectorRecipe)
     language: LanguageRecipe
-    chat: str = Field(description="A row of CHATS: the chat format the model speaks.")
+    chat: str = Field(description=f"A row of CHATS, or {_OWN}: the chat format the model speaks.")
+
+
+def named(recipe: ModelRecipe) -> ModelRecipe:
+    """The same recipe, given by a person: every row in a file of their own with the file's fingerprint (own.py), and
+    those files may run. RecipeError with all that is wrong at once."""
+    faults: list[str] = []
+
+    def pin(text: str, where: str) -> str:
+        try:
+            return own.pin(text, where) if own.is_own(text) else text
+        except RecipeError as fault:
+            faults.append(str(fault))
+            return text
+
+    vision = recipe.vision
+    if vision.tower is not None:
+        vision = vision.model_copy(update={"tower": pin(vision.tower, "model.vision.tower")})
+    each = [
+        one.model_copy(update={"tower": pin(one.tower, f"model.vision.towers.{place}.tower")})
+        for place, one in enumerate(vision.towers)
+    ]
+    connector = recipe.connector.model_copy(update={"kind": pin(recipe.connector.kind, "model.connector.kind")})
+    language = recipe.language.model_copy(update={"name": pin(recipe.language.name, "model.language.name")})
+    chat = pin(recipe.chat, "model.chat")
+    if faults:
+        raise RecipeError("\n".join(faults))
+    vision = vision.model_copy(update={"towers": each})
+    return recipe.model_copy(update={"vision": vision, "connector": connector, "language": language, "chat": chat})

@@ -17,14 +17,15 @@ from typing import Any
 
 from torch import nn
 
-from leveret.inputs.views import MOMENTS
+from leveret import own
+from leveret.inputs.views import MOMENTS, RESAMPLE, view_of_processor
 from leveret.model.hub import package_file, read_config
 from leveret.model.recipe import TowerRecipe, VisionRecipe
 from leveret.model.tables import unknown
-from leveret.model.tower_facts import TOWER_FAMILIES, TowerFacts
+from leveret.model.tower_facts import TOWER_FAMILIES, Family, TowerFacts, family_of, is_whole, patch
 from leveret.model.tower_files import eva_config, is_timm, timm_config
 from leveret.records import Resize
-from leveret.runs import RecipeError
+from leveret.runs import RecipeError, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,13 @@ class TowerRow:
     layer   index into [embeddings, block 1, .., block n]; -2 is the habit of LLaVA and Bunny.
     size    side of the input, where it is not the configuration's (DINOv2 interpolates its positions).
     like    the entry of backbones.json whose configuration it has, where not that of its own name.
-    change  what is different in that configuration.
+    change  what is different in that configuration; the whole of it, where there is no such entry.
     repo    the hub's repository of its weights, for weights under a peer's names (tower_keys.py). Their positions are
             brought to the recipe's size while they are loaded.
-    file    their file there; "" for the usual names.
+    file    their file there; "" for the usual names. Without `repo` it is a file beside the user's own.
     resize  what Prismatic gives its timm towers, where not the family's.
+    family  an architecture of the user's own, which `change` configures.
+    crop    share of the scaled image that is cut out of its middle (timm's crop_pct), where it is not all.
     """
 
     layer: int = -2
@@ -49,14 +52,19 @@ class TowerRow:
     repo: str = ""
     file: str = ""
     resize: Resize | None = None
+    family: Family | None = None
+    crop: float = 1.0
 
 
-def _timm(name: str, like: str, repo: str = "", size: int | None = None, **change: Any) -> tuple[str, TowerRow]:
+def _timm(
+    name: str, like: str, repo: str = "", size: int | None = None, crop: float = 1.0, **change: Any
+) -> tuple[str, TowerRow]:
     """One of Prismatic's towers. timm runs SigLIP with exact GELU and ImageNet's ViT with another epsilon than
     transformers does."""
     if "siglip" in name:
         change["hidden_act"] = "gelu"
-    return f"timm/{name}", TowerRow(like=like, size=size, change=change, repo=f"timm/{repo or name}", resize="squash")
+    row = TowerRow(like=like, size=size, change=change, repo=f"timm/{repo or name}", resize="squash", crop=crop)
+    return f"timm/{name}", row
 
 
 TOWERS: dict[str, TowerRow] = {
@@ -85,7 +93,8 @@ TOWERS: dict[str, TowerRow] = {
     "apple/aimv2-large-patch14-224": TowerRow(),
     "QuanSun/EVA02_CLIP_L_336_psz14_s6B": TowerRow(repo="QuanSun/EVA-CLIP", file="EVA02_CLIP_L_336_psz14_s6B.pt"),
     **dict([
-        _timm("vit_base_patch16_clip_224.openai", "openai/clip-vit-base-patch16"),
+        # the one whose crop_pct Prismatic left in place (prismatic.md 5)
+        _timm("vit_base_patch16_clip_224.openai", "openai/clip-vit-base-patch16", crop=0.9),
         _timm("vit_large_patch14_clip_224.openai", "openai/clip-vit-large-patch14"),
         _timm("vit_large_patch14_clip_336.openai", "openai/clip-vit-large-patch14-336"),
         _timm("vit_base_patch16_siglip_224", "google/siglip-base-patch16-224", "ViT-B-16-SigLIP"),
@@ -136,9 +145,9 @@ def describe(recipe: VisionRecipe | TowerRecipe, where: str = "model.vision") ->
     layer = row.layer if one.layer is None else one.layer
     blocks = facts.depth
     depth = blocks + 1 + layer if layer < 0 else layer
-    tiny = facts.family == "tiny"
-    if not 1 <= depth <= blocks or (tiny and depth != blocks):
-        allowed = f"-1 or {blocks}" if tiny else f"1 to {blocks}, or -1 to -{blocks}"
+    whole = is_whole(facts)
+    if not 1 <= depth <= blocks or (whole and depth != blocks):
+        allowed = f"-1 or {blocks}" if whole else f"1 to {blocks}, or -1 to -{blocks}"
         raise RecipeError(f"{where}.layer: {layer} given, but {one.tower} has {blocks} blocks; allowed: {allowed}")
     mean, std = MOMENTS[one.normalise] if one.normalise else (facts.mean, facts.std)
     config = dict(facts.config)
@@ -146,7 +155,7 @@ def describe(recipe: VisionRecipe | TowerRecipe, where: str = "model.vision") ->
         config["hidden_act"] = _activation(one.activation, config, where)
     facts = replace(
         facts, depth=depth, keep=tuple(one.keep), resize=one.resize or facts.resize, mean=mean, std=std, config=config,
-        tokens=one.tokens, name=one.name or TOWER_FAMILIES[facts.family].short,
+        tokens=one.tokens, name=one.name or family_of(facts).short,
     )  # fmt: skip
     return _sized(facts, one, fixed, where)
 
@@ -166,17 +175,22 @@ def _sized(facts: TowerFacts, recipe: TowerRecipe, resampled: bool, where: str) 
         )
     side = scales[0] if scales else recipe.size or facts.size
     published = int(facts.config.get("image_size") or facts.size)
-    family = TOWER_FAMILIES[facts.family]
+    family = family_of(facts)
     if side != facts.size and family.sizes == "fixed" and not facts.config.get("is_native"):
         raise RecipeError(f"{where}.size: {side} given, but {facts.source} takes {facts.size} pixels and no other size")
-    patch = 8 if facts.family == "tiny" else int(facts.config["patch_size"])
+    cells = patch(facts)
     # those with a published size that leaves a rest (SigLIP: 384 = 27 * 14 + 6) drop it, as the convolution does
-    if side < patch or (facts.family == "siglip2_vision_model" and side % patch):
+    if side < cells or (facts.family == "siglip2_vision_model" and side % cells):
         raise RecipeError(
-            f"{where}.size: {side} given, but {facts.source} cuts patches of {patch} pixels; give a multiple"
+            f"{where}.size: {side} given, but {facts.source} cuts patches of {cells} pixels; give a multiple"
         )
     config = {**facts.config, "image_size": side} if resampled and side != published else facts.config
-    return replace(facts, size=scales[-1] if scales else side, s2=scales, config=config)
+    size = scales[-1] if scales else side
+    # another size keeps the share that is cut out; S2's largest scale is seen whole, as Bunny's processors are set
+    short = 0 if scales else side * facts.short // facts.size
+    if recipe.crop is not None:
+        short = _short(size, recipe.crop)
+    return replace(facts, size=size, s2=scales, config=config, short=short)
 
 
 def _activation(name: str, config: Mapping[str, Any], where: str) -> str:
@@ -193,6 +207,8 @@ def _activation(name: str, config: Mapping[str, Any], where: str) -> str:
 
 def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
     """Row, published facts, and whether its positions are resampled while they are loaded."""
+    if own.is_own(tower):
+        return _own(tower, f"{where}.tower")
     row, path = TOWERS.get(tower), Path(tower)
     if row is not None and row.package:
         return row, _tiny_facts(tower, row), False
@@ -200,12 +216,12 @@ def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
         entry = backbones()["vision"][row.like or tower]
         facts = _facts({**entry["config"], **row.change}, tower, row.size, entry)
         if tower.startswith("timm/"):
-            facts = replace(facts, resize=row.resize or facts.resize, config={**facts.config, "image_size": facts.size})
+            facts = _by_timm(replace(facts, config={**facts.config, "image_size": facts.size}), row)
         return row, facts, tower.startswith("timm/")
     if path.suffix == ".pt" and path.is_file():
         return TowerRow(), _facts(eva_config(path), tower, None, {}), False
     if not (path / "config.json").is_file():
-        also = ", or the path of a Hugging Face folder, a timm folder or an EVA-CLIP .pt file"
+        also = ", the path of a Hugging Face folder, a timm folder or an EVA-CLIP .pt file, or my.py:NAME"
         raise RecipeError(unknown(TOWERS, tower, f"{where}.tower", also))
     if not is_timm(config := read_config(path)):
         return TowerRow(), _folder_facts(path, config, f"{where}.tower"), False
@@ -214,14 +230,76 @@ def _named(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
         raise RecipeError(unknown(rows, config["architecture"], f"{where}.tower: {path}: timm's architecture"))
     row = rows[config["architecture"]]
     entry = backbones()["vision"][row.like]
-    return row, replace(
-        _facts(timm_config(path, config, {**entry["config"], **row.change}), tower, None, entry),
-        resize=row.resize or "squash",
-    ), True  # fmt: skip
+    facts = _facts(timm_config(path, config, {**entry["config"], **row.change}), tower, None, entry)
+    return row, _by_timm(facts, row), True
 
 
-def _facts(config: Mapping[str, Any], source: str, size: int | None, extra: Mapping[str, Any]) -> TowerFacts:
-    family = TOWER_FAMILIES[config["model_type"]]
+def _by_timm(facts: TowerFacts, row: TowerRow) -> TowerFacts:
+    """The image as Prismatic prepares it for timm's towers: always bicubic (prismatic.md 5)."""
+    return _prepared_by(row, replace(facts, resample="bicubic"))
+
+
+def _prepared_by(row: TowerRow, facts: TowerFacts) -> TowerFacts:
+    """With the row's geometry."""
+    return replace(facts, resize=row.resize or facts.resize, short=_short(facts.size, row.crop))
+
+
+def _short(size: int, crop: float) -> int:
+    """What the short side is scaled to, so that `size` is `crop` of it; 0 for `size` itself. timm rounds down."""
+    return 0 if crop == 1 else int(size / crop)
+
+
+def _own(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
+    """The same of a row in a user's own file: of an architecture of theirs, or with a configuration that stands on a
+    published one or is given whole."""
+    row = own.row(tower, TowerRow, where)
+    entries = backbones()["vision"]
+    if row.like and row.like not in entries:
+        raise RecipeError(unknown(entries, row.like, f"{where}: {tower}: like"))
+    entry = entries[row.like] if row.like else {}
+    try:  # as it will stand in a saved model's config.json
+        config = json.loads(json.dumps({**entry.get("config", {}), **row.change}))
+    except TypeError as fault:
+        raise RecipeError(f"{where}: {tower}: `change` must hold plain numbers, words and lists ({fault})") from None
+    if row.family is None:
+        config, extra = _known(config, f"{where}: {tower}"), entry
+    else:
+        _complete(config, row, f"{where}: {tower}")
+        config, extra, row = {**config, "model_type": tower}, {}, replace(row, layer=-1)
+    if not 0 < row.crop <= 1:
+        raise RecipeError(f"{where}: {tower}: `crop` is {row.crop}; it must be more than 0 and at most 1")
+    return row, _prepared_by(row, _facts(config, tower, row.size, extra, row.family)), False
+
+
+def _known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A configuration of an architecture of transformers', with every default written out."""
+    from transformers import AutoConfig
+
+    known = {name for name, family in TOWER_FAMILIES.items() if family.model_class}
+    if (kind := config.get("model_type", "")) == "eva02_clip":
+        return dict(config)
+    if kind not in known:
+        said = f"`change` says model_type {kind!r}" if kind else "neither `like`, `family` nor a model_type is given"
+        raise RecipeError(f"{where}: {said}; known architectures: {', '.join(sorted(known))}")
+    return AutoConfig.for_model(**config).to_dict()
+
+
+def _complete(config: Mapping[str, Any], row: TowerRow, where: str) -> None:
+    """RecipeError where a row with an architecture of its own does not say what everybody must know of it."""
+    if row.like or row.package or row.repo or row.family is None or row.family.build is None:
+        raise RecipeError(
+            f"{where}: `family` needs its `build`, and goes with `change` and `file`, not with `like`, `package` or "
+            "`repo`"
+        )
+    needed = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
+    if lacking := [name for name in needed if not isinstance(config.get(name), int) or config[name] < 1]:
+        raise RecipeError(f"{where}: `change` must say {', '.join(lacking)}, each a whole number from 1")
+
+
+def _facts(
+    config: Mapping[str, Any], source: str, size: int | None, extra: Mapping[str, Any], family: Family | None = None
+) -> TowerFacts:
+    family = family or TOWER_FAMILIES[config["model_type"]]
     # NaFlex has no size of its own: a square of as many patches as it has positions for
     naflex = int(config.get("num_patches") or 0) ** 0.5 * int(config["patch_size"])
     return TowerFacts(
@@ -251,12 +329,37 @@ def _folder_facts(folder: Path, config: dict[str, Any], where: str) -> TowerFact
 
     # Published configs leave out whatever equals the class's default.
     full = AutoConfig.for_model(**config).to_dict()
+    facts = _facts(full, str(folder), None, {})
     processor = folder / "preprocessor_config.json"
-    said = json.loads(processor.read_text("utf-8")) if processor.is_file() else {}
-    resample = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(said.get("resample", -1))
-    return _facts(
-        full, str(folder), None, {"mean": said.get("image_mean"), "std": said.get("image_std"), "resample": resample}
-    )
+    return _prepared(facts, read_json(processor), where) if processor.is_file() else facts
+
+
+def _prepared(facts: TowerFacts, said: Mapping[str, Any], where: str) -> TowerFacts:
+    """The facts with what a preprocessor_config.json says of the image; what it leaves out is the family's."""
+    number = {word: number for number, word in RESAMPLE.items()}[facts.resample]
+    silent = {"image_mean": facts.mean, "image_std": facts.std, "resample": number}
+    if not isinstance(said, Mapping):
+        raise RecipeError(f"{where}: {facts.source}: preprocessor_config.json holds no mapping")
+    sized = said.get("size") is not None
+    told = {**silent, **{key: value for key, value in said.items() if value is not None}}
+    if not sized:  # NaFlex says how many patches it takes, and others nothing
+        told |= {"size": facts.size, "do_center_crop": False}
+    try:
+        view = view_of_processor(told)
+    except RecipeError as fault:
+        raise RecipeError(f"{where}: {facts.source}: {fault}") from None
+    except (KeyError, TypeError, ValueError) as fault:
+        raise RecipeError(f"{where}: {facts.source}: preprocessor_config.json cannot be read ({fault!r})") from None
+    facts = replace(facts, mean=view.mean, std=view.std, resample=view.resample)
+    if not sized:
+        return facts
+    own_size = int(facts.config.get("image_size") or facts.size)
+    if TOWER_FAMILIES[facts.family].sizes == "fixed" and not facts.config.get("is_native") and view.size != own_size:
+        raise RecipeError(
+            f"{where}: {facts.source}: its preprocessor_config.json makes {view.size} pixels, but its config.json says "
+            f"{own_size}, and it takes no other size"
+        )
+    return replace(facts, size=view.size, resize=view.resize, short=view.short)
 
 
 def _tiny_facts(name: str, row: TowerRow) -> TowerFacts:

@@ -15,15 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leveret import own
 from leveret.model import tower_keys
 from leveret.model.eva import EvaVision
 from leveret.model.fusion import multiscale
 from leveret.model.hub import from_pretrained, package_file, read_config
 from leveret.model.tiny import TinyVisionTower, load_module
-from leveret.model.tower_facts import TOWER_FAMILIES, Family, TowerFacts, grid, prefix
+from leveret.model.tower_facts import (
+    TOWER_FAMILIES,
+    Family,
+    TowerFacts,
+    family_of,
+    grid,
+    is_own,
+    is_whole,
+    prefix,
+    published_depth,
+    width,
+)
 from leveret.model.tower_files import is_timm, read_weights, weights_file
 from leveret.model.tower_table import TOWERS, TowerRow, backbones, describe, describe_all
-from leveret.records import TowerView
+from leveret.model.trial import build_own
 from leveret.runs import DataError, RecipeError
 
 __all__ = [
@@ -42,11 +54,11 @@ class Tower(nn.Module):
         super().__init__()
         self.facts = facts
         self.model: Any = model
-        self._family = TOWER_FAMILIES[facts.family]
-        self.view = TowerView(facts.name, facts.size, facts.mean, facts.std, facts.resize, facts.resample)
-        self._tiny = facts.family == "tiny"
+        self._family = family_of(facts)
+        self.view = facts.view
+        self._whole = is_whole(facts)
         # with S2 every scale adds its own numbers to a token
-        self.width = int(facts.config["width" if self._tiny else "hidden_size"]) * max(1, len(facts.s2))
+        self.width = width(facts) * max(1, len(facts.s2))
         extra = {"patch": 0, "cls_patch": prefix(facts), "drop_first": prefix(facts) - 1}[facts.tokens]
         self.tokens = grid(facts) ** 2 + extra
         for _, parameter in self.unused():
@@ -60,11 +72,11 @@ class Tower(nn.Module):
     @property
     def published_depth(self) -> int:
         """Blocks that the published tower has, run or not."""
-        return int(self.facts.config["layers" if self._tiny else "num_hidden_layers"])
+        return published_depth(self.facts)
 
     def unused(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the checkpoint carries though the output does not depend on them."""
-        if self._tiny:
+        if self._whole:
             return
         first_idle = len(self.blocks)
         for name, parameter in self.model.named_parameters():
@@ -84,7 +96,7 @@ class Tower(nn.Module):
             )
         for name, _ in self.model.named_parameters():
             block = self._block_of(name)
-            after = self._tiny and name.startswith(self._family.norm)
+            after = self._whole and name.startswith(self._family.norm)
             if layer and not after and (block is None or block < layer):
                 yield f"model.{name}"
 
@@ -104,14 +116,15 @@ class Tower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(next(self.parameters()).dtype)
-        if self._tiny:
-            return self.model(pixels)
         if self.facts.s2:
             return multiscale(self._see, pixels, self.facts.s2)
         return self._see(pixels)
 
     def _see(self, pixels: Tensor) -> Tensor:
         """One scale: [N, 3, s, s] -> [N, tokens, W]."""
+        first = {"patch": prefix(self.facts), "cls_patch": 0, "drop_first": 1}[self.facts.tokens]
+        if self._whole:
+            return self.model(pixels)[:, first:]
         hidden = self._embed(pixels)  # [N, prefix + grid * grid, W]
         if self._family.pre:
             hidden = self.model.get_submodule(self._family.pre)(hidden)
@@ -122,7 +135,6 @@ class Tower(nn.Module):
             place = (self.model.angles(pixels.device),)
         for block in self.blocks:
             hidden = block(hidden, *place)
-        first = {"patch": prefix(self.facts), "cls_patch": 0, "drop_first": 1}[self.facts.tokens]
         return hidden[:, first:]
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -148,6 +160,8 @@ def build_tower(facts: TowerFacts) -> Tower:
     """The tower that `facts` describe, with fresh weights on the current default device."""
     if facts.family == "tiny":
         return Tower(facts, TinyVisionTower(dict(facts.config)))
+    if is_own(facts):
+        return _build_own(facts)
     if facts.family == "eva02_clip":
         built = facts.config["num_hidden_layers"] if "layers" in facts.keep else facts.depth
         return Tower(facts, _strip(EvaVision({**facts.config, "num_hidden_layers": built}), facts))
@@ -157,9 +171,56 @@ def build_tower(facts: TowerFacts) -> Tower:
     return Tower(facts, _strip(model_class._from_config(_config(facts), **_options(facts)), facts))
 
 
+def _build_own(facts: TowerFacts) -> Tower:
+    """The same of an architecture of a user's own."""
+    where, family = "model.vision.tower", family_of(facts)
+    config = {name: value for name, value in facts.config.items() if name != "model_type"}
+    due = [1, grid(facts) ** 2 + prefix(facts), width(facts)]
+    assert family.build is not None, "looked at when the facts were found"
+    build = family.build
+    module = build_own(facts.family, where, lambda: build(dict(config)), [1, 3, facts.side, facts.side], due)
+    try:
+        blocks = list(module.get_submodule(family.blocks))  # type: ignore[call-overload]
+    except (AttributeError, TypeError):
+        blocks = []
+    if len(blocks) != facts.depth:
+        raise RecipeError(
+            f"{where}: {facts.family}: `{family.blocks}` of its module must be a list of {facts.depth} blocks "
+            f"(num_hidden_layers), it has {len(blocks)}"
+        )
+    return Tower(facts, module)
+
+
+def _load_own(facts: TowerFacts) -> Tower:
+    """The tower of a row in a user's own file: with the weights of its `file` beside that file or of its `repo`, else
+    of what it is like; where there is neither it begins with random ones."""
+    row = own.row(facts.source, TowerRow, "model.vision.tower")
+    beside = own.source_of(facts.source)[0].parent
+    if row.repo and not (beside / row.repo).exists():
+        path = weights_file(facts.source, row.repo, row.file)
+    elif row.repo or row.file:
+        path = weights_file(str(beside / row.repo / row.file))
+    elif row.like:
+        tower = load_tower(replace(facts, source=row.like))
+        tower.facts = facts
+        return tower
+    else:
+        return build_tower(facts)
+    state = read_weights(path)
+    if row.family is None:
+        return fill_tower(facts, state, where=str(path))
+    tower = build_tower(facts)
+    if said := _misfits(tower.model.state_dict(), state):
+        raise DataError(f"{path}: not the weights of {facts.source}; {said}")
+    tower.model.load_state_dict(state)
+    return tower
+
+
 def load_tower(facts: TowerFacts) -> Tower:
     """The same with its published weights, float32. EnvironmentFault when they cannot be had, DataError when they are
     not the tower's."""
+    if own.is_own(facts.source):
+        return _load_own(facts)
     row = TOWERS.get(facts.source)
     if row is not None and row.package:
         return Tower(facts, load_module(TinyVisionTower, package_file(row.package, facts.source)).requires_grad_(True))
@@ -196,26 +257,32 @@ def fill_tower(
     if positions is not None:
         facts = replace(facts, config={**facts.config, "image_size": facts.side})
     tower = build_tower(facts)
-    own = dict(tower.model.state_dict())
+    due = dict(tower.model.state_dict())
     if positions is not None:
-        for name in given.keys() & own.keys():
+        for name in given.keys() & due.keys():
             if name.startswith("embeddings.position_embedding"):
-                given[name] = tower_keys.resample(given[name], own[name].shape, positions)
-    family = TOWER_FAMILIES[facts.family]
+                given[name] = tower_keys.resample(given[name], due[name].shape, positions)
+    family = family_of(facts)
     after = (family.blocks + ".", family.norm + ".", (family.head or "\0") + ".")
+    if said := _misfits(due, given, after):
+        raise DataError(f"{where}: not the weights of this {facts.family} tower; {said}")
+    tower.model.load_state_dict({name: given[name].float() for name in due})
+    return tower
+
+
+def _misfits(due: Mapping[str, Tensor], given: Mapping[str, Tensor], spare: tuple[str, ...] = ()) -> str:
+    """What keeps the weights `given` from being those of a module, in words; names that begin with `spare` may be too
+    many."""
     faults = {
-        "missing": [name for name in own if name not in given],
-        "unexpected": [name for name in given if name not in own and not name.startswith(after)],
+        "missing": [name for name in due if name not in given],
+        "unexpected": [name for name in given if name not in due and not name.startswith(spare)],
         "of another shape": [
             f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
-            for name, tensor in own.items()
+            for name, tensor in due.items()
             if name in given and given[name].shape != tensor.shape
         ],
     }
-    if said := [f"{len(names)} {kind}: {', '.join(sorted(names)[:8])}" for kind, names in faults.items() if names]:
-        raise DataError(f"{where}: not the weights of this {facts.family} tower; {'; '.join(said)}")
-    tower.model.load_state_dict({name: given[name].float() for name in own})
-    return tower
+    return "; ".join(f"{len(names)} {kind}: {', '.join(sorted(names)[:8])}" for kind, names in faults.items() if names)
 
 
 def _by_table(facts: TowerFacts, row: TowerRow | None) -> bool:
@@ -259,7 +326,7 @@ def _strip(model: nn.Module, facts: TowerFacts) -> nn.Module:
 
 def whole(facts: TowerFacts) -> int:
     """Parameters of the tower as published: all layers, norm and head."""
-    if facts.family == "tiny":
+    if is_whole(facts):
         return count_tower(facts)
     return count_tower(replace(facts, keep=("layers", "norm", "head")))
 

@@ -26,6 +26,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import IO, Any
 
+from leveret import own
 from leveret.runs import EnvironmentFault, cores
 
 _LONG = timedelta(days=30)
@@ -63,7 +64,8 @@ class Ranks:
             ranks._store = next(iter(dist.rendezvous("env://")))[0]
             return ranks
         ranks._store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=_LONG, wait_for_workers=False)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        path = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, **own.environment(), "PYTHONPATH": path}
         for rank in range(1, world):
             log = tempfile.TemporaryFile()
             command = [sys.executable, "-m", "leveret.train.ranks", str(ranks._store.port), str(rank), str(world)]

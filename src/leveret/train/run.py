@@ -30,7 +30,7 @@ from leveret.runs import (
     sync_folder,
     write_json,
 )
-from leveret.train.stages import StageRecipe, TrainRecipe, binding, total_steps
+from leveret.train.stages import StageRecipe, TrainRecipe, binding, given, total_steps
 
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
@@ -44,10 +44,10 @@ def read(recipe: str | Path | TrainRecipe, overrides: Sequence[str] = ()) -> Tra
     if isinstance(recipe, TrainRecipe):
         if overrides:
             raise RecipeError("overrides go with a recipe's name or path; change the given TrainRecipe itself")
-        return recipe
+        return given(recipe)
     from leveret.recipe import load
 
-    return load(recipe, TrainRecipe, "models", overrides)
+    return given(load(recipe, TrainRecipe, "models", overrides))
 
 
 def train(

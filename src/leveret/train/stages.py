@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from leveret.model.recipe import ModelRecipe
+from leveret import own
+from leveret.model.recipe import ModelRecipe, named
 from leveret.records import Resize
+from leveret.runs import RecipeError
 
 Part = Literal["vision", "connector", "language"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +53,9 @@ class StageRecipe(_Strict):
 
     data: str = Field(description="LLaVA JSON, tars, parquet, a folder of save_to_disk, or of photos with captions.")
     images: str | None = Field(None, description="Root of the images; the folder of the data when left out.")
-    chat: str | None = Field(None, description="Chat format of this stage; the model's when left out.")
+    chat: str | None = Field(
+        None, description="Chat format of this stage, named as the model's is; that when left out."
+    )
     resize: Resize | None = Field(
         None, description="How images become square from this stage on; the model's when left out."
     )
@@ -156,6 +160,26 @@ def binding(recipe: dict[str, Any]) -> dict[str, Any]:
         for name, stage in recipe["stages"].items()
     }
     return {**recipe, "stages": stages}
+
+
+def given(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe as a person gave it: rows in files of their own with the files' fingerprints (own.py), so that a run
+    is told from one before the file changed. RecipeError with all that is wrong at once."""
+    faults, model, stages = [], recipe.model, {}
+    try:
+        model = named(recipe.model)
+    except RecipeError as fault:
+        faults.append(str(fault))
+    for name, stage in recipe.stages.items():
+        stages[name] = stage
+        try:
+            if stage.chat is not None and own.is_own(stage.chat):
+                stages[name] = stage.model_copy(update={"chat": own.pin(stage.chat, f"stages.{name}.chat")})
+        except RecipeError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return recipe.model_copy(update={"model": model, "stages": stages})
 
 
 def total_steps(stage: StageRecipe, samples: int) -> int:

@@ -24,6 +24,8 @@ from leveret.model.checkpoint import config_of, stored
 from leveret.model.connectors import find_connector
 from leveret.model.language import load_tokenizer
 from leveret.model.peers.bundle import PACKAGE, bundle, called
+from leveret.model.tower_facts import is_own
+from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, IMAGE_MARK, Batch, Turn
 from leveret.runs import DataError, RecipeError
@@ -166,6 +168,12 @@ def _parts(config: dict[str, Any]) -> dict[str, str]:
 def _modeling(vlm: VLM) -> str:
     """The text of the model's classes. Of the connectors only this model's is in it, out of its row of the table."""
     kind = vlm.recipe.connector.kind
+    for tower in vlm.towers.values():
+        assert isinstance(tower, Tower)
+        if is_own(tower.facts):
+            raise RecipeError(
+                f"remote-code writes towers of {PACKAGE} itself, and {tower.facts.family} builds this one"
+            )
     build = find_connector(kind).build
     if not build.__module__.startswith(PACKAGE):
         raise RecipeError(f"remote-code writes connectors of {PACKAGE} itself, and {kind} is from {build.__module__}")
@@ -180,7 +188,19 @@ def _modeling(vlm: VLM) -> str:
     head = _HEAD.format(what="A vision-language model as transformers' classes.")
     names = ("LeveretConfig", "LeveretModel", "LeveretForConditionalGeneration")
     roots = [("leveret.model.hf", name) for name in names]
-    return bundle(roots, head, {(module, "build_connector"): "\n".join(lines)})
+    return bundle(roots, head, {(module, "build_connector"): "\n".join(lines), **_NOT_OWN})
+
+
+_NOT_OWN = {
+    ("leveret.model.tower_facts", "is_own"): "def is_own(facts: TowerFacts) -> bool:\n    return False",
+    ("leveret.model.tower_facts", "family_of"): (
+        "def family_of(facts: TowerFacts) -> Family:\n    return TOWER_FAMILIES[facts.family]"
+    ),
+    ("leveret.model.towers", "_build_own"): (
+        "def _build_own(facts: TowerFacts) -> Tower:\n    raise AssertionError(facts.family)"
+    ),
+}
+"""In a published model nothing is built by a user's own file: such a model is refused."""
 
 
 def _processing() -> str:

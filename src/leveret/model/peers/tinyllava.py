@@ -59,7 +59,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     if names[0].startswith(MOF):
         # Both get the pixels that CLIP's processor makes (tinyllava/model/vision_tower/mof.py).
         both = [
-            (name.removeprefix(MOF), renamed(seen, (f"{view}.", "")), {"name": view, "normalise": "clip"})
+            (name.removeprefix(MOF), renamed(seen, (f"{view}.", "")), {"name": view, "normalise": "clip", "crop": 1.0})
             for name, view in zip(names, ("clip", "dinov2"), strict=True)
         ]
         vision, towers = fused(both, hub, **choices)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leveret.inputs.formats import CHATS, published
+from leveret.inputs.formats import find_chat, published
 from leveret.inputs.views import STRATEGIES
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
@@ -63,7 +63,7 @@ def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
     with fresh_folder(out) as fresh:
         if (tokenizer := more.pop("tokenizer", vlm.tokenizer)) is not None:
             tokenizer.save_pretrained(fresh)
-        (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
+        (fresh / "chat_template.jinja").write_text(find_chat(vlm.chat).template, "utf-8")
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
         (fresh / row.weights).parent.mkdir(exist_ok=True)
         save_file(tensors, fresh / row.weights, {"format": "pt"})
