@@ -31,7 +31,7 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
 
     with quiet():  # about a model type that transformers does not know
         tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
-    described = describe_all(foreign.recipe.vision)
+    described = foreign.eyes or describe_all(foreign.recipe.vision)
     kept = [
         parts_of(facts, foreign.seen[place]) if place in foreign.seen else [] for place, facts in enumerate(described)
     ]

@@ -10,6 +10,7 @@ from typing import Any
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
 from leveret.model.recipe import ModelRecipe
+from leveret.model.tower_facts import TowerFacts
 from leveret.model.tower_keys import Positions
 from leveret.runs import DataError, EnvironmentFault
 
@@ -63,6 +64,7 @@ class Foreign:
     positions  how DINOv2's positions were brought to the image's size when the tool ran (towers.fill_tower).
     cut        whether the tool cuts the token tables to the tokenizer's length when it loads them.
     notes      what was done otherwise than names say, for people.
+    eyes       facts of the towers, where the folder itself has them; else they follow from the recipe.
     """
 
     tool: str
@@ -76,6 +78,7 @@ class Foreign:
     names: tuple[str, ...] = ()
     positions: Positions | None = None
     cut: bool = False
+    eyes: tuple[TowerFacts, ...] = ()
 
 
 def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:

@@ -20,6 +20,7 @@ from leveret.inputs.formats import CHATS
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
 from leveret.model.peers import merged, tinyllava
+from leveret.model.peers.hfllava import SCALED
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
@@ -221,8 +222,6 @@ def _factory(vlm: VLM) -> Written:
 
 # --- HF LLaVA ---------------------------------------------------------------------------------------------------------
 
-SCALED = ("gemma2", "granite", "cohere", "cohere2")
-"""Language models whose logits are scaled or capped after the output layer, which transformers' LLaVA leaves out."""
 IMAGE = "<image>"
 
 
