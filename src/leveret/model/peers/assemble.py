@@ -64,6 +64,8 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
         tables.pop("lm_head.weight", None)  # a checkpoint may say twice what is one
     seen = {name: tensor for name, tensor in stored(vlm) if name.startswith("towers.")}
     state = seen | _under("connector.", foreign.connector) | _under("language.", tables)
+    if foreign.newline is not None:
+        state["tiles.newline"] = foreign.newline
     fill(vlm, {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, source)
     _call(vlm, foreign.names)
     return vlm.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
@@ -13,6 +13,9 @@ from leveret.model.recipe import ModelRecipe
 from leveret.model.tower_facts import TowerFacts
 from leveret.model.tower_keys import Positions
 from leveret.runs import DataError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Foreign:
     cut        whether the tool cuts the token tables to the tokenizer's length when it loads them.
     notes      what was done otherwise than names say, for people.
     eyes       facts of the towers, where the folder itself has them; else they follow from the recipe.
+    newline    [D] what stands at the end of every row of an image's tiles, where there is one.
     """
 
     tool: str
@@ -79,6 +83,7 @@ class Foreign:
     positions: Positions | None = None
     cut: bool = False
     eyes: tuple[TowerFacts, ...] = ()
+    newline: Tensor | None = None
 
 
 def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:

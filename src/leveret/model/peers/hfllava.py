@@ -4,6 +4,7 @@
     [model.]multi_modal_projector.      ->  the connector: linear_1 and linear_2
     language_model.model.  or  model.language_model.          ->  the language model
     language_model.lm_head.  or  lm_head.                     ->  its output layer
+    [model.]image_newline               ->  the newline of tiles (LLaVA 1.6, `llava_next`)
 
 Everything is in the folder: config.json says what the tower and the language model are, and no id of the hub is asked.
 """
@@ -11,6 +12,7 @@ Everything is in the folder: config.json says what the tower and the language mo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,21 @@ from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, renamed, shown
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
-from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, VisionRecipe
+from leveret.model.peers.towers import tiles_of
+from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, TilesRecipe, VisionRecipe
 from leveret.model.tower_facts import TOWER_FAMILIES, TowerFacts
 from leveret.model.tower_table import TOWERS, backbones
 from leveret.records import TowerView
 from leveret.runs import DataError, RecipeError
 
-KINDS = {"llava": "LLaVA 1.5"}
+KINDS = {"llava": "LLaVA 1.5", "llava_next": "LLaVA 1.6"}
 TOWERS_HELD = ("clip_vision_model", "siglip_vision_model")
 SCALED = ("gemma2", "granite", "cohere", "cohere2")
 """Language models whose logits are scaled or capped after the output layer, which transformers' LLaVA leaves out."""
 
 _LANGUAGE = (("language_model.model.", "model."), ("model.language_model.", "model."),
              ("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head."))  # fmt: skip
+NEWLINES = ("image_newline", "model.image_newline")
 _TOWER = (("vision_tower.", ""), ("model.vision_tower.", ""))
 _CONNECTOR = tuple(
     (f"{before}multi_modal_projector.linear_{place}.", f"{ours}.")
@@ -62,6 +66,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     if config["projector_hidden_act"] != "gelu":
         raise DataError(f"{where}: projector_hidden_act {config['projector_hidden_act']!r}; gelu is what is known here")
     whole = folder.state()
+    newline = next((whole.pop(name) for name in NEWLINES if name in whole), None)
     language, own, connector = (renamed(whole, *pairs) for pairs in (_LANGUAGE, _TOWER, _CONNECTOR))
     known = tuple(old for old, _ in (*_LANGUAGE, *_TOWER, *_CONNECTOR))
     if left := [name for name in whole if not name.startswith(known)]:
@@ -77,10 +82,11 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     source = called(folder.config.get("text_config", {}).get("_name_or_path"), folder)
     facts = LanguageFacts(text, rows, head_bias=False, attention=None, source=source)
     eye = _eye(folder, config)
+    tiles = _tiles(folder, config, eye) if config["model_type"] == "llava_next" else None
     recipe = ModelRecipe(
         vision=VisionRecipe(
             tower=eye.source, layer=config["vision_feature_layer"], tokens=eye.tokens, resize=eye.resize,
-            normalise=_moments(eye),
+            normalise=_moments(eye), tiles=tiles,
         ),
         connector=ConnectorRecipe(kind="mlp2x_gelu"),
         language=LanguageRecipe(name=source, vocab=rows, head_bias=False),
@@ -89,7 +95,19 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     if no_tokenizer(folder):
         raise DataError(f"{folder.path}: there is no tokenizer (tokenizer.json, or tokenizer.model)")
     tool = f"HF LLaVA ({KINDS[str(config['model_type'])]})"
-    return Foreign(tool, recipe, {0: own}, connector, language, facts, folder.path, notes, (eye.source,), eyes=(eye,))
+    return Foreign(
+        tool,
+        recipe,
+        {0: own},
+        connector,
+        language,
+        facts,
+        folder.path,
+        notes,
+        (eye.source,),
+        eyes=(eye,),
+        newline=newline,
+    )
 
 
 def _settled(folder: Folder) -> dict[str, Any]:
@@ -136,6 +154,8 @@ def _eye(folder: Folder, config: Mapping[str, Any]) -> TowerFacts:
     choice = {("clip_vision_model", True): "patch", ("clip_vision_model", False): "cls_patch",
               ("siglip_vision_model", True): "drop_first"}.get((family, default), "patch")  # fmt: skip
     view = _view(folder, family, int(vision["image_size"]))
+    if config["model_type"] == "llava_next":
+        view = replace(view, resize="squash")  # so the whole becomes the first tile
     vision.pop("transformers_version", None)
     return TowerFacts(
         family=family, config=vision, depth=depth, size=view.size, mean=view.mean, std=view.std, resize=view.resize,
@@ -145,14 +165,14 @@ def _eye(folder: Folder, config: Mapping[str, Any]) -> TowerFacts:
 
 def _view(folder: Folder, family: str, size: int) -> TowerView:
     """How its image processor prepares an image; without one as the family does."""
-    said = folder.settings("preprocessor_config.json") or folder.settings("processor_config.json").get(
-        "image_processor", {}
-    )
+    said = _processor(folder)
     if not said:
         row = TOWER_FAMILIES[family]
         return TowerView("vision", size, row.mean, row.std, row.resize, row.resample)
     try:
-        view = view_of_processor(said, aspect="pad" if said.get("do_pad") else None)
+        # in LLaVA 1.6's `do_pad` evens out a batch
+        pads = bool(said.get("do_pad")) and folder.config["model_type"] == "llava"
+        view = view_of_processor(said, aspect="pad" if pads else None)
     except RecipeError as fault:
         raise DataError(f"{folder.path}: {fault}") from None
     if view.size != size or view.short:
@@ -163,9 +183,32 @@ def _view(folder: Folder, family: str, size: int) -> TowerView:
     return view
 
 
+def _tiles(folder: Folder, config: Mapping[str, Any], eye: TowerFacts) -> TilesRecipe:
+    """LLaVA 1.6's tiles. transformers' class puts them together in one way, and has the grids in two places."""
+    where, grids = folder.path / "config.json", config["image_grid_pinpoints"]
+    if eye.tokens != "patch":
+        raise DataError(
+            f"{where}: vision_feature_select_strategy {config['vision_feature_select_strategy']!r} of a "
+            f"{eye.family} leaves no square grid of patches, and tiles are put together from such"
+        )
+    said = _processor(folder).get("image_grid_pinpoints", grids)
+    if said != grids:
+        raise DataError(f"{folder.path}: the model's image_grid_pinpoints are {grids}, its processor's {said}")
+    return tiles_of(grids, eye.size, "spatial_unpad", str(where), wide=False)
+
+
 def _moments(eye: TowerFacts) -> Any:
     """What a recipe calls its mean and std; None where it has no name for them."""
     return next((name for name, found in MOMENTS.items() if found == (eye.mean, eye.std)), None)
+
+
+def _processor(folder: Folder) -> dict[str, Any]:
+    """What its image processor's file says: a file of its own, or within the processor's (transformers 5)."""
+    found = folder.settings("preprocessor_config.json")
+    found = dict(found or folder.settings("processor_config.json").get("image_processor") or {})
+    if str(found.get("image_processor_type")).startswith("Siglip") and not found.get("do_center_crop"):
+        found.pop("crop_size", None)  # said by some, and without meaning for this class
+    return found
 
 
 def _name(vision: Mapping[str, Any], folder: Folder) -> str:
@@ -183,12 +226,10 @@ def _chat(folder: Folder, kind: str, notes: list[str]) -> str:
     same = [row for row in CHATS.values() if template.strip() and row.template.strip() == template.strip()]
     if same:  # some formats are written alike and come from several tools
         return min(same, key=lambda row: not row.original.startswith("llava")).name
-    eos = folder.settings("tokenizer_config.json").get("eos_token")
-    ends = str(eos.get("content") if isinstance(eos, Mapping) else eos)
     words = {"<|im_start|>": "chatml_direct", "[INST]": "mistral_instruct", "USER:": "vicuna_v1"}
     found = next((chat for word, chat in words.items() if word in template), None)
     if found is None and not template:
-        found = {"<|im_end|>": "chatml_direct"}.get(ends, {"mistral": "mistral_instruct"}.get(kind, "vicuna_v1"))
+        found = {"<|im_end|>": "chatml_direct"}.get(folder.eos, {"mistral": "mistral_instruct"}.get(kind, "vicuna_v1"))
     if found is None:
         raise DataError(
             f"{folder.path}: its chat template is none that is known here (ChatML, [INST], USER: .. ASSISTANT:)"

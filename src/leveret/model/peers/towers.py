@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from leveret.model.peers.files import State
 from leveret.model.peers.foreign import Hub
-from leveret.model.recipe import TowerRecipe, VisionRecipe
+from leveret.model.recipe import TilesRecipe, TowerRecipe, VisionRecipe
+from leveret.runs import DataError
 
 ALIASES = {
     "bczhou/TinyLLaVA-3.1B-SigLIP": "google/siglip-so400m-patch14-384",
@@ -49,6 +51,28 @@ def fused(
         if own:
             seen[place] = dict(own)
     return VisionRecipe(towers=recipes), seen
+
+
+def tiles_of(grids: Any, size: int, merge: str, where: str, *, wide: bool) -> TilesRecipe:
+    """How a checkpoint cuts an image into tiles of `size` pixels.
+
+    grids  `image_grid_pinpoints`: pairs of pixels, (width, height) where `wide` (LLaVA's own) and else (height, width)
+           (transformers'); LLaVA may write them as text. merge: LLaVA's `mm_patch_merge_type`.
+    DataError where they are no pairs of multiples of the tile, or the tiles are put together otherwise than is known.
+    """
+    kinds: dict[str, Any] = {"spatial_unpad": "unpad", "spatial": "spatial", "flat": "flat"}
+    if merge not in kinds:
+        raise DataError(f"{where}: mm_patch_merge_type {merge!r} is not known; known are {', '.join(kinds)}")
+    try:
+        pairs = [(int(one), int(two)) for one, two in (ast.literal_eval(grids) if isinstance(grids, str) else grids)]
+    except (TypeError, ValueError, SyntaxError):
+        pairs = []
+    if not pairs or any(min(pair) < size or pair[0] % size or pair[1] % size for pair in pairs):
+        raise DataError(
+            f"{where}: image_grid_pinpoints {grids!r} are no pairs of multiples of the tower's {size} pixels"
+        )
+    found = [(one // size, two // size) for one, two in pairs]
+    return TilesRecipe(grids=[(two, one) for one, two in found] if wide else found, merge=kinds[merge])
 
 
 def source_of(name: str, hub: Hub) -> tuple[str, bool]:
