@@ -325,7 +325,7 @@ def _hf_llava(vlm: VLM) -> Written:
     if tiling is not None:
         config["image_grid_pinpoints"] = grids = [list(grid) for grid in tiling.grids]
         images |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": grids, "do_pad": True}
-        images["size"] = {"shortest_edge": view.size}
+        images |= {"size": {"shortest_edge": view.size}, "do_center_crop": True}
     return config, state, {"preprocessor_config.json": images, "processor_config.json": processor}
 
 
