@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -140,6 +142,32 @@ def test_convert_reads_it_and_its_own_export(tmp_path: Path, capsys: pytest.Capt
         [Turn("user", "<image>\nhow many?")], back.chat, back.tokenizer, back.spec, [(9, 9)], generate=True
     )
     assert sum(encoded.image_mask) == back.spec.tokens
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("resize", ["squash", "pad", "crop"])
+def test_the_export_says_how_images_are_prepared(tower: str, resize: Any, tmp_path: Path) -> None:
+    """What transformers' processor makes of an exported folder is what we make, and it is read back."""
+    from transformers import AutoImageProcessor
+
+    _, folder = theirs(tmp_path, tower)
+    vlm = peers.load(folder)
+    (view,) = vlm.spec.towers
+    vlm.spec = replace(vlm.spec, towers=(replace(view, resize=resize),))
+    write(vlm, tmp_path / "out", "hf-llava")
+    image = Image.effect_noise((50, 41), 80).convert("RGB")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(prepare(image, vlm.spec.towers[0]), expected, atol=1e-6)
+    assert peers.load(tmp_path / "out").spec == vlm.spec
+
+
+def test_a_cut_that_siglips_processor_does_not_make_is_passed_over(tmp_path: Path) -> None:
+    _, folder = theirs(tmp_path, "siglip")
+    side = {"height": 32, "width": 32}
+    said = {"image_processor_type": "SiglipImageProcessor", "size": side, "crop_size": side, **CLIP_LIKE}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    assert peers.load(folder).spec.towers[0].resize == "squash"
 
 
 TEMPLATES = {

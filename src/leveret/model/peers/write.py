@@ -303,12 +303,14 @@ def _hf_llava(vlm: VLM) -> Written:
     }
     view = vlm.spec.towers[0]
     side = {"height": view.size, "width": view.size}
-    clip = facts.family == "clip_vision_model" and view.resize == "crop"
+    if tiling is None and view.resize not in ("squash", "pad", "crop"):
+        raise RecipeError(f"{name} has no processor that prepares images by {view.resize}, as this model's are")
+    cuts = view.resize == "crop"
     images: dict[str, Any] = {
-        "image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor",
-        "size": {"shortest_edge": view.size} if clip else side,
+        "image_processor_type": "CLIPImageProcessor" if cuts else "SiglipImageProcessor",
+        "size": {"shortest_edge": view.size} if cuts else side,
         "crop_size": side,
-        "do_center_crop": clip,
+        "do_center_crop": cuts,
         "image_mean": list(view.mean),
         "image_std": list(view.std),
         "resample": RESAMPLE[view.resample],
