@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluate_fakes import tiny_world
 from fakes import LLAMA, SIGLIP, loud, tiny_recipe
 from leveret.cli import run
 from leveret.generate.engine import Engine, Request
@@ -447,3 +448,10 @@ def test_show_and_chat_tell_of_tiles(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(second), np.asarray(cut(picture, vlm.spec.tiling)[1]))
     told = Talk(Model(vlm, precision="fp32")).show(str(tmp_path / "data/5.png"))
     assert f"4 tiles of 32 x 32, {tokens} tokens" in told
+
+
+def test_a_model_that_sees_tiles_is_examined(tmp_path: Path) -> None:
+    checkpoint.save(build(tiled()), tmp_path / "model")
+    world = tiny_world(tmp_path / "world", 2)
+    assert run(["eval", str(tmp_path / "model"), str(world), "-o", str(tmp_path / "out"), "--json"]) == 0
+    assert (tmp_path / "out/report.html").is_file()
