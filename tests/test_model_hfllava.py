@@ -105,6 +105,22 @@ def test_it_computes_what_transformers_computes(tower: str, original: bool, tmp_
     assert found[0].tolist() == said[0, ids.shape[1] :].tolist()
 
 
+def test_halves_stay_halves_and_floats_stay_floats(tmp_path: Path) -> None:
+    """Whatever type the config names: weights keep the one in which they were saved."""
+    from safetensors.torch import load_file
+
+    model, folder = theirs(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = config["vision_config"]["dtype"] = config["text_config"]["dtype"] = "float16"
+    (folder / "config.json").write_text(json.dumps(config))
+    kernel = "embeddings.patch_embedding.weight"
+    stored = next(x for key, x in load_file(folder / "model.safetensors").items() if key.endswith(kernel))
+    vlm = peers.load(folder)
+    assert vlm.dtype == torch.float32 and torch.equal(vlm.get_parameter(f"towers.vision.model.{kernel}"), stored)
+    model.half().save_pretrained(folder)
+    assert {x.dtype for x in peers.load(folder).parameters()} == {torch.float16}
+
+
 def test_its_processor_is_ours(tmp_path: Path) -> None:
     """Size, cut and moments are read off the folder, wherever transformers wrote them."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -174,6 +190,7 @@ TEMPLATES = {
     "{% for m in messages %}USER: {{ m['content'] }} ASSISTANT:{% endfor %}": "vicuna_v1",
     "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}": "mistral_instruct",
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}": "chatml_direct",
+    "A chat between a curious human and .. {% for m in messages %}USER: {{ m['content'] }}{% endfor %}": "llava_v1",
     "": "vicuna_v1",
 }
 

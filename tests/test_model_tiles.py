@@ -205,10 +205,10 @@ def original(vlm: VLM, place: Path) -> None:
     ("change", "said"),
     [
         ({"image_aspect_ratio": "anyres_max_9"}, "shrink large images once more"),
-        ({"image_grid_pinpoints": [[32, 50]]}, "no pairs of multiples"),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "no pairs of multiples"),
-        ({"image_grid_pinpoints": None}, "no pairs of multiples"),
-        ({"mm_patch_merge_type": "unpad_flat"}, "mm_patch_merge_type 'unpad_flat' is not known"),
+        ({"image_grid_pinpoints": [[32, 50]]}, "all multiples of the tile"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "all multiples of the tile"),
+        ({"image_grid_pinpoints": None}, "all multiples of the tile"),
+        ({"mm_patch_merge_type": "unpad_flat"}, "mm_patch_merge_type is 'unpad_flat'"),
         ({"mm_patch_merge_type": "spatial"}, "unexpected: tiles.newline"),
         ({"mm_vision_select_feature": "cls_patch"}, "no grid of patches"),
     ],
@@ -245,11 +245,12 @@ def test_tiles_of_transformers_that_do_not_fit_are_refused(
 
 
 def test_the_chat_format_follows_the_language_model(tmp_path: Path) -> None:
-    """LLaVA 1.6 in its own layout says it nowhere: Mistral's, ChatML's where turns end so, else Vicuna's."""
+    """LLaVA 1.6 as its own tool writes it says it nowhere: Mistral's, ChatML's where turns end so, else Vicuna's."""
     _, _, folder = next_toy(tmp_path)
     original(peers.load(folder), tmp_path)
     place, names = tmp_path / "llava/config.json", tmp_path / "llava/tokenizer_config.json"
     told = json.loads(place.read_text())
+    (tmp_path / "llava/chat_template.jinja").unlink()
     assert peers.read(tmp_path / "llava", hub=tmp_path / "hub").recipe.chat == "vicuna_v1"
     place.write_text(json.dumps(told | {"model_type": "llava_mistral"}))
     assert peers.read(tmp_path / "llava", hub=tmp_path / "hub").recipe.chat == "mistral_instruct"

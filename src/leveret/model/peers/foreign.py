@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leveret.inputs.formats import CHATS
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
 from leveret.model.recipe import ModelRecipe
@@ -103,3 +104,22 @@ def called(name: Any, folder: Folder) -> str:
 def no_tokenizer(folder: Folder) -> bool:
     """Whether a folder lacks a tokenizer of its own."""
     return not any(folder.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def template_of(folder: Folder) -> str:
+    """The chat template, where any of the places that transformers has had for it holds one; else ""."""
+    file = folder.path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if isinstance(found := folder.settings(name).get("chat_template"), str):
+            return found
+    return ""
+
+
+def written_as(folder: Folder) -> str | None:
+    """The row of CHATS whose template the folder carries to the letter, as those that we wrote do; None for others."""
+    template = template_of(folder).strip()
+    same = [row for row in CHATS.values() if template and row.template.strip() == template]
+    # some formats are written alike and come from several tools
+    return min(same, key=lambda row: not row.original.startswith("llava")).name if same else None

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from leveret.inputs.formats import CHATS
 from leveret.inputs.views import MOMENTS, view_of_processor
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, renamed, shown
-from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
+from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, template_of, written_as
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import tiles_of
 from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, TilesRecipe, VisionRecipe
@@ -36,6 +34,13 @@ SCALED = ("gemma2", "granite", "cohere", "cohere2")
 
 _LANGUAGE = (("language_model.model.", "model."), ("model.language_model.", "model."),
              ("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head."))  # fmt: skip
+WORDS = {
+    "<|im_start|>": "chatml_direct",
+    "[INST]": "mistral_instruct",
+    "curious human": "llava_v1",
+    "USER:": "vicuna_v1",
+}
+"""What tells the format of a chat template that we did not write; the first that is in it."""
 NEWLINES = ("image_newline", "model.image_newline")
 _TOWER = (("vision_tower.", ""), ("model.vision_tower.", ""))
 _CONNECTOR = tuple(
@@ -156,7 +161,8 @@ def _eye(folder: Folder, config: Mapping[str, Any]) -> TowerFacts:
     view = _view(folder, family, int(vision["image_size"]))
     if config["model_type"] == "llava_next":
         view = replace(view, resize="squash")  # so the whole becomes the first tile
-    vision.pop("transformers_version", None)
+    for key in ("transformers_version", "dtype", "torch_dtype"):  # it is built in float32, and filled as it was saved
+        vision.pop(key, None)
     return TowerFacts(
         family=family, config=vision, depth=depth, size=view.size, mean=view.mean, std=view.std, resize=view.resize,
         source=_name(vision, folder), tokens=choice, resample=view.resample,  # type: ignore[arg-type]
@@ -222,29 +228,23 @@ def _name(vision: Mapping[str, Any], folder: Folder) -> str:
 
 def _chat(folder: Folder, kind: str, notes: list[str]) -> str:
     """The row of CHATS that its chat template is; one that we did not write is told by its words."""
-    template = _template(folder)
-    same = [row for row in CHATS.values() if template.strip() and row.template.strip() == template.strip()]
-    if same:  # some formats are written alike and come from several tools
-        return min(same, key=lambda row: not row.original.startswith("llava")).name
-    words = {"<|im_start|>": "chatml_direct", "[INST]": "mistral_instruct", "USER:": "vicuna_v1"}
+    if (same := written_as(folder)) is not None:
+        return same
+    template = template_of(folder)
+    words = {
+        "<|im_start|>": "chatml_direct",
+        "[INST]": "mistral_instruct",
+        "curious human": "llava_v1",
+        "USER:": "vicuna_v1",
+    }
     found = next((chat for word, chat in words.items() if word in template), None)
     if found is None and not template:
         found = {"<|im_end|>": "chatml_direct"}.get(folder.eos, {"mistral": "mistral_instruct"}.get(kind, "vicuna_v1"))
     if found is None:
         raise DataError(
-            f"{folder.path}: its chat template is none that is known here (ChatML, [INST], USER: .. ASSISTANT:)"
+            f"{folder.path}: its chat template is none that is known here (ChatML, [INST], USER: .. ASSISTANT:); a "
+            "chat_template.jinja of one of these in the folder is taken instead"
         )
     said = "its chat template is written as" if template else "it has no chat template; taken is"
     notes.append(f"{said} {found}, the format of LLaVA's own tool; another can be chosen when it is trained on")
     return found
-
-
-def _template(folder: Folder) -> str:
-    """The chat template, where any of its three places has one."""
-    file: Path = folder.path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if isinstance(found := folder.settings(name).get("chat_template"), str):
-            return found
-    return ""

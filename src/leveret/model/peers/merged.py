@@ -17,7 +17,7 @@ from typing import Any
 
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
-from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
+from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, written_as
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import tiles_of, tower_of
 from leveret.model.published import of_llava, read_state
@@ -142,7 +142,10 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
 
 
 def _chat(dialect: Dialect, folder: Folder) -> str:
-    """The format by its model type; LLaVA 1.6 on a model that ends turns as ChatML does speaks that."""
+    """The format that the folder carries, if we wrote it; else by its model type. LLaVA 1.6 on a model that ends turns
+    as ChatML does speaks that."""
+    if dialect.name == "LLaVA" and (same := written_as(folder)) is not None:
+        return same
     if dialect.name == "LLaVA" and folder.eos == "<|im_end|>":
         return "chatml_direct"
     return dialect.chats.get(str(folder.config["model_type"]), dialect.chat)

@@ -9,6 +9,7 @@ from typing import Any
 from leveret.model.peers.files import State
 from leveret.model.peers.foreign import Hub
 from leveret.model.recipe import TilesRecipe, TowerRecipe, VisionRecipe
+from leveret.records import Tiling
 from leveret.runs import DataError
 
 ALIASES = {
@@ -60,19 +61,16 @@ def tiles_of(grids: Any, size: int, merge: str, where: str, *, wide: bool) -> Ti
            (transformers'); LLaVA may write them as text. merge: LLaVA's `mm_patch_merge_type`.
     DataError where they are no pairs of multiples of the tile, or the tiles are put together otherwise than is known.
     """
-    kinds: dict[str, Any] = {"spatial_unpad": "unpad", "spatial": "spatial", "flat": "flat"}
-    if merge not in kinds:
-        raise DataError(f"{where}: mm_patch_merge_type {merge!r} is not known; known are {', '.join(kinds)}")
     try:
         pairs = [(int(one), int(two)) for one, two in (ast.literal_eval(grids) if isinstance(grids, str) else grids)]
     except (TypeError, ValueError, SyntaxError):
         pairs = []
-    if not pairs or any(min(pair) < size or pair[0] % size or pair[1] % size for pair in pairs):
-        raise DataError(
-            f"{where}: image_grid_pinpoints {grids!r} are no pairs of multiples of the tower's {size} pixels"
-        )
-    found = [(one // size, two // size) for one, two in pairs]
-    return TilesRecipe(grids=[(two, one) for one, two in found] if wide else found, merge=kinds[merge])
+    try:
+        told = Tiling.from_llava(size, 1, pairs if wide else [(width, height) for height, width in pairs], merge)
+    except ValueError as fault:
+        raise DataError(f"{where}: image_grid_pinpoints {grids!r} for a tower of {size} pixels: {fault}") from None
+    found = [(height // size, width // size) for height, width in told.grids]
+    return TilesRecipe(grids=found, merge=told.merge)
 
 
 def source_of(name: str, hub: Hub) -> tuple[str, bool]:
