@@ -6,8 +6,9 @@ pixels[name] [N, 3, S, S]                          input_ids [B, T]
 features [N, n, W]                                 embeddings [B, T, D]
     |  connector                                        |
     v                                                   v
-visual [N, m, D]  (of tiles: tiles.py makes [M, D] of it) |
-    +--------- written over image_mask, in reading order -------------->  [B, T, D]
+visual [N, m, D]                                        |
+    |  of tiles: put together, [M, D] (tiles.py)        |
+    +------- written over image_mask, in reading order ------->  [B, T, D]
                                                         |  the language model's blocks
                                                         v
                                                    hidden [B, T, D]
@@ -15,7 +16,7 @@ visual [N, m, D]  (of tiles: tiles.py makes [M, D] of it) |
                                                         v
                                                    logits [K, V]  ->  summed cross entropy
 
-B rows, T positions, N images (or tiles of images), n tokens a tower gives, m tokens a connector gives, W and D widths,
+B rows, T positions, N images (or their tiles), n tokens a tower gives, m tokens a connector gives, W and D widths,
 K supervised positions, V vocabulary. A batch without images never touches the towers. Nothing here trains, loads or
 moves.
 """

@@ -231,13 +231,7 @@ def _chat(folder: Folder, kind: str, notes: list[str]) -> str:
     if (same := written_as(folder)) is not None:
         return same
     template = template_of(folder)
-    words = {
-        "<|im_start|>": "chatml_direct",
-        "[INST]": "mistral_instruct",
-        "curious human": "llava_v1",
-        "USER:": "vicuna_v1",
-    }
-    found = next((chat for word, chat in words.items() if word in template), None)
+    found = next((chat for word, chat in WORDS.items() if word in template), None)
     if found is None and not template:
         found = {"<|im_end|>": "chatml_direct"}.get(folder.eos, {"mistral": "mistral_instruct"}.get(kind, "vicuna_v1"))
     if found is None:
