@@ -23,7 +23,7 @@ from leveret.inputs import Item, collate, encode, prepare_all
 from leveret.inputs.tiles import cut
 from leveret.model import checkpoint, peers
 from leveret.model.build import build, build_meta
-from leveret.model.peers.write import write
+from leveret.model.peers.write import LAYOUTS, write
 from leveret.model.recipe import ModelRecipe, TilesRecipe, VisionRecipe
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, Batch, Turn
@@ -257,6 +257,16 @@ def test_the_chat_format_follows_the_language_model(tmp_path: Path) -> None:
     place.write_text(json.dumps(told))
     names.write_text(json.dumps(json.loads(names.read_text()) | {"eos_token": "<|im_end|>"}))
     assert peers.read(tmp_path / "llava", hub=tmp_path / "hub").recipe.chat == "chatml_direct"
+
+
+def test_layouts_without_tiles_refuse_them(tmp_path: Path) -> None:
+    vlm = build(tiled())
+    for layout in set(LAYOUTS) - {"hf-llava", "llava"}:
+        with pytest.raises(RecipeError, match="tiles"):
+            write(vlm, tmp_path / "x", layout)
+    with pytest.raises(RecipeError, match="puts tiles together as unpad"):
+        write(build(tiled(merge="flat")), tmp_path / "x", "hf-llava")
+    assert not (tmp_path / "x").exists()
 
 
 # --- the model and its recipe -----------------------------------------------------------------------------------------

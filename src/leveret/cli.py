@@ -444,7 +444,7 @@ def show(
 def convert(
     source: Annotated[Path, typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="leveret, hf-llava, bunny, llava or tinyllava.")] = "leveret",
+    to: Annotated[str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava or gguf.")] = "leveret",
     hub: Annotated[
         Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")
     ] = None,
@@ -687,6 +687,7 @@ _EXTRAS = {
     "tensorboard": "track",
     "wandb": "track",
     "bitsandbytes": "quant",
+    "gguf": "gguf",
 }
 _NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
 _AGAIN = "interrupted; what was finished is kept, run the same command again to go on"

@@ -196,7 +196,7 @@ def _read_file(ref: ImageRef) -> bytes:
     if (size := _file_size(ref.path)) > MAX_BYTES:
         raise ImageFault("too large a file", f"{size:,} bytes")
     with open(ref.path, "rb") as handle:
-        return handle.read(MAX_BYTES)
+        return handle.read(size)  # a buffer of MAX_BYTES costs more than the reading
 
 
 def _read_tar(ref: ImageRef) -> bytes:

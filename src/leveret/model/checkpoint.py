@@ -65,16 +65,17 @@ def save(vlm: VLM, folder: str | Path) -> Path:
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write a model into (config.json and model.safetensors, and what goes with them), which then takes the
-    place of `folder`: a reader finds the old one or the new one. At any error nothing of it stays."""
+    """A folder to write a model into, which then takes the place of `folder`: a reader finds the old one or the new
+    one. At any error nothing of it stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.new"
     fresh.mkdir()
     try:
         yield fresh
         # safetensors writes for the owner alone; the model shall be as readable as the files beside it
-        (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode)
-        for file in [*fresh.iterdir(), fresh]:
+        for weights in fresh.rglob("*.safetensors"):
+            weights.chmod((fresh / "config.json").stat().st_mode)
+        for file in [*fresh.rglob("*"), fresh]:
             _flush(file)
         _replace(folder, fresh)
     finally:

@@ -62,7 +62,7 @@ def convert(
     if to == OURS:
         checkpoint.save(vlm, out)
     else:
-        write(vlm, out, to)
+        facts["notes"] = notes + write(vlm, out, to)
     return facts
 
 
