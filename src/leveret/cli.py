@@ -444,7 +444,9 @@ def show(
 def convert(
     source: Annotated[Path, typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava or gguf.")] = "leveret",
+    to: Annotated[
+        str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava, prismatic, gguf, remote-code.")
+    ] = "leveret",
     hub: Annotated[
         Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")
     ] = None,

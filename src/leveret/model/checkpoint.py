@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +23,10 @@ from uuid import uuid4
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
+from leveret.inputs.formats import find_chat
+from leveret.inputs.reader import end_ids
 from leveret.model import language as languages
 from leveret.model import towers
 from leveret.model.build import join
@@ -31,7 +34,7 @@ from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
-from leveret.records import ImageSpec
+from leveret.records import IMAGE_MARK, ImageSpec
 from leveret.runs import DataError
 
 FORMAT = 2
@@ -100,11 +103,22 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     with torch.device(device), no_init_weights():
         eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
         language = languages.build_language(LanguageFacts(**config["language"]))
-        vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder))
-    fill(vlm, weights, folder)
+        vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder, int(config["language"]["vocab"])))
+    fill(vlm, weights if "auto_map" not in config else _ours(weights), folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
+
+
+def _ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model published with its code (peers/remote.py), under our own names."""
+    from leveret.model.hf import OUR_NAMES
+
+    def renamed(name: str) -> str:
+        found = ((ours, theirs) for ours, theirs in OUR_NAMES.items() if name.startswith(theirs))
+        return next((ours.lstrip("^").replace("\\", "") + name.removeprefix(theirs) for ours, theirs in found), name)
+
+    return {renamed(name): tensor for name, tensor in weights.items()}
 
 
 def find(path: str | Path) -> Path:
@@ -141,6 +155,7 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "leveret": __version__,
+        **_for_transformers(vlm),
         "recipe": vlm.recipe.model_dump(mode="json"),
         "spec": vlm.spec.to_dict(),
         # training may have chosen another resize since the tower was built; the spec has the last word
@@ -151,7 +166,23 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     }
 
 
-def stored(vlm: VLM) -> Iterator[tuple[str, Tensor]]:
+def _for_transformers(vlm: VLM) -> dict[str, Any]:
+    """What transformers asks of a config.json (`leveret.register`): whose it is, which id stands where an image's
+    tokens go, and which ids end an answer."""
+    told: dict[str, Any] = {"model_type": "leveret", "architectures": ["LeveretForConditionalGeneration"]}
+    if vlm.tokenizer is None:
+        return told
+    image = vlm.tokenizer.get_vocab().get(IMAGE_MARK)
+    ends = getattr(getattr(vlm.language, "generation_config", None), "eos_token_id", None)
+    return told | {
+        # a tokenizer without the mark gets it behind all others
+        "image_token_id": len(vlm.tokenizer) if image is None else image,
+        "eos_token_id": sorted(end_ids(find_chat(vlm.chat).stop, vlm.tokenizer, ends)),
+        "pad_token_id": vlm.tokenizer.pad_token_id,
+    }
+
+
+def stored(vlm: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that a checkpoint holds: parameters and persistent buffers, a tied one once, under the first
     of its names."""
     kept = vlm.state_dict()
@@ -194,15 +225,33 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
     try:
         if config["format"] == 1:
             config["vision"] = [config["vision"]]
+        if "text_config" in config:  # written by transformers' classes
+            config["language"]["config"] = config["text_config"]
         return config, ModelRecipe.model_validate(config["recipe"])
     except (KeyError, ValidationError) as fault:
         raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, rows: int) -> Any:
+    """The folder's tokenizer. What a published model has behind the token table, the image mark, is left out: with us a
+    place among the ids is marked, and no id."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
+    tokenizer = languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
+    if tokenizer.get_vocab().get(IMAGE_MARK, 0) < rows:
+        return tokenizer
+    with tempfile.TemporaryDirectory() as kept:
+        tokenizer.save_pretrained(kept)
+        for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "extra_special_tokens")):
+            said = json.loads((Path(kept) / name).read_text("utf-8"))
+            if key in said:
+                said[key] = [token for token in said[key] if _content(token) != IMAGE_MARK]
+            (Path(kept) / name).write_text(json.dumps(said), "utf-8")
+        return languages.load_tokenizer(kept, where=str(folder), as_saved=True)
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _flush(path: Path) -> None:

@@ -75,7 +75,7 @@ def _open(
     except DataError:
         own = None
     if own is not None and "format" in Folder(own).config:
-        if to == OURS:
+        if to == OURS and "auto_map" not in Folder(own).config:
             raise RecipeError(f"{source} is a model of ours already; say with --to what it shall become")
         vlm = checkpoint.load(own)
         return (vlm.cast(dtype) if dtype is not None else vlm), OURS, []

@@ -1,5 +1,5 @@
 """Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory, Prismatic,
-GGUF.
+GGUF (gguf_write.py); and with their own code, for transformers (remote.py).
 
 Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
 safetensors alone, or GGUF. A folder is written beside its place and renamed into it.
@@ -21,7 +21,7 @@ from leveret.inputs.formats import CHATS, published
 from leveret.inputs.views import STRATEGIES
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
-from leveret.model.peers import gguf_write, merged, prismatic, tinyllava
+from leveret.model.peers import gguf_write, merged, prismatic, remote, tinyllava
 from leveret.model.peers.hfllava import SCALED
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
@@ -30,7 +30,7 @@ from leveret.runs import RecipeError
 
 State = dict[str, Tensor]
 Written = tuple[dict[str, Any], State, dict[str, Any]]
-"""(config.json, tensors, other JSON files by name)."""
+"""(config.json, tensors, other files by name: JSON or text; under "tokenizer" another tokenizer than the model's)."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
     assert row.write is not None
     config, state, more = row.write(vlm)
     with fresh_folder(out) as fresh:
-        if vlm.tokenizer is not None:
-            vlm.tokenizer.save_pretrained(fresh)
+        if (tokenizer := more.pop("tokenizer", vlm.tokenizer)) is not None:
+            tokenizer.save_pretrained(fresh)
         (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
         (fresh / row.weights).parent.mkdir(exist_ok=True)
         save_file(tensors, fresh / row.weights, {"format": "pt"})
         for name, content in {"config.json": config, **more}.items():
-            (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (fresh / name).write_text(text, "utf-8")
     return []
 
 
@@ -474,4 +475,5 @@ LAYOUTS: dict[str, Layout] = {
     "tinyllava": Layout("TinyLLaVA Factory, tuned", _factory),
     "prismatic": Layout("Prismatic, its tensors as safetensors", _prismatic, weights=f"{prismatic.WEIGHTS}safetensors"),
     "gguf": Layout("two GGUF files, which llama.cpp runs", files=_gguf),
+    "remote-code": Layout("transformers with trust_remote_code, without leveret", remote.written),
 }  # fmt: skip
