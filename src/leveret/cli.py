@@ -481,7 +481,7 @@ def convert(
 
     with _reporting(json):
         found = station(source, out, to=to, hub=hub, base=base, dtype=dtype)
-    lines = [f"{found['kind']}: {found['parameters']:,} parameters, {found['image_tokens']} tokens an image"]
+    lines = [f"{found['kind']}: {found['parameters']:,} parameters, {found['seen']}"]
     lines += [f"  {name:<10} {what}" for name, what in found["parts"].items()]
     lines += [f"  note: {note}" for note in found["notes"]]
     _report(json, found, "\n".join([*lines, f"the model is in {out}"]))

@@ -294,6 +294,34 @@ def decode(data: bytes) -> Image:
                 raise _broken(error) from None
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of what `decode` would give: of the first frame, after the EXIF turn. Only a GIF is unpacked (and
+    a PNG, unless it says first how it lies). `ImageFault` if the bytes are refused so far."""
+    _check_size(declared_size(data))
+    from io import BytesIO
+
+    from PIL import Image as pil
+
+    with _strict:
+        try:
+            with pil.open(BytesIO(data), formats=FORMATS) as image:
+                _check_size(image.size)
+                if image.format == "GIF":
+                    image.load()
+                width, height = image.size
+                try:
+                    turn = image.getexif().get(0x0112, 1)
+                except Exception:  # as in `_upright`
+                    turn = 1
+        except (MemoryError, ImageFault):
+            raise
+        except (pil.DecompressionBombError, pil.DecompressionBombWarning):
+            raise ImageFault("too many pixels") from None
+        except Exception as error:  # see `decode`
+            raise _broken(error) from None
+    return (height, width) if turn in (5, 6, 7, 8) else (width, height)
+
+
 def form_of(data: bytes) -> str:
     """Which of `FORMATS` an image's first bytes are of. `ImageFault` if of none."""
     if not data:

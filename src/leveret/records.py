@@ -265,6 +265,8 @@ class Batch:
     tile_image     [N] int64; which image of the batch (in reading order) a tile belongs to.
     features       [N, tokens, width] tower outputs computed earlier (a cache), instead of pixels.
     ids            sample ids, for messages.
+    image_sizes    [images, 2] int64; (height, width) in pixels of every image, upright, in reading order. Only models
+                   that see images in tiles need it.
     """
 
     input_ids: Tensor
@@ -277,6 +279,7 @@ class Batch:
     tile_image: Tensor
     features: Tensor | None = None
     ids: tuple[str, ...] = ()
+    image_sizes: Tensor | None = None
 
     def to(self, device: Any) -> Batch:
         """The same batch with every tensor on `device`."""

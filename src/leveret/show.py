@@ -176,32 +176,53 @@ def _through(trace: Trace, sample: Sample, encoded: Encoded, decoded: Sequence[I
     """Pixels, shapes and loss: the batch of this one sample, as training would make it."""
     import torch
 
-    from leveret.inputs import Item, collate, fit, prepare
+    from leveret.inputs import Item, collate, prepare_all
 
-    pixels = [{view.name: prepare(image, view) for view in vlm.spec.towers} for image in decoded]
+    pixels = [prepare_all(image, vlm.spec) for image in decoded]
     trace.pictures = [
-        (f"{ref} as {view.name} sees it ({view.resize}, {view.size} x {view.size})", fit(image, view))
+        (f"{ref} as {name}", picture)
         for ref, image in zip(sample.images, decoded, strict=True)
-        for view in vlm.spec.towers
+        for name, picture in _views(image, vlm)
     ]
     trace.facts["pixels"] = [
         {"tower": name, "shape": list(array.shape), "min": float(array.min()), "max": float(array.max())}
         for image in pixels
         for name, array in image.items()
     ]
-    batch = collate([Item(encoded, sample.id, pixels)], vlm.tokenizer.pad_token_id or 0)
+    sizes = [(image.height, image.width) for image in decoded]
+    batch = collate([Item(encoded, sample.id, pixels, sizes=sizes)], vlm.tokenizer.pad_token_id or 0)
     batch = batch.to(vlm.device)
     with torch.no_grad():
         shapes = {"input_ids": batch.input_ids} | {f"pixels[{name}]": p for name, p in batch.pixels.items()}
         if batch.pixels:
             shapes["tower features"] = vlm.see(batch.pixels)
             shapes["image tokens (after the connector)"] = vlm.connector(shapes["tower features"].to(vlm.dtype))
+        if batch.pixels and vlm.tiles is not None:
+            tokens = shapes["image tokens (after the connector)"]
+            shapes["image tokens (tiles put together)"] = vlm.tiles(tokens, batch.tile_image, batch.image_sizes)
         shapes["embeddings"] = vlm.embed(batch)
         output = vlm(batch)
         shapes["logits where the next token is supervised"] = output.logits
     trace.facts["shapes"] = {name: list(tensor.shape) for name, tensor in shapes.items()}
     loss = float(output.loss_sum) / output.supervised if output.supervised else None
     trace.facts["loss"] = {"supervised": output.supervised, "mean": loss}
+
+
+def _views(image: Image, vlm: VLM) -> Iterator[tuple[str, Image]]:
+    """What the towers are shown of an image, in words and as pictures, before mean and std."""
+    from leveret.inputs import fit
+    from leveret.inputs.tiles import cut
+
+    tiling = vlm.spec.tiling
+    for view in vlm.spec.towers:
+        if tiling is None:
+            yield f"{view.name} sees it ({view.resize}, {view.size} x {view.size})", fit(image, view)
+            continue
+        rows, columns = (side // tiling.size for side in tiling.best(image.height, image.width))
+        whole, *tiles = cut(image, tiling, view.resample)
+        yield f"{view.name} sees it ({view.size} x {view.size}, before its {rows} x {columns} tiles)", whole
+        for place, tile in enumerate(tiles):
+            yield f"{view.name} sees its tile in row {place // columns + 1}, column {place % columns + 1}", tile
 
 
 def _answer(sample: Sample, vlm: VLM) -> dict[str, Any]:

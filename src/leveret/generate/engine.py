@@ -21,12 +21,12 @@ from torch import Tensor
 
 from leveret.generate.cache import Shelf
 from leveret.generate.sampling import Sampling
-from leveret.generate.slots import Reply, Slots
+from leveret.generate.slots import Reply, Seen, Slots
 from leveret.generate.text import Detokenizer, Stops, decode
-from leveret.images import ImageFault, declared_size, read_bytes
+from leveret.images import ImageFault, declared_size, read_bytes, upright_size
 from leveret.images import decode as decode_image
 from leveret.inputs.chat import encode, find_chat
-from leveret.inputs.resize import prepare
+from leveret.inputs.tiles import prepare_all
 from leveret.model.language import reach
 from leveret.model.precision import Precision, resolve_precision
 from leveret.model.threads import threads_for, torch_threads
@@ -37,6 +37,9 @@ from leveret.runs import DataError
 WINDOW = 8
 """Requests are sorted by length among `WINDOW` times as many as there are slots: wide enough that batches are even,
 narrow enough that the questions about one image come soon after each other."""
+
+TILES = 64
+"""Tiles that go through the tower at once, at most, where images are seen in tiles (one image may have more)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,36 +244,67 @@ class Eyes:
         self.vlm, self.bf16 = vlm, bf16
         self.shelf = Shelf(limit)
         self._refs: dict[str, ImageRef] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     def name(self, ref: ImageRef) -> tuple[str, tuple[int, int]]:
-        """(key, (height, width)) of an image; reads its bytes, unpacks nothing. ImageFault if it is refused."""
+        """(key, (height, width)) of an image; reads its bytes, unpacks nothing. ImageFault if it is refused.
+
+        Where the model sees tiles the size is that of the upright image, which says how many tokens it fills.
+        """
         try:
             data = read_bytes(ref)
-            width, height = declared_size(data)
+            width, height = declared_size(data) if self.vlm.spec.tiling is None else upright_size(data)
         except ImageFault as fault:
             raise fault.at(str(ref)) from fault
         key = hashlib.sha256(data).hexdigest()
-        self._refs[key] = ref
+        self._refs[key], self._sizes[key] = ref, (height, width)
         return key, (height, width)
 
-    def features(self, keys: Sequence[str]) -> Tensor:
-        """Tower outputs [N, tokens, width] of images that `name` has seen, in the order of `keys`."""
+    def features(self, keys: Sequence[str]) -> Seen:
+        """What a batch needs of images that `name` has seen, in the order of `keys`: the tower's outputs of all their
+        pictures, whose these are, and the images' sizes."""
         held = {key: block for key in keys if (block := self.shelf.get(key)) is not None}
         missing = [key for key in dict.fromkeys(keys) if key not in held]
         if missing:
             for key, block in zip(missing, self._see(missing), strict=True):
                 held[key] = block.clone()  # memory of its own: a row of the batch would keep all of it
                 self.shelf.put(key, held[key])
-        return torch.stack([held[key] for key in keys])
+        tiles = torch.tensor([len(held[key]) for key in keys], device=self.vlm.device)
+        return {
+            "features": torch.cat([held[key] for key in keys]),
+            "tile_image": torch.repeat_interleave(torch.arange(len(keys), device=tiles.device), tiles),
+            "image_sizes": torch.tensor([self._sizes[key] for key in keys]),
+        }
 
-    def _see(self, keys: Sequence[str]) -> Tensor:
-        images = [self._load(self._refs[key]) for key in keys]
-        device = self.vlm.device
-        pixels = {}
-        for view in self.vlm.spec.towers:
-            pixels[view.name] = torch.stack([torch.from_numpy(prepare(image, view)) for image in images]).to(device)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return self.vlm.see(pixels)
+    def _see(self, keys: Sequence[str]) -> list[Tensor]:
+        """Tower outputs of each image: [1, tokens, width], or [tiles, tokens, width]."""
+        blocks: list[Tensor] = []
+        for some in self._passes(keys):
+            seen = [prepare_all(self._load(self._refs[key]), self.vlm.spec) for key in some]
+            counts, device = [], self.vlm.device
+            pixels = {}
+            for view in self.vlm.spec.towers:
+                each = [torch.from_numpy(image[view.name]).reshape(-1, 3, view.size, view.size) for image in seen]
+                counts = [len(tiles) for tiles in each]
+                pixels[view.name] = torch.cat(each).to(device)
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                blocks += self.vlm.see(pixels).split(counts)
+        return blocks
+
+    def _passes(self, keys: Sequence[str]) -> list[list[str]]:
+        """Images that are seen together: all of them, or, in tiles, as many as have at most TILES."""
+        tiling = self.vlm.spec.tiling
+        if tiling is None:
+            return [list(keys)]
+        passes: list[list[str]] = []
+        filled = TILES
+        for key in keys:
+            count = tiling.tiles(*self._sizes[key])
+            if filled + count > TILES:
+                passes, filled = [*passes, []], 0
+            passes[-1].append(key)
+            filled += count
+        return passes
 
     def _load(self, ref: ImageRef) -> Any:
         try:

@@ -32,6 +32,9 @@ PASS_TOKENS = 8192
 TAIL = 16
 """Tokens looked back at for a stop string."""
 
+Seen = dict[str, Tensor]
+"""What a batch needs of its images: `features`, `tile_image` and `image_sizes` of `records.Batch`."""
+
 Finish = Literal["stop", "length", "choice", "left"]
 
 
@@ -79,14 +82,14 @@ class Slots:
     """Rows of one cache and the answers in them.
 
     size      rows at most.
-    features  keys of images -> what `VLM.see` gives for them, [N, tokens, width].
+    features  keys of images -> what `VLM.see` gives for them and how large they are.
     stops     what ends an answer.
     bf16      compute in bfloat16 autocast.
     shelf     bytes of image prefixes (keys and values) to keep for later questions.
     """
 
     def __init__(
-        self, vlm: VLM, size: int, features: Callable[[Sequence[str]], Tensor], stops: Stops, *, bf16: bool, shelf: int
+        self, vlm: VLM, size: int, features: Callable[[Sequence[str]], Seen], stops: Stops, *, bf16: bool, shelf: int
     ) -> None:
         self.vlm, self.size, self.features, self.stops, self.bf16 = vlm, size, features, stops, bf16
         self.active: list[Reply] = []
@@ -162,11 +165,11 @@ class Slots:
         place = torch.arange(length, device=device).expand(len(rows), length)
         attention = place < lengths[:, None]
         masks = [mark + [False] * (length - len(mark)) for _, mark in rows]
-        empty = torch.empty(0, dtype=torch.long, device=device)
+        seen: Any = self.features(images) if images else {"tile_image": torch.empty(0, dtype=torch.long, device=device)}
         return Batch(
             input_ids=ids, labels=torch.full_like(ids, IGNORE), attention_mask=attention, position_ids=place,
             segments=attention.long() - 1, image_mask=torch.tensor(masks, device=device),
-            pixels={}, tile_image=empty, features=self.features(images) if images else None,
+            pixels={}, **seen,
         )  # fmt: skip
 
     def _forward(self, first: int, starts: list[int], batch: Batch, *, logits: bool = True) -> Tensor:

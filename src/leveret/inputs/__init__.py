@@ -3,7 +3,7 @@
 from leveret.inputs.batches import Item, collate, padding_share, plan
 from leveret.inputs.chat import CHATS, ChatFormat, Encoded, encode, find_chat, literal, published
 from leveret.inputs.resize import fit, prepare
-from leveret.inputs.tiles import prepare_tiles
+from leveret.inputs.tiles import prepare_all, prepare_tiles
 
 __all__ = [
     "CHATS",
@@ -18,6 +18,7 @@ __all__ = [
     "padding_share",
     "plan",
     "prepare",
+    "prepare_all",
     "prepare_tiles",
     "published",
 ]

@@ -28,13 +28,15 @@ class Item:
 
     pixels    one dict per image, in reading order: tower name -> float32 [3, S, S], or [tiles, 3, S, S] where the image
               is seen in tiles. Empty for text-only samples.
-    features  [images, tokens, width] tower outputs, instead of pixels.
+    features  [images, tokens, width] tower outputs, instead of pixels; one picture per image.
+    sizes     (height, width) in pixels of every image, in reading order, for models that see images in tiles.
     """
 
     encoded: Encoded
     id: str = ""
     pixels: Sequence[Mapping[str, NDArray[np.float32]]] = field(default_factory=tuple)
     features: Tensor | None = None
+    sizes: Sequence[tuple[int, int]] = ()
 
 
 def collate(items: Sequence[Item], pad_id: int, side: Literal["right", "left"] = "right") -> Batch:
@@ -42,7 +44,7 @@ def collate(items: Sequence[Item], pad_id: int, side: Literal["right", "left"] =
 
     Raises:
         ValueError: no items; some samples bring pixels and others features; images were not prepared for the same
-            towers; `side` is neither right nor left.
+            towers; sizes of some images and not of others; `side` is neither right nor left.
     """
     import torch
 
@@ -66,6 +68,9 @@ def collate(items: Sequence[Item], pad_id: int, side: Literal["right", "left"] =
         positions[row, real] = steps[:length]
         segments[row, real] = 0
     pixels, features, tiles = _images(items)
+    sizes = [size for item in items for size in item.sizes]
+    if sizes and len(sizes) != len(tiles):
+        raise ValueError(f"{len(tiles)} images, but sizes of {len(sizes)}")
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -77,6 +82,7 @@ def collate(items: Sequence[Item], pad_id: int, side: Literal["right", "left"] =
         tile_image=torch.repeat_interleave(torch.arange(len(tiles)), torch.tensor(tiles, dtype=torch.int64)),
         features=features,
         ids=tuple(item.id for item in items),
+        image_sizes=torch.tensor(sizes, dtype=torch.int64) if sizes else None,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leveret.inputs.resize import filter_of, prepare
-from leveret.records import Tiling, TowerView
+from leveret.records import ImageSpec, Tiling, TowerView
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,3 +51,11 @@ def prepare_tiles(image: Image.Image, view: TowerView, tiling: Tiling) -> NDArra
         raise ValueError(f"tower {view.name} sees {view.size} pixels, but tiles have {tiling.size}: they must agree")
     ready = replace(view, resize="squash", short=0)  # every tile has the tower's size: nothing is resized again
     return np.stack([prepare(tile, ready) for tile in cut(image, tiling, view.resample)])
+
+
+def prepare_all(image: Image.Image, spec: ImageSpec) -> dict[str, NDArray[np.float32]]:
+    """The image as every tower of a model sees it: float32 `[3, size, size]` by the tower's name, or, where the model
+    sees images in tiles, `[1 + tiles, 3, size, size]`."""
+    if spec.tiling is None:
+        return {view.name: prepare(image, view) for view in spec.towers}
+    return {view.name: prepare_tiles(image, view, spec.tiling) for view in spec.towers}

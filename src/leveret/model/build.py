@@ -13,6 +13,7 @@ from leveret.model.connectors import build_connector, connector_tokens, settle
 from leveret.model.fusion import fused
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe, named
+from leveret.model.tiles import tiling_of
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
 from leveret.records import ImageSpec
@@ -92,6 +93,8 @@ def join(recipe: ModelRecipe, eyes: Sequence[towers.Tower], language: Any, *, to
     kind, options = recipe.connector.kind, recipe.connector.options
     tokens, seen = fused([(eye.facts.name, eye.tokens, eye.width) for eye in eyes], recipe.vision.fusion)
     connector = build_connector(kind, seen, width, tokens, options)
-    spec = ImageSpec(towers=tuple(eye.view for eye in eyes), tokens=connector_tokens(kind, tokens, options))
+    given = connector_tokens(kind, tokens, options)
+    tiling = tiling_of(recipe.vision, eyes, kind, given)
+    spec = ImageSpec(towers=tuple(eye.view for eye in eyes), tokens=given, tiling=tiling)
     named = {eye.view.name: eye for eye in eyes}
     return VLM(named, connector, language, spec=spec, recipe=recipe, tokenizer=tokenizer)

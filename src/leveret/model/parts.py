@@ -61,8 +61,9 @@ class PartRow:
 
 
 def modules(vlm: VLM) -> dict[str, nn.Module]:
-    """The model's parts by the names that recipes use."""
-    return {"vision": vlm.towers, "connector": vlm.connector, "language": vlm.language}
+    """The model's parts by the names that recipes use. The newline of tiles learns with the connector."""
+    connector = vlm.connector if vlm.tiles is None else nn.ModuleDict({"connector": vlm.connector, "tiles": vlm.tiles})
+    return {"vision": vlm.towers, "connector": connector, "language": vlm.language}
 
 
 def learnable(vlm: VLM, part: str, from_layer: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
@@ -74,7 +75,7 @@ def learnable(vlm: VLM, part: str, from_layer: int | None = None) -> Iterator[tu
     """
     if part not in PARTS:
         raise RecipeError(unknown(dict.fromkeys(PARTS), part, "learn"))
-    prefix = {"vision": "towers", "connector": "connector", "language": "language"}[part]
+    prefixes = {"vision": ("towers.",), "connector": ("connector.", "tiles."), "language": ("language.",)}[part]
     skipped: set[str] = set()
     if part == "vision":
         for name, tower in vlm.towers.items():
@@ -86,7 +87,7 @@ def learnable(vlm: VLM, part: str, from_layer: int | None = None) -> Iterator[tu
     found = [
         (name, parameter)
         for name, parameter in vlm.named_parameters()
-        if name.startswith(prefix + ".") and name not in skipped
+        if name.startswith(prefixes) and name not in skipped
     ]
     if not found:
         raise RecipeError(f"learn.{part}: this part has no parameters, so nothing would learn; take it out of `learn`")
@@ -135,7 +136,7 @@ def adapter_size(language: Any, lora: Adapters) -> int:
 
 def _note(vlm: VLM, part: str, how: Learning | None) -> str:
     if part == "connector":
-        return f"{vlm.recipe.connector.kind}, {vlm.spec.tokens} tokens"
+        return f"{vlm.recipe.connector.kind}, {tokens_of(vlm)}"
     if part == "language":
         rows, width = vlm.language.get_input_embeddings().weight.shape
         adapters = f", adapters of rank {how.lora.rank}" if how and how.lora else ""
@@ -144,6 +145,15 @@ def _note(vlm: VLM, part: str, how: Learning | None) -> str:
     towers = [tower for tower in vlm.towers.values() if isinstance(tower, Tower)]
     said = "; ".join(_seen(tower) for tower in towers)
     return said + (f"; {vlm.recipe.vision.fusion} fusion" if len(towers) > 1 else "") + start
+
+
+def tokens_of(vlm: VLM) -> str:
+    """How many tokens an image fills, in words."""
+    tiling = vlm.spec.tiling
+    if tiling is None:
+        return f"{vlm.spec.tokens} tokens"
+    most = max(tiling.count(*grid) for grid in tiling.grids)
+    return f"{vlm.spec.tokens} tokens a tile, at most {most:,} an image"
 
 
 def _seen(tower: Tower) -> str:
@@ -169,7 +179,7 @@ def count_whole(vlm: VLM) -> int:
 
 def totals(vlm: VLM) -> list[str]:
     """The lines under the table: image tokens and both counts."""
-    lines = [f"{vlm.spec.tokens} image tokens; {count(vlm):,} parameters"]
+    lines = [f"{tokens_of(vlm).replace(' tokens', ' image tokens', 1)}; {count(vlm):,} parameters"]
     if (full := count_whole(vlm)) != count(vlm):
         lines.append(f"{full:,} parameters with the full tower (every layer, norm and head)")
     return lines

@@ -7,7 +7,7 @@ model is built, so that a saved model can be read where a path it was once built
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -87,6 +87,22 @@ class TowerRecipe(_TowerChoices):
     )
 
 
+class TilesRecipe(_Strict):
+    """LLaVA-1.6's "anyres": an image is seen whole, and again in tiles of the tower's size."""
+
+    grids: list[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]] = Field(
+        default=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
+        min_length=1,
+        description="Grids of tiles, (rows, columns). An image gets the one that keeps most of its pixels, of these "
+        "the one that leaves least empty, of these the first. Default: LLaVA-1.6's.",
+    )
+    merge: Literal["unpad", "spatial", "flat"] = Field(
+        default="unpad",
+        description="unpad: tokens row by row over the whole grid, without those of borders, and a learned newline "
+        "after every row. spatial: row by row, borders in, no newlines. flat: tile after tile.",
+    )
+
+
 class VisionRecipe(_TowerChoices):
     """The model's eyes: one `tower`, or several `towers` and how they are joined."""
 
@@ -100,6 +116,11 @@ class VisionRecipe(_TowerChoices):
         default="channel",
         description="How several towers are joined. channel: side by side in width (Prismatic). interleave: token by "
         "token, first tower, second tower, first, .. (the Factory's MoF).",
+    )
+
+    tiles: TilesRecipe | None = Field(
+        default=None,
+        description="Images are seen in tiles too; `tiles: {}` is as LLaVA-1.6 does. Default: one picture an image.",
     )
 
     @model_validator(mode="after")

@@ -6,7 +6,9 @@ pixels[name] [N, 3, S, S]                          input_ids [B, T]
 features [N, n, W]                                 embeddings [B, T, D]
     |  connector                                        |
     v                                                   v
-visual [N, m, D]  ---- written over image_mask, in reading order ---->  [B, T, D]
+visual [N, m, D]                                        |
+    |  of tiles: put together, [M, D] (tiles.py)        |
+    +------- written over image_mask, in reading order ------->  [B, T, D]
                                                         |  the language model's blocks
                                                         v
                                                    hidden [B, T, D]
@@ -14,8 +16,9 @@ visual [N, m, D]  ---- written over image_mask, in reading order ---->  [B, T, D
                                                         v
                                                    logits [K, V]  ->  summed cross entropy
 
-B rows, T positions, N images, n tokens a tower gives, m tokens a connector gives, W and D widths, K supervised
-positions, V vocabulary. A batch without images never touches the towers. Nothing here trains, loads or moves.
+B rows, T positions, N images (or their tiles), n tokens a tower gives, m tokens a connector gives, W and D widths,
+K supervised positions, V vocabulary. A batch without images never touches the towers. Nothing here trains, loads or
+moves.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch.nn import functional as F
 from leveret.model.fusion import fuse
 from leveret.model.recipe import ModelRecipe
 from leveret.model.rows import only_rows
+from leveret.model.tiles import Tiles
 from leveret.records import IGNORE, Batch, ImageSpec
 
 if TYPE_CHECKING:
@@ -60,6 +64,7 @@ class VLM(nn.Module):
     towers     name of a view -> module with `forward(pixels) -> [N, tokens, width]`, in the order of `spec.towers`.
     connector  [N, n, W] -> [N, m, D], where m is `spec.tokens`.
     language   a transformers causal language model (or one that peft has wrapped).
+    tiles      puts the tiles of an image together, where `spec.tiling` says that there are any; else None.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class VLM(nn.Module):
         assert list(towers) == [view.name for view in spec.towers], "towers and views must have the same names"
         self.towers = nn.ModuleDict(towers)
         self.connector = connector
+        width = language.get_input_embeddings().weight.shape[1]
+        self.tiles = Tiles(spec.tiling, width) if spec.tiling is not None else None
         self.language: Any = language
         self.spec = spec
         self.recipe = recipe
@@ -121,15 +128,18 @@ class VLM(nn.Module):
         """
         embeddings = self.language.get_input_embeddings()(batch.input_ids)
         features = batch.features if batch.features is not None else self.see(batch.pixels) if batch.pixels else None
-        images = 0 if features is None else len(features)
+        seen = 0 if features is None else len(features)
         visual = None
-        if features is not None and images:
+        if features is not None and seen:
             dropped = F.dropout(features.to(self.dtype), self.recipe.connector.dropout, self.connector.training)
-            visual = self.connector(dropped)
-        tokens = 0 if visual is None else visual.shape[0] * visual.shape[1]
+            visual = self.connector(dropped)  # [N, m, D]
+            if self.tiles is not None:
+                visual = self.tiles(visual, batch.tile_image, batch.image_sizes)  # [M, D]
+        tokens = 0 if visual is None else visual.shape[:-1].numel()
         if (marked := int(batch.image_mask.sum())) != tokens:
+            what = "image" if self.tiles is None else "tile"
             raise ValueError(
-                f"images and marks disagree: image_mask marks {marked} positions, but {images} image(s) give {tokens} "
+                f"images and marks disagree: image_mask marks {marked} positions, but {seen} {what}(s) give {tokens} "
                 f"tokens ({self.spec.tokens} each); samples {', '.join(batch.ids) or '(without ids)'}"
             )
         if visual is None:

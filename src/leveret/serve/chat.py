@@ -162,7 +162,10 @@ class Talk:
         self.image, self.path, self.turns = reference(data), ref.path, []
         spec = self.model.vlm.spec
         views = ", ".join(f"{view.size} x {view.size} ({view.resize})" for view in spec.towers)
-        return f"{ref.path}: {seen.width} x {seen.height} pixels, seen as {views}, {spec.tokens} tokens"
+        if spec.tiling is not None:
+            views = f"{spec.tiling.tiles(seen.height, seen.width)} tiles of {spec.tiling.size} x {spec.tiling.size}"
+        tokens = spec.count(seen.height, seen.width)
+        return f"{ref.path}: {seen.width} x {seen.height} pixels, seen as {views}, {tokens} tokens"
 
     def save(self, path: str) -> None:
         """The conversation as a file: LLaVA's JSON when the name ends so, else text. Never over an existing file."""

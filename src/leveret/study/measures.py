@@ -200,7 +200,7 @@ def held_out_loss(model: Path, site: Site, limit: int) -> Figures:
     total, tokens = 0.0, 0
     with torch_threads(1), torch.inference_mode():
         for start in range(0, len(data), CHUNK):
-            batch, failed = data.batch(range(start, min(start + CHUNK, len(data))), vlm.spec.towers)
+            batch, failed = data.batch(range(start, min(start + CHUNK, len(data))), vlm.spec)
             assert not failed, "the world's own pictures can be read"
             out = vlm(batch)
             total += float(out.loss_sum)

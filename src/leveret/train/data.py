@@ -5,14 +5,15 @@
       ids.npy labels.npy visual.npy     [all positions] int32, int32, bool; sample i is offsets[i]:offsets[i+1]
       offsets.npy                       [samples + 1] int64
       images.npy image_offsets.npy      which distinct images sample i shows, in order
-      features.npy                      [distinct images, tokens, width] float32, or bfloat16 as int16
+      sizes.npy                         [distinct images, 2] int64: (height, width), where they are seen in tiles
+      features.npy                      [distinct images, tokens, width] float32, or bfloat16 as int16; in tiles
+                                        [all their tiles, tokens, width], one image's after another's
 
 Every rank maps the same files. A batch is then a few copies: nothing is tokenised or decoded twice.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections import Counter, deque
@@ -29,9 +30,10 @@ from leveret import images
 from leveret.images import ImageFault
 from leveret.inputs.batches import plan
 from leveret.inputs.chat import encode
-from leveret.inputs.resize import prepare as to_pixels
+from leveret.inputs.tiles import prepare_all
 from leveret.model.threads import torch_threads
-from leveret.records import IGNORE, Batch, ImageRef, ImageSpec, TowerView
+from leveret.pool.base import SampleFault
+from leveret.records import IGNORE, Batch, ImageRef, ImageSpec, Tiling
 from leveret.runs import (
     DataError,
     EnvironmentFault,
@@ -61,10 +63,18 @@ Failed = list[tuple[str, str]]
 """Ids of samples that failed while a batch was made, with the reasons."""
 
 
-def pixels_of(ref: ImageRef, views: Sequence[TowerView]) -> Pixels:
-    """The image as every tower sees it: float32 [3, size, size] by tower name. Raises ImageFault."""
-    image = images.load(ref)
-    return {view.name: to_pixels(image, view) for view in views}
+def pixels_of(ref: ImageRef, spec: ImageSpec) -> Pixels:
+    """The image as every tower sees it: float32 [pictures, 3, size, size] by tower name, one picture unless it is seen
+    in tiles. Raises ImageFault."""
+    seen = prepare_all(images.load(ref), spec)
+    return {name: array.reshape(-1, *array.shape[-3:]) for name, array in seen.items()}
+
+
+def pictures_of(tiling: Tiling | None, sizes: np.ndarray) -> np.ndarray:
+    """How many pictures the towers see of images of these (height, width): int64 [images]."""
+    if tiling is None:
+        return np.ones(len(sizes), np.int64)
+    return np.asarray([tiling.tiles(*size) for size in sizes.tolist()], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,7 @@ class _Text:
     index: int
     id: str
     refs: tuple[ImageRef, ...]
+    sizes: Sequence[tuple[int, int]]
     ids: np.ndarray
     labels: np.ndarray
     visual: np.ndarray
@@ -82,16 +93,29 @@ class _Text:
 def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: ImageSpec, max_tokens: int) -> _Text:
     """Encode one sample. Raises DataError with the reason when there would be nothing to learn from it."""
     sample = source.sample(index)
-    # A square of the tower's size stands for the image: what it fills does not depend on its own size here, and its
-    # file need not be opened twice.
-    side = spec.towers[0].size
-    encoded = encode(sample.turns, chat, tokenizer, spec, [(side, side)] * len(sample.images), max_tokens=max_tokens)
+    if spec.tiling is None:
+        # A square of the tower's size stands for the image: what it fills does not depend on its own size here, and its
+        # file need not be opened twice.
+        sizes = [(spec.towers[0].size,) * 2] * len(sample.images)
+    else:
+        sizes = [_size_of(ref, source, index, sample.id) for ref in sample.images]
+    encoded = encode(sample.turns, chat, tokenizer, spec, sizes, max_tokens=max_tokens)
     ids = np.asarray(encoded.input_ids, dtype=np.int32)
     labels = np.asarray(encoded.labels, dtype=np.int32)
     visual = np.asarray(encoded.image_mask, dtype=bool)
     if not (labels[1:] != IGNORE).any():
         raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
-    return _Text(index, sample.id, sample.images, ids, labels, visual)
+    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual)
+
+
+def _size_of(ref: ImageRef, source: Source, index: int, id: str) -> tuple[int, int]:
+    """(height, width) of an image, upright. SampleFault with the image's own reason where it is refused."""
+    try:
+        width, height = images.upright_size(images.read_bytes(ref))
+    except ImageFault as fault:
+        name = str(ref) if ref.kind == "data" else source.root.name(ref)
+        raise SampleFault(index, id, name, f"image {fault.reason}", fault.detail, source.name) from None
+    return height, width
 
 
 def _stop_here() -> None:
@@ -129,13 +153,14 @@ def _encode_all(source: Source, chat: str, vlm: VLM, max_tokens: int) -> tuple[l
 
 
 def _features(
-    vlm: VLM, refs: Sequence[ImageRef], folder: Path, see: Callable[[Pixels], torch.Tensor]
+    vlm: VLM, refs: Mapping[ImageRef, tuple[int, int]], folder: Path, see: Callable[[Pixels], torch.Tensor]
 ) -> tuple[dict[ImageRef, int], dict[ImageRef, ImageFault]]:
-    """Fill features.npy; returns the row of every good image and the fault of every bad one."""
+    """Fill features.npy; returns the number of every good image and the fault of every bad one. refs: with sizes."""
+    most = int(pictures_of(vlm.spec.tiling, np.asarray(list(refs.values())).reshape(-1, 2)).sum())
 
     def decode(ref: ImageRef) -> Pixels | ImageFault:
         try:
-            return pixels_of(ref, vlm.spec.towers)
+            return pixels_of(ref, vlm.spec)
         except ImageFault as fault:
             return fault
 
@@ -144,7 +169,7 @@ def _features(
         good = [item for item in decoded if not isinstance(item, ImageFault)]
         if not good:
             return decoded, None
-        seen = see({name: np.stack([item[name] for item in good]) for name in good[0]}).cpu()
+        seen = see({name: np.concatenate([item[name] for item in good]) for name in good[0]}).cpu()
         return decoded, seen.view(torch.int16).numpy() if seen.dtype == torch.bfloat16 else seen.numpy()
 
     rows: dict[ImageRef, int] = {}
@@ -153,7 +178,10 @@ def _features(
     # Chunks of fixed places in the list, one a worker with one torch thread: the same bits for any number of workers,
     # and no OpenMP team whose members spin on a core that others want.
     workers = cores()
-    chunks = [refs[at : at + CHUNK] for at in range(0, len(refs), CHUNK)]
+    listed = list(refs)
+    size = CHUNK if vlm.spec.tiling is None else max(1, CHUNK * len(refs) // max(1, most))
+    chunks = [listed[at : at + size] for at in range(0, len(listed), size)]
+    filled = 0
     with (
         torch_threads(1),
         ThreadPoolExecutor(workers) as pool,
@@ -168,12 +196,12 @@ def _features(
             bad.update((ref, item) for ref, item in zip(chunk, decoded, strict=True) if isinstance(item, ImageFault))
             if values is not None:
                 if store is None:
-                    shape = (len(refs), *values.shape[1:])
+                    shape = (most, *values.shape[1:])
                     _room(folder, int(np.prod(shape)) * values.itemsize)
                     store = np.lib.format.open_memmap(folder / "features.npy", "w+", values.dtype, shape)
-                first = len(rows)
-                store[first : first + len(good)] = values
-                rows.update((ref, first + place) for place, ref in enumerate(good))
+                store[filled : filled + len(values)] = values
+                filled += len(values)
+                rows.update((ref, place) for place, ref in enumerate(good, len(rows)))
             progress.advance(len(chunk), bad=len(bad))
             _stop_here()
     if store is not None:
@@ -208,7 +236,7 @@ def prepare(
     `bad_share`, or nothing is left.
     """
     facts = json.loads(json.dumps(dict(facts)))
-    if (folder / "meta.json").exists():
+    if (folder / "meta.json").exists() and (folder / "sizes.npy").exists():
         found = Prepared(folder)
         if found.meta["facts"] == facts:
             return found
@@ -216,7 +244,7 @@ def prepare(
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     texts, refused = _encode_all(source, chat, vlm, max_tokens)
-    refs = list(dict.fromkeys(itertools.chain.from_iterable(text.refs for text in texts)))
+    refs = {ref: size for text in texts for ref, size in zip(text.refs, text.sizes, strict=True)}
     rows = {ref: row for row, ref in enumerate(refs)}
     bad: dict[ImageRef, ImageFault] = {}
     if see is not None:
@@ -235,7 +263,7 @@ def prepare(
     reasons = Counter(str(row["reason"]) for row in refused)
     _judge(source, reasons, bad_share, quarantine)
     more = {"facts": facts, "refused": len(refused), "reasons": dict(reasons.most_common()), "samples": len(source)}
-    _write(writing, texts, rows, more)
+    _write(writing, texts, rows, refs, more)
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
     sync_folder(folder.parent)
@@ -258,7 +286,13 @@ def lacking(refs: Sequence[ImageRef]) -> None:
         raise ImageFault("missing")
 
 
-def _write(folder: Path, texts: Sequence[_Text], rows: Mapping[ImageRef, int], more: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path,
+    texts: Sequence[_Text],
+    rows: Mapping[ImageRef, int],
+    sizes: Mapping[ImageRef, tuple[int, int]],
+    more: Mapping[str, Any],
+) -> None:
     def ends(counts: Sequence[int]) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
@@ -269,6 +303,7 @@ def _write(folder: Path, texts: Sequence[_Text], rows: Mapping[ImageRef, int], m
         "offsets": ends([len(text.ids) for text in texts]),
         "images": np.asarray([rows[ref] for text in texts for ref in text.refs], dtype=np.int64),
         "image_offsets": ends([len(text.refs) for text in texts]),
+        "sizes": np.asarray([sizes[ref] for ref in sorted(rows, key=rows.__getitem__)], np.int64).reshape(-1, 2),
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -284,12 +319,13 @@ class Prepared:
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.names: list[str] = self.meta["ids"]
-        self.ids, self.labels, self.visual, self.offsets, self.images, self.image_offsets = (
+        self.ids, self.labels, self.visual, self.offsets, self.images, self.image_offsets, self.sizes = (
             np.load(folder / f"{name}.npy")
-            for name in ("ids", "labels", "visual", "offsets", "images", "image_offsets")
+            for name in ("ids", "labels", "visual", "offsets", "images", "image_offsets", "sizes")
         )
         kept = folder / "features.npy"
         self.features: np.ndarray | None = np.load(kept, mmap_mode="r") if kept.exists() else None
+        self._first: np.ndarray | None = None
         self.lengths = np.diff(self.offsets)
         # The first position of a sample is nobody's next one.
         counted = self.labels != IGNORE
@@ -299,7 +335,7 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batch(self, rows: Sequence[int], views: Sequence[TowerView]) -> tuple[Batch, Failed]:
+    def batch(self, rows: Sequence[int], spec: ImageSpec) -> tuple[Batch, Failed]:
         """A right-padded batch of samples; features where they are cached, else pixels decoded now.
 
         A sample whose image fails now is not supervised, its pixels are zero, and it is named in the second result.
@@ -319,11 +355,12 @@ class Prepared:
         features: torch.Tensor | None = None
         pixels: dict[str, torch.Tensor] = {}
         failed: Failed = []
+        tiles = pictures_of(spec.tiling, self.sizes[shown])
         if shown and self.features is not None:
-            chosen = torch.from_numpy(self.features[shown])
+            chosen = torch.from_numpy(self.features[self._tiles(shown, spec.tiling)])
             features = chosen.view(torch.bfloat16) if chosen.dtype == torch.int16 else chosen
         elif shown:
-            pixels, failed = self._decode(rows, labels, views)
+            pixels, failed = self._decode(rows, labels, spec)
         batch = Batch(
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
@@ -332,28 +369,40 @@ class Prepared:
             segments=torch.from_numpy(np.where(real, 0, -1)),
             image_mask=torch.from_numpy(visual),
             pixels=pixels,
-            tile_image=torch.arange(len(shown)),
+            tile_image=torch.from_numpy(np.repeat(np.arange(len(shown)), tiles)),
             features=features,
             ids=tuple(self.names[row] for row in rows),
+            image_sizes=torch.from_numpy(self.sizes[shown]) if shown else None,
         )
         return batch, failed
 
+    def _tiles(self, shown: Sequence[int], tiling: Tiling | None) -> np.ndarray:
+        """Rows of `features` of images, in their order."""
+        if tiling is None:
+            return np.asarray(shown)
+        if self._first is None:
+            self._first = np.concatenate([[0], np.cumsum(pictures_of(tiling, self.sizes))])
+        return np.concatenate([np.arange(self._first[image], self._first[image + 1]) for image in shown])
+
     def _decode(
-        self, rows: Sequence[int], labels: np.ndarray, views: Sequence[TowerView]
+        self, rows: Sequence[int], labels: np.ndarray, spec: ImageSpec
     ) -> tuple[dict[str, torch.Tensor], Failed]:
         failed: Failed = []
-        found: dict[str, list[np.ndarray]] = {view.name: [] for view in views}
+        found: dict[str, list[np.ndarray]] = {view.name: [] for view in spec.towers}
         for place, row in enumerate(rows):
             for image in self.images[self.image_offsets[row] : self.image_offsets[row + 1]]:
+                count = int(pictures_of(spec.tiling, self.sizes[[image]])[0])
                 try:
-                    pixels = pixels_of(ImageRef(**self.meta["refs"][image]), views)
+                    pixels = pixels_of(ImageRef(**self.meta["refs"][image]), spec)
+                    if any(len(array) != count for array in pixels.values()):
+                        raise ImageFault("damaged", "it is no longer as large as it was when the data was prepared")
                 except ImageFault as fault:
                     labels[place] = IGNORE
                     failed.append((self.names[row], reason_of(fault)))
-                    pixels = {view.name: np.zeros((3, view.size, view.size), np.float32) for view in views}
+                    pixels = {view.name: np.zeros((count, 3, view.size, view.size), np.float32) for view in spec.towers}
                 for name, array in pixels.items():
                     found[name].append(array)
-        return {name: torch.from_numpy(np.stack(arrays)) for name, arrays in found.items()}, failed
+        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, failed
 
 
 class Order:

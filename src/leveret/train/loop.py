@@ -152,7 +152,7 @@ class Teacher:
     def _batches(self, step: int) -> list[tuple[Batch, Failed]]:
         rows = self.order.rows(step)
         pieces = micro_batches(rows, self.ranks.rank, self.ranks.world, self.stage.micro_batch)
-        return [self.data.batch(piece, self.vlm.spec.towers) for piece in pieces]
+        return [self.data.batch(piece, self.vlm.spec) for piece in pieces]
 
     def _ahead(self) -> Iterator[list[tuple[Batch, Failed]]]:
         """Batches in order. Where images must be decoded, the next step's are made while this one is computed."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.model.parts import PartRow, parts_table, render
+from leveret.model.parts import PartRow, parts_table, render, tokens_of
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_words
 from leveret.train.optim import rate
 from leveret.train.stages import StageRecipe, TrainRecipe, total_steps
@@ -122,12 +122,14 @@ def describe(
         count, mean, words = _sampled(vlm, stage)
         lines.append(("data", f"{stage.data}: {words}"))
         average = f"{mean} per sample on average, " if mean else ""
-        lines.append(("tokens", f"{average}{vlm.spec.tokens} per image, at most {stage.max_tokens} per sample"))
+        image = f"{vlm.spec.tokens} per image" if vlm.spec.tiling is None else tokens_of(vlm)
+        lines.append(("tokens", f"{average}{image}, at most {stage.max_tokens} per sample"))
         tokens, total = mean or tokens, total_steps(stage, count) if count else None
     lines.append(("batch", _geometry(stage, world, job)))
     lines.append(("schedule", _schedule(stage, total)))
-    square = ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
-    lines.append(("chat", f"{stage.chat or vlm.chat}; images are made square by {square}"))
+    square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
+    seen = square if vlm.spec.tiling is None else "cut into tiles"
+    lines.append(("chat", f"{stage.chat or vlm.chat}; images are {seen}"))
     if job is not None:
         begun = f", going on from {Path(job.resume).name}" if job.resume else ""
         lines.append(("precision", f"{job.precision} on {job.device}, {job.threads} thread(s) per rank{begun}"))
@@ -169,7 +171,7 @@ def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]
     looked = f"{count:,} samples; of the first {min(SAMPLED, count):,}, {len(lengths):,} are good"
     if refused:
         looked += f", the rest are not: {in_words(refused)}.{source.advice(refused, min(SAMPLED, count))}"
-    looked += " (no picture was opened)"
+    looked += " (no picture was opened)" if vlm.spec.tiling is None else " (of pictures the size was read)"
     return count, round(sum(lengths) / len(lengths)) if lengths else None, looked
 
 

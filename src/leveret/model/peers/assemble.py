@@ -31,7 +31,7 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
 
     with quiet():  # about a model type that transformers does not know
         tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
-    described = describe_all(foreign.recipe.vision)
+    described = foreign.eyes or describe_all(foreign.recipe.vision)
     kept = [
         parts_of(facts, foreign.seen[place]) if place in foreign.seen else [] for place, facts in enumerate(described)
     ]
@@ -64,6 +64,8 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
         tables.pop("lm_head.weight", None)  # a checkpoint may say twice what is one
     seen = {name: tensor for name, tensor in stored(vlm) if name.startswith("towers.")}
     state = seen | _under("connector.", foreign.connector) | _under("language.", tables)
+    if foreign.newline is not None:
+        state["tiles.newline"] = foreign.newline
     fill(vlm, {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, source)
     _call(vlm, foreign.names)
     return vlm.eval()

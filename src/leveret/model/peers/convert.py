@@ -34,7 +34,8 @@ def convert(
 
     dtype  a key of TYPES; by default as it was saved.
 
-    Returns {"out", "kind", "to", "parts": {part: in words}, "parameters", "image_tokens", "chat", "notes"}. Raises as
+    Returns {"out", "kind", "to", "parts": {part: in words}, "parameters", "image_tokens" (of a tile, where
+    images are seen in tiles), "seen" (that in words), "chat", "notes"}. Raises as
     reading and writing do, and RecipeError for another layout or dtype, or where `out` lies in `source`.
     """
     if to != OURS and to not in LAYOUTS:
@@ -54,6 +55,7 @@ def convert(
         "parts": {row.part: row.note for row in parts.parts_table(vlm, {})} | {"chat": vlm.chat},
         "parameters": parts.count(vlm),
         "image_tokens": vlm.spec.tokens,
+        "seen": f"{vlm.spec.tokens} tokens an image" if vlm.spec.tiling is None else parts.tokens_of(vlm),
         "chat": vlm.chat,
         "notes": notes,
     }

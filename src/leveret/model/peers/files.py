@@ -50,6 +50,12 @@ class Folder:
             raise DataError(f"{file}: a {type(found).__name__}, where an object with the model's settings belongs")
         return found
 
+    @property
+    def eos(self) -> str:
+        """The end token that its tokenizer names; "" where none does."""
+        said = self.settings("tokenizer_config.json").get("eos_token") or ""
+        return str(said.get("content") if isinstance(said, Mapping) else said)
+
     def has(self, *names: str) -> bool:
         """Whether all of these files or folders are there."""
         return all((self.path / name).exists() for name in names)

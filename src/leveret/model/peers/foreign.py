@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from leveret.inputs.formats import CHATS
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
 from leveret.model.recipe import ModelRecipe
+from leveret.model.tower_facts import TowerFacts
 from leveret.model.tower_keys import Positions
 from leveret.runs import DataError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Foreign:
     positions  how DINOv2's positions were brought to the image's size when the tool ran (towers.fill_tower).
     cut        whether the tool cuts the token tables to the tokenizer's length when it loads them.
     notes      what was done otherwise than names say, for people.
+    eyes       facts of the towers, where the folder itself has them; else they follow from the recipe.
+    newline    [D] what stands at the end of every row of an image's tiles, where there is one.
     """
 
     tool: str
@@ -76,6 +83,8 @@ class Foreign:
     names: tuple[str, ...] = ()
     positions: Positions | None = None
     cut: bool = False
+    eyes: tuple[TowerFacts, ...] = ()
+    newline: Tensor | None = None
 
 
 def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:
@@ -95,3 +104,22 @@ def called(name: Any, folder: Folder) -> str:
 def no_tokenizer(folder: Folder) -> bool:
     """Whether a folder lacks a tokenizer of its own."""
     return not any(folder.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def template_of(folder: Folder) -> str:
+    """The chat template, where any of the places that transformers has had for it holds one; else ""."""
+    file = folder.path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if isinstance(found := folder.settings(name).get("chat_template"), str):
+            return found
+    return ""
+
+
+def written_as(folder: Folder) -> str | None:
+    """The row of CHATS whose template the folder carries to the letter, as those that we wrote do; None for others."""
+    template = template_of(folder).strip()
+    same = [row for row in CHATS.values() if template and row.template.strip() == template]
+    # some formats are written alike and come from several tools
+    return min(same, key=lambda row: not row.original.startswith("llava")).name if same else None

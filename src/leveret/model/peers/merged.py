@@ -2,6 +2,7 @@
 
     model.vision_tower.vision_tower.<the tower's own names>   ->  the tower
     model.mm_projector.                                       ->  the connector
+    model.image_newline                                       ->  the newline of tiles (LLaVA 1.6)
     everything else                                           ->  the language model
 
 Beside the whole model there are a LoRA folder (adapters, and non_lora_trainables.bin with what else learned) and the
@@ -16,14 +17,15 @@ from typing import Any
 
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
-from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
+from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, written_as
 from leveret.model.peers.languages import language_config
-from leveret.model.peers.towers import tower_of
+from leveret.model.peers.towers import tiles_of, tower_of
 from leveret.model.published import of_llava, read_state
 from leveret.model.recipe import LanguageRecipe, ModelRecipe
+from leveret.model.tower_table import describe_all
 from leveret.runs import DataError
 
-TOWER, CONNECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
+TOWER, CONNECTOR, NEWLINE = "model.vision_tower.vision_tower.", "model.mm_projector.", "model.image_newline"
 ADAPTED = "base_model.model."
 """What PEFT puts before every name."""
 
@@ -55,7 +57,10 @@ DIALECTS = (
         "TinyLLaVA (legacy)", "tiny_llava", "tinyllava_phi", {"tiny_llava_llama": "vicuna_v1"},
         trained="tune_vision_tower", bias=True,
     ),
-    Dialect("LLaVA", "llava", "vicuna_v1", {}, trained="unfreeze_mm_vision_tower", bias=True),
+    Dialect(
+        "LLaVA", "llava", "vicuna_v1", {"llava_mistral": "mistral_instruct"},
+        trained="unfreeze_mm_vision_tower", bias=True,
+    ),
 )  # fmt: skip
 """bunny/conversation.py and model/builder.py; TinyLLaVA's first repository; llava/model/builder.py."""
 
@@ -82,10 +87,11 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     """
     dialect, config = dialect_of(folder), folder.config
     assert dialect is not None, "`recognise` said so"
-    if str(config.get("image_aspect_ratio", "")).startswith("anyres"):
+    aspect = str(config.get("image_aspect_ratio"))
+    if aspect.startswith("anyres") and (aspect != "anyres" or dialect.name != "LLaVA"):
         raise DataError(
-            f"{folder.path}: a model of LLaVA 1.6 (image_aspect_ratio {config['image_aspect_ratio']!r}): its image "
-            "tiles and newline tokens are not supported yet"
+            f"{folder.path}: image_aspect_ratio {aspect!r} of {dialect.name}: what is known of tiles is LLaVA 1.6's "
+            "'anyres'; later systems shrink large images once more"
         )
     notes: list[str] = []
     if folder.weights():
@@ -97,6 +103,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
             whole = merge_adapters(whole, _adapters(folder), folder.settings("adapter_config.json"), ADAPTED)
             notes.append("the adapters are merged into the language model")
     language = {name: x for name, x in whole.items() if not name.startswith((TOWER, CONNECTOR))}
+    newline = language.pop(NEWLINE, None)
     if not dialect.bias:
         language.pop("lm_head.bias", None)
     told = language_config(config, str(folder.path / "config.json"))
@@ -113,19 +120,35 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         trained=bool(config.get(dialect.trained)),
         layer=int(config.get("mm_vision_select_layer", -2)),
         tokens=str(config.get("mm_vision_select_feature", "patch")),
-        resize="pad" if config.get("image_aspect_ratio") == "pad" else None,
+        resize={"pad": "pad", "anyres": "squash"}.get(aspect),
         s2=_scales(config),
         size=size,
     )
+    if aspect == "anyres":
+        side = describe_all(vision)[0].size
+        merge = str(config.get("mm_patch_merge_type") or "flat")
+        pinpoints, where = config.get("image_grid_pinpoints"), str(folder.path / "config.json")
+        vision = vision.model_copy(update={"tiles": tiles_of(pinpoints, side, merge, where, wide=True)})
     recipe = ModelRecipe(
         vision=vision,
         connector=of_llava({"mm_projector_type": "linear"} | config),
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
-        chat=dialect.chats.get(str(config["model_type"]), dialect.chat),
+        chat=_chat(dialect, folder),
     )
     return Foreign(
-        dialect.name, recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, (tower,), cut=True
-    )
+        dialect.name, recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, (tower,),
+        cut=True, newline=newline,
+    )  # fmt: skip
+
+
+def _chat(dialect: Dialect, folder: Folder) -> str:
+    """The format that the folder carries, if we wrote it; else by its model type. LLaVA 1.6 on a model that ends turns
+    as ChatML does speaks that."""
+    if dialect.name == "LLaVA" and (same := written_as(folder)) is not None:
+        return same
+    if dialect.name == "LLaVA" and folder.eos == "<|im_end|>":
+        return "chatml_direct"
+    return dialect.chats.get(str(folder.config["model_type"]), dialect.chat)
 
 
 def _scales(config: Mapping[str, Any]) -> list[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from leveret.model.peers.files import State
 from leveret.model.peers.foreign import Hub
-from leveret.model.recipe import TowerRecipe, VisionRecipe
+from leveret.model.recipe import TilesRecipe, TowerRecipe, VisionRecipe
+from leveret.records import Tiling
+from leveret.runs import DataError
 
 ALIASES = {
     "bczhou/TinyLLaVA-3.1B-SigLIP": "google/siglip-so400m-patch14-384",
@@ -49,6 +52,25 @@ def fused(
         if own:
             seen[place] = dict(own)
     return VisionRecipe(towers=recipes), seen
+
+
+def tiles_of(grids: Any, size: int, merge: str, where: str, *, wide: bool) -> TilesRecipe:
+    """How a checkpoint cuts an image into tiles of `size` pixels.
+
+    grids  `image_grid_pinpoints`: pairs of pixels, (width, height) where `wide` (LLaVA's own) and else (height, width)
+           (transformers'); LLaVA may write them as text. merge: LLaVA's `mm_patch_merge_type`.
+    DataError where they are no pairs of multiples of the tile, or the tiles are put together otherwise than is known.
+    """
+    try:
+        pairs = [(int(one), int(two)) for one, two in (ast.literal_eval(grids) if isinstance(grids, str) else grids)]
+    except (TypeError, ValueError, SyntaxError):
+        pairs = []
+    try:
+        told = Tiling.from_llava(size, 1, pairs if wide else [(width, height) for height, width in pairs], merge)
+    except ValueError as fault:
+        raise DataError(f"{where}: image_grid_pinpoints {grids!r} for a tower of {size} pixels: {fault}") from None
+    found = [(height // size, width // size) for height, width in told.grids]
+    return TilesRecipe(grids=found, merge=told.merge)
 
 
 def source_of(name: str, hub: Hub) -> tuple[str, bool]:

@@ -22,6 +22,7 @@ from leveret.inputs.views import STRATEGIES
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
 from leveret.model.peers import gguf_write, merged, prismatic, remote, tinyllava
+from leveret.model.peers.hfllava import SCALED
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
@@ -76,8 +77,10 @@ def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _eye(vlm: VLM, layout: str, families: Mapping[str, str]) -> Tower:
-    """The model's one tower. families: those that the layout knows -> a layout of tower_keys."""
+def _eye(vlm: VLM, layout: str, families: Mapping[str, str], tiles: Sequence[str] = ()) -> Tower:
+    """The model's one tower. families: those that the layout knows -> a layout of tower_keys. tiles: the ways in which
+    it puts tiles together."""
+    _check_tiles(vlm, layout, tiles)
     towers = list(vlm.towers.values())
     if len(towers) > 1:
         names = ", ".join(str(tower.facts.source) for tower in towers if isinstance(tower, Tower))
@@ -90,6 +93,18 @@ def _eye(vlm: VLM, layout: str, families: Mapping[str, str]) -> Tower:
             f"{', '.join(families)}"
         )
     return tower
+
+
+def _check_tiles(vlm: VLM, layout: str, tiles: Sequence[str] = ()) -> None:
+    """RecipeError where the model sees tiles, and the layout does not put them together in that way."""
+    if vlm.spec.tiling is not None and vlm.spec.tiling.merge not in tiles:
+        known = f"puts tiles together as {', '.join(tiles)}" if tiles else "sees every image as one picture"
+        raise RecipeError(f"{layout} {known}, and this model sees tiles (merge {vlm.spec.tiling.merge})")
+
+
+def _newline(vlm: VLM, name: str) -> State:
+    """The newline of tiles under its name in the layout; nothing where the model has none."""
+    return {name: vlm.tiles.newline} if vlm.tiles is not None and vlm.tiles.newline is not None else {}
 
 
 def _seen(tower: Tower, layout: str, prefix: str) -> State:
@@ -143,7 +158,7 @@ def _merged(name: str, types: Mapping[str, str], trained: str) -> Callable[[VLM]
                 f"{name} has no class for the language model {vlm.recipe.language.name} ({config['model_type']}); it "
                 f"has one for {', '.join(types)}"
             )
-        tower = _eye(vlm, name, eyes)
+        tower = _eye(vlm, name, eyes, tuple(MERGES) if name == "LLaVA" else ())
         if tower.facts.s2 and name != "Bunny":
             raise RecipeError(f"{name} has no multi-scale towers, and {tower.facts.source} runs at {tower.facts.s2}")
         if tower.facts.tokens == "drop_first":
@@ -170,13 +185,25 @@ def _merged(name: str, types: Mapping[str, str], trained: str) -> Callable[[VLM]
         }
         if tower.facts.s2:
             config["s2_scales"] = ",".join(map(str, tower.facts.s2))
+        if (tiling := vlm.spec.tiling) is not None:
+            config |= {
+                "image_aspect_ratio": "anyres",
+                "image_grid_pinpoints": [[width, height] for height, width in tiling.grids],
+                "mm_patch_merge_type": MERGES[tiling.merge],
+            }
         inside = "model." if tower.facts.family == "eva02_clip" else "vision_model."
-        state = _language(vlm) | _seen(tower, eyes[tower.facts.family], merged.TOWER + inside)
+        state = (
+            _newline(vlm, merged.NEWLINE)
+            | _language(vlm)
+            | _seen(tower, eyes[tower.facts.family], merged.TOWER + inside)
+        )
         return config, state | write_state(kind, vlm.connector.state_dict(), merged.CONNECTOR), {}
 
     return written
 
 
+MERGES = {"unpad": "spatial_unpad", "spatial": "spatial", "flat": "flat"}
+"""What LLaVA calls the ways of putting tiles together."""
 _BUNNYS = ("ldp", "minigpt", "vanilla", "spp", "spp_v1", "spp_v2", "spp_v3")
 
 
@@ -236,16 +263,17 @@ def _factory(vlm: VLM) -> Written:
 
 # --- HF LLaVA ---------------------------------------------------------------------------------------------------------
 
-SCALED = ("gemma2", "granite", "cohere", "cohere2")
-"""Language models whose logits are scaled or capped after the output layer, which transformers' LLaVA leaves out."""
 IMAGE = "<image>"
+RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+"""Filters by PIL's numbers."""
 
 
 def _hf_llava(vlm: VLM) -> Written:
     """The spelling that vLLM reads too: `vision_tower.vision_model.*`, `language_model.model.*`, and `architectures` in
     text_config but not in vision_config (ecosystem: llama.cpp would route by it)."""
-    name = "HF LLaVA"
-    tower = _eye(vlm, name, {"siglip_vision_model": "transformers", "clip_vision_model": "transformers"})
+    name, tiling = "HF LLaVA", vlm.spec.tiling
+    eyes = {"siglip_vision_model": "transformers", "clip_vision_model": "transformers"}
+    tower = _eye(vlm, name, eyes, ("unpad",))
     facts, text = tower.facts, _language_config(vlm)
     if facts.s2:
         raise RecipeError(f"{name} has no multi-scale towers, and {facts.source} runs at {facts.s2}")
@@ -274,14 +302,14 @@ def _hf_llava(vlm: VLM) -> Written:
         width = int(vision["hidden_size"])
         rest |= {"post_layernorm.weight": torch.ones(width), "post_layernorm.bias": torch.zeros(width)}
     kind_of = next(iter(language.values())).dtype
-    state = {f"language_model.{key}": x for key, x in language.items()}
+    state = {f"language_model.{key}": x for key, x in language.items()} | _newline(vlm, "image_newline")
     state |= {f"vision_tower.vision_model.{key}": x.to(kind_of) for key, x in rest.items() if "position_ids" not in key}
     for at, place in (("0", "1"), ("2", "2")):
         for what in ("weight", "bias"):
             state[f"multi_modal_projector.linear_{place}.{what}"] = vlm.connector.state_dict()[f"{at}.{what}"]
     config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"Llava{'' if tiling is None else 'Next'}ForConditionalGeneration"],
+        "model_type": "llava" if tiling is None else "llava_next",
         "image_token_index": token,
         "image_seq_length": vlm.spec.tokens,
         "projector_hidden_act": "gelu",
@@ -295,22 +323,31 @@ def _hf_llava(vlm: VLM) -> Written:
     }
     view = vlm.spec.towers[0]
     side = {"height": view.size, "width": view.size}
-    clip = facts.family == "clip_vision_model" and view.resize == "crop"
-    images = {
-        "image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor",
-        "size": {"shortest_edge": view.size} if clip else side,
+    if tiling is None and view.resize not in ("squash", "pad", "crop"):
+        raise RecipeError(f"{name} has no processor that prepares images by {view.resize}, as this model's are")
+    cuts = view.resize == "crop"
+    images: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor" if cuts else "SiglipImageProcessor",
+        "size": {"shortest_edge": view.size} if cuts else side,
         "crop_size": side,
+        "do_center_crop": cuts,
         "image_mean": list(view.mean),
         "image_std": list(view.std),
-        "resample": 3,
+        "resample": RESAMPLE[view.resample],
     }
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaProcessor" if tiling is None else "LlavaNextProcessor",
         "patch_size": int(facts.config["patch_size"]),
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],
         "num_additional_image_tokens": 1 if default else 0,
         "image_token": IMAGE,
     }
+    if view.resize == "pad":  # the colour that LLaVA pads with is the mean, here and there
+        images |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    if tiling is not None:
+        config["image_grid_pinpoints"] = grids = [list(grid) for grid in tiling.grids]
+        images |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": grids, "do_pad": True}
+        images |= {"size": {"shortest_edge": view.size}, "do_center_crop": True}
     return config, state, {"preprocessor_config.json": images, "processor_config.json": processor}
 
 
@@ -336,6 +373,7 @@ def _image_token(vlm: VLM, text: dict[str, Any], language: State) -> int:
 def _prismatic(vlm: VLM) -> Written:
     """Ids for everything, as its config.json says them (prismatic.md 4, 6, 7), and the tensors in one file."""
     name = "Prismatic"
+    _check_tiles(vlm, "Prismatic")
     towers = [tower for tower in vlm.towers.values() if isinstance(tower, Tower)]
     vision, language = _vision_id(vlm, towers), _language_id(vlm)
     kinds = {"linear": "linear", "mlp2x_gelu": "gelu-mlp", "fused-gelu-mlp": "fused-gelu-mlp"}
