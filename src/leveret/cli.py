@@ -465,6 +465,33 @@ def convert(
     _report(json, found, "\n".join([*lines, f"the model is in {out}"]))
 
 
+@_verb("merge", "leveret.model.merge")
+def merge(
+    models: Annotated[
+        list[str], typer.Argument(help="Two or more models of one shape; or, with --base, a folder of LoRA adapters.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="W [W ...]", help="One for each model; equal ones by default."),
+    ] = None,
+    normalise: Annotated[bool, typer.Option("--normalise", help="Divide the weights by their sum.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The whole model that adapters are added to, if not the one they name.")
+    ] = None,
+    hub: Annotated[
+        Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Average models of one shape, or add LoRA adapters to the model they stand on."""
+    from leveret.model import merge as station
+
+    with _reporting(json):
+        found = station.merge(models, out, weights or [], normalise=normalise, base=base, hub=hub)
+    _report(json, found, f"{station.in_words(found)}\nthe model is in {out}")
+
+
 @_verb("doctor", "leveret.doctor", LOOK)
 def doctor(json: Json = False) -> None:
     """What is installed, and what fits on this machine."""
@@ -688,7 +715,7 @@ _EXTRAS = {
     "wandb": "track",
     "bitsandbytes": "quant",
 }
-_NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
+_NETWORK = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp")
 _AGAIN = "interrupted; what was finished is kept, run the same command again to go on"
 
 

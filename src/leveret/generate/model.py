@@ -12,8 +12,8 @@ import torch
 
 from leveret.generate.engine import Engine, Request
 from leveret.images import ImageFault
-from leveret.model.checkpoint import load as load_vlm
 from leveret.model.precision import Precision
+from leveret.model.source import load as load_vlm
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, ImageRef, Turn
 from leveret.runs import EnvironmentFault, RecipeError
@@ -66,11 +66,13 @@ class Model:
 
 
 def load(path: str | Path, device: str = "auto", *, precision: Precision = "auto") -> Model:
-    """The model in a model folder or in the folder of a finished run.
+    """The model in a model folder, in the folder of a finished run, or of the hub.
 
+    path    a folder (also one that Bunny, LLaVA, TinyLLaVA or Prismatic wrote), or `OWNER/NAME[@REVISION]`.
     device  "auto" is a CUDA device when there is one, else the CPU; or any that torch knows.
 
-    Raises DataError when there is no readable model, EnvironmentFault when the device is not there.
+    Raises DataError when there is no readable model, EnvironmentFault when the device is not there or the hub cannot be
+    asked.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -91,7 +91,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     from transformers.initialization import no_init_weights
 
     folder = find(folder)
-    config, recipe = _read(folder)
+    config, recipe = read(folder)
     try:
         weights = load_file(folder / "model.safetensors", device=str(device))
     except Exception as fault:  # safetensors' own error class is not public
@@ -99,7 +99,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     with torch.device(device), no_init_weights():
         eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
         language = languages.build_language(LanguageFacts(**config["language"]))
-        vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder))
+        vlm = join(recipe, eyes, language, tokenizer=tokenizer(folder))
     fill(vlm, weights, folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
@@ -180,7 +180,8 @@ def fill(vlm: VLM, weights: dict[str, Tensor], folder: Path) -> None:
         tensor.data = weights[name]  # in place of the data, so that every name of a tied tensor sees it
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
+def read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
+    """(config.json as the newest format has it, the recipe in it). DataError where it is none of ours."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as fault:
@@ -198,7 +199,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
         raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer(folder: Path) -> Any:
+    """A model folder's tokenizer; None where it has none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     return languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)

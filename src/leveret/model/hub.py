@@ -5,12 +5,14 @@ Remote code is never run, and pickled weights are only read with torch's `weight
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from leveret.runs import DataError, EnvironmentFault
@@ -154,3 +156,104 @@ def shards_of(index: Path) -> list[Path]:
         if not file.is_file():
             raise DataError(f"{index}: lists {file.name}, which is not there; the download is not complete")
     return files
+
+
+# --- whole repositories of the hub ------------------------------------------------------------------------------------
+
+_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
+_FOLDERS = ("", "language_model", "vision_tower", "connector", "checkpoints")
+"""Of a repository only these are looked into: a model's own folder, and the parts that published systems put apart."""
+_WORDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SAFE = (*_WORDS, ".safetensors")
+_ADAPTERS, _BESIDE = "adapter_model", ("non_lora_trainables.bin", "mm_projector.bin")
+
+
+def as_id(given: str) -> tuple[str, str | None] | None:
+    """(OWNER/NAME, revision or None) where `given` is written as an id of the hub, `OWNER/NAME[@REVISION]`."""
+    found = _ID.fullmatch(given)
+    return (found["name"], found["revision"]) if found else None
+
+
+def to_fetch(files: Sequence[str]) -> list[str]:
+    """Of a repository's files those that a model is read from: settings, tokenizers and weights. Never code, never a
+    second copy of the weights (`consolidated.safetensors`, `onnx/`), and a pickle only where no safetensors in its
+    folder hold the same."""
+    folders = {(str(path.parent) if path.parent.name else ""): set[str]() for path in map(PurePosixPath, files)}
+    for path in map(PurePosixPath, files):
+        folders[str(path.parent) if path.parent.name else ""].add(path.name)
+    chosen = []
+    for folder, names in folders.items():
+        if folder not in _FOLDERS:
+            continue
+        safe = {name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated")}
+        adapters = {name for name in safe if name.startswith(_ADAPTERS)}
+        pickled = {name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")}
+        kept = safe | {name for name in names if name.endswith(_WORDS)}
+        if not safe - adapters:
+            kept |= pickled | {name for name in _BESIDE if name in names and not pickled}
+            kept |= {f"{_ADAPTERS}.bin"} & names if not adapters else set()
+            kept |= {name for name in names if folder == "checkpoints" and name.endswith(".pt")}
+        chosen += [f"{folder}/{name}" if folder else name for name in kept]
+    return sorted(chosen)
+
+
+def fetch(name: str, revision: str | None = None, *, words_only: bool = False) -> Path:
+    """The folder of a repository on this machine, in the hub's own cache; what is lacking there is downloaded.
+
+    Only files of `to_fetch`; words_only: without weights. With HF_HUB_OFFLINE set, or without a connection, what an
+    earlier download left is taken.
+
+    DataError where the hub has no such repository or revision; EnvironmentFault where it is gated, or the hub cannot be
+    asked and the cache does not hold it whole.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = to_fetch(HfApi().list_repo_files(name, revision=revision))
+        if words_only:
+            files = [file for file in files if file.endswith(_WORDS)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in files]))
+    except Exception as fault:  # offline, unknown, gated, away: each has a class of its own, and of two libraries
+        said = fault
+    safe = [f"*{ending}" for ending in (_WORDS if words_only else _SAFE)]
+    for patterns, weights in ((safe, "*.safetensors"), ([*safe, "*.bin"], "*.bin"), (safe, "*.pt")):
+        try:  # whole as far as its top goes: what of its folders was never wanted is not known here
+            told: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
+            found = Path(snapshot_download(name, revision=revision, local_files_only=True, **told))
+        except Exception:  # not there, or not whole
+            continue
+        if words_only or any(found.rglob(weights)):
+            return found
+    raise hub_fault(said, name, revision) from said
+
+
+def hub_fault(fault: Exception, name: str, revision: str | None = None) -> DataError | EnvironmentFault:
+    """One line on why the hub did not give or take a repository, and how to mend it."""
+    from huggingface_hub import errors
+
+    what = f"{name}@{revision}" if revision else name
+    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    if isinstance(fault, errors.GatedRepoError):
+        return EnvironmentFault(
+            f"{what}: the hub gives this model only to those who accepted its terms; accept them on its page there, "
+            "then `hf auth login`"
+        )
+    if isinstance(fault, errors.RevisionNotFoundError):
+        return DataError(f"{what}: the hub has the model {name}, but no revision {revision!r} of it")
+    if isinstance(fault, errors.RepositoryNotFoundError):
+        return DataError(
+            f"{what}: there is no such folder here, and the hub has no model of this name (or it is private: "
+            "`hf auth login`)"
+        )
+    if isinstance(fault, errors.OfflineModeIsEnabled):
+        return EnvironmentFault(
+            f"{what}: there is no such folder here, the hub's cache does not hold it whole, and HF_HUB_OFFLINE is set; "
+            "unset it to download"
+        )
+    if isinstance(fault, errors.HfHubHTTPError):
+        return EnvironmentFault(f"{what}: the hub refused: {reason}")
+    if isinstance(fault, OSError) and fault.errno is not None and fault.filename:
+        return EnvironmentFault(f"{what}: could not be kept on this machine: {fault.strerror}: {fault.filename}")
+    return EnvironmentFault(
+        f"{what}: there is no such folder here, and the hub could not be asked ({type(fault).__name__}: {reason})"
+    )

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leveret.model.hub import as_id, fetch
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
 from leveret.model.recipe import ModelRecipe
 from leveret.model.tower_keys import Positions
-from leveret.runs import DataError, EnvironmentFault
+from leveret.runs import DataError, EnvironmentFault, UserError
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,11 @@ class Hub:
         """The folder or file of an id. EnvironmentFault where it cannot be had."""
         if (found := self.find(name)) is not None:
             return found
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-            from huggingface_hub import snapshot_download
-
+        if as_id(name) is not None:
             try:
-                return Path(snapshot_download(name))
-            except Exception as fault:  # offline, gated, unknown: each has a class of its own
-                reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+                return fetch(name)
+            except UserError as fault:
+                reason = str(fault)
         else:
             reason = "it is no id of the hub, and there is no such folder"
         where = f" or at {self.place / name}" if self.place is not None else ""
