@@ -492,12 +492,38 @@ def merge(
     _report(json, found, f"{station.in_words(found)}\nthe model is in {out}")
 
 
+@_verb("push", "leveret.model.push")
+def push(
+    model: Annotated[Path, typer.Argument(help="A model's folder, or a finished run's.")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Seen by its owner alone, if it is new.")] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Put a model on the Hugging Face hub, with a card."""
+    from leveret.model.push import push as station
+
+    with _reporting(json):
+        found = station(model, name, private=private, dry_run=dry_run)
+    lines = [f"{size:>16,} bytes  {file}" for file, size in found["files"].items()]
+    if dry_run:
+        lines = ["would upload, but this is a dry run:", *lines, "", found["card"]]
+    else:
+        lines += [f"the model is at {found['url']}; anyone who may see it loads it by leveret.load({name!r})"]
+    _report(json, found, "\n".join(lines))
+
+
 @_verb("doctor", "leveret.doctor", LOOK)
-def doctor(json: Json = False) -> None:
-    """What is installed, and what fits on this machine."""
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="A model's folder or a run's, a recipe (bunny/v1.0-3b), or an id of the hub.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What is installed, and what fits on this machine; of a model, what it needs."""
     from leveret import doctor as station
 
-    facts = station.doctor()
+    facts = station.doctor(model) if model is not None else station.doctor()
     if not json:
         station.show(facts)
     _report(json, facts)

@@ -97,13 +97,22 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     except Exception as fault:  # safetensors' own error class is not public
         raise DataError(f"{folder / 'model.safetensors'}: cannot be read ({fault})") from fault
     with torch.device(device), no_init_weights():
-        eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
-        language = languages.build_language(LanguageFacts(**config["language"]))
-        vlm = join(recipe, eyes, language, tokenizer=tokenizer(folder))
+        vlm = _built(config, recipe, tokenizer(folder))
     fill(vlm, weights, folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
+
+
+def outline(folder: Path) -> VLM:
+    """The model in a folder on torch's meta device, from its config.json alone; it has no tokenizer."""
+    with torch.device("meta"):
+        return _built(*read(folder), None).eval()
+
+
+def _built(config: dict[str, Any], recipe: ModelRecipe, tokenizer: Any) -> VLM:
+    eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
+    return join(recipe, eyes, languages.build_language(LanguageFacts(**config["language"])), tokenizer=tokenizer)
 
 
 def find(path: str | Path) -> Path:

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from leveret.runs import DataError, EnvironmentFault
+from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,6 +158,39 @@ def shards_of(index: Path) -> list[Path]:
     return files
 
 
+def read_head(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """(the first bytes of a safetensors file, up to the tensors; what they say of each tensor, in the file's order).
+
+    DataError where it is no such file.
+    """
+    try:
+        with open(file, "rb") as opened:
+            size = opened.read(8)
+            head = opened.read(int.from_bytes(size, "little"))
+        told = {name: about for name, about in json.loads(head).items() if name != "__metadata__"}
+        return size + head, dict(sorted(told.items(), key=lambda row: row[1]["data_offsets"]))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        raise DataError(f"{file}: cannot be read as weights; it is damaged or cut short") from None
+
+
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+          "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
+def told_tensor(kind: str, shape: Sequence[int]) -> Tensor:
+    """A tensor on the meta device, as a safetensors head tells it; a type that is not known counts as bytes."""
+    import torch
+
+    return torch.empty(tuple(shape), dtype=getattr(torch, _TYPES.get(kind, "uint8")), device="meta")
+
+
+def outline_tensors(file: Path) -> dict[str, Tensor]:
+    """What `read_tensors` gives, on the meta device: names, types and shapes, and no number is read."""
+    if file.suffix == ".safetensors":
+        return {name: told_tensor(about["dtype"], about["shape"]) for name, about in read_head(file)[1].items()}
+    return {name: tensor.to("meta") for name, tensor in read_tensors(file).items()}
+
+
 # --- whole repositories of the hub ------------------------------------------------------------------------------------
 
 _ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
@@ -225,6 +258,30 @@ def fetch(name: str, revision: str | None = None, *, words_only: bool = False) -
         if words_only or any(found.rglob(weights)):
             return found
     raise hub_fault(said, name, revision) from said
+
+
+def remote_outline(name: str, revision: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a repository's weights on the meta device: only the heads of its safetensors are downloaded.
+
+    RecipeError where it has none; DataError and EnvironmentFault as for `fetch`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        told = HfApi().get_safetensors_metadata(name, revision=revision)
+    except NotASafetensorsRepoError:
+        raise RecipeError(
+            f"{name}: its weights are pickles, or adapters, and what they hold is not told before they are downloaded: "
+            f"`hf download {name} --local-dir DIR`, then give DIR"
+        ) from None
+    except Exception as fault:  # as in `fetch`
+        raise hub_fault(fault, name, revision) from fault
+    return {
+        tensor: told_tensor(about.dtype, about.shape)
+        for file in told.files_metadata.values()
+        for tensor, about in file.tensors.items()
+    }
 
 
 def hub_fault(fault: Exception, name: str, revision: str | None = None) -> DataError | EnvironmentFault:

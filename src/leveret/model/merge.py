@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model import checkpoint
-from leveret.model.hub import as_id, fetch
+from leveret.model.hub import as_id, fetch, read_head
 from leveret.model.source import Given, as_ours, locate, open_given, refuse_place
 from leveret.runs import DataError, EnvironmentFault, RecipeError, differences, sha256_of, write_json
 
@@ -387,15 +387,6 @@ def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
-def _header(file: Path) -> tuple[bytes, dict[str, Any]]:
-    """(the first bytes of a safetensors file, up to the tensors; what they say of each tensor, in the file's order)."""
-    with open(file, "rb") as opened:
-        size = opened.read(8)
-        head = opened.read(int.from_bytes(size, "little"))
-    told = {name: about for name, about in json.loads(head).items() if name != "__metadata__"}
-    return size + head, dict(sorted(told.items(), key=lambda row: row[1]["data_offsets"]))
-
-
 def _rewrite(
     folder: Path,
     out: Path,
@@ -413,7 +404,7 @@ def _rewrite(
                 shutil.copyfile(beside, fresh / beside.name)
         if resize is not None:
             (fresh / "config.json").write_text(_resized(folder, resize), "utf-8")
-        head, told = _header(folder / WEIGHTS)
+        head, told = read_head(folder / WEIGHTS)
         with open(fresh / WEIGHTS, "wb") as written:
             written.write(head)
             for name, about in told.items():

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.model.hub import read_tensors, shards_of
+from leveret.model.hub import outline_tensors, read_tensors, shards_of
 from leveret.runs import DataError
 
 if TYPE_CHECKING:
@@ -75,7 +75,27 @@ class Folder:
         if not files:
             wanted = ", ".join(f"{stem}.safetensors or {stem}.bin" for stem in STEMS)
             raise DataError(f"{self.path / inside} holds no weights: none of {wanted}, or an index of shards")
-        return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+        return {name: tensor for file in files for name, tensor in self.tensors(file).items()}
+
+    def tensors(self, file: Path) -> State:
+        """The tensors of a file in here."""
+        return read_tensors(file)
+
+
+@dataclass(frozen=True)
+class Outline(Folder):
+    """The same, but tensors come on the meta device: their names, types and shapes, to see what a model would be.
+
+    told  the tensors of weights that are not on this machine, as the hub tells them.
+    """
+
+    told: State | None = None
+
+    def weights(self, inside: str = ".") -> list[Path]:
+        return [self.path / "model.safetensors"] if self.told is not None and inside == "." else super().weights(inside)
+
+    def tensors(self, file: Path) -> State:
+        return dict(self.told) if self.told is not None else outline_tensors(file)
 
 
 def renamed(state: Mapping[str, Any], *pairs: tuple[str, str]) -> State:

@@ -18,9 +18,10 @@ from leveret.runs import DataError, EnvironmentFault, UserError
 @dataclass(frozen=True)
 class Hub:
     """Where what a checkpoint names by an id of the hub is looked for: folders `OWNER/NAME` in `place`, then the hub's
-    own cache, then the hub."""
+    own cache, then the hub. words_only: of what is on the hub, settings and tokenizers without the weights."""
 
     place: Path | None = None
+    words_only: bool = False
 
     def find(self, name: str) -> Path | None:
         """The folder or file of an id on this machine, without asking anyone; None where there is none."""
@@ -35,7 +36,7 @@ class Hub:
             return found
         if as_id(name) is not None:
             try:
-                return fetch(name)
+                return fetch(name, words_only=self.words_only)
             except UserError as fault:
                 reason = str(fault)
         else:

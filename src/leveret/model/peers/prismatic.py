@@ -16,7 +16,7 @@ from typing import Any
 from leveret.inputs.formats import published
 from leveret.inputs.views import STRATEGIES
 from leveret.model.language import LanguageFacts
-from leveret.model.peers.files import Folder, read_tensors, renamed
+from leveret.model.peers.files import Folder, renamed
 from leveret.model.peers.foreign import Foreign, Hub, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, tower_of
@@ -91,7 +91,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     source, builder = _row(LANGUAGES, str(model["llm_backbone_id"]), "llm_backbone_id", folder)
     resize = _row(STRATEGIES, str(model["image_resize_strategy"]), "image_resize_strategy", folder)
     notes: list[str] = []
-    whole = read_tensors(folder.path / CHECKPOINT)
+    whole = folder.tensors(folder.path / CHECKPOINT)
     home = Folder(hub.get(base or source, f"{folder.path}: the language model's settings and tokenizer"))
     language = renamed(whole, ("model.llm_backbone.llm.", ""))
     rows = rows_of(language, "model.embed_tokens.weight", folder.path)
