@@ -354,7 +354,8 @@ def show_model(facts: dict[str, Any]) -> None:
     console.print(fits)
     console.print(
         f"[dim]fits: within {ROOM:.0%} of the memory. Answering: weights as stored, and a cache of {CONTEXT:,} "
-        f"positions. Tuning (connector and language model): one sample of {CONTEXT:,} tokens at a time; adapters of rank {RANK}.[/]\n"
+        f"positions. Tuning (connector and language model): one sample of {CONTEXT:,} tokens at a time; adapters of "
+        f"rank {RANK}.[/]\n"
     )
 
 

@@ -162,7 +162,7 @@ def _upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
         status = getattr(getattr(fault, "response", None), "status_code", None)
         if status in (401, 403) or isinstance(fault, errors.LocalTokenNotFoundError):
             raise EnvironmentFault(
-                f"{name}: the hub does not let you write there (is {name.split('/')[0]} your account or organisation?). "
+                f"{name}: the hub does not let you write there (is {name.split('/')[0]} your account?). "
                 "To log in: `hf auth login`, with a token that may write"
             ) from fault
         if isinstance(fault, errors.OfflineModeIsEnabled):
