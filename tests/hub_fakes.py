@@ -186,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{told['organization']}/{told['name']}" if told.get("organization") else told["name"]
             if name.startswith("others/"):
                 return self.reply(403, {"error": "You don't have the rights"})
-            self.standin.private[name] = bool(told.get("private"))
+            self.standin.private[name] = told.get("private") is True or told.get("visibility") == "private"
             self.standin.committed.setdefault(name, {})
             return self.reply(200, {"url": f"{self.standin.url}/{name}", "name": name})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):

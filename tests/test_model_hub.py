@@ -50,7 +50,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     state = load_file(theirs / "model.safetensors")
     (place / "me/pickled/model.safetensors").unlink()
     torch.save(state, place / "me/pickled/pytorch_model.bin")
-    for name in ("tiny", "theirs"):
+    for name in ("tiny", "theirs", "pickled"):
         shutil.copytree(place / "me" / name, place / "sized" / name)
     with Hub(place) as standin:
         yield standin
@@ -140,12 +140,16 @@ def test_everything_takes_an_id(hub: Hub, online: Seat, picture: str, tmp_path: 
 
 
 def test_a_model_of_the_hub_is_examined_and_gone_on_with(online: Seat, offline: Seat, tmp_path: Path) -> None:
-    world, out = tiny_world(tmp_path), tmp_path / "out"
-    words = ("eval", "me/tiny", str(world), "--suite", SUITES["world"][0], "--no-blind", "-o", str(out), "--json")
-    for seat, n in ((online, "1"), (offline, "2")):
-        done = seat(*words, "-n", n)
-        assert done.code == 0, done.err
-        assert [task["n"] for task in json.loads(done.out)["tasks"].values()] == [int(n)]
+    world = tiny_world(tmp_path)
+    words = ("eval", "me/tiny", str(world), "--suite", SUITES["world"][0], "--no-blind", "--json")
+    seen = []
+    for seat, out in ((online, tmp_path / "a"), (offline, tmp_path / "b")):
+        for n in (1, 2):  # the second goes on: it is the same model
+            done = seat(*words, "-n", str(n), "-o", str(out))
+            assert done.code == 0, done.err
+            assert [task["n"] for task in json.loads(done.out)["tasks"].values()] == [n]
+        seen.append((out / "recipe.yaml").read_text())
+    assert seen[0] == seen[1]
 
 
 def test_doctor_downloads_no_weights(hub: Hub, online: Seat) -> None:
@@ -159,8 +163,11 @@ def test_doctor_downloads_no_weights(hub: Hub, online: Seat) -> None:
         assert "config.json" in kept and not any(file.endswith((".safetensors", ".bin")) for file in kept)
     assert told["sized/tiny"]["parameters"] == told["sized/theirs"]["parameters"]
     assert told["sized/tiny"]["parts"] == doctor.examine(str(hub.place / "me/tiny"))["parts"]
-    done = online("doctor", "me/pickled")
-    assert done.code in (0, 2) and (done.code == 0 or "its weights are pickles" in done.err)
+    done = online("doctor", "sized/pickled")
+    assert done.code == 2 and "its weights are pickles" in done.err
+    assert online("chat", "sized/pickled", *ASK).code == 0
+    done = online("doctor", "sized/pickled", "--json")  # now they are here
+    assert json.loads(done.out)["model"]["parameters"] == told["sized/tiny"]["parameters"], done.err
 
 
 @pytest.mark.parametrize(

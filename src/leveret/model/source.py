@@ -151,7 +151,8 @@ def sketch(given: str | Path) -> Sketch:
         if tool is None:
             raise peers.unknown(peers.Folder(path))
         found = Given(str(given), path, tool)
-        told = None if any(path.rglob("*.safetensors")) else hubs.remote_outline(*name)
+        here = any(file.suffix in (".safetensors", ".bin", ".pt") for file in path.rglob("*"))
+        told = None if here else hubs.remote_outline(*name)
     if found.ours:
         vlm = checkpoint.outline(found.folder)
         tensors = hubs.outline_tensors(found.folder / "model.safetensors") if told is None else told
