@@ -337,7 +337,7 @@ def train(
 
 @_verb("eval", "leveret.evaluate")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
     data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
     out: Out,
     suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
@@ -414,7 +414,7 @@ def _figure(value: Any) -> str:
 
 @_verb("chat", "leveret.serve.chat", LOOK)
 def chat(
-    model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
     image: Annotated[Path | None, typer.Argument(help="The picture to talk about.")] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once, print the answer, and end.")] = None,
 ) -> None:
@@ -442,7 +442,10 @@ def show(
 
 @_verb("convert", "leveret.model.peers")
 def convert(
-    source: Annotated[Path, typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours: a folder, or OWNER/NAME."),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="leveret, hf-llava, bunny, llava or tinyllava.")] = "leveret",
     hub: Annotated[
