@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ from leveret.runs import DataError, RecipeError
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """me/tiny is ours, with files beside it that nobody needs; me/theirs is the same in Bunny's layout; me/pickled is
-    that with a pickle alone."""
+    that as a pickle alone, me/sharded in two files. sized/ has them once more, for `doctor`."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     place = tmp_path_factory.mktemp("hub")
     vlm = tiny_vlm(chat="llama")  # the format that a reader of Bunny's layout gives to a Llama
@@ -50,7 +51,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     state = load_file(theirs / "model.safetensors")
     (place / "me/pickled/model.safetensors").unlink()
     torch.save(state, place / "me/pickled/pytorch_model.bin")
-    for name in ("tiny", "theirs", "pickled"):
+    shutil.copytree(theirs, place / "me/sharded")
+    (place / "me/sharded/model.safetensors").unlink()
+    shards = {name: f"model-0000{part}-of-00002.safetensors" for part, name in zip(cycle((1, 2)), state, strict=False)}
+    for shard in set(shards.values()):
+        save_file({name: state[name] for name in state if shards[name] == shard}, place / "me/sharded" / shard)
+    (place / "me/sharded/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    for name in ("tiny", "theirs", "pickled", "sharded"):
         shutil.copytree(place / "me" / name, place / "sized" / name)
     with Hub(place) as standin:
         yield standin
@@ -106,7 +113,7 @@ def test_a_folder_here_wins_over_an_id(tmp_path: Path, monkeypatch: pytest.Monke
     assert locate("you/tiny").folder.resolve() == folder
 
 
-@pytest.mark.parametrize("name", ["theirs", "pickled"])
+@pytest.mark.parametrize("name", ["theirs", "pickled", "sharded"])
 def test_a_model_of_another_tool_is_talked_to_without_converting(
     hub: Hub, online: Seat, offline: Seat, picture: str, name: str
 ) -> None:
@@ -154,7 +161,7 @@ def test_a_model_of_the_hub_is_examined_and_gone_on_with(online: Seat, offline: 
 
 def test_doctor_downloads_no_weights(hub: Hub, online: Seat) -> None:
     told = {}
-    for name in ("sized/tiny", "sized/theirs"):
+    for name in ("sized/tiny", "sized/theirs", "sized/sharded"):
         done = online("doctor", name, "--json")
         assert done.code == 0, done.err
         told[name] = json.loads(done.out)["model"]
@@ -162,6 +169,8 @@ def test_doctor_downloads_no_weights(hub: Hub, online: Seat) -> None:
         kept = {path.name for path in home.rglob("snapshots/*/*")}
         assert "config.json" in kept and not any(file.endswith((".safetensors", ".bin")) for file in kept)
     assert told["sized/tiny"]["parameters"] == told["sized/theirs"]["parameters"]
+    assert told["sized/theirs"]["parts"]["vision"] == told["sized/sharded"]["parts"]["vision"]
+    assert told["sized/sharded"]["parts"]["language"]["what"].startswith("sized/sharded, ")
     assert told["sized/tiny"]["parts"] == doctor.examine(str(hub.place / "me/tiny"))["parts"]
     done = online("doctor", "sized/pickled")
     assert done.code == 2 and "its weights are pickles" in done.err

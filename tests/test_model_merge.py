@@ -235,8 +235,10 @@ def test_a_model_of_another_tool_is_averaged_too(tmp_path: Path) -> None:
     theirs, hub = bunny(tmp_path)
     ours = tmp_path / "ours"
     assert run(["convert", str(theirs), str(ours), "--hub", str(hub)]) == 0
+    shutil.move(theirs, theirs := tmp_path / "another name")  # which is all that its config says of a language model
     average([theirs, ours], tmp_path / "m", hub=hub)
     assert bits(tmp_path / "m") == bits(ours)
+    average([ours, theirs], tmp_path / "m", hub=hub)
     assert not list(tmp_path.glob(".converted-*"))
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from leveret.runs import DataError, EnvironmentFault, RecipeError
@@ -149,10 +149,12 @@ def shards_of(index: Path) -> list[Path]:
         named = json.loads(index.read_text("utf-8"))["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError) as fault:
         raise DataError(f"{index}: not an index of shards ({type(fault).__name__}: {fault})") from None
-    files = [index.parent / name for name in dict.fromkeys(named)]
-    for file in files:
-        if file.resolve().parent != index.parent.resolve():
-            raise DataError(f"{index}: names {file.name!r} outside its folder; nothing there is read")
+    files = []
+    for name in dict.fromkeys(map(str, named)):
+        # by the name alone: in the hub's cache a file is a link to where its bytes are kept
+        if PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+            raise DataError(f"{index}: names {name!r} outside its folder; nothing there is read")
+        files.append(file := index.parent / name)
         if not file.is_file():
             raise DataError(f"{index}: lists {file.name}, which is not there; the download is not complete")
     return files

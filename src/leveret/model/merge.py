@@ -1,4 +1,6 @@
-"""Models averaged, and adapters added to a model, one tensor at a time: no model ever stands in memory whole.
+"""Models averaged, and adapters added to a model, one tensor at a time: no model of ours stands in memory whole.
+
+Another tool's is converted first, beside the result, and is whole in memory meanwhile.
 
 What is written has the first model's settings, tokenizer, names and types to the byte; only numbers change.
 """
@@ -299,9 +301,9 @@ def _prefix(tensors: Mapping[str, Any], language: Mapping[str, Any]) -> str:
 
 def _alike(found: Sequence[Given], folders: Sequence[Path]) -> None:
     """RecipeError naming the first thing in which a model differs from the first one."""
-    first = _composition(folders[0])
     for given, folder in zip(found[1:], folders[1:], strict=True):
-        if lines := differences(first, _composition(folder)):
+        named = found[0].ours and given.ours
+        if lines := differences(*(_composition(one, named) for one in (folders[0], folder))):
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             raise _differ(
                 found[0], given, lines[0].replace(" there, ", " in the first, ").replace(" now", " in the other"), more
@@ -323,12 +325,18 @@ def _differ(one: Given, other: Given, what: str, more: str = "") -> RecipeError:
     )
 
 
-def _composition(folder: Path) -> dict[str, Any]:
+def _composition(folder: Path, named: bool) -> dict[str, Any]:
     """What config.json says of the model that an average must share. Of paths and ids the last part counts: a backbone
-    may have been taken from a folder here and from the hub there."""
+    may have been taken from a folder here and from the hub there.
+
+    named  whether the language model's name counts too: other tools write down the folder that they last stood in.
+    """
     config, recipe = checkpoint.read(folder)
     said = {"recipe": recipe.model_dump(mode="json"), **{name: config[name] for name in ("spec", "vision", "language")}}
     said["recipe"]["connector"].pop("dropout", None)
+    if not named:
+        del said["recipe"]["language"]["name"]
+        said["language"] = {name: value for name, value in said["language"].items() if name != "source"}
 
     def plain(value: Any, key: str = "") -> Any:
         if isinstance(value, Mapping):

@@ -68,14 +68,12 @@ def to_upload(model: str | Path, name: str) -> dict[str, Path | bytes]:
 
 
 def _shortened(value: Any, key: str = "") -> Any:
-    """Without folders of this machine: of an absolute path, or one that begins with a dot, the end."""
+    """Without folders of this machine: of paths the ends."""
     if isinstance(value, Mapping):
         return {name: _shortened(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_shortened(item) for item in value]
-    if key in _PATHS and isinstance(value, str) and (value.count("/") > 1 or value.startswith(("/", ".", "~"))):
-        return value.rstrip("/").split("/")[-1]
-    return value
+    return _end(value) if key in _PATHS and isinstance(value, str) else value
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -96,7 +94,11 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
     ]  # fmt: skip
     recipe = vlm.recipe
     towers = [_end(tower.tower) for tower in recipe.vision.each()]
-    bases = [base for base in (*(tower.tower for tower in recipe.vision.each()), recipe.language.name) if as_id(base)]
+    bases = [
+        base
+        for base in (*(tower.tower for tower in recipe.vision.each()), recipe.language.name)
+        if "/" in _end(base) and not base.startswith("world/")  # those come with leveret
+    ]
     head = {
         "library_name": "leveret",
         "pipeline_tag": "image-text-to-text",
@@ -141,7 +143,8 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
 
 
 def _end(name: str) -> str:
-    return name if as_id(name) else name.rstrip("/").split("/")[-1]
+    """An id as it is, of a path the end."""
+    return name if as_id(name) and not Path(name).exists() else name.rstrip("/").split("/")[-1]
 
 
 def _shown(note: str) -> str:

@@ -88,7 +88,12 @@ def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:
 def called(name: Any, folder: Folder) -> str:
     """What a language model is called in a model that is saved: an id as it is, of a path of someone's machine the end,
     and the folder's own name where nothing is said."""
-    said = str(name or folder.path.resolve().name)
+    home = folder.path.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/REVISION
+        own = home.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    else:
+        own = home.name
+    said = str(name or own)
     return said if said.count("/") == 1 and not said.startswith((".", "/", "~")) else said.rstrip("/").split("/")[-1]
 
 
