@@ -4,6 +4,7 @@ real backbones do. Nothing here has learned anything."""
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,35 @@ def tiny_batch(
         input_ids=ids, labels=labels, attention_mask=mask, position_ids=positions, segments=segments, image_mask=marks,
         pixels=pixels, tile_image=torch.arange(count), ids=tuple(f"row{i}" for i in range(rows)),
     )  # fmt: skip
+
+
+def take(batch: Batch, row: int, length: int, side: str = "right") -> Batch:
+    """One row of a batch, without its padding. Images must be one a row."""
+    width = batch.input_ids.shape[1]
+    place = slice(width - length, width) if side == "left" else slice(0, length)
+    cut = {name: getattr(batch, name)[row : row + 1, place] for name in (
+        "input_ids", "labels", "attention_mask", "position_ids", "segments", "image_mask")}  # fmt: skip
+    pixels = {name: value[row : row + 1] for name, value in batch.pixels.items()}
+    return replace(batch, **cut, pixels=pixels, tile_image=batch.tile_image[:1], ids=batch.ids[row : row + 1])
+
+
+def packed(batch: Batch, lengths: tuple[int, ...], padding: int = 0) -> Batch:
+    """The rows of a right-padded batch, one behind the other in a single row, and some padding behind them."""
+
+    def line(value: torch.Tensor, fill: int) -> torch.Tensor:
+        pieces = [value[row, :length] for row, length in enumerate(lengths)]
+        return torch.cat([*pieces, torch.full((padding,), fill).to(value.dtype)]).unsqueeze(0)
+
+    segments = [torch.full((length,), row) for row, length in enumerate(lengths)]
+    return replace(
+        batch,
+        input_ids=line(batch.input_ids, 0),
+        labels=line(batch.labels, IGNORE),
+        attention_mask=line(batch.attention_mask, 0),
+        position_ids=line(batch.position_ids, 1),
+        image_mask=line(batch.image_mask, 0),
+        segments=torch.cat([*segments, torch.full((padding,), -1)]).unsqueeze(0),
+    )
 
 
 def save_dual_encoder(folder: Path, kind: str) -> None:

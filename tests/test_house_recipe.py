@@ -157,6 +157,47 @@ def test_names_are_found_and_near_ones_named(tmp_path: Path, monkeypatch: pytest
     assert "is a folder" in refusal(str(tmp_path))
 
 
+TABLE = """recipes:
+  small: {seed: 1, stages: {align: {learn: {connector: {lr: 0.1}}}}}
+  big:
+    extends: bunny/small
+    seed: 2
+  named: {extends: bunny/big, name: mine}
+"""
+
+
+def test_a_file_may_hold_a_table_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "RECIPES", tmp_path / "recipes")
+    (tmp_path / "recipes/models").mkdir(parents=True)
+    write(tmp_path / "recipes/models/bunny.yaml", TABLE)
+    write(tmp_path / "recipes/models/alone.yaml", "extends: bunny/big\nname: alone\n")
+    assert recipe.names("models") == ["alone", "bunny/big", "bunny/named", "bunny/small"]
+    big, named, alone = (recipe.load(name, Whole, "models") for name in ("bunny/big", "bunny/named", "alone"))
+    assert (big.name, named.name, alone.name) == ("bunny/big", "mine", "alone")
+    assert big.seed == named.seed == alone.seed == 2 and big.stages["align"].learn["connector"].lr == 0.1
+    assert recipe.load("bunny/big", Whole, "models", ["stages.align.steps=3"]).stages["align"].steps == 3
+    assert recipe.load("bunny/big", Whole, "models").stages["align"].steps == "auto", "an override changes no other"
+    assert "did you mean 'bunny/big'" in refusal("bunny/bg").lower()
+    assert "call one: bunny/small, bunny/big, bunny/named" in refusal("bunny")
+
+    own = write(tmp_path / "own.yaml", "recipes:\n  one: {extends: bunny/big, seed: x}\n  two: 3\n  three:\n")
+    told = refusal(f"{own}/one")
+    assert "seed: given 'x'" in told and "own.yaml:2" in told
+    assert recipe.load(f"{own}/one", Whole, "models", ["seed=3"]).name == f"{own}/one"
+    for row in ("two", "three"):
+        assert "a recipe is a mapping" in refusal(f"{own}/{row}") and "own.yaml" in refusal(f"{own}/{row}")
+    assert f"call one: {own}/one" in refusal(own) and f"call one: {own}/two" in refusal(f"{own}/tow")
+    plain = write(tmp_path / "plain.yaml", "name: x\n")
+    for text, name in (("name: x\n", f"{plain}/x"), ("recipes: 3\n", plain), ("recipes: {}\nname: x\n", plain)):
+        write(plain, text)
+        assert "plain.yaml: a table of recipes holds names and their recipes under 'recipes'" in refusal(name)
+
+
+def test_rows_that_extend_each_other_in_a_circle_are_named(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.yaml", "recipes:\n  a: {extends: own.yaml/b}\n  b: {extends: own.yaml/a}\n")
+    assert f"in a circle: {own}/a -> {own}/b -> {own}/a" in refusal(f"{own}/a")
+
+
 def test_what_an_extending_recipe_replaces_is_blamed_on_it(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", "name: b\nstages:\n  a:\n    mix:\n      - {lr: 1}\n      - {lr: 2}\n")
     path = write(tmp_path / "mine.yaml", "extends: base.yaml\n\n\nstages: {a: {mix: [{lr: 0}]}}\n")

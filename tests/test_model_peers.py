@@ -289,6 +289,7 @@ ROUND = {  # layout -> families whose models it can hold
     "bunny": [name for name in FAMILIES if name.startswith("bunny-")],
     "llava": [name for name in FAMILIES if name.startswith("llava")],
     "tinyllava": [name for name in FAMILIES if name.startswith("tinyllava") and "mof" not in name],
+    "prismatic": [name for name in FAMILIES if name.startswith("prismatic")],
 }
 
 
@@ -333,6 +334,29 @@ def test_there_and_back_is_the_same_model(layout: str, family: str, tmp_path: Pa
 
 @MISSING
 @pytest.mark.parity
+@pytest.mark.parametrize("family", ROUND["prismatic"])
+def test_prismatics_pickle_can_be_made_as_the_docs_say(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, folder = opened(family)
+    write(vlm, tmp_path / "theirs", "prismatic")
+    docs = (Path(__file__).parents[1] / "docs/peers.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path / "theirs")
+    exec(docs.split("```python\n")[1].split("```")[0], {})
+    made, source = (
+        torch.load(place / "checkpoints/latest-checkpoint.pt", weights_only=True)["model"]
+        for place in (tmp_path / "theirs", next(folder.glob("checkpoint*")))
+    )
+    assert {part: set(names) for part, names in made.items()} == {part: set(names) for part, names in source.items()}
+    (tmp_path / "theirs/checkpoints/latest-checkpoint.safetensors").unlink()
+    again = peers.load(tmp_path / "theirs", hub=folder / "hub", dtype=torch.float32)
+    with torch.no_grad():
+        batch = some_batch(vlm)
+        close(again(batch, logits="all").logits, vlm(batch, logits="all").logits.numpy(), 1e-5, "logits")
+
+
+@MISSING
+@pytest.mark.parity
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in PLAIN])
 def test_transformers_own_llava_computes_the_same(family: str, tmp_path: Path) -> None:
     from transformers import LlavaForConditionalGeneration
@@ -360,6 +384,8 @@ def test_what_a_layout_cannot_hold_is_named(tmp_path: Path, capsys: pytest.Captu
     assert run(["convert", str(folder), str(ours), "--hub", str(hub)]) == 0
     for to in ("hf-llava", "bunny", "tinyllava", "llava"):
         assert run(["convert", str(ours), str(tmp_path / to), "--to", to]) == 0, to
+    assert run(["convert", str(ours), str(tmp_path / "p"), "--to", "prismatic"]) == 2
+    assert "Prismatic has no vision backbone" in capsys.readouterr().err
     for wrong, said in (("lava", "did you mean llava"), ("leveret", "is a model of ours already")):
         capsys.readouterr()
         assert run(["convert", str(ours), str(tmp_path / "x"), "--to", wrong]) == 2

@@ -25,7 +25,7 @@ from leveret.model.towers import (
     load_tower,
     whole,
 )
-from leveret.runs import EnvironmentFault, RecipeError
+from leveret.runs import DataError, EnvironmentFault, RecipeError
 from tower_fakes import CLASSES, states_of, toy
 
 REAL_TOWERS = [name for name, row in TOWERS.items() if not row.package]
@@ -96,12 +96,13 @@ def test_every_language_row_has_the_published_count(name: str) -> None:
     with torch.device("meta"):
         model = language.build_language(language.describe(LanguageRecipe(name=name)))
         model.tie_weights()
-    assert sum(p.numel() for p in model.parameters()) == backbones()["language"][name]["parameters"]
+    entry = backbones()["language"][language.LANGUAGES[name].like or name]
+    assert sum(p.numel() for p in model.parameters()) == entry["parameters"]
 
 
 def test_backbones_has_what_rows_need_and_no_more() -> None:
     assert set(backbones()["vision"]) == {TOWERS[name].like or name for name in REAL_TOWERS}
-    assert set(backbones()["language"]) == set(REAL_LANGUAGES)
+    assert set(backbones()["language"]) == {language.LANGUAGES[name].like or name for name in REAL_LANGUAGES}
 
 
 def test_every_family_is_tested() -> None:
@@ -281,8 +282,11 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(RecipeError, match="'bert'"):
         describe(VisionRecipe(tower=str(tmp_path)))
-    (tmp_path / "config.json").write_text('{"model_type": "minicpm", "auto_map": {"AutoConfig": "x.Y"}}')
+    (tmp_path / "config.json").write_text('{"model_type": "theirs", "auto_map": {"AutoConfig": "x.Y"}}')
     with pytest.raises(RecipeError, match="runs no code from model repositories"):
+        language.describe(LanguageRecipe(name=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "minicpm", "auto_map": {"AutoConfig": "x.Y"}}')
+    with pytest.raises(DataError, match="'minicpm' config that does not say 'scale_emb'"):
         language.describe(LanguageRecipe(name=str(tmp_path)))
 
 

@@ -16,6 +16,8 @@ from fakes import (
     SIGLIP,
     VOCAB,
     loud,
+    packed,
+    take,
     tiny_batch,
     tiny_language_folder,
     tiny_recipe,
@@ -25,19 +27,9 @@ from fakes import (
 from leveret.model.build import build
 from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, VisionRecipe
 from leveret.model.vlm import VLM
-from leveret.records import IGNORE, Batch
+from leveret.records import IGNORE
 
 IMAGE_ID = 4
-
-
-def take(batch: Batch, row: int, length: int, side: str = "right") -> Batch:
-    """One row of a batch, without its padding. Images must be one a row."""
-    width = batch.input_ids.shape[1]
-    place = slice(width - length, width) if side == "left" else slice(0, length)
-    cut = {name: getattr(batch, name)[row : row + 1, place] for name in (
-        "input_ids", "labels", "attention_mask", "position_ids", "segments", "image_mask")}  # fmt: skip
-    pixels = {name: value[row : row + 1] for name, value in batch.pixels.items()}
-    return replace(batch, **cut, pixels=pixels, tile_image=batch.tile_image[:1], ids=batch.ids[row : row + 1])
 
 
 def llava(vision: str, folder: Path) -> tuple[object, VLM]:
@@ -128,25 +120,6 @@ def test_padding_changes_nothing(side: str) -> None:
         alone = vlm(take(batch, row, length, side), logits="all").logits[0]
         torch.testing.assert_close(together[row][batch.attention_mask[row]], alone, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(last[row], alone[-1], atol=1e-5, rtol=1e-5)
-
-
-def packed(batch: Batch, lengths: tuple[int, ...], padding: int = 0) -> Batch:
-    """The rows of a right-padded batch, one behind the other in a single row, and some padding behind them."""
-
-    def line(value: torch.Tensor, fill: int) -> torch.Tensor:
-        pieces = [value[row, :length] for row, length in enumerate(lengths)]
-        return torch.cat([*pieces, torch.full((padding,), fill).to(value.dtype)]).unsqueeze(0)
-
-    segments = [torch.full((length,), row) for row, length in enumerate(lengths)]
-    return replace(
-        batch,
-        input_ids=line(batch.input_ids, 0),
-        labels=line(batch.labels, IGNORE),
-        attention_mask=line(batch.attention_mask, 0),
-        position_ids=line(batch.position_ids, 1),
-        image_mask=line(batch.image_mask, 0),
-        segments=torch.cat([*segments, torch.full((padding,), -1)]).unsqueeze(0),
-    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import transformers
 
 from fakes import SIGLIP, loud
-from leveret.model.towers import TOWER_FAMILIES
+from leveret.model.towers import TOWER_FAMILIES, TowerFacts
 
 # family -> transformers' configuration and class, the part of SIGLIP that is not its, and leading tokens
 CLASSES: dict[str, tuple[str, str, dict[str, Any], int]] = {
@@ -78,3 +79,22 @@ def eva_file(path: Path) -> Path:
     state |= {"logit_scale": torch.tensor(1.0), "text.token_embedding.weight": torch.zeros(8, 4)}
     torch.save(state, path)
     return path
+
+
+def small(facts: TowerFacts, width: int) -> TowerFacts:
+    """A tower's facts at toy size: 4 x 4 patches of 4 pixels, 3 blocks of which the row's layer is taken, `width` wide.
+    What its family adds (registers, gates, epsilon, activation, leading tokens) stays what it is."""
+    config = dict(facts.config)
+    if facts.family == "tiny":
+        return replace(facts, config={**config, "size": 32, "width": width}, size=32)
+    skipped = int(config["num_hidden_layers"]) - facts.depth
+    config |= {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 4,
+    }  # fmt: skip
+    for key, value in {"mlp_ratio": 2, "num_patches": 16, "pretrain_grid": 4, "projection_dim": 12}.items():
+        if key in config:
+            config[key] = value
+    if facts.family == "siglip2_vision_model":
+        del config["image_size"]
+    return replace(facts, config=config, depth=3 - skipped, size=16)

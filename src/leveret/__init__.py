@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Sample", "__version__", "condense", "evaluate", "load", "train"]
+__all__ = ["Sample", "__version__", "condense", "evaluate", "load", "register", "train"]
 
 if TYPE_CHECKING:
     from leveret.condense import condense
     from leveret.evaluate import evaluate
     from leveret.generate import load
+    from leveret.model.hf import register
     from leveret.records import Sample
     from leveret.train import train
 
@@ -30,6 +31,7 @@ _HOMES = {
     "condense": "leveret.condense",
     "evaluate": "leveret.evaluate",
     "load": "leveret.generate",
+    "register": "leveret.model.hf",
     "train": "leveret.train",
 }
 

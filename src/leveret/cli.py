@@ -447,7 +447,9 @@ def convert(
         typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours: a folder, or OWNER/NAME."),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="leveret, hf-llava, bunny, llava or tinyllava.")] = "leveret",
+    to: Annotated[
+        str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava, prismatic, gguf, remote-code.")
+    ] = "leveret",
     hub: Annotated[
         Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")
     ] = None,
@@ -743,6 +745,7 @@ _EXTRAS = {
     "tensorboard": "track",
     "wandb": "track",
     "bitsandbytes": "quant",
+    "gguf": "gguf",
 }
 _NETWORK = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp")
 _AGAIN = "interrupted; what was finished is kept, run the same command again to go on"

@@ -25,6 +25,7 @@ EXTRAS = {
     "ray": ("ray",),
     "track": ("tensorboard", "wandb"),
     "quant": ("bitsandbytes",),
+    "gguf": ("gguf",),
 }
 
 GIB = 1024**3

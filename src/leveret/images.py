@@ -196,7 +196,7 @@ def _read_file(ref: ImageRef) -> bytes:
     if (size := _file_size(ref.path)) > MAX_BYTES:
         raise ImageFault("too large a file", f"{size:,} bytes")
     with open(ref.path, "rb") as handle:
-        return handle.read(MAX_BYTES)
+        return handle.read(size)  # a buffer of MAX_BYTES costs more than the reading
 
 
 def _read_tar(ref: ImageRef) -> bytes:
@@ -287,7 +287,7 @@ def decode(data: bytes) -> Image:
             _check_size(image.size)
             try:
                 image.load()
-                return _rgb(_upright(image, pil), pil)
+                return as_rgb(image)
             except MemoryError:
                 raise
             except Exception as error:
@@ -409,6 +409,13 @@ _SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "GIF": _pair("<HH", 6),
     "BMP": _bmp_size,
 }
+
+
+def as_rgb(image: Image) -> Image:
+    """An open image as every station sees it: RGB, EXIF turn applied, transparency over white, 16-bit greys scaled."""
+    from PIL import Image as pil
+
+    return _rgb(_upright(image, pil), pil)
 
 
 def _upright(image: Image, pil: ModuleType) -> Image:

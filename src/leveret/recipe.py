@@ -4,6 +4,9 @@ A recipe is called by name (package data, `leveret/recipes/<kind>/<name>.yaml`) 
 `extends: other`, a name of the same kind or a path beside it; mappings are merged key by key, anything else is
 replaced. Overrides come last; their values are YAML, and lists are reached by index: `stages.0.lr=2e-5`.
 
+Recipes that differ in little stand in one file, as rows of a table under `recipes:`. The row NAME of FILE.yaml is
+called FILE/NAME (in a file of your own: PATH.yaml/NAME), and that is also its `name`, unless it says another.
+
 The YAML is 1.2's where 1.1 surprises: `2e-5` is a number, only `true` and `false` are booleans, and a key that
 stands twice is a fault.
 """
@@ -12,8 +15,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -29,12 +33,18 @@ Kind = Literal["models", "data", "condense", "studies"]
 KeyPath = tuple[str | int, ...]
 
 RECIPES = Path(__file__).parent / "recipes"
+TABLE = "recipes"
+"""The key of a file under which its recipes stand, where it holds several."""
 
 
 def names(kind: Kind) -> list[str]:
     """The recipes of a kind that come with leveret, sorted. Names may hold slashes."""
     folder = RECIPES / kind
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    found: list[str] = []
+    for path in folder.rglob("*.yaml"):
+        name, rows = path.relative_to(folder).with_suffix("").as_posix(), _read(path).data.get(TABLE)
+        found += [f"{name}/{row}" for row in rows] if isinstance(rows, dict) else [name]
+    return sorted(found)
 
 
 def load(name_or_path: str | Path, schema: type[Model], kind: Kind, overrides: Sequence[str] = ()) -> Model:
@@ -46,8 +56,7 @@ def load(name_or_path: str | Path, schema: type[Model], kind: Kind, overrides: S
     """
     from pydantic import ValidationError
 
-    file = _find(str(name_or_path), kind)
-    raw = _resolve(file, kind, ())
+    raw = _resolve(_find(str(name_or_path), kind), kind, ())
     faults: list[str] = []
     for text in overrides:
         if fault := _override(raw, text):
@@ -105,14 +114,31 @@ def _shown(file: Path) -> str:
     return file.relative_to(RECIPES.parent).as_posix() if file.is_relative_to(RECIPES) else str(file)
 
 
-def _find(name: str, kind: Kind, beside: Path | None = None) -> Path:
-    """The file of a recipe: package data by name first, then a path (relative to `beside`, when a file names it)."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a recipe stands: a file, and its row there ("" where the file is one recipe)."""
+
+    file: Path
+    row: str = ""
+
+    def __str__(self) -> str:
+        return f"{_shown(self.file)}/{self.row}" if self.row else _shown(self.file)
+
+
+def _find(name: str, kind: Kind, beside: Path | None = None) -> _Place:
+    """The place of a recipe: package data by name first, then a path (relative to `beside`, when a file names it)."""
     packaged = RECIPES / kind / f"{name}.yaml"
-    if packaged.is_file() and packaged.resolve().is_relative_to(RECIPES.resolve()):
-        return packaged
     path = (beside or Path()) / Path(name).expanduser()
+    if packaged.resolve().is_relative_to(RECIPES.resolve()):
+        if packaged.is_file():
+            return _Place(packaged)
+        table = packaged.parent.with_name(f"{packaged.parent.name}.yaml")
+        if table.is_file() and path.name in (_read(table).data.get(TABLE) or ()):
+            return _Place(table, path.name)
     if path.is_file():
-        return path
+        return _Place(path)
+    if path.parent.is_file():
+        return _Place(path.parent, path.name)
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"{path}: there is no such recipe file")
     if path.is_dir():
@@ -122,12 +148,12 @@ def _find(name: str, kind: Kind, beside: Path | None = None) -> Path:
     raise RecipeError(f"there is no recipe {name!r} (kind: {kind}), and no file of that name. {hint}")
 
 
-def _resolve(file: Path, kind: Kind, above: tuple[Path, ...]) -> _Raw:
-    file = file.resolve()
-    if file in above:
-        circle = " -> ".join(_shown(path) for path in (*above[above.index(file) :], file))
+def _resolve(place: _Place, kind: Kind, above: tuple[_Place, ...]) -> _Raw:
+    place = _Place(place.file.resolve(), place.row)
+    if place in above:
+        circle = " -> ".join(str(other) for other in (*above[above.index(place) :], place))
         raise RecipeError(f"recipes extend each other in a circle: {circle}")
-    raw = _read(file)
+    raw = _row(_read(place.file), place, kind)
     if "extends" not in raw.data:
         return raw
     parent = raw.data.pop("extends")
@@ -135,10 +161,30 @@ def _resolve(file: Path, kind: Kind, above: tuple[Path, ...]) -> _Raw:
     if not isinstance(parent, str):
         raise RecipeError(f"extends: given {parent!r}; allowed: the name or path of one recipe  [{where}]")
     try:
-        base = _find(parent, kind, beside=file.parent)
+        base = _find(parent, kind, beside=place.file.parent)
     except RecipeError as fault:
         raise RecipeError(f"extends: {fault}  [{where}]") from None
-    return _resolve(base, kind, (*above, file)).lay_over(raw)
+    return _resolve(base, kind, (*above, place)).lay_over(raw)
+
+
+def _row(raw: _Raw, place: _Place, kind: Kind) -> _Raw:
+    """What a file says of one of its recipes."""
+    rows, shown = raw.data.get(TABLE), _shown(place.file)
+    if rows is None and not place.row:
+        return raw
+    if not isinstance(rows, dict) or set(raw.data) != {TABLE}:
+        raise RecipeError(f"{shown}: a table of recipes holds names and their recipes under {TABLE!r}, nothing else")
+    home = RECIPES.resolve() / kind
+    packaged = place.file.is_relative_to(home)
+    table = place.file.relative_to(home).with_suffix("").as_posix() if packaged else str(place.file)
+    if place.row not in rows:
+        near = closest(place.row, [str(name) for name in rows]) or [str(name) for name in rows]
+        raise RecipeError(f"{shown} is a table of recipes; call one: {', '.join(f'{table}/{name}' for name in near)}")
+    within = (TABLE, place.row)
+    origin = {path[2:]: line for path, line in raw.origin.items() if path[:2] == within}
+    if not isinstance(row := rows[place.row], dict):
+        raise RecipeError(f"a recipe is a mapping of keys to values, this is {_what(row)}  [{origin[()]}]")
+    return _Raw({"name": f"{table}/{place.row}", **row}, {("name",): origin[()], **origin})
 
 
 @cache
@@ -201,15 +247,23 @@ def _read(file: Path) -> _Raw:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise RecipeError(f"{shown}: not UTF-8 text (byte {fault.start})") from None
+    data, origin = _parsed(text, shown)
+    # copies: what is read may be changed, and the same table is read again for every row that extends another
+    return _Raw(deepcopy(data), dict(origin))
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str, shown: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """A file's data, and the line of every key path."""
     data, node = _parse(text, shown)
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise RecipeError(f"{shown}: a recipe is a mapping of keys to values, this is {_what(data)}")
-    raw = _Raw(data, {(): shown})
+    origin: dict[KeyPath, str] = {(): shown}
     if node is not None:
-        _note_lines(node, (), shown, raw.origin)
-    return raw
+        _note_lines(node, (), shown, origin)
+    return data, origin
 
 
 def _refuse_twice(node: yaml.Node, where: str, inside: tuple[yaml.Node, ...] = ()) -> None:

@@ -279,7 +279,7 @@ def sha256_of(obj_or_path: Any) -> str:
 _PACKAGES = (
     "leveret", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft", "pillow", "pyarrow",
     "numpy", "scipy", "pydantic", "PyYAML", "typer", "rich", "jinja2", "fastapi", "uvicorn", "ray", "tensorboard",
-    "wandb", "bitsandbytes",
+    "wandb", "bitsandbytes", "gguf",
 )  # fmt: skip
 
 

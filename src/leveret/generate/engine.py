@@ -27,6 +27,7 @@ from leveret.images import ImageFault, declared_size, read_bytes
 from leveret.images import decode as decode_image
 from leveret.inputs.chat import encode, find_chat
 from leveret.inputs.resize import prepare
+from leveret.model.language import reach
 from leveret.model.precision import Precision, resolve_precision
 from leveret.model.threads import threads_for, torch_threads
 from leveret.model.vlm import VLM
@@ -185,7 +186,7 @@ class Engine:
         limit = self.max_new_tokens if asked is None else asked
         if limit < 1:
             raise DataError(f"max_new_tokens must be at least 1; got {limit}")
-        most = getattr(self.vlm.language.config.get_text_config(), "max_position_embeddings", None)
+        most = reach(self.vlm.language.config.get_text_config())
         if most is None:
             return limit
         if prompt >= most:

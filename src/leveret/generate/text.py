@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from leveret.inputs.reader import end_ids
+
 BROKEN = "\ufffd"
 """What a decoder writes for bytes that are not (or not yet) a character."""
 
@@ -21,10 +23,7 @@ class Stops:
     def of(cls, stop: Iterable[str], tokenizer: Any, eos: int | Iterable[int] | None = None) -> Stops:
         """A chat format's `stop` strings as `tokenizer` knows them, its end-of-text token and the model's `eos`."""
         special = tokenizer.get_added_vocab()
-        ids = {special[text] for text in stop if text in special}
-        more = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        ids |= {int(token) for token in [tokenizer.eos_token_id, *more] if token is not None}
-        return cls(frozenset(ids), tuple(text for text in stop if text and text not in special))
+        return cls(end_ids(stop, tokenizer, eos), tuple(text for text in stop if text and text not in special))
 
     def cut(self, text: str) -> str | None:
         """The text before the first stop string; None if there is none in it."""

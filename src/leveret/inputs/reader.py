@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -163,6 +164,15 @@ class Reader:
             self._literal = Tokenizer.from_str(json.dumps({**self._state, "added_tokens": added}))
             self._literal.encode_special_tokens = True  # meaning: as the characters they are written with
         return self._literal
+
+
+def end_ids(stop: Iterable[str], tokenizer: Any, eos: int | Iterable[int] | None = None) -> frozenset[int]:
+    """Ids that end an answer: those of a chat format's `stop` strings that are tokens of their own, the tokenizer's
+    end-of-text token, and the model's `eos`."""
+    special = tokenizer.get_added_vocab()
+    more = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ids = {special[text] for text in stop if text in special}
+    return frozenset(ids | {int(token) for token in [tokenizer.eos_token_id, *more] if token is not None})
 
 
 _READERS: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +23,10 @@ from uuid import uuid4
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
+from leveret.inputs.formats import find_chat
+from leveret.inputs.reader import end_ids
 from leveret.model import language as languages
 from leveret.model import towers
 from leveret.model.build import join
@@ -31,7 +34,7 @@ from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
-from leveret.records import ImageSpec
+from leveret.records import IMAGE_MARK, ImageSpec
 from leveret.runs import DataError
 
 FORMAT = 2
@@ -65,16 +68,17 @@ def save(vlm: VLM, folder: str | Path) -> Path:
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write a model into (config.json and model.safetensors, and what goes with them), which then takes the
-    place of `folder`: a reader finds the old one or the new one. At any error nothing of it stays."""
+    """A folder to write a model into, which then takes the place of `folder`: a reader finds the old one or the new
+    one. At any error nothing of it stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.new"
     fresh.mkdir()
     try:
         yield fresh
         # safetensors writes for the owner alone; the model shall be as readable as the files beside it
-        (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode)
-        for file in [*fresh.iterdir(), fresh]:
+        for weights in fresh.rglob("*.safetensors"):
+            weights.chmod((fresh / "config.json").stat().st_mode)
+        for file in [*fresh.rglob("*"), fresh]:
             _flush(file)
         _replace(folder, fresh)
     finally:
@@ -97,8 +101,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     except Exception as fault:  # safetensors' own error class is not public
         raise DataError(f"{folder / 'model.safetensors'}: cannot be read ({fault})") from fault
     with torch.device(device), no_init_weights():
-        vlm = _built(config, recipe, tokenizer(folder))
-    fill(vlm, weights, folder)
+        vlm = _built(config, recipe, tokenizer(folder, int(config["language"]["vocab"])))
+    fill(vlm, our_names(weights) if "auto_map" in config else weights, folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
@@ -113,6 +117,17 @@ def outline(folder: Path) -> VLM:
 def _built(config: dict[str, Any], recipe: ModelRecipe, tokenizer: Any) -> VLM:
     eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
     return join(recipe, eyes, languages.build_language(LanguageFacts(**config["language"])), tokenizer=tokenizer)
+
+
+def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model published with its code (peers/remote.py), under our own names."""
+    from leveret.model.hf import OUR_NAMES
+
+    def renamed(name: str) -> str:
+        found = ((ours, theirs) for ours, theirs in OUR_NAMES.items() if name.startswith(theirs))
+        return next((ours.lstrip("^").replace("\\", "") + name.removeprefix(theirs) for ours, theirs in found), name)
+
+    return {renamed(name): tensor for name, tensor in weights.items()}
 
 
 def find(path: str | Path) -> Path:
@@ -149,6 +164,7 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "leveret": __version__,
+        **_for_transformers(vlm),
         "recipe": vlm.recipe.model_dump(mode="json"),
         "spec": vlm.spec.to_dict(),
         # training may have chosen another resize since the tower was built; the spec has the last word
@@ -159,7 +175,23 @@ def config_of(vlm: VLM) -> dict[str, Any]:
     }
 
 
-def stored(vlm: VLM) -> Iterator[tuple[str, Tensor]]:
+def _for_transformers(vlm: VLM) -> dict[str, Any]:
+    """What transformers asks of a config.json (`leveret.register`): whose it is, which id stands where an image's
+    tokens go, and which ids end an answer."""
+    told: dict[str, Any] = {"model_type": "leveret", "architectures": ["LeveretForConditionalGeneration"]}
+    if vlm.tokenizer is None:
+        return told
+    image = vlm.tokenizer.get_vocab().get(IMAGE_MARK)
+    ends = getattr(getattr(vlm.language, "generation_config", None), "eos_token_id", None)
+    return told | {
+        # a tokenizer without the mark gets it behind all others
+        "image_token_id": len(vlm.tokenizer) if image is None else image,
+        "eos_token_id": sorted(end_ids(find_chat(vlm.chat).stop, vlm.tokenizer, ends)),
+        "pad_token_id": vlm.tokenizer.pad_token_id,
+    }
+
+
+def stored(vlm: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that a checkpoint holds: parameters and persistent buffers, a tied one once, under the first
     of its names."""
     kept = vlm.state_dict()
@@ -203,16 +235,33 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
     try:
         if config["format"] == 1:
             config["vision"] = [config["vision"]]
+        if "text_config" in config:  # written by transformers' classes
+            config["language"]["config"] = config["text_config"]
         return config, ModelRecipe.model_validate(config["recipe"])
     except (KeyError, ValidationError) as fault:
         raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault
 
 
-def tokenizer(folder: Path) -> Any:
-    """A model folder's tokenizer; None where it has none."""
+def tokenizer(folder: Path, rows: int) -> Any:
+    """A model folder's tokenizer; None where it has none. What a published model has behind the token table, which has
+    so many `rows`, is left out (the image mark): with us a place among the ids is marked, and no id."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
+    found = languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
+    if found.get_vocab().get(IMAGE_MARK, 0) < rows:
+        return found
+    with tempfile.TemporaryDirectory() as kept:
+        found.save_pretrained(kept)
+        for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "extra_special_tokens")):
+            said = json.loads((Path(kept) / name).read_text("utf-8"))
+            if key in said:
+                said[key] = [token for token in said[key] if _content(token) != IMAGE_MARK]
+            (Path(kept) / name).write_text(json.dumps(said), "utf-8")
+        return languages.load_tokenizer(kept, where=str(folder), as_saved=True)
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _flush(path: Path) -> None:

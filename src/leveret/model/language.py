@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,87 @@ class LanguageRow:
 
     attention  transformers' attention code, where the default is not the best. The drawn world's model is so narrow
                that plain matrix products are 1.6 to 1.9 times as fast as sdpa on CPU under bf16 autocast.
+    like       the entry of backbones.json whose configuration it has, where not that of its own name.
+    change     what is different in that configuration.
+    foreign    its own config.json asks for code of its own; its weights fit the class that backbones.json says.
     """
 
     package: str = ""
     attention: str | None = None
+    like: str = ""
+    change: Mapping[str, Any] = field(default_factory=dict)
+    foreign: bool = False
 
 
+def _like(name: str, **change: Any) -> LanguageRow:
+    return LanguageRow(like=name, change=change)
+
+
+_QWEN, _QWEN_END, _SMOL_END = "Qwen/Qwen2.5-0.5B", 151645, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+_LLAMA_3_ENDS = [128001, 128008, 128009]
 LANGUAGES: dict[str, LanguageRow] = {
     "world/language": LanguageRow(package="world/weights/language", attention="eager"),
-    "microsoft/phi-2": LanguageRow(),
     "microsoft/phi-1_5": LanguageRow(),
+    "microsoft/phi-2": LanguageRow(),
+    "microsoft/Phi-3-mini-4k-instruct": LanguageRow(),
+    "microsoft/Phi-4-mini-instruct": LanguageRow(),
+    "stabilityai/stablelm-2-1_6b": LanguageRow(),
+    "stabilityai/stablelm-2-zephyr-1_6b": _like("stabilityai/stablelm-2-1_6b"),
+    "Qwen/Qwen1.5-1.8B": LanguageRow(),
+    "Qwen/Qwen2-0.5B": _like(_QWEN, max_position_embeddings=131072, sliding_window=131072),
+    "Qwen/Qwen2-0.5B-Instruct": _like(_QWEN, eos_token_id=_QWEN_END),
+    "Qwen/Qwen2-1.5B": LanguageRow(),
+    "Qwen/Qwen2-1.5B-Instruct": _like(
+        "Qwen/Qwen2-1.5B", max_position_embeddings=32768, sliding_window=32768, eos_token_id=_QWEN_END
+    ),
     "Qwen/Qwen2.5-0.5B": LanguageRow(),
-    "HuggingFaceTB/SmolLM2-135M": LanguageRow(),
-    "HuggingFaceTB/SmolLM2-360M": LanguageRow(),
+    "Qwen/Qwen2.5-0.5B-Instruct": _like(_QWEN, max_window_layers=21, eos_token_id=_QWEN_END),
+    "Qwen/Qwen2.5-1.5B-Instruct": _like(
+        "Qwen/Qwen2-1.5B",
+        max_position_embeddings=32768, sliding_window=32768, max_window_layers=21, eos_token_id=_QWEN_END,
+    ),
+    "Qwen/Qwen2.5-3B": LanguageRow(),
+    "Qwen/Qwen2.5-3B-Instruct": _like("Qwen/Qwen2.5-3B", max_window_layers=70, eos_token_id=_QWEN_END),
+    "Qwen/Qwen3-0.6B": LanguageRow(),
+    "Qwen/Qwen3-1.7B": LanguageRow(),
+    "openbmb/MiniCPM-2B-history": LanguageRow(foreign=True),
+    "meta-llama/Llama-2-7b-hf": LanguageRow(),
+    "meta-llama/Llama-2-7b-chat-hf": _like("meta-llama/Llama-2-7b-hf"),
+    "lmsys/vicuna-7b-v1.5": _like("meta-llama/Llama-2-7b-hf", pad_token_id=0),
+    "meta-llama/Llama-2-13b-hf": LanguageRow(),
+    "meta-llama/Llama-2-13b-chat-hf": _like("meta-llama/Llama-2-13b-hf"),
+    "lmsys/vicuna-13b-v1.5": _like("meta-llama/Llama-2-13b-hf", pad_token_id=0),
+    "meta-llama/Meta-Llama-3-8B-Instruct": LanguageRow(),
     "meta-llama/Llama-3.2-1B": LanguageRow(),
+    "meta-llama/Llama-3.2-1B-Instruct": _like("meta-llama/Llama-3.2-1B", eos_token_id=_LLAMA_3_ENDS),
+    "meta-llama/Llama-3.2-3B": LanguageRow(),
+    "meta-llama/Llama-3.2-3B-Instruct": _like("meta-llama/Llama-3.2-3B", eos_token_id=_LLAMA_3_ENDS),
+    "mistralai/Mistral-7B-v0.1": LanguageRow(),
+    "mistralai/Mistral-7B-Instruct-v0.1": _like("mistralai/Mistral-7B-v0.1"),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": LanguageRow(),
+    "google/gemma-2b-it": LanguageRow(change={"hidden_act": "gelu_pytorch_tanh"}),  # what "gelu" has always meant there
+    "google/gemma-2-2b": LanguageRow(),
+    "google/gemma-3-1b-pt": LanguageRow(),
+    "google/gemma-3-1b-it": _like("google/gemma-3-1b-pt", eos_token_id=[1, 106]),
+    "HuggingFaceTB/SmolLM2-135M": LanguageRow(),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _like("HuggingFaceTB/SmolLM2-135M", **_SMOL_END),
+    "HuggingFaceTB/SmolLM2-360M": LanguageRow(),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": _like("HuggingFaceTB/SmolLM2-360M", **_SMOL_END),
+    "HuggingFaceTB/SmolLM2-1.7B": LanguageRow(),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": _like("HuggingFaceTB/SmolLM2-1.7B", **_SMOL_END),
+    "HuggingFaceTB/SmolLM3-3B": LanguageRow(),
+    "allenai/OLMo-2-0425-1B": LanguageRow(),
+    "ibm-granite/granite-3.1-2b-instruct": LanguageRow(),
+    "ibm-granite/granite-3.3-2b-instruct": LanguageRow(),
+}  # fmt: skip
+
+REFUSED = {
+    "openelm": "its layers differ in heads and width, which no class of transformers builds",
 }
+"""Model types that are met but cannot be had, and why."""
+
+_FOREIGN = ("minicpm", "stablelm_epoch")
+"""Model types with code of their own whose weights are, name for name, those of one of transformers' classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +139,13 @@ def describe(recipe: LanguageRecipe, where: str = "model.language") -> LanguageF
         source = str(package_file(row.package, recipe.name))
         config = read_config(Path(source))
     elif recipe.name in LANGUAGES:
-        config = backbones()["language"][recipe.name]["config"]
+        config = {**backbones()["language"][row.like or recipe.name]["config"], **row.change}
     elif (Path(recipe.name) / "config.json").is_file():
         config = read_config(Path(recipe.name))
+        if config.get("model_type") in _FOREIGN:
+            from leveret.model.peers.languages import language_config
+
+            config = language_config(config, f"{where}.name: {recipe.name}")
     else:
         config = _hub_config(recipe.name, where)
     full = _full(config, f"{where}.name", recipe.name)
@@ -94,9 +163,12 @@ def _full(config: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    if config.get("model_type") not in CAUSAL:
+    said = config.get("model_type")
+    if said in REFUSED:
+        raise RecipeError(f"{where}: {name} is a {said!r} model, which is not supported: {REFUSED[said]}")
+    if said not in CAUSAL:
         raise RecipeError(
-            f"{where}: {name} is a {config.get('model_type')!r} model, which is no causal language model that "
+            f"{where}: {name} is a {said!r} model, which is no causal language model that "
             "transformers knows; leveret runs no code from model repositories"
         )
     return AutoConfig.for_model(**config).to_dict()
@@ -107,6 +179,8 @@ def _hub_config(name: str, where: str) -> dict[str, Any]:
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RecipeError(f"{where}.name: {name} is given, but there is no config.json in that folder")
+    if refused := next((why for kind, why in REFUSED.items() if f"/{kind}-" in name.lower()), None):
+        raise RecipeError(f"{where}.name: {name} is not supported: {refused}")
     if name.count("/") != 1:
         raise RecipeError(unknown(LANGUAGES, name, f"{where}.name", ", an id of the hub (owner/name), or a folder"))
     try:
@@ -133,12 +207,23 @@ def load_language(facts: LanguageFacts) -> Any:
 
     Shrinking the vocabulary keeps the first rows of both tables, as Bunny's `resize_token_embeddings` does.
     """
+    from transformers import AutoConfig
+
+    # A config of its own would ask for code of its own.
+    told = {"config": AutoConfig.for_model(**facts.config)} if _foreign(facts.source) else {}
     model = from_pretrained(
-        "AutoModelForCausalLM", facts.source, "model.language.name", attn_implementation=facts.attention
+        "AutoModelForCausalLM", facts.source, "model.language.name", attn_implementation=facts.attention, **told
     )
     if model.config.vocab_size != facts.vocab:
         model.resize_token_embeddings(facts.vocab, mean_resizing=False)
     return _finish(model, facts)
+
+
+def _foreign(source: str) -> bool:
+    if source in LANGUAGES:
+        return LANGUAGES[source].foreign
+    folder = Path(source)
+    return (folder / "config.json").is_file() and read_config(folder).get("model_type") in _FOREIGN
 
 
 def _finish(model: Any, facts: LanguageFacts) -> Any:
@@ -168,6 +253,19 @@ def load_tokenizer(source: str, where: str = "model.language.name", *, as_saved:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def reach(config: Any) -> int | None:
+    """How many positions a prompt and its answer may fill; None where the configuration sets no bound.
+
+    `longrope` (Phi-4-mini) turns every row by other angles as soon as the longest is past the length it was first
+    trained at: keys that are kept would not fit those that follow, and an answer would depend on its company. There the
+    bound is that length.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return getattr(config, "max_position_embeddings", None)
 
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")

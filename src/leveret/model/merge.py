@@ -352,7 +352,9 @@ def _composition(folder: Path, named: bool) -> dict[str, Any]:
 
 def _other_tokens(one: Path, other: Path) -> str | None:
     """The first difference of two tokenizers in words; None where they give the same ids."""
-    both = [checkpoint.tokenizer(folder) for folder in (one, other)]
+    both = [
+        checkpoint.tokenizer(folder, int(checkpoint.read(folder)[0]["language"]["vocab"])) for folder in (one, other)
+    ]
     if both[0] is None or both[1] is None:
         return None if both[0] is both[1] else "only one of the two has one"
     tables = [tokenizer.get_vocab() for tokenizer in both]

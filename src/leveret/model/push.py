@@ -49,6 +49,8 @@ def to_upload(model: str | Path, name: str) -> dict[str, Path | bytes]:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     if "format" not in config:
         raise RecipeError(f"{model} is a model of another tool; make it one of ours first: leveret convert {model} OUT")
+    if "auto_map" in config:
+        raise RecipeError(f"{model} was published with its code, and none is uploaded; give the model it was made of")
     vlm = checkpoint.outline(folder)
     own = {key: tuple(tensor.shape) for key, tensor in checkpoint.stored(vlm)}
     there = {key: tuple(tensor.shape) for key, tensor in outline_tensors(folder / "model.safetensors").items()}

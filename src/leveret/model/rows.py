@@ -11,14 +11,18 @@ by the family's code, and so is what peft has wrapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 FEW = 0.6
 """Share of the rows up to which picking them out is worth it."""
+MULTIPLE = 64
+"""Rows are picked in such numbers, the last one again where there are fewer, so that products have few shapes: oneDNN
+compiles each that it meets."""
 
 
 @contextmanager
@@ -31,31 +35,28 @@ def only_rows(language: Any, rows: Tensor | None) -> Iterator[None]:
         yield
         return
     index = rows.flatten().nonzero().squeeze(1)
+    some = torch.nn.functional.pad(index, (0, -len(index) % MULTIPLE), value=int(index[-1]) if len(index) else 0)
+
+    def pick(_: nn.Module, args: Any) -> Any:
+        return args[0].flatten(0, 1).index_select(0, some)[None], *args[1:]
+
+    def cut(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out[:, : len(index)]
+
+    def spread(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        zeros = out.new_zeros(rows.numel(), out.shape[-1])
+        return zeros.index_copy(0, index, out[0, : len(index)]).unflatten(0, rows.shape)
+
     head = language.get_output_embeddings()
-    hooks = [head.register_forward_pre_hook(lambda _, args: (_pick(args[0], index)[None], *args[1:]))]
+    hooks = [head.register_forward_pre_hook(pick), head.register_forward_hook(cut)]
     if len(index) <= FEW * rows.numel():
         for module in last_of(language):
-            hooks += [
-                module.register_forward_pre_hook(lambda _, args: (_pick(args[0], index)[None], *args[1:])),
-                module.register_forward_hook(_spread(rows, index)),
-            ]
+            hooks += [module.register_forward_pre_hook(pick), module.register_forward_hook(spread)]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    return x.flatten(0, 1).index_select(0, index)
-
-
-def _spread(rows: Tensor, index: Tensor) -> Callable[..., Tensor]:
-    def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-        zeros = out.new_zeros(rows.numel(), out.shape[-1])
-        return zeros.index_copy(0, index, out.squeeze(0)).unflatten(0, rows.shape)
-
-    return hook
 
 
 def last_of(language: Any) -> list[nn.Module]:

@@ -38,6 +38,11 @@ class Given:
     def ours(self) -> bool:
         return self.tool == OURS
 
+    @property
+    def with_code(self) -> bool:
+        """Whether it is one of ours that was published with its code, whose tensors have other names."""
+        return self.ours and "auto_map" in hubs.read_config(self.folder)
+
 
 def locate(given: str | Path, hub: str | Path | None = None) -> Given:
     """The folder that `given` means; of an id what is lacking on this machine is downloaded, never code.
@@ -156,6 +161,7 @@ def sketch(given: str | Path) -> Sketch:
     if found.ours:
         vlm = checkpoint.outline(found.folder)
         tensors = hubs.outline_tensors(found.folder / "model.safetensors") if told is None else told
+        tensors = checkpoint.our_names(tensors) if found.with_code else tensors
         return Sketch(vlm, OURS, {key: tensor.dtype for key, tensor in tensors.items()})
     folder = Outline(found.folder, told)
     if folder.has("adapter_config.json") or (found.tool == "merged" and not folder.weights()):
@@ -174,7 +180,7 @@ def as_ours(given: Given, beside: Path, *, hub: str | Path | None = None) -> Ite
 
     from leveret.model import checkpoint
 
-    if given.ours:
+    if given.ours and not given.with_code:
         yield given.folder
         return
     beside.mkdir(parents=True, exist_ok=True)
@@ -188,5 +194,7 @@ def refuse_place(out: Path, *read: Path) -> None:
     for source in read:
         if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
             raise RecipeError(f"{out} lies in the folder that is read ({source}); give another place for the result")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file()):
+    if out.is_file() or (
+        out.is_dir() and any(out.iterdir()) and not ((out / "config.json").is_file() or any(out.glob("*.gguf")))
+    ):
         raise RecipeError(f"{out} is there already and is no model; give another place for the result")

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 CHUNK = 64
 """Images in one pass of the tower while the cache is filled; fixed, so that a refilled cache has the same bits."""
+MULTIPLE = 16
+"""Batches are padded to a multiple of so many positions. oneDNN compiles a product in bf16 for its shapes when it first
+meets them, keeps a thousand, and forgets: few shapes cost less than the padding does."""
 
 Pixels = dict[str, np.ndarray]
 Failed = list[tuple[str, str]]
@@ -301,7 +304,7 @@ class Prepared:
 
         A sample whose image fails now is not supervised, its pixels are zero, and it is named in the second result.
         """
-        size, width = len(rows), int(self.lengths[list(rows)].max())
+        size, width = len(rows), -(-int(self.lengths[list(rows)].max()) // MULTIPLE) * MULTIPLE
         ids = np.zeros((size, width), np.int64)
         labels = np.full((size, width), IGNORE, np.int64)
         visual = np.zeros((size, width), bool)

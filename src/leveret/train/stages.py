@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from leveret.model.recipe import ModelRecipe
 from leveret.records import Resize
@@ -126,6 +126,12 @@ class TrainRecipe(_Strict):
         "auto", description="Processes on this machine; auto is 2 on a CPU with 2 cores or more, else 1."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU when there is one.")
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _left_out(cls, stages: Any) -> Any:
+        """`NAME: null` takes away a stage that a recipe further up `extends` has."""
+        return {name: how for name, how in stages.items() if how is not None} if isinstance(stages, dict) else stages
 
     @model_validator(mode="after")
     def _names(self) -> TrainRecipe:

@@ -40,7 +40,7 @@ def convert(
         raise RecipeError(f"--dtype {dtype}: allowed are {', '.join(TYPES)}")
     given, out = locate(source, hub), Path(out)
     refuse_place(out, given.folder, Path(source))
-    if given.ours and to == OURS:
+    if given.ours and not given.with_code and to == OURS:
         raise RecipeError(f"{source} is a model of ours already; say with --to what it shall become")
     vlm, kind, notes = open_given(given, hub=hub, base=base, dtype=TYPES[dtype] if dtype else None)
     facts = {
@@ -56,5 +56,5 @@ def convert(
     if to == OURS:
         checkpoint.save(vlm, out)
     else:
-        write(vlm, out, to)
+        facts["notes"] = notes + write(vlm, out, to)
     return facts

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from leveret.model.language import REFUSED as LANGUAGES_REFUSED
 from leveret.runs import DataError
 
 Config = dict[str, Any]
@@ -62,7 +63,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Config]]] = {
 """Model types of peers: transformers' own, and how the settings are said there."""
 
 REFUSED = {
-    "openelm": "its layers differ in heads and width, which no class of transformers builds",
+    **LANGUAGES_REFUSED,
     "llava_mpt": "there is no table yet for the names of MosaicML's own class",
 }
 """Model types that are met but cannot be had, and why."""
@@ -88,7 +89,11 @@ def language_config(config: Mapping[str, Any], where: str) -> Config:
         )
     rope = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # said at the top before transformers 5
     known = {*AutoConfig.for_model(name).to_dict(), *rope} - {"_name_or_path", "architectures", "transformers_version"}
-    found = {key: value for key, value in told(config).items() if key in known}
+    try:
+        own = told(config)
+    except KeyError as fault:
+        raise DataError(f"{where}: a {said!r} config that does not say {fault}, on which its numbers depend") from None
+    found = {key: value for key, value in own.items() if key in known}
     if found.get("rope_scaling", 0) is None:
         del found["rope_scaling"]
     return found | {"model_type": name}

@@ -1,4 +1,5 @@
-"""Prismatic's checkpoints (TRI-ML/prismatic-vlms): config.json with a recipe of ids, and one pickle of tensors.
+"""Prismatic's checkpoints (TRI-ML/prismatic-vlms): config.json with a recipe of ids, and one pickle of tensors (ours:
+safetensors, nested names joined by dots).
 
     model.projector.projector.*      ->  the connector
     model.llm_backbone.llm.*         ->  the language model
@@ -24,7 +25,11 @@ from leveret.model.published import of_prismatic, read_state
 from leveret.model.recipe import LanguageRecipe, ModelRecipe
 from leveret.runs import DataError, closest
 
-CHECKPOINT = "checkpoints/latest-checkpoint.pt"
+WEIGHTS = "checkpoints/latest-checkpoint."
+"""Prismatic writes `pt`, we `safetensors`."""
+PROJECTOR, LANGUAGE, TOWERS = "model.projector.projector.", "model.llm_backbone.llm.", "model.vision_backbone."
+ONE = "featurizer."
+"""What stands before the names of a tower that is alone; of several, PREFIXES tells."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,14 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     source, builder = _row(LANGUAGES, str(model["llm_backbone_id"]), "llm_backbone_id", folder)
     resize = _row(STRATEGIES, str(model["image_resize_strategy"]), "image_resize_strategy", folder)
     notes: list[str] = []
-    whole = folder.tensors(folder.path / CHECKPOINT)
+    ending = next((end for end in ("safetensors", "pt") if folder.has(WEIGHTS + end)), "pt")
+    whole = folder.tensors(folder.path / f"{WEIGHTS}{ending}")
     home = Folder(hub.get(base or source, f"{folder.path}: the language model's settings and tokenizer"))
-    language = renamed(whole, ("model.llm_backbone.llm.", ""))
+    language = renamed(whole, (LANGUAGE, ""))
     rows = rows_of(language, "model.embed_tokens.weight", folder.path)
     told = language_config(home.config, str(home.path / "config.json"))
     facts = LanguageFacts(told, rows, head_bias="lm_head.bias" in language, attention=None, source=source)
-    trained = renamed(whole, ("model.vision_backbone.", ""))
+    trained = renamed(whole, (TOWERS, ""))
     choices: dict[str, Any] = {"layer": -2, "resize": resize, "size": size or backbone.size}
     if len(backbone.towers) > 1:
         # Fused, CLIP runs with the plain GELU of timm's default: prismatic/models/backbones/vision/dinoclip_vit.py.
@@ -109,7 +115,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         vision, seen = fused(both, hub, **choices)
     else:
         ((_, name),) = backbone.towers
-        learned = renamed(trained, ("featurizer.", ""))
+        learned = renamed(trained, (ONE, ""))
         vision, seen = tower_of(f"timm/{name}", learned, hub, notes, trained=True, **choices)
     recipe = ModelRecipe(
         vision=vision,

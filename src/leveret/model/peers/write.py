@@ -1,14 +1,15 @@
-"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory.
+"""Models of ours in the layouts of others: HF LLaVA (transformers, vLLM), Bunny, LLaVA, TinyLLaVA Factory, Prismatic,
+GGUF (gguf_write.py); and with their own code, for transformers (remote.py).
 
 Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
-safetensors alone. A folder is written beside its place and renamed into it.
+safetensors alone, or GGUF. A folder is written beside its place and renamed into it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leveret.inputs.formats import CHATS
+from leveret.inputs.formats import CHATS, published
+from leveret.inputs.views import STRATEGIES
 from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
-from leveret.model.peers import merged, tinyllava
+from leveret.model.peers import gguf_write, merged, prismatic, remote, tinyllava
 from leveret.model.published import write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
@@ -27,35 +29,48 @@ from leveret.runs import RecipeError
 
 State = dict[str, Tensor]
 Written = tuple[dict[str, Any], State, dict[str, Any]]
-"""(config.json, tensors, other JSON files by name)."""
+"""(config.json, tensors, other files by name: JSON or text; under "tokenizer" another tokenizer than the model's)."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout: (model) -> what is written, RecipeError where the model does not fit."""
+    """A layout, by one of two ways; RecipeError where the model does not fit.
+
+    write  (model) -> what is written, its tensors in the file `weights`.
+    files  (model, folder) -> notes for the user, where it writes its own files.
+    """
 
     about: str
-    write: Callable[[VLM], Written]
+    write: Callable[[VLM], Written] | None = None
+    files: Callable[[VLM, Path], list[str]] | None = None
+    weights: str = "model.safetensors"
 
 
-def write(vlm: VLM, out: str | Path, layout: str) -> Path:
-    """Writes the model as a folder of `layout` (a row of LAYOUTS), with its tokenizer and chat template; returns it.
+def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
+    """Writes the model as a folder of `layout` (a row of LAYOUTS), with its tokenizer and chat template. Returns notes
+    for the user: where what reads the layout will not do as this model was taught.
 
     RecipeError names the part that the layout cannot hold.
     """
     from safetensors.torch import save_file
 
-    out = Path(out)
-    config, state, more = LAYOUTS[layout].write(vlm)
+    out, row = Path(out), LAYOUTS[layout]
+    if row.files is not None:
+        with fresh_folder(out) as fresh:
+            return row.files(vlm, fresh)
+    assert row.write is not None
+    config, state, more = row.write(vlm)
     with fresh_folder(out) as fresh:
-        if vlm.tokenizer is not None:
-            vlm.tokenizer.save_pretrained(fresh)
+        if (tokenizer := more.pop("tokenizer", vlm.tokenizer)) is not None:
+            tokenizer.save_pretrained(fresh)
         (fresh / "chat_template.jinja").write_text(CHATS[vlm.chat].template, "utf-8")
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-        save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
+        (fresh / row.weights).parent.mkdir(exist_ok=True)
+        save_file(tensors, fresh / row.weights, {"format": "pt"})
         for name, content in {"config.json": config, **more}.items():
-            (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    return out
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (fresh / name).write_text(text, "utf-8")
+    return []
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -315,6 +330,89 @@ def _image_token(vlm: VLM, text: dict[str, Any], language: State) -> int:
     return token
 
 
+# --- Prismatic --------------------------------------------------------------------------------------------------------
+
+
+def _prismatic(vlm: VLM) -> Written:
+    """Ids for everything, as its config.json says them (prismatic.md 4, 6, 7), and the tensors in one file."""
+    name = "Prismatic"
+    towers = [tower for tower in vlm.towers.values() if isinstance(tower, Tower)]
+    vision, language = _vision_id(vlm, towers), _language_id(vlm)
+    kinds = {"linear": "linear", "mlp2x_gelu": "gelu-mlp", "fused-gelu-mlp": "fused-gelu-mlp"}
+    kind = _kind(vlm, name, kinds.__contains__)
+    own = vlm.spec.towers[0].resize
+    resize = next((theirs for theirs, ours in STRATEGIES.items() if ours == own), None)
+    if resize is None:
+        raise RecipeError(f"{name} prepares images by {', '.join(STRATEGIES.values())}, and this model by {own}")
+    state = _language(vlm, prismatic.LANGUAGE)
+    if f"{prismatic.LANGUAGE}lm_head.bias" in state and not language.startswith("phi"):
+        raise RecipeError(f"{name}'s {language} has no bias in the output layer, and this model has one")
+    state |= write_state(kind, vlm.connector.state_dict(), prismatic.PROJECTOR)
+    for tower, (view, _) in zip(towers, prismatic.BACKBONES[vision].towers, strict=True):
+        inside = prismatic.ONE if len(towers) == 1 else prismatic.PREFIXES[view]
+        state |= _seen(tower, "timm", prismatic.TOWERS + inside)
+    model = {
+        "model_id": f"{vision}+{language}",
+        "arch_specifier": f"no-align+{kinds[kind]}",
+        "vision_backbone_id": vision,
+        "llm_backbone_id": language,
+        "image_resize_strategy": resize,
+        "llm_max_length": int(vlm.language.config.max_position_embeddings),
+    }
+    return {"model": model, "run_id": f"{vision}+{language}", "stage": "finetune"}, state, {}
+
+
+def _vision_id(vlm: VLM, towers: Sequence[Tower]) -> str:
+    """The vision_backbone_id of the model's towers, which says how large images are and that the layer before the last
+    is taken."""
+    asked = tuple(str(tower.facts.source).removeprefix("timm/") for tower in towers)
+    size = vlm.spec.towers[0].size
+    same = {id: row for id, row in prismatic.BACKBONES.items() if tuple(timm for _, timm in row.towers) == asked}
+    if not same:
+        raise RecipeError(
+            f"Prismatic has no vision backbone {' + '.join(asked)}; it has "
+            + ", ".join(" + ".join(timm for _, timm in row.towers) for row in prismatic.BACKBONES.values())
+        )
+    if not (found := [id for id, row in same.items() if row.size == size]):
+        sizes = ", ".join(f"{id} at {row.size} pixels" for id, row in same.items())
+        raise RecipeError(f"Prismatic has {sizes}, and this model sees {size}")
+    for tower in towers:
+        taken = (tower.facts.tokens, _layer(tower), list(tower.facts.s2))
+        if taken != ("patch", -2, []):
+            scales = f" at the scales {taken[2]}" if taken[2] else ""
+            raise RecipeError(
+                f"Prismatic takes the patches of layer -2, and this model takes {taken[0]} of layer {taken[1]}{scales} "
+                f"of {tower.facts.source}"
+            )
+    return found[0]
+
+
+def _language_id(vlm: VLM) -> str:
+    """The llm_backbone_id, which says how the model is spoken to as well."""
+    asked = (vlm.recipe.language.name, vlm.chat.removesuffix("/faithful"))
+    pairs = {
+        id: (hub, published("Prismatic", builder).name.removesuffix("/faithful"))
+        for id, (hub, builder) in prismatic.LANGUAGES.items()
+    }
+    if (found := next((id for id, pair in pairs.items() if pair == asked), None)) is None:
+        raise RecipeError(
+            f"Prismatic has no language model {asked[0]} that is spoken to as {asked[1]}; it has "
+            + ", ".join(f"{hub} ({chat})" for hub, chat in pairs.values())
+        )
+    return found
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _gguf(vlm: VLM, folder: Path) -> list[str]:
+    try:
+        tower = _eye(vlm, "llama.cpp", dict.fromkeys(gguf_write.TOWERS, ""))
+        return gguf_write.write(folder, vlm, tower, _language_config(vlm), _language(vlm))
+    except RecipeError as fault:
+        raise RecipeError(f"{fault}. {gguf_write.INSTEAD}") from None
+
+
 LAYOUTS: dict[str, Layout] = {
     "hf-llava": Layout("transformers' LLaVA, which vLLM reads too", _hf_llava),
     "bunny": Layout(
@@ -337,4 +435,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "tinyllava": Layout("TinyLLaVA Factory, tuned", _factory),
+    "prismatic": Layout("Prismatic, its tensors as safetensors", _prismatic, weights=f"{prismatic.WEIGHTS}safetensors"),
+    "gguf": Layout("two GGUF files, which llama.cpp runs", files=_gguf),
+    "remote-code": Layout("transformers with trust_remote_code, without leveret", remote.written),
 }  # fmt: skip
