@@ -349,7 +349,7 @@ def train(
 
 @_verb("eval", "leveret.evaluate")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
     data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
     out: Out,
     suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
@@ -428,7 +428,7 @@ def _figure(value: Any) -> str:
 
 @_verb("chat", "leveret.serve.chat", LOOK)
 def chat(
-    model: Annotated[str, typer.Argument(help="A model's folder, or a run's.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
     image: Annotated[Path | None, typer.Argument(help="The picture to talk about.")] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once, print the answer, and end.")] = None,
     own: Own = None,
@@ -460,7 +460,10 @@ def show(
 
 @_verb("convert", "leveret.model.peers")
 def convert(
-    source: Annotated[Path, typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours: a folder, or OWNER/NAME."),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[
         str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava, prismatic, gguf, remote-code.")
@@ -487,12 +490,65 @@ def convert(
     _report(json, found, "\n".join([*lines, f"the model is in {out}"]))
 
 
+@_verb("merge", "leveret.model.merge")
+def merge(
+    models: Annotated[
+        list[str], typer.Argument(help="Two or more models of one shape; or, with --base, a folder of LoRA adapters.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="W [W ...]", help="One for each model; equal ones by default."),
+    ] = None,
+    normalise: Annotated[bool, typer.Option("--normalise", help="Divide the weights by their sum.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The whole model that adapters are added to, if not the one they name.")
+    ] = None,
+    hub: Annotated[
+        Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Average models of one shape, or add LoRA adapters to the model they stand on."""
+    from leveret.model import merge as station
+
+    with _reporting(json):
+        found = station.merge(models, out, weights or [], normalise=normalise, base=base, hub=hub)
+    _report(json, found, f"{station.in_words(found)}\nthe model is in {out}")
+
+
+@_verb("push", "leveret.model.push")
+def push(
+    model: Annotated[Path, typer.Argument(help="A model's folder, or a finished run's.")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Seen by its owner alone, if it is new.")] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Put a model on the Hugging Face hub, with a card."""
+    from leveret.model.push import push as station
+
+    with _reporting(json):
+        found = station(model, name, private=private, dry_run=dry_run)
+    lines = [f"{size:>16,} bytes  {file}" for file, size in found["files"].items()]
+    if dry_run:
+        lines = ["would upload, but this is a dry run:", *lines, "", found["card"]]
+    else:
+        lines += [f"the model is at {found['url']}; anyone who may see it loads it by leveret.load({name!r})"]
+    _report(json, found, "\n".join(lines))
+
+
 @_verb("doctor", "leveret.doctor", LOOK)
-def doctor(json: Json = False) -> None:
-    """What is installed, and what fits on this machine."""
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="A model's folder or a run's, a recipe (bunny/v1.0-3b), or an id of the hub.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What is installed, and what fits on this machine; of a model, what it needs."""
     from leveret import doctor as station
 
-    facts = station.doctor()
+    facts = station.doctor(model) if model is not None else station.doctor()
     if not json:
         station.show(facts)
     _report(json, facts)
@@ -711,7 +767,7 @@ _EXTRAS = {
     "bitsandbytes": "quant",
     "gguf": "gguf",
 }
-_NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
+_NETWORK = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp")
 _AGAIN = "interrupted; what was finished is kept, run the same command again to go on"
 
 

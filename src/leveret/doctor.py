@@ -6,13 +6,19 @@ import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.runs import cores, environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from leveret.model.vlm import VLM
 
 EXTRAS = {
     "serve": ("fastapi", "uvicorn"),
@@ -51,12 +57,21 @@ SIZES = (
 )  # fmt: skip
 
 
-def doctor() -> dict[str, Any]:
-    """Facts about this machine, as plain data.
+CONTEXT = 2048
+"""Positions that answering and tuning are counted for: one conversation at a time."""
+RANK = 128
+"""Of the adapters that are counted: Bunny's."""
+HALF, FULL = 2, 4
+"""Bytes of a weight in bf16 and in float32."""
+
+
+def doctor(model: str | None = None) -> dict[str, Any]:
+    """Facts about this machine, as plain data; and about a model, if one is named (see `examine`).
 
     memory, disk and device memory are in bytes; `fits` names, per device and way, the largest known model whose
     weights and optimiser state fit in 85 % of the memory. `problems` holds what should be mended, in words.
     """
+    examined = examine(model) if model is not None else None
     facts = environment()
     facts["memory"] = _memory()
     facts["disk_free"] = shutil.disk_usage(Path.cwd()).free
@@ -67,7 +82,127 @@ def doctor() -> dict[str, Any]:
     }
     facts["cache"] = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
     facts["problems"] = _problems(facts)
+    if examined is not None:
+        facts["model"] = examined | {"fits": {device["id"]: _fits(device, examined) for device in facts["devices"]}}
     return facts
+
+
+def examine(model: str) -> dict[str, Any]:
+    """What a model needs, from its configuration alone: it is built on torch's meta device and no weight is read.
+
+    model  a recipe's name or file, a model's or run's folder, another tool's, or an id of the hub. What lies on this
+           machine, a recipe of this package too, wins over an id.
+
+    Returns {"name", "tool", "chat", "image_tokens", "parameters", "parts", "kv_cache", "ways", "notes"}, in bytes:
+    parts     part -> {"what", "parameters", "dtype", "stored", "bf16", "float32"}; `dtype` and `stored` are None for a
+              recipe, which has no weights yet.
+    kv_cache  of 1,000 positions, {"bf16", "float32"}; at most that, where layers look at a window only.
+    ways      way of WAYS -> {"bf16", "float32"}: with frozen weights in that type. Answering: weights and a cache of
+              CONTEXT positions. Tuning: what `train` counts for one sample of CONTEXT tokens, connector and language
+              model learning, with adapters of rank RANK or in full.
+    Raises RecipeError, DataError and EnvironmentFault where there is no such model.
+    """
+    from leveret.model import parts
+
+    vlm, tool, stored, notes = _sketched(model)
+    rows = parts.parts_table(vlm, {})
+    cache = kv_bytes(vlm.language.config)
+    held = {"vision": "towers."} | {row.part: f"{row.part}." for row in rows if row.part != "vision"}
+    told: dict[str, Any] = {}
+    for row in rows:
+        own = {name: x for name, x in vlm.state_dict().items() if name.startswith(held[row.part]) and name in stored}
+        kinds = sorted({str(stored[name]).removeprefix("torch.") for name, x in own.items() if x.is_floating_point()})
+        told[row.part] = {
+            "what": row.note,
+            "parameters": row.parameters,
+            "dtype": ", ".join(kinds) or None,
+            "stored": sum(x.numel() * stored[name].itemsize for name, x in own.items()) if stored else None,
+            "bf16": row.parameters * HALF,
+            "float32": row.parameters * FULL,
+        }
+    count = parts.count(vlm)
+    answer = {kind: (count + cache * CONTEXT) * size for kind, size in (("bf16", HALF), ("float32", FULL))}
+    return {
+        "name": model,
+        "tool": tool,
+        "chat": vlm.chat,
+        "image_tokens": vlm.spec.tokens,
+        "parameters": count,
+        "parts": told,
+        "kv_cache": {"bf16": 1000 * cache * HALF, "float32": 1000 * cache * FULL},
+        "ways": dict(zip((way.name for way in WAYS), (answer, _tuning(vlm, RANK), _tuning(vlm, None)), strict=True)),
+        "notes": notes,
+    }
+
+
+def _sketched(model: str) -> tuple[VLM, str, dict[str, Any], list[str]]:
+    """(the model on the meta device, whose it is, tensor -> type in its files, notes)."""
+    from leveret.model.source import sketch
+    from leveret.recipe import names
+
+    path = Path(model).expanduser()
+    whole = path / "model" / "config.json"
+    unfinished = (path / "recipe.yaml").is_file() and not (path / "config.json").is_file() and not whole.is_file()
+    file = path / "recipe.yaml" if unfinished else path
+    if not unfinished and (path.is_dir() or not (path.is_file() or model in names("models") or "/" not in model)):
+        found = sketch(model)
+        return found.vlm, found.tool, found.stored, found.notes
+    from leveret.model.build import build_meta
+    from leveret.recipe import load
+    from leveret.train.stages import TrainRecipe
+
+    recipe = load(file if path.exists() else model, TrainRecipe, "models")
+    notes = [f"{model} is a run that is not finished: this is what its recipe builds"] if unfinished else []
+    return build_meta(recipe.model), "recipe", {}, notes
+
+
+def kv_bytes(config: Any) -> int:
+    """Numbers that a language model keeps for one position: a key and a value of every head that has its own, in every
+    layer. config: transformers', of the language model."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width)
+
+
+def _tuning(vlm: VLM, rank: int | None) -> dict[str, int]:
+    """Bytes that tuning connector and language model takes, as `train --dry-run` counts them."""
+    from leveret.model.parts import parts_table
+    from leveret.train.plan import estimate
+    from leveret.train.stages import StageRecipe
+
+    learn: dict[str, Any] = {"language": {"lr": 1e-4, "lora": {"rank": rank} if rank else None}}
+    if any(True for _ in vlm.connector.parameters()):
+        learn["connector"] = {"lr": 1e-4}
+    stage = StageRecipe.model_validate({"data": "", "learn": learn, "steps": 1, "batch": 1})
+    rows = parts_table(vlm, {str(part): how for part, how in stage.learn.items()})
+    return {
+        kind: estimate(vlm, rows, stage, CONTEXT, frozen=size).total
+        for kind, size in (("bf16", HALF), ("float32", FULL))
+    }
+
+
+def _fits(device: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Way -> {"precision", "needs", "fits"} on a device; `fits` is None where its memory is not known.
+
+    Answering takes the weights as they are stored (float16 becomes float32 on a CPU). Where there are none yet, and for
+    tuning, they count as bf16 where the device computes it natively, else as float32.
+    """
+    precision = "bf16" if str(device["bf16"]).startswith("fast") else "float32"
+    room = None if device["memory"] is None else ROOM * device["memory"]
+    found = {}
+    for way, needs in model["ways"].items():
+        # a CPU keeps frozen weights in float32 while it tunes
+        kind = "float32" if device["id"] == "cpu" and way != WAYS[0].name else precision
+        need = needs[kind]
+        stored = [part["stored"] for part in model["parts"].values()]
+        said = model["parts"]["language"]["dtype"]
+        if way == WAYS[0].name and None not in stored:
+            kind = "bf16" if said == "bfloat16" else said
+            need = sum(stored) + CONTEXT * model["kv_cache"][precision] // 1000
+            if device["id"] == "cpu" and said == "float16":
+                kind, need = "float32", needs["float32"]
+        found[way] = {"precision": kind, "needs": need, "fits": None if room is None else need <= room}
+    return found
 
 
 def _installed(package: str) -> bool:
@@ -159,22 +294,77 @@ def _problems(facts: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"
+
+
 def _gib(size: int | None) -> str:
     return "not known" if size is None else f"{size / GIB:,.1f} GiB"
 
 
-def show(facts: dict[str, Any]) -> None:
-    """Print what `doctor` found, for a person."""
-    from rich.console import Console
+def _table(*columns: str) -> Table:
     from rich.table import Table
 
-    def table(*columns: str) -> Table:
-        made = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
-        for column in columns:
-            made.add_column(column)
-        return made
+    made = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
+    for column in columns:
+        made.add_column(column)
+    return made
+
+
+def _console() -> Console:
+    from rich.console import Console
 
     console = Console(highlight=False)
+    # Where nobody watches (a log, a pipe) lines need not fit 80 columns.
+    return console if console.is_terminal else Console(highlight=False, width=140)
+
+
+def show_model(facts: dict[str, Any]) -> None:
+    """Print what `doctor` found about a model, for a person."""
+    from rich.markup import escape
+
+    model, console = facts["model"], _console()
+    console.print(f"\n[bold]{escape(model['name'])}[/] ({model['tool']})")
+    parts = _table("part", "parameters", "stored", "bf16", "float32", "what")
+    for name, part in model["parts"].items():
+        stored = "-" if part["stored"] is None else f"{_size(part['stored'])} {part['dtype'] or ''}".strip()
+        sizes = (_size(part["bf16"]), _size(part["float32"]))
+        parts.add_row(name, f"{part['parameters']:,}", stored, *sizes, escape(part["what"]))
+    whole = [part["stored"] for part in model["parts"].values()]
+    total = "-" if None in whole else _size(sum(whole))
+    parts.add_row("all", f"{model['parameters']:,}", total, *(_size(model["parameters"] * n) for n in (HALF, FULL)), "")
+    console.print(parts)
+    cache = model["kv_cache"]
+    console.print(f"{model['image_tokens']:,} tokens an image; chat format {model['chat']}")
+    console.print(f"KV cache of 1,000 positions: {_size(cache['bf16'])} in bf16, {_size(cache['float32'])} in float32")
+    for note in model["notes"]:
+        console.print(f"note: {escape(note)}")
+
+    console.print("\n[bold]What fits on this machine[/]")
+    fits = _table("device", "memory", *(way.name for way in WAYS))
+    for device in facts["devices"]:
+        cells = []
+        for found in model["fits"][device["id"]].values():
+            word = {True: "fits", False: "[red]does not fit[/]", None: "needs"}[found["fits"]]
+            cells.append(f"{word}: {_size(found['needs'])} ({found['precision']})")
+        fits.add_row(device["id"], _gib(device["memory"]), *cells)
+    console.print(fits)
+    console.print(
+        f"[dim]fits: within {ROOM:.0%} of the memory. Answering: weights as stored, and a cache of {CONTEXT:,} "
+        f"positions. Tuning (connector and language model): one sample of {CONTEXT:,} tokens at a time; adapters of "
+        f"rank {RANK}.[/]\n"
+    )
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print what `doctor` found, for a person."""
+    if "model" in facts:
+        return show_model(facts)
+    table, console = _table, _console()
 
     def head(text: str) -> None:
         console.print(f"\n[bold]{text}[/]")

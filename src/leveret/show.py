@@ -134,11 +134,10 @@ def _follow(trace: Trace, sample: Sample, model: str | Path | None) -> None:
         return
 
     from leveret.inputs import encode, find_chat
-    from leveret.model.checkpoint import find
-    from leveret.model.checkpoint import load as load_model
+    from leveret.model.source import locate, open_given
 
-    folder = find(model)
-    vlm = load_model(folder)
+    given = locate(model)
+    folder, (vlm, _, _) = given.folder, open_given(given)
     if vlm.tokenizer is None:
         raise DataError(f"{folder} holds no tokenizer, so nothing can be written for it or read from it")
     encoded = encode(sample.turns, vlm.chat, vlm.tokenizer, vlm.spec, [(im.height, im.width) for im in decoded])

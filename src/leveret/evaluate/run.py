@@ -87,7 +87,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
 
-    model   a model's folder or run folder, or a loaded model.
+    model   a model's folder or run folder, an id of the hub, or a loaded model.
     root    the folder with the suite's official files and pictures.
     blind   also ask every question with another scene's picture: what is left of the score needs no eyes.
     engine  what answers; None builds `generate.Engine` on the model.
@@ -105,6 +105,10 @@ def evaluate(
         Interrupted: stopped by Ctrl-C or SIGTERM; the same command continues.
     """
     rows = [task_row(task) for task in _suite(suite)]
+    if isinstance(model, (str, Path)):
+        from leveret.model.source import locate
+
+        model = locate(model).folder
     loaded = {row.id: load_items(row, root, split) for row in rows}
     _check_pictures(loaded)
     fingerprint = _fingerprint(model)
@@ -176,9 +180,7 @@ def _questions_hash(row: TaskRow, items: Sequence[Item]) -> str:
 def _fingerprint(model: Any) -> str:
     """What tells two models apart: the bytes of a model folder, or of a loaded model's weights."""
     if isinstance(model, (str, Path)):
-        from leveret.model.checkpoint import find
-
-        return sha256_of(find(model))[:16]
+        return sha256_of(Path(model))[:16]
     known = getattr(model, "fingerprint", None)
     if isinstance(known, str):
         return known

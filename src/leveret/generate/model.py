@@ -12,8 +12,8 @@ import torch
 
 from leveret.generate.engine import Engine, Request
 from leveret.images import ImageFault
-from leveret.model.checkpoint import load as load_vlm
 from leveret.model.precision import Precision
+from leveret.model.source import load as load_vlm
 from leveret.model.vlm import VLM
 from leveret.own import allow
 from leveret.records import IMAGE_MARK, ImageRef, Turn
@@ -73,13 +73,14 @@ def load(
     precision: Precision = "auto",
     own: str | Path | Sequence[str | Path] = (),
 ) -> Model:
-    """The model in a model folder or in the folder of a finished run.
+    """The model in a model folder, in the folder of a finished run, or of the hub.
 
+    path    a folder (also one that Bunny, LLaVA, TinyLLaVA or Prismatic wrote), or `OWNER/NAME[@REVISION]`.
     device  "auto" is a CUDA device when there is one, else the CPU; or any that torch knows.
     own     Python files that parts of the model are built by: they may run.
 
     Raises DataError when there is no readable model, or a part of it is built by a file that was not named;
-    EnvironmentFault when the device is not there.
+    EnvironmentFault when the device is not there or the hub cannot be asked.
     """
     allow(own, "own")
     if device == "auto":

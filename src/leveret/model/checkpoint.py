@@ -98,23 +98,34 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
     from transformers.initialization import no_init_weights
 
     folder = find(folder)
-    config, recipe = _read(folder)
+    config, recipe = read(folder)
     _look_at_own(config, folder)
     try:
         weights = load_file(folder / "model.safetensors", device=str(device))
     except Exception as fault:  # safetensors' own error class is not public
         raise DataError(f"{folder / 'model.safetensors'}: cannot be read ({fault})") from fault
     with torch.device(device), no_init_weights():
-        eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
-        language = languages.build_language(LanguageFacts(**config["language"]))
-        vlm = join(recipe, eyes, language, tokenizer=_tokenizer(folder, int(config["language"]["vocab"])))
-    fill(vlm, weights if "auto_map" not in config else _ours(weights), folder)
+        vlm = _built(config, recipe, tokenizer(folder, int(config["language"]["vocab"])))
+    fill(vlm, our_names(weights) if "auto_map" in config else weights, folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
 
 
-def _ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def outline(folder: Path) -> VLM:
+    """The model in a folder on torch's meta device, from its config.json alone; it has no tokenizer."""
+    config, recipe = read(folder)
+    _look_at_own(config, folder)
+    with torch.device("meta"):
+        return _built(config, recipe, None).eval()
+
+
+def _built(config: dict[str, Any], recipe: ModelRecipe, tokenizer: Any) -> VLM:
+    eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
+    return join(recipe, eyes, languages.build_language(LanguageFacts(**config["language"])), tokenizer=tokenizer)
+
+
+def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a model published with its code (peers/remote.py), under our own names."""
     from leveret.model.hf import OUR_NAMES
 
@@ -266,7 +277,8 @@ def fill(vlm: VLM, weights: dict[str, Tensor], folder: Path) -> None:
         tensor.data = weights[name]  # in place of the data, so that every name of a tied tensor sees it
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
+def read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
+    """(config.json as the newest format has it, the recipe in it). DataError where it is none of ours."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as fault:
@@ -286,16 +298,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
         raise DataError(f"{folder / 'config.json'}: its recipe cannot be read: {fault}") from fault
 
 
-def _tokenizer(folder: Path, rows: int) -> Any:
-    """The folder's tokenizer. What a published model has behind the token table, the image mark, is left out: with us a
-    place among the ids is marked, and no id."""
+def tokenizer(folder: Path, rows: int) -> Any:
+    """A model folder's tokenizer; None where it has none. What a published model has behind the token table, which has
+    so many `rows`, is left out (the image mark): with us a place among the ids is marked, and no id."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    tokenizer = languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
-    if tokenizer.get_vocab().get(IMAGE_MARK, 0) < rows:
-        return tokenizer
+    found = languages.load_tokenizer(str(folder), where=str(folder), as_saved=True)
+    if found.get_vocab().get(IMAGE_MARK, 0) < rows:
+        return found
     with tempfile.TemporaryDirectory() as kept:
-        tokenizer.save_pretrained(kept)
+        found.save_pretrained(kept)
         for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "extra_special_tokens")):
             said = json.loads((Path(kept) / name).read_text("utf-8"))
             if key in said:

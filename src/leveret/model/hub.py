@@ -5,15 +5,17 @@ Remote code is never run, and pickled weights are only read with torch's `weight
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from leveret.runs import DataError, EnvironmentFault
+from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,10 +149,170 @@ def shards_of(index: Path) -> list[Path]:
         named = json.loads(index.read_text("utf-8"))["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError) as fault:
         raise DataError(f"{index}: not an index of shards ({type(fault).__name__}: {fault})") from None
-    files = [index.parent / name for name in dict.fromkeys(named)]
-    for file in files:
-        if file.resolve().parent != index.parent.resolve():
-            raise DataError(f"{index}: names {file.name!r} outside its folder; nothing there is read")
+    files = []
+    for name in dict.fromkeys(map(str, named)):
+        # by the name alone: in the hub's cache a file is a link to where its bytes are kept
+        if PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+            raise DataError(f"{index}: names {name!r} outside its folder; nothing there is read")
+        files.append(file := index.parent / name)
         if not file.is_file():
             raise DataError(f"{index}: lists {file.name}, which is not there; the download is not complete")
     return files
+
+
+def read_head(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """(the first bytes of a safetensors file, up to the tensors; what they say of each tensor, in the file's order).
+
+    DataError where it is no such file.
+    """
+    try:
+        with open(file, "rb") as opened:
+            size = opened.read(8)
+            head = opened.read(int.from_bytes(size, "little"))
+        told = {name: about for name, about in json.loads(head).items() if name != "__metadata__"}
+        return size + head, dict(sorted(told.items(), key=lambda row: row[1]["data_offsets"]))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        raise DataError(f"{file}: cannot be read as weights; it is damaged or cut short") from None
+
+
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+          "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
+def told_tensor(kind: str, shape: Sequence[int]) -> Tensor:
+    """A tensor on the meta device, as a safetensors head tells it; a type that is not known counts as bytes."""
+    import torch
+
+    return torch.empty(tuple(shape), dtype=getattr(torch, _TYPES.get(kind, "uint8")), device="meta")
+
+
+def outline_tensors(file: Path) -> dict[str, Tensor]:
+    """What `read_tensors` gives, on the meta device: names, types and shapes, and no number is read."""
+    if file.suffix == ".safetensors":
+        return {name: told_tensor(about["dtype"], about["shape"]) for name, about in read_head(file)[1].items()}
+    return {name: tensor.to("meta") for name, tensor in read_tensors(file).items()}
+
+
+# --- whole repositories of the hub ------------------------------------------------------------------------------------
+
+_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
+_FOLDERS = ("", "language_model", "vision_tower", "connector", "checkpoints")
+"""Of a repository only these are looked into: a model's own folder, and the parts that published systems put apart."""
+_WORDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SAFE = (*_WORDS, ".safetensors")
+_ADAPTERS, _BESIDE = "adapter_model", ("non_lora_trainables.bin", "mm_projector.bin")
+
+
+def as_id(given: str) -> tuple[str, str | None] | None:
+    """(OWNER/NAME, revision or None) where `given` is written as an id of the hub, `OWNER/NAME[@REVISION]`."""
+    found = _ID.fullmatch(given)
+    return (found["name"], found["revision"]) if found else None
+
+
+def to_fetch(files: Sequence[str]) -> list[str]:
+    """Of a repository's files those that a model is read from: settings, tokenizers and weights. Never code, never a
+    second copy of the weights (`consolidated.safetensors`, `onnx/`), and a pickle only where no safetensors in its
+    folder hold the same."""
+    folders = {(str(path.parent) if path.parent.name else ""): set[str]() for path in map(PurePosixPath, files)}
+    for path in map(PurePosixPath, files):
+        folders[str(path.parent) if path.parent.name else ""].add(path.name)
+    chosen = []
+    for folder, names in folders.items():
+        if folder not in _FOLDERS:
+            continue
+        safe = {name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated")}
+        adapters = {name for name in safe if name.startswith(_ADAPTERS)}
+        pickled = {name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")}
+        kept = safe | {name for name in names if name.endswith(_WORDS)}
+        if not safe - adapters:
+            kept |= pickled | {name for name in _BESIDE if name in names and not pickled}
+            kept |= {f"{_ADAPTERS}.bin"} & names if not adapters else set()
+            kept |= {name for name in names if folder == "checkpoints" and name.endswith(".pt")}
+        chosen += [f"{folder}/{name}" if folder else name for name in kept]
+    return sorted(chosen)
+
+
+def fetch(name: str, revision: str | None = None, *, words_only: bool = False) -> Path:
+    """The folder of a repository on this machine, in the hub's own cache; what is lacking there is downloaded.
+
+    Only files of `to_fetch`; words_only: without weights. With HF_HUB_OFFLINE set, or without a connection, what an
+    earlier download left is taken.
+
+    DataError where the hub has no such repository or revision; EnvironmentFault where it is gated, or the hub cannot be
+    asked and the cache does not hold it whole.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = to_fetch(HfApi().list_repo_files(name, revision=revision))
+        if words_only:
+            files = [file for file in files if file.endswith(_WORDS)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in files]))
+    except Exception as fault:  # offline, unknown, gated, away: each has a class of its own, and of two libraries
+        said = fault
+    safe = [f"*{ending}" for ending in (_WORDS if words_only else _SAFE)]
+    for patterns, weights in ((safe, "*.safetensors"), ([*safe, "*.bin"], "*.bin"), (safe, "*.pt")):
+        try:  # whole as far as its top goes: what of its folders was never wanted is not known here
+            told: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
+            found = Path(snapshot_download(name, revision=revision, local_files_only=True, **told))
+        except Exception:  # not there, or not whole
+            continue
+        if words_only or any(found.rglob(weights)):
+            return found
+    raise hub_fault(said, name, revision) from said
+
+
+def remote_outline(name: str, revision: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a repository's weights on the meta device: only the heads of its safetensors are downloaded.
+
+    RecipeError where it has none; DataError and EnvironmentFault as for `fetch`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        told = HfApi().get_safetensors_metadata(name, revision=revision)
+    except NotASafetensorsRepoError:
+        raise RecipeError(
+            f"{name}: its weights are pickles, or adapters, and what they hold is not told before they are downloaded: "
+            f"`hf download {name} --local-dir DIR`, then give DIR"
+        ) from None
+    except Exception as fault:  # as in `fetch`
+        raise hub_fault(fault, name, revision) from fault
+    return {
+        tensor: told_tensor(about.dtype, about.shape)
+        for file in told.files_metadata.values()
+        for tensor, about in file.tensors.items()
+    }
+
+
+def hub_fault(fault: Exception, name: str, revision: str | None = None) -> DataError | EnvironmentFault:
+    """One line on why the hub did not give or take a repository, and how to mend it."""
+    from huggingface_hub import errors
+
+    what = f"{name}@{revision}" if revision else name
+    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    if isinstance(fault, errors.GatedRepoError):
+        return EnvironmentFault(
+            f"{what}: the hub gives this model only to those who accepted its terms; accept them on its page there, "
+            "then `hf auth login`"
+        )
+    if isinstance(fault, errors.RevisionNotFoundError):
+        return DataError(f"{what}: the hub has the model {name}, but no revision {revision!r} of it")
+    if isinstance(fault, errors.RepositoryNotFoundError):
+        return DataError(
+            f"{what}: there is no such folder here, and the hub has no model of this name (or it is private: "
+            "`hf auth login`)"
+        )
+    if isinstance(fault, errors.OfflineModeIsEnabled):
+        return EnvironmentFault(
+            f"{what}: there is no such folder here, the hub's cache does not hold it whole, and HF_HUB_OFFLINE is set; "
+            "unset it to download"
+        )
+    if isinstance(fault, errors.HfHubHTTPError):
+        return EnvironmentFault(f"{what}: the hub refused: {reason}")
+    if isinstance(fault, OSError) and fault.errno is not None and fault.filename:
+        return EnvironmentFault(f"{what}: could not be kept on this machine: {fault.strerror}: {fault.filename}")
+    return EnvironmentFault(
+        f"{what}: there is no such folder here, and the hub could not be asked ({type(fault).__name__}: {reason})"
+    )

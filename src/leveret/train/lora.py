@@ -7,15 +7,18 @@ Only the language module is handed over, with the exact names of its layers: a t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from leveret.model.merge import REST
 from leveret.runs import RecipeError, closest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from leveret.train.stages import Lora
 
 
@@ -82,10 +85,19 @@ def merge(language: nn.Module) -> None:
             delattr(language, leftover)
 
 
-def save(language: nn.Module, lora: Lora, folder: Path, base: str) -> None:
-    """Write the adapters as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+def save(
+    language: nn.Module,
+    lora: Lora,
+    folder: Path,
+    base: str,
+    rest: Mapping[str, Tensor] | None = None,
+    resize: str | None = None,
+) -> None:
+    """Write the adapters as PEFT does: `adapter_config.json` and `adapter_model.safetensors`; and beside them, in
+    `rest.safetensors`, what else learned, without which base and adapters would not be the model that was taught.
 
-    base  name or path of the language model they belong to.
+    base    name or path of the model they belong to.
+    rest    names in the whole model -> tensors. resize: how images were made square meanwhile, where the stage says so.
     """
     import torch
     from safetensors.torch import save as to_bytes
@@ -110,4 +122,8 @@ def save(language: nn.Module, lora: Lora, folder: Path, base: str) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
+    if rest or resize:
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in (rest or {}).items()}
+        told = {"format": "pt"} | ({"resize": resize} if resize else {})
+        atomic_write(folder / REST, to_bytes(kept, metadata=told))
     atomic_write(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")

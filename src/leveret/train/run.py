@@ -6,7 +6,7 @@ RUN/STAGE/cache/                            the stage's data, prepared (removed 
 RUN/STAGE/quarantine.jsonl                  samples that cannot be used, with reasons
 RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation
 RUN/STAGE/state/step-N/                     weights that learn, moments, step (removed when the stage is done)
-RUN/STAGE/model/ adapter/ done              the stage's model; its adapters in PEFT's format; the facts that bind it
+RUN/STAGE/model/ adapter/ done              the stage's model; adapters in PEFT's format, and what else learned; facts
 RUN/model/                                  the last stage's model
 """
 
@@ -227,7 +227,9 @@ def _stage(
         vlm.eval()
         how = stage.learn.get("language")
         if how is not None and how.lora is not None:
-            lora.save(vlm.language, how.lora, folder / "adapter", str(start or recipe.model.language.name))
+            rest = {one.name: one.value for one in trainables if ".lora_" not in one.name}
+            base = str(start or recipe.model.language.name)
+            lora.save(vlm.language, how.lora, folder / "adapter", base, rest, stage.resize)
             lora.merge(vlm.language)
         checkpoint.save(vlm, folder / "model")
     write_json(folder / "done", {"stage": name, "steps": total, "facts": facts})

@@ -61,16 +61,19 @@ def read(
         raise DataError(f"{path}: there is no such folder")
     name = recognise(folder)
     if name is None:
-        said = folder.config.get("model_type")
-        what = f"its config.json says model_type {said!r}" if said else "it has no config.json that says what it is"
-        more = (
-            "; it asks for code from its repository (auto_map), and none is run" if "auto_map" in folder.config else ""
-        )
-        raise DataError(
-            f"{path} is no model of a tool that is known here: {what}{more}. Known: "
-            + "; ".join(peer.name for peer in PEERS.values())
-        )
+        raise unknown(folder)
     return PEERS[name].read(folder, Hub(Path(hub) if hub is not None else None), base, size)
+
+
+def unknown(folder: Folder) -> DataError:
+    """What to say of a folder that is of no known tool."""
+    said = folder.config.get("model_type")
+    what = f"its config.json says model_type {said!r}" if said else "it has no config.json that says what it is"
+    more = "; it asks for code from its repository (auto_map), and none is run" if "auto_map" in folder.config else ""
+    return DataError(
+        f"{folder.path} is no model of a tool that is known here: {what}{more}. Known: "
+        + "; ".join(peer.name for peer in PEERS.values())
+    )
 
 
 def load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from leveret.model import tower_keys, towers
 from leveret.model.build import join
 from leveret.model.checkpoint import fill, stored
 from leveret.model.hub import quiet
+from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import State
 from leveret.model.peers.foreign import Foreign
-from leveret.model.recipe import Kept
+from leveret.model.recipe import Kept, ModelRecipe
 from leveret.model.tower_table import TowerFacts, describe_all
 from leveret.model.vlm import VLM
+from leveret.runs import EnvironmentFault
 
 
 def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -> VLM:
@@ -31,23 +34,15 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
 
     with quiet():  # about a model type that transformers does not know
         tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
-    described = foreign.eyes or describe_all(foreign.recipe.vision)
-    kept = [
-        parts_of(facts, foreign.seen[place]) if place in foreign.seen else [] for place, facts in enumerate(described)
-    ]
-    spoken, tables = foreign.facts, dict(foreign.language)
-    if foreign.cut and len(tokenizer) < spoken.vocab:
-        spoken = replace(spoken, vocab=len(tokenizer))
-        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
-            if name in tables:
-                tables[name] = tables[name][: spoken.vocab].clone()
-    language_recipe = foreign.recipe.language.model_copy(update={"vocab": spoken.vocab})
-    vision = foreign.recipe.vision.keeping(kept)
-    recipe = foreign.recipe.model_copy(update={"vision": vision, "language": language_recipe})
+    described, recipe, spoken = _settled(foreign, len(tokenizer))
+    tables = dict(foreign.language)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+        if foreign.cut and name in tables:
+            tables[name] = tables[name][: spoken.vocab].clone()
     with no_init_weights():
         eyes = [
             towers.fill_tower(
-                replace(facts, keep=tuple(kept[place])),
+                facts,
                 foreign.seen[place],
                 where=str(source),
                 positions=foreign.positions if facts.family == "dinov2" else None,
@@ -59,7 +54,7 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
         language = languages.build_language(spoken)
         vlm = join(recipe, eyes, language, tokenizer=tokenizer)
     if dtype is None:
-        dtype = Counter(tensor.dtype for tensor in foreign.language.values()).most_common(1)[0][0]
+        dtype = saved_as(foreign)
     if language.get_output_embeddings().weight is language.get_input_embeddings().weight:
         tables.pop("lm_head.weight", None)  # a checkpoint may say twice what is one
     seen = {name: tensor for name, tensor in stored(vlm) if name.startswith("towers.")}
@@ -69,6 +64,46 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
     fill(vlm, {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, source)
     _call(vlm, foreign.names)
     return vlm.eval()
+
+
+def outline(foreign: Foreign) -> VLM:
+    """The same on torch's meta device, where the tensors of `foreign` may be too; it has no tokenizer."""
+    rows = foreign.facts.vocab
+    with suppress(EnvironmentFault), quiet():  # without one the rows are those that were saved
+        rows = len(languages.load_tokenizer(str(foreign.tokenizer)))
+    described, recipe, spoken = _settled(foreign, rows)
+    with torch.device("meta"):
+        eyes = [towers.build_tower(facts) for facts in described]
+        vlm = join(recipe, eyes, languages.build_language(spoken), tokenizer=None)
+    _call(vlm, foreign.names)
+    return vlm.eval()
+
+
+def saved_as(foreign: Foreign) -> torch.dtype:
+    """The type in which most of the language model was saved."""
+    return Counter(tensor.dtype for tensor in foreign.language.values()).most_common(1)[0][0]
+
+
+def _settled(foreign: Foreign, tokens: int) -> tuple[list[TowerFacts], ModelRecipe, LanguageFacts]:
+    """What is built: towers with the parts that the checkpoint has, and the language model's rows, with a tokenizer of
+    so many tokens."""
+    described = foreign.eyes or describe_all(foreign.recipe.vision)
+    kept = [
+        parts_of(facts, foreign.seen[place]) if place in foreign.seen else [] for place, facts in enumerate(described)
+    ]
+    spoken = foreign.facts
+    if foreign.cut and tokens < spoken.vocab:
+        spoken = replace(spoken, vocab=tokens)
+    language = foreign.recipe.language.model_copy(update={"vocab": spoken.vocab})
+    recipe = foreign.recipe.model_copy(update={"vision": foreign.recipe.vision.keeping(kept), "language": language})
+    return (
+        [
+            replace(facts, keep=tuple(kept[place])) if place in foreign.seen else facts
+            for place, facts in enumerate(described)
+        ],
+        recipe,
+        spoken,
+    )
 
 
 def _call(vlm: VLM, names: Sequence[str]) -> None:

@@ -7,13 +7,13 @@ as they were saved; what they mean is the business of each peer's own file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.model.hub import read_tensors, shards_of
+from leveret.model.hub import outline_tensors, read_tensors, shards_of
 from leveret.runs import DataError
 
 if TYPE_CHECKING:
@@ -81,7 +81,27 @@ class Folder:
         if not files:
             wanted = ", ".join(f"{stem}.safetensors or {stem}.bin" for stem in STEMS)
             raise DataError(f"{self.path / inside} holds no weights: none of {wanted}, or an index of shards")
-        return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+        return {name: tensor for file in files for name, tensor in self.tensors(file).items()}
+
+    def tensors(self, file: Path) -> State:
+        """The tensors of a file in here."""
+        return read_tensors(file)
+
+
+@dataclass(frozen=True)
+class Outline(Folder):
+    """The same, but tensors come on the meta device: their names, types and shapes, to see what a model would be.
+
+    told  the tensors of weights that are not on this machine, as the hub tells them.
+    """
+
+    told: State | None = None
+
+    def weights(self, inside: str = ".") -> list[Path]:
+        return [self.path / "model.safetensors"] if self.told is not None and inside == "." else super().weights(inside)
+
+    def tensors(self, file: Path) -> State:
+        return dict(self.told) if self.told is not None else outline_tensors(file)
 
 
 def renamed(state: Mapping[str, Any], *pairs: tuple[str, str]) -> State:
@@ -99,42 +119,94 @@ def merge_adapters(base: State, adapters: Mapping[str, Any], settings: Mapping[s
     """The base weights with PEFT's LoRA adapters added: W + (alpha / r) B A, in float32.
 
     base      names as the language model has them. settings: adapter_config.json.
-    adapters  `PREFIX<layer>.lora_A.weight`, `.lora_B.weight` and perhaps `.lora_magnitude_vector` (DoRA).
+    adapters  `PREFIX<layer>.lora_A.weight`, `.lora_B.weight` and perhaps `.lora_magnitude_vector` (DoRA); and whole
+              tensors `PREFIX<name>` that were saved beside them (PEFT's modules_to_save, biases).
     DataError where an adapter fits no layer, lacks its other half, or is of a kind that is not known.
     """
-    import torch
+    out = dict(base)
+    for name, change in adapter_changes({name: tuple(x.shape) for name, x in base.items()}, adapters, settings, prefix):
+        out[name] = change(out[name])
+    return out
 
+
+Change = Callable[["Tensor"], "Tensor"]
+
+
+def adapter_changes(
+    shapes: Mapping[str, tuple[int, ...]], adapters: Mapping[str, Any], settings: Mapping[str, Any], prefix: str
+) -> list[tuple[str, Change]]:
+    """What `merge_adapters` does to each tensor it changes, so that one of them at a time need stand in memory.
+
+    shapes  of the base's tensors, by name. A change takes a tensor of the base; an adapter's comes back in float32.
+    """
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise DataError(f"adapters of the kind {kind!r}; LORA is what can be merged")
+    if "r" not in settings or "lora_alpha" not in settings:
+        raise DataError("adapter_config.json says no r or no lora_alpha; these scale what is added")
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     patterns = {"r": settings.get("rank_pattern") or {}, "alpha": settings.get("alpha_pattern") or {}}
-    out, left = dict(base), dict(adapters)
+    left, changes = dict(adapters), list[tuple[str, Change]]()
     for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
         own = layer.removeprefix(prefix)
         down, up = left.pop(name), left.pop(f"{layer}.lora_B.weight", None)
-        if up is None or f"{own}.weight" not in out:
+        if up is None or f"{own}.weight" not in shapes:
             missing = f"{layer}.lora_B.weight" if up is None else f"a layer {own}"
             raise DataError(f"the adapters have {name}, but there is no {missing}; they were made for another model")
+        turned = bool(settings.get("fan_in_fan_out"))
+        given = (up.shape[0], down.shape[1])[:: -1 if turned else 1]
+        if given != shapes[f"{own}.weight"] or up.shape[1] != down.shape[0]:
+            raise DataError(
+                f"the adapters of {own} are {tuple(up.shape)} and {tuple(down.shape)}, which do not add to a weight of "
+                f"{shapes[f'{own}.weight']}; they were made for another model"
+            )
         r = _pattern(patterns["r"], own, rank)
         scale = _pattern(patterns["alpha"], own, alpha) / (r**0.5 if settings.get("use_rslora") else r)
-        weight = out[f"{own}.weight"].float()
-        merged = weight + scale * (up.float() @ down.float())
         magnitude = left.pop(f"{layer}.lora_magnitude_vector", None)
         if magnitude is None:
             magnitude = left.pop(f"{layer}.lora_magnitude_vector.weight", None)
+        changes.append((f"{own}.weight", _adding(down, up, scale, magnitude, turned)))
+    for name in [name for name in left if ".lora_" not in name]:
+        own = name.removeprefix(prefix)
+        if shapes.get(own) == tuple(left[name].shape):
+            changes.append((own, _putting(left.pop(name))))
+    if left:
+        raise DataError(
+            f"{len(left)} tensors of the adapters have no place in the model: "
+            f"{shown({f'{name} {tuple(x.shape)}': x for name, x in left.items()})}"
+        )
+    return changes
+
+
+def _adding(down: Tensor, up: Tensor, scale: float, magnitude: Tensor | None, turned: bool) -> Change:
+    def change(weight: Tensor) -> Tensor:
+        import torch
+
+        added = scale * (up.float() @ down.float())
+        merged = weight.float() + (added.T if turned else added)
         if magnitude is not None:  # DoRA (arXiv 2402.09353): the direction is learned, the length apart from it
             merged = merged * (magnitude.float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
-        out[f"{own}.weight"] = merged
-    if left:
-        raise DataError(f"{len(left)} tensors of the adapters have no place: {shown(left)}")
-    return out
+        return merged
+
+    return change
+
+
+def _putting(whole: Tensor) -> Change:
+    return lambda weight: whole.to(weight.dtype)
 
 
 def _pattern(table: Mapping[str, Any], layer: str, default: float) -> float:
     """PEFT's own override for a layer: by the end of its name."""
     return next((float(value) for end, value in table.items() if layer == end or layer.endswith("." + end)), default)
+
+
+def read_adapters(folder: Folder) -> State:
+    """A folder's adapters in PEFT's format. DataError where there are none."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if folder.has(name):
+            return read_tensors(folder.path / name)
+    raise DataError(f"{folder.path}: adapter_config.json is there, but no adapter_model.safetensors or .bin")
 
 
 def shown(names: Sequence[str] | Mapping[str, Any], most: int = 12) -> str:

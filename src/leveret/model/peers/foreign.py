@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.inputs.formats import CHATS
+from leveret.model.hub import as_id, fetch
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State
 from leveret.model.recipe import ModelRecipe
 from leveret.model.tower_facts import TowerFacts
 from leveret.model.tower_keys import Positions
-from leveret.runs import DataError, EnvironmentFault
+from leveret.runs import DataError, EnvironmentFault, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Hub:
     """Where what a checkpoint names by an id of the hub is looked for: folders `OWNER/NAME` in `place`, then the hub's
-    own cache, then the hub."""
+    own cache, then the hub. words_only: of what is on the hub, settings and tokenizers without the weights."""
 
     place: Path | None = None
+    words_only: bool = False
 
     def find(self, name: str) -> Path | None:
         """The folder or file of an id on this machine, without asking anyone; None where there is none."""
@@ -37,13 +39,11 @@ class Hub:
         """The folder or file of an id. EnvironmentFault where it cannot be had."""
         if (found := self.find(name)) is not None:
             return found
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-            from huggingface_hub import snapshot_download
-
+        if as_id(name) is not None:
             try:
-                return Path(snapshot_download(name))
-            except Exception as fault:  # offline, gated, unknown: each has a class of its own
-                reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+                return fetch(name, words_only=self.words_only)
+            except UserError as fault:
+                reason = str(fault)
         else:
             reason = "it is no id of the hub, and there is no such folder"
         where = f" or at {self.place / name}" if self.place is not None else ""
@@ -97,7 +97,12 @@ def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:
 def called(name: Any, folder: Folder) -> str:
     """What a language model is called in a model that is saved: an id as it is, of a path of someone's machine the end,
     and the folder's own name where nothing is said."""
-    said = str(name or folder.path.resolve().name)
+    home = folder.path.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/REVISION
+        own = home.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    else:
+        own = home.name
+    said = str(name or own)
     return said if said.count("/") == 1 and not said.startswith((".", "/", "~")) else said.rstrip("/").split("/")[-1]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leveret.model.language import LanguageFacts
-from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
+from leveret.model.peers.files import Folder, State, merge_adapters, read_adapters, read_tensors, renamed
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, written_as
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import tiles_of, tower_of
@@ -100,7 +100,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         home = Folder(hub.get(base or str(config.get("_name_or_path", "")), f"{folder.path}: the base language model"))
         whole = home.state() | _beside(folder)
         if folder.has("adapter_config.json"):
-            whole = merge_adapters(whole, _adapters(folder), folder.settings("adapter_config.json"), ADAPTED)
+            whole = merge_adapters(whole, read_adapters(folder), folder.settings("adapter_config.json"), ADAPTED)
             notes.append("the adapters are merged into the language model")
     language = {name: x for name, x in whole.items() if not name.startswith((TOWER, CONNECTOR))}
     newline = language.pop(NEWLINE, None)
@@ -167,13 +167,6 @@ def _beside(folder: Folder) -> State:
         f"{folder.path}: no weights of a model, and neither non_lora_trainables.bin (of a LoRA folder) nor "
         "mm_projector.bin (of a projector alone)"
     )
-
-
-def _adapters(folder: Folder) -> State:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if folder.has(name):
-            return read_tensors(folder.path / name)
-    raise DataError(f"{folder.path}: adapter_config.json is there, but no adapter_model.safetensors or .bin")
 
 
 def _spoken(folder: Folder, home: Folder) -> Any:

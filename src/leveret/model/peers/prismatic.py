@@ -17,7 +17,7 @@ from typing import Any
 from leveret.inputs.formats import published
 from leveret.inputs.views import STRATEGIES
 from leveret.model.language import LanguageFacts
-from leveret.model.peers.files import Folder, read_tensors, renamed
+from leveret.model.peers.files import Folder, renamed
 from leveret.model.peers.foreign import Foreign, Hub, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, tower_of
@@ -97,7 +97,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     resize = _row(STRATEGIES, str(model["image_resize_strategy"]), "image_resize_strategy", folder)
     notes: list[str] = []
     ending = next((end for end in ("safetensors", "pt") if folder.has(WEIGHTS + end)), "pt")
-    whole = read_tensors(folder.path / f"{WEIGHTS}{ending}")
+    whole = folder.tensors(folder.path / f"{WEIGHTS}{ending}")
     home = Folder(hub.get(base or source, f"{folder.path}: the language model's settings and tokenizer"))
     language = renamed(whole, (LANGUAGE, ""))
     rows = rows_of(language, "model.embed_tokens.weight", folder.path)

@@ -1,0 +1,200 @@
+"""From what a person names (our folder, a run, another tool's folder, or `OWNER/NAME[@REVISION]`) to a model.
+
+What lies on this machine wins over an id. A model of another tool is read as it is, by `peers`; nothing is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leveret.model import hub as hubs
+from leveret.runs import DataError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from leveret.model.vlm import VLM
+
+OURS = "leveret"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model on this machine.
+
+    name    as it was given. folder: where its config.json is.
+    tool    OURS, or a row of peers.PEERS.
+    """
+
+    name: str
+    folder: Path
+    tool: str
+
+    @property
+    def ours(self) -> bool:
+        return self.tool == OURS
+
+    @property
+    def with_code(self) -> bool:
+        """Whether it is one of ours that was published with its code, whose tensors have other names."""
+        return self.ours and "auto_map" in hubs.read_config(self.folder)
+
+
+def locate(given: str | Path, hub: str | Path | None = None) -> Given:
+    """The folder that `given` means; of an id what is lacking on this machine is downloaded, never code.
+
+    hub  a folder with OWNER/NAME folders, looked at before the hub itself.
+
+    DataError when there is no model, or it is of no tool that is known; EnvironmentFault when the hub cannot be asked.
+    """
+    path = Path(given).expanduser()
+    if not path.exists() and (name := hubs.as_id(str(given))) is not None:
+        path = _kept(*name, hub)
+    return Given(str(given), *look(path))
+
+
+def _kept(name: str, revision: str | None, hub: str | Path | None) -> Path:
+    """An id's folder in `hub`, else in the hub's own cache."""
+    kept = Path(hub) / name if hub is not None and revision is None else None
+    return kept if kept is not None and kept.is_dir() else hubs.fetch(name, revision)
+
+
+def look(path: Path) -> tuple[Path, str]:
+    """(a model's folder, its tool) of a folder on this machine, or of a finished run. DataError where it is neither."""
+    from leveret.model import checkpoint, peers
+
+    fault: DataError | None = None
+    try:
+        found = checkpoint.find(path)
+        if "format" in hubs.read_config(found):
+            return found, OURS
+    except DataError as error:
+        fault, found = error, path
+    if not found.is_dir():
+        assert fault is not None, "`find` gives folders"
+        raise fault
+    folder = peers.Folder(found)
+    if (tool := peers.recognise(folder)) is not None:
+        return found, tool
+    if fault is not None and not folder.has("config.json"):
+        raise fault
+    raise peers.unknown(folder)
+
+
+def load(
+    given: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    hub: str | Path | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> VLM:
+    """The model that `given` means (see `locate`), in evaluation mode.
+
+    base  what another tool's adapters, or a projector, stand on. dtype: of all weights; by default as they were saved.
+
+    Raises as `locate`, `checkpoint.load` and `peers.read` do.
+    """
+    return open_given(locate(given, hub), device, hub=hub, base=base, dtype=dtype)[0]
+
+
+def open_given(
+    given: Given,
+    device: str | torch.device = "cpu",
+    *,
+    hub: str | Path | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[VLM, str, list[str]]:
+    """(the model, whose it was, notes on what was read otherwise than names say)."""
+    from leveret.model import checkpoint, peers
+    from leveret.model.peers.assemble import assemble
+
+    if given.ours:
+        vlm = checkpoint.load(given.folder, device)
+        return (vlm.cast(dtype) if dtype is not None else vlm), OURS, []
+    foreign = peers.read(given.folder, hub=hub, base=base)
+    return assemble(foreign, given.folder, dtype).to(device).eval(), foreign.tool, foreign.notes
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a model is, without its weights.
+
+    vlm     on torch's meta device, without a tokenizer. tool: whose it is, in words. notes: as of peers.
+    stored  name of a tensor in `vlm` -> its type in the files.
+    """
+
+    vlm: VLM
+    tool: str
+    stored: dict[str, torch.dtype]
+    notes: list[str] = field(default_factory=list)
+
+
+def sketch(given: str | Path) -> Sketch:
+    """What the model that `given` means would be. Of an id only settings, tokenizer and the heads of the weights are
+    downloaded.
+
+    RecipeError where it is no whole model by itself (adapters, a projector), or its weights, on the hub, are pickles;
+    DataError and EnvironmentFault as for `locate`.
+    """
+    from leveret.model import checkpoint, peers
+    from leveret.model.peers.assemble import outline, saved_as
+    from leveret.model.peers.files import Outline
+
+    name = None if Path(given).expanduser().exists() else hubs.as_id(str(given))
+    if name is None:
+        found, told = locate(given), None
+    else:
+        path = hubs.fetch(*name, words_only=True)
+        ours = "format" in peers.Folder(path).config
+        tool = OURS if ours else peers.recognise(peers.Folder(path))
+        if tool is None:
+            raise peers.unknown(peers.Folder(path))
+        found = Given(str(given), path, tool)
+        here = any(file.suffix in (".safetensors", ".bin", ".pt") for file in path.rglob("*"))
+        told = None if here else hubs.remote_outline(*name)
+    if found.ours:
+        vlm = checkpoint.outline(found.folder)
+        tensors = hubs.outline_tensors(found.folder / "model.safetensors") if told is None else told
+        tensors = checkpoint.our_names(tensors) if found.with_code else tensors
+        return Sketch(vlm, OURS, {key: tensor.dtype for key, tensor in tensors.items()})
+    folder = Outline(found.folder, told)
+    if folder.has("adapter_config.json") or (found.tool == "merged" and not folder.weights()):
+        raise RecipeError(
+            f"{given} holds adapters, or a projector alone: make it a whole model first, `leveret convert {given} OUT`"
+        )
+    foreign = peers.PEERS[found.tool].read(folder, peers.Hub(words_only=True), None, None)
+    vlm, kind = outline(foreign), saved_as(foreign)
+    return Sketch(vlm, foreign.tool, {key: kind for key, _ in checkpoint.stored(vlm)}, foreign.notes)
+
+
+@contextmanager
+def as_ours(given: Given, beside: Path, *, hub: str | Path | None = None) -> Iterator[Path]:
+    """The model as a folder of ours: itself, or while the block runs a converted copy, hidden in `beside`."""
+    from tempfile import TemporaryDirectory
+
+    from leveret.model import checkpoint
+
+    if given.ours and not given.with_code:
+        yield given.folder
+        return
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".converted-", dir=beside) as scratch:
+        yield checkpoint.save(open_given(given, hub=hub)[0], Path(scratch) / "model")
+
+
+def refuse_place(out: Path, *read: Path) -> None:
+    """RecipeError where a model written to `out` would take the place of a folder that is read, of one inside it, or of
+    anything that is no model: what stands there is replaced whole."""
+    for source in read:
+        if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+            raise RecipeError(f"{out} lies in the folder that is read ({source}); give another place for the result")
+    if out.is_file() or (
+        out.is_dir() and any(out.iterdir()) and not ((out / "config.json").is_file() or any(out.glob("*.gguf")))
+    ):
+        raise RecipeError(f"{out} is there already and is no model; give another place for the result")
