@@ -44,7 +44,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     for name in ("modeling.py", "pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "consolidated.safetensors"):
         (ours / name).parent.mkdir(exist_ok=True)
         (ours / name).write_text("evil")
-    theirs = write(vlm, place / "me/theirs", "bunny")
+    write(vlm, theirs := place / "me/theirs", "bunny")
     (theirs / "modeling_bunny.py").write_text("raise SystemExit('this code was run')")
     torch.save({"x": torch.zeros(1)}, theirs / "pytorch_model.bin")
     shutil.copytree(theirs, place / "me/pickled")

@@ -340,3 +340,15 @@ def test_the_adapters_of_a_run_and_what_learned_beside_them_are_the_runs_model(t
     assert bits(tmp_path / "m") == bits(tmp_path / "run" / "tune" / "model") != bits(tmp_path / "run/align/model")
     configs = [json.loads((place / "config.json").read_text()) for place in (tmp_path / "m", tmp_path / "run/model")]
     assert configs[0] == configs[1] and configs[0]["vision"][0]["resize"] == "pad"
+
+
+def test_a_model_published_with_its_code_is_averaged_and_told_like_ours(tmp_path: Path) -> None:
+    from leveret import doctor
+
+    published = tmp_path / "published"
+    assert run(["convert", str(model(1)), str(published), "--to", "remote-code"]) == 0
+    average([model(1), published], tmp_path / "m")
+    assert bits(tmp_path / "m") == bits(model(1))
+    told = [doctor.examine(str(place)) for place in (model(1), published)]
+    sizes = [{name: part["stored"] for name, part in one["parts"].items()} for one in told]
+    assert sizes[0] == sizes[1] and told[0]["parameters"] == told[1]["parameters"]
