@@ -244,7 +244,8 @@ def fetch(name: str, revision: str | None = None, *, words_only: bool = False) -
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        files = to_fetch(HfApi().list_repo_files(name, revision=revision))
+        told_files = HfApi().model_info(name, revision=revision).siblings or []  # one question, asked once
+        files = to_fetch([file.rfilename for file in told_files])
         if words_only:
             files = [file for file in files if file.endswith(_WORDS)]
         return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in files]))
