@@ -142,10 +142,21 @@ def _find(name: str, kind: Kind, beside: Path | None = None) -> _Place:
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"{path}: there is no such recipe file")
     if path.is_dir():
-        raise RecipeError(f"{path} is a folder; a recipe is a YAML file or one of: {', '.join(names(kind)) or 'none'}")
+        raise RecipeError(f"{path} is a folder; a recipe is a YAML file or one of: {_listed(kind)}")
     near = closest(name, names(kind))
-    hint = f"Did you mean {_either(near)}?" if near else f"The {kind} recipes: {', '.join(names(kind)) or 'none'}."
+    hint = f"Did you mean {_either(near)}?" if near else f"The {kind} recipes: {_listed(kind)}."
     raise RecipeError(f"there is no recipe {name!r} (kind: {kind}), and no file of that name. {hint}")
+
+
+def _listed(kind: Kind) -> str:
+    """The recipes of a kind for a message: of a table its first one, and how many more it has."""
+    tables: dict[str, list[str]] = {}
+    for name in names(kind):
+        tables.setdefault(name.partition("/")[0], []).append(name)
+    said = [
+        row[0] if len(row) == 1 else f"{row[0]} (and {len(row) - 1} more: {table}/..)" for table, row in tables.items()
+    ]
+    return ", ".join(said) or "none"
 
 
 def _resolve(place: _Place, kind: Kind, above: tuple[_Place, ...]) -> _Raw:
