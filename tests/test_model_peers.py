@@ -16,6 +16,7 @@ from PIL import Image
 
 import leveret
 from fakes import tiny_tokenizer
+from language_fakes import toy_vlm
 from leveret.cli import explain, run
 from leveret.inputs.resize import prepare
 from leveret.model import checkpoint, peers
@@ -330,6 +331,26 @@ def test_there_and_back_is_the_same_model(layout: str, family: str, tmp_path: Pa
             safe_open(tmp_path / "theirs/model.safetensors", "pt") as two,
         ):
             assert set(two.keys()) <= set(one.keys())
+
+
+def test_a_gemma_of_the_factory_scales_images_as_its_transformers_did(tmp_path: Path) -> None:
+    """transformers 4.40 (GemmaModel.forward) multiplied all that came in by the root of the width, images too."""
+    from safetensors.torch import load_file
+
+    vlm = toy_vlm("google/gemma-2b-it")
+    batch = some_batch(vlm)
+    write(vlm, tmp_path / "theirs", "tinyllava")
+    theirs = load_file(tmp_path / "theirs/model.safetensors")
+    with torch.no_grad():
+        expected = vlm(batch, logits="all").logits
+        layers = [theirs[f"connector._connector.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias")]
+        hidden = torch.nn.functional.gelu(torch.nn.functional.linear(vlm.see(batch.pixels), *layers[:2]))
+        seen = torch.nn.functional.linear(hidden, *layers[2:])
+        given = theirs["language_model.model.embed_tokens.weight"][batch.input_ids]
+        given = given.masked_scatter(batch.image_mask[..., None], seen) * given.shape[-1] ** 0.5
+        close(vlm.language(inputs_embeds=given).logits, expected.numpy(), 1e-5, "as the Factory computed")
+        again = peers.load(tmp_path / "theirs", dtype=torch.float32)
+        close(again(batch, logits="all").logits, expected.numpy(), 1e-5, "read again")
 
 
 @MISSING

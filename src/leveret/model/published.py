@@ -97,6 +97,22 @@ def read_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def times(kind: str, state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """A connector's `state` with all that it gives multiplied by `factor`: in its last weight and bias, in their type.
+
+    Gemma multiplies its token table by the root of its width. transformers did so with all that came in, images too,
+    until tokens were scaled at the table (GemmaTextScaledWordEmbedding); what was taught in those days is read so.
+    DataError for a connector that does not end in a weight and a bias.
+    """
+    ends = {"linear": "", "qformer": "projector.", "resampler": "norm."}
+    if found := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
+        ends[kind] = f"{2 * (int(found[1]) - 1)}."
+    if kind not in ends:
+        raise DataError(f"{kind} before a Gemma, whose images were scaled: known are {', '.join(ends)} and mlpNx_gelu")
+    last = {f"{ends[kind]}{name}" for name in ("weight", "bias")}
+    return {name: (x.float() * factor).to(x.dtype) if name in last else x for name, x in state.items()}
+
+
 def write_state(kind: str, state: Mapping[str, Tensor], before: str, positions: int = 512) -> dict[str, Tensor]:
     """The reverse: our connector's `state` by the published names, each behind `before`.
 

@@ -19,7 +19,7 @@ from leveret.model.peers.files import Folder, State, merge_adapters, read_tensor
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, tower_of
-from leveret.model.published import of_factory, read_state
+from leveret.model.published import of_factory, read_state, times
 from leveret.model.recipe import LanguageRecipe, ModelRecipe
 from leveret.runs import DataError
 
@@ -66,9 +66,15 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     else:
         vision, towers = tower_of(names[0], seen, hub, notes, trained=True, **choices)
     bert = hub.find(BERT)
+    joined = of_factory(config, Folder(bert).config if bert is not None else None)
+    if (scale := image_scale(told)) != 1:
+        connector = times(joined.kind, connector, scale)
+        notes.append(
+            "Gemma's scale of the images, which transformers applied when the Factory ran, is in the connector"
+        )
     recipe = ModelRecipe(
         vision=vision,
-        connector=of_factory(config, Folder(bert).config if bert is not None else None),
+        connector=joined,
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
         chat=_chat(source, str(told["model_type"])),
     )
@@ -80,6 +86,12 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     return Foreign(
         "TinyLLaVA Factory", recipe, towers, connector, language, facts, spoken, notes, eyes, positions="dino"
     )
+
+
+def image_scale(language: Mapping[str, Any]) -> float:
+    """What the Factory's transformers (4.40) multiplied all that comes into a language model by, and later ones only
+    the tokens."""
+    return float(language["hidden_size"]) ** 0.5 if language["model_type"] == "gemma" else 1.0
 
 
 def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:

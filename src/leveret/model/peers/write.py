@@ -23,7 +23,7 @@ from leveret.model import tower_keys
 from leveret.model.checkpoint import fresh_folder, stored
 from leveret.model.peers import gguf_write, merged, prismatic, remote, tinyllava
 from leveret.model.peers.hfllava import SCALED
-from leveret.model.published import write_state
+from leveret.model.published import times, write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.runs import RecipeError
@@ -258,7 +258,10 @@ def _factory(vlm: VLM) -> Written:
         "vision_config": dict(tower.facts.config) | {"model_name_or_path": tower.facts.source},
     }
     state = _language(vlm, tinyllava.LANGUAGE) | _seen(tower, eyes[tower.facts.family], tinyllava.TOWER + inside)
-    return config, state | write_state(kind, vlm.connector.state_dict(), tinyllava.CONNECTOR), {}
+    connector: Mapping[str, Tensor] = vlm.connector.state_dict()
+    if (scale := tinyllava.image_scale(text)) != 1:
+        connector = times(kind, connector, 1 / scale)
+    return config, state | write_state(kind, connector, tinyllava.CONNECTOR), {}
 
 
 # --- HF LLaVA ---------------------------------------------------------------------------------------------------------
