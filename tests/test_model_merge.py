@@ -83,6 +83,16 @@ def test_the_order_does_not_matter_and_the_mean_is_the_mean(parts: list[int], or
         torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=1e-6)
 
 
+def test_a_field_that_an_older_leveret_did_not_write_is_no_difference(tmp_path: Path) -> None:
+    older = Path(shutil.copytree(model(2), tmp_path / "older"))
+    config = json.loads((older / "config.json").read_text("utf-8"))
+    assert config["vision"][0].pop("short") == 0
+    (older / "config.json").write_text(json.dumps(config), "utf-8")
+    average([model(1), older], tmp_path / "m")
+    average([model(1), model(2)], tmp_path / "n")
+    assert bits(tmp_path / "m") == bits(tmp_path / "n")
+
+
 def test_the_first_models_type_is_kept_and_the_sum_is_made_in_float32(tmp_path: Path) -> None:
     half, full = model(1, torch.bfloat16), model(2)
     average([half, full], tmp_path / "m", [0.25, 0.75])

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from leveret.model import checkpoint
 from leveret.model.hub import as_id, fetch, read_head
+from leveret.model.language import LanguageFacts
 from leveret.model.source import Given, as_ours, locate, open_given, refuse_place
+from leveret.model.tower_facts import TowerFacts
+from leveret.records import ImageSpec
 from leveret.runs import DataError, EnvironmentFault, RecipeError, differences, sha256_of, write_json
 
 if TYPE_CHECKING:
@@ -332,7 +335,13 @@ def _composition(folder: Path, named: bool) -> dict[str, Any]:
     named  whether the language model's name counts too: other tools write down the folder that they last stood in.
     """
     config, recipe = checkpoint.read(folder)
-    said = {"recipe": recipe.model_dump(mode="json"), **{name: config[name] for name in ("spec", "vision", "language")}}
+    said: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json"),
+        # through the classes: a field that an older leveret did not write has its default
+        "spec": ImageSpec.from_dict(config["spec"]).to_dict(),
+        "vision": [TowerFacts.from_dict(facts).to_dict() for facts in config["vision"]],
+        "language": LanguageFacts(**config["language"]).to_dict(),
+    }
     said["recipe"]["connector"].pop("dropout", None)
     if not named:
         del said["recipe"]["language"]["name"]
