@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.runs import cores, environment
+from leveret.runs import cores, environment, in_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -294,14 +294,6 @@ def _problems(facts: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} GiB"
-
-
 def _gib(size: int | None) -> str:
     return "not known" if size is None else f"{size / GIB:,.1f} GiB"
 
@@ -331,16 +323,20 @@ def show_model(facts: dict[str, Any]) -> None:
     console.print(f"\n[bold]{escape(model['name'])}[/] ({model['tool']})")
     parts = _table("part", "parameters", "stored", "bf16", "float32", "what")
     for name, part in model["parts"].items():
-        stored = "-" if part["stored"] is None else f"{_size(part['stored'])} {part['dtype'] or ''}".strip()
-        sizes = (_size(part["bf16"]), _size(part["float32"]))
+        stored = "-" if part["stored"] is None else f"{in_bytes(part['stored'])} {part['dtype'] or ''}".strip()
+        sizes = (in_bytes(part["bf16"]), in_bytes(part["float32"]))
         parts.add_row(name, f"{part['parameters']:,}", stored, *sizes, escape(part["what"]))
     whole = [part["stored"] for part in model["parts"].values()]
-    total = "-" if None in whole else _size(sum(whole))
-    parts.add_row("all", f"{model['parameters']:,}", total, *(_size(model["parameters"] * n) for n in (HALF, FULL)), "")
+    total = "-" if None in whole else in_bytes(sum(whole))
+    parts.add_row(
+        "all", f"{model['parameters']:,}", total, *(in_bytes(model["parameters"] * n) for n in (HALF, FULL)), ""
+    )
     console.print(parts)
     cache = model["kv_cache"]
     console.print(f"{model['image_tokens']:,} tokens an image; chat format {model['chat']}")
-    console.print(f"KV cache of 1,000 positions: {_size(cache['bf16'])} in bf16, {_size(cache['float32'])} in float32")
+    console.print(
+        f"KV cache of 1,000 positions: {in_bytes(cache['bf16'])} in bf16, {in_bytes(cache['float32'])} in float32"
+    )
     for note in model["notes"]:
         console.print(f"note: {escape(note)}")
 
@@ -350,7 +346,7 @@ def show_model(facts: dict[str, Any]) -> None:
         cells = []
         for found in model["fits"][device["id"]].values():
             word = {True: "fits", False: "[red]does not fit[/]", None: "needs"}[found["fits"]]
-            cells.append(f"{word}: {_size(found['needs'])} ({found['precision']})")
+            cells.append(f"{word}: {in_bytes(found['needs'])} ({found['precision']})")
         fits.add_row(device["id"], _gib(device["memory"]), *cells)
     console.print(fits)
     console.print(

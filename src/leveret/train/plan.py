@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model.parts import PartRow, parts_table, render, tokens_of
-from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_words
+from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
 from leveret.train.stages import StageRecipe, TrainRecipe, total_steps
 
@@ -137,14 +137,14 @@ def describe(
     half = gpu and stage.precision != "fp32"
     memory = estimate(vlm, parts, stage, tokens, world, frozen=2 if half else 4)
     words = ", ".join(
-        f"{label} {_size(value)}"
+        f"{label} {in_bytes(value)}"
         for label, value in (
             ("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimiser),
             ("activations about", memory.activations),
         )
     )  # fmt: skip
     counted = ", what is frozen counted in bf16, as on a GPU" if half and job is None else ""
-    lines.append(("memory", f"{_size(memory.total)} per rank: {words}{counted}"))
+    lines.append(("memory", f"{in_bytes(memory.total)} per rank: {words}{counted}"))
     return StagePlan(name, parts, memory, lines, vlm)
 
 
@@ -215,14 +215,6 @@ def estimate(
         optimiser=trainable * 8,
         activations=rows * tokens * (34 * width * layers + 3 * vocab),
     )
-
-
-def _size(value: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
 
 
 def _console(file: Any) -> Console:
