@@ -4,6 +4,7 @@
       meta.json                         sample ids, image references, and the facts the cache was made from
       ids.npy labels.npy visual.npy     [all positions] int32, int32, bool; sample i is offsets[i]:offsets[i+1]
       offsets.npy                       [samples + 1] int64
+      words.npy                         [samples] int64: words of its turns, image marks left out
       images.npy image_offsets.npy      which distinct images sample i shows, in order
       sizes.npy                         [distinct images, 2] int64: (height, width), where they are seen in tiles
       features.npy                      [distinct images, tokens, width] float32, or bfloat16 as int16; in tiles
@@ -28,12 +29,11 @@ import torch
 
 from leveret import images
 from leveret.images import ImageFault
-from leveret.inputs.batches import plan
 from leveret.inputs.chat import encode
 from leveret.inputs.tiles import prepare_all
 from leveret.model.threads import torch_threads
 from leveret.pool.base import SampleFault
-from leveret.records import IGNORE, Batch, ImageRef, ImageSpec, Tiling
+from leveret.records import IGNORE, IMAGE_MARK, Batch, ImageRef, ImageSpec, Tiling
 from leveret.runs import (
     DataError,
     EnvironmentFault,
@@ -88,6 +88,7 @@ class _Text:
     ids: np.ndarray
     labels: np.ndarray
     visual: np.ndarray
+    words: int
 
 
 def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: ImageSpec, max_tokens: int) -> _Text:
@@ -105,7 +106,8 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
     visual = np.asarray(encoded.image_mask, dtype=bool)
     if not (labels[1:] != IGNORE).any():
         raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
-    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual)
+    words = sum(len(turn.text.replace(IMAGE_MARK, "").split()) for turn in sample.turns)
+    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words)
 
 
 def _size_of(ref: ImageRef, source: Source, index: int, id: str) -> tuple[int, int]:
@@ -236,7 +238,7 @@ def prepare(
     `bad_share`, or nothing is left.
     """
     facts = json.loads(json.dumps(dict(facts)))
-    if (folder / "meta.json").exists() and (folder / "sizes.npy").exists():
+    if (folder / "meta.json").exists() and (folder / "words.npy").exists():
         found = Prepared(folder)
         if found.meta["facts"] == facts:
             return found
@@ -301,6 +303,7 @@ def _write(
         "labels": np.concatenate([text.labels for text in texts]),
         "visual": np.concatenate([text.visual for text in texts]),
         "offsets": ends([len(text.ids) for text in texts]),
+        "words": np.asarray([text.words for text in texts], np.int64),
         "images": np.asarray([rows[ref] for text in texts for ref in text.refs], dtype=np.int64),
         "image_offsets": ends([len(text.refs) for text in texts]),
         "sizes": np.asarray([sizes[ref] for ref in sorted(rows, key=rows.__getitem__)], np.int64).reshape(-1, 2),
@@ -319,9 +322,9 @@ class Prepared:
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.names: list[str] = self.meta["ids"]
-        self.ids, self.labels, self.visual, self.offsets, self.images, self.image_offsets, self.sizes = (
+        self.ids, self.labels, self.visual, self.offsets, self.words, self.images, self.image_offsets, self.sizes = (
             np.load(folder / f"{name}.npy")
-            for name in ("ids", "labels", "visual", "offsets", "images", "image_offsets", "sizes")
+            for name in ("ids", "labels", "visual", "offsets", "words", "images", "image_offsets", "sizes")
         )
         kept = folder / "features.npy"
         self.features: np.ndarray | None = np.load(kept, mmap_mode="r") if kept.exists() else None
@@ -403,34 +406,3 @@ class Prepared:
                 for name, array in pixels.items():
                     found[name].append(array)
         return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, failed
-
-
-class Order:
-    """Which samples make up which step: a pure function of (lengths, batch, seed, step), the same on every rank."""
-
-    def __init__(self, lengths: np.ndarray, batch: int, seed: int) -> None:
-        self.lengths, self.size, self.seed = lengths.tolist(), batch, seed
-        self.per_epoch = -(-len(self.lengths) // batch)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-
-    def rows(self, step: int) -> list[int]:
-        """The samples of `step` (from 0), long ones first, so that ranks and micro-batches get rows alike in length."""
-        epoch, place = divmod(step, self.per_epoch)
-        if self._epoch[0] != epoch:
-            batches = plan(self.lengths, self.size, self.seed, epoch)
-            assert len(batches) == self.per_epoch, "plan keeps every index once per epoch"
-            self._epoch = (epoch, batches)
-        return sorted(self._epoch[1][place], key=lambda row: (-self.lengths[row], row))
-
-    def seen(self, step: int) -> int:
-        """Samples in all steps before `step`: an epoch's last batch may be short."""
-        epoch, place = divmod(step, self.per_epoch)
-        batches = plan(self.lengths, self.size, self.seed, epoch)[:place] if place else []
-        return epoch * len(self.lengths) + sum(map(len, batches))
-
-
-def micro_batches(rows: Sequence[int], rank: int, world: int, size: int | None) -> Iterator[Sequence[int]]:
-    """This rank's rows of a global batch, in passes of at most `size`."""
-    mine = rows[rank::world]
-    size = size or max(1, len(mine))
-    yield from (mine[at : at + size] for at in range(0, len(mine), size))

@@ -38,9 +38,10 @@ from leveret.runs import (
     stop_requested,
 )
 from leveret.train import state
-from leveret.train.data import Failed, Order, Prepared, micro_batches
+from leveret.train.data import Failed, Prepared
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
+from leveret.train.order import micro_batches, order_of
 from leveret.train.stages import StageRecipe, TrainRecipe
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Teacher:
         self.folder = Path(job.folder)
         self.leads = ranks.rank == 0
         self.optimiser = Optimiser(trainables, stage, EXTRA)
-        self.order = Order(data.lengths, stage.batch, state.random_seed(job.seed, job.stage, -2, 0) & 0x7FFFFFFF)
+        self.order = order_of(data, stage, job.stage, job.seed)
         self.step = self.skipped = self.failed = self.seen = 0
         if job.resume is not None:
             self._restore(Path(job.resume))

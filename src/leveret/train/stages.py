@@ -68,6 +68,11 @@ class StageRecipe(_Strict):
         ge=1,
         description="Samples in one pass on one rank; gradients add up to the batch. All at once when left out.",
     )
+    order: Literal["length", "modality", "random", "llava", "tinyllava", "prismatic"] = Field(
+        "length",
+        description="Which samples make a step: alike in length; the same and each step with images or without; as they "
+        "fall; or as LLaVA and Bunny, TinyLLaVA Factory or Prismatic group them.",
+    )
     schedule: Literal["cosine", "wsd", "constant", "linear"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
     )
@@ -182,6 +187,6 @@ def given(recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"model": model, "stages": stages})
 
 
-def total_steps(stage: StageRecipe, samples: int) -> int:
-    """Optimiser steps of a stage over so many samples."""
-    return stage.steps or math.ceil((stage.epochs or 0) * math.ceil(samples / stage.batch))
+def total_steps(stage: StageRecipe, per_epoch: int) -> int:
+    """Optimiser steps of a stage whose order makes so many of one pass over the data."""
+    return stage.steps or math.ceil((stage.epochs or 0) * per_epoch)
