@@ -267,6 +267,8 @@ class Batch:
     ids            sample ids, for messages.
     image_sizes    [images, 2] int64; (height, width) in pixels of every image, upright, in reading order. Only models
                    that see images in tiles need it.
+    bounds         where the samples of one packed row begin, each with the padding behind it, and the row's end; empty
+                   where every row is one sample.
     """
 
     input_ids: Tensor
@@ -280,6 +282,7 @@ class Batch:
     features: Tensor | None = None
     ids: tuple[str, ...] = ()
     image_sizes: Tensor | None = None
+    bounds: tuple[int, ...] = ()
 
     def to(self, device: Any) -> Batch:
         """The same batch with every tensor on `device`."""

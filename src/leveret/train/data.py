@@ -338,46 +338,52 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batch(self, rows: Sequence[int], spec: ImageSpec) -> tuple[Batch, Failed]:
-        """A right-padded batch of samples; features where they are cached, else pixels decoded now.
+    def batch(self, rows: Sequence[int], spec: ImageSpec, packed: bool = False) -> tuple[Batch, Failed]:
+        """A batch of samples, one a row and padded on the right, or all in one row; features where they are cached,
+        else pixels decoded now.
 
         A sample whose image fails now is not supervised, its pixels are zero, and it is named in the second result.
         """
-        size, width = len(rows), -(-int(self.lengths[list(rows)].max()) // MULTIPLE) * MULTIPLE
-        ids = np.zeros((size, width), np.int64)
-        labels = np.full((size, width), IGNORE, np.int64)
-        visual = np.zeros((size, width), bool)
-        real = np.arange(width) < self.lengths[list(rows)][:, None]
+        lengths = self.lengths[list(rows)]
+        whole = -(-lengths // MULTIPLE) * MULTIPLE  # with the padding behind each
+        shape = (1, int(whole.sum())) if packed else (len(rows), int(whole.max()))
+        begins = np.concatenate([[0], np.cumsum(whole)]) if packed else np.arange(len(rows) + 1) * shape[1]
+        ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        visual, segments, positions = np.zeros(shape, bool), np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         shown: list[int] = []
         for place, row in enumerate(rows):
             start, end = self.offsets[row], self.offsets[row + 1]
-            ids[place, : end - start] = self.ids[start:end]
-            labels[place, : end - start] = self.labels[start:end]
-            visual[place, : end - start] = self.visual[start:end]
+            laid = slice(begins[place], begins[place] + end - start)
+            ids.flat[laid], labels.flat[laid] = self.ids[start:end], self.labels[start:end]
+            visual.flat[laid], positions.flat[laid] = self.visual[start:end], np.arange(end - start)
+            segments.flat[laid] = place if packed else 0
             shown += self.images[self.image_offsets[row] : self.image_offsets[row + 1]].tolist()
         features: torch.Tensor | None = None
         pixels: dict[str, torch.Tensor] = {}
-        failed: Failed = []
+        bad: dict[int, str] = {}
         tiles = pictures_of(spec.tiling, self.sizes[shown])
         if shown and self.features is not None:
             chosen = torch.from_numpy(self.features[self._tiles(shown, spec.tiling)])
             features = chosen.view(torch.bfloat16) if chosen.dtype == torch.int16 else chosen
         elif shown:
-            pixels, failed = self._decode(rows, labels, spec)
+            pixels, bad = self._decode(rows, spec)
+        for place in bad:
+            labels.flat[begins[place] : begins[place] + lengths[place]] = IGNORE
         batch = Batch(
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            attention_mask=torch.from_numpy(real),
-            position_ids=torch.from_numpy(np.where(real, np.arange(width), 0)),
-            segments=torch.from_numpy(np.where(real, 0, -1)),
+            attention_mask=torch.from_numpy(segments >= 0),
+            position_ids=torch.from_numpy(positions),
+            segments=torch.from_numpy(segments),
             image_mask=torch.from_numpy(visual),
             pixels=pixels,
             tile_image=torch.from_numpy(np.repeat(np.arange(len(shown)), tiles)),
             features=features,
             ids=tuple(self.names[row] for row in rows),
             image_sizes=torch.from_numpy(self.sizes[shown]) if shown else None,
+            bounds=tuple(begins.tolist()) if packed else (),
         )
-        return batch, failed
+        return batch, [(self.names[rows[place]], reason) for place, reason in bad.items()]
 
     def _tiles(self, shown: Sequence[int], tiling: Tiling | None) -> np.ndarray:
         """Rows of `features` of images, in their order."""
@@ -387,10 +393,9 @@ class Prepared:
             self._first = np.concatenate([[0], np.cumsum(pictures_of(tiling, self.sizes))])
         return np.concatenate([np.arange(self._first[image], self._first[image + 1]) for image in shown])
 
-    def _decode(
-        self, rows: Sequence[int], labels: np.ndarray, spec: ImageSpec
-    ) -> tuple[dict[str, torch.Tensor], Failed]:
-        failed: Failed = []
+    def _decode(self, rows: Sequence[int], spec: ImageSpec) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+        """Pixels of all images of the rows, and for the places of rows that have a bad one, why."""
+        bad: dict[int, str] = {}
         found: dict[str, list[np.ndarray]] = {view.name: [] for view in spec.towers}
         for place, row in enumerate(rows):
             for image in self.images[self.image_offsets[row] : self.image_offsets[row + 1]]:
@@ -400,9 +405,8 @@ class Prepared:
                     if any(len(array) != count for array in pixels.values()):
                         raise ImageFault("damaged", "it is no longer as large as it was when the data was prepared")
                 except ImageFault as fault:
-                    labels[place] = IGNORE
-                    failed.append((self.names[row], reason_of(fault)))
+                    bad.setdefault(place, reason_of(fault))
                     pixels = {view.name: np.zeros((count, 3, view.size, view.size), np.float32) for view in spec.towers}
                 for name, array in pixels.items():
                     found[name].append(array)
-        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, failed
+        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, bad

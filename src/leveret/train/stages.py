@@ -85,6 +85,16 @@ class StageRecipe(_Strict):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null never clips.")
     max_tokens: int = Field(2048, ge=8, description="Longer samples are cut at the right end.")
+    pack: bool | Literal["auto"] = Field(
+        "auto",
+        description="All samples of a pass in one row, none seeing another, instead of one a row with padding. auto: on a "
+        "GPU, where the language model's attention takes such rows as they are.",
+    )
+    recompute: bool = Field(
+        False, description="Gradient checkpointing: the language model's layers are computed again on the way back."
+    )
+    compile: bool = Field(False, description="The language model's layers through torch.compile.")
+    fused: bool = Field(True, description="AdamW in one kernel.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto is bf16 autocast where the hardware computes bf16 natively, else fp32."
     )
