@@ -17,6 +17,7 @@ from leveret.inputs.batches import Item, collate
 from leveret.inputs.chat import encode
 from leveret.inputs.tiles import prepare_all
 from leveret.model import checkpoint, peers
+from leveret.model.peers.write import write
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, Turn
 from leveret.runs import DataError
@@ -259,3 +260,31 @@ def test_without_its_tokenizer_one_line_says_so(tmp_path: Path, capsys: pytest.C
     nano = Nano(tmp_path, "chat")
     assert run(["convert", str(nano.folder), str(tmp_path / "ours"), "--hub", str(tmp_path)]) == 5
     assert "the tokenizer (lm_tokenizer) is needed from 'HuggingFaceTB/toy-tokenizer'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["question", "chat"])
+@torch.no_grad()
+def test_it_is_published_with_its_own_code(form: str, tmp_path: Path) -> None:
+    """`remote-code` holds what sees one picture: it checks its own ids and logits, and is read back."""
+    nano = Nano(tmp_path, form)
+    vlm = peers.load(nano.folder, hub=nano.hub)
+    vlm.tokenizer.add_tokens(["<image>"], special_tokens=True)
+    vlm.language.resize_token_embeddings(len(vlm.tokenizer))
+    write(vlm, tmp_path / "published", "remote-code")
+    from leveret.model.source import load
+
+    again = load(tmp_path / "published")
+    batch = collate([row_of(vlm, [turn("What?", 1)], [noise(*WIDE)])], 0)
+    torch.testing.assert_close(again(batch, logits="all").logits, vlm(batch, logits="all").logits, atol=1e-5, rtol=0)
+
+
+def test_every_part_of_it_can_learn(tmp_path: Path) -> None:
+    """The tower's last norm and the tokens before tiles too."""
+    nano = Nano(tmp_path, "global")
+    vlm = peers.load(nano.folder, hub=nano.hub).train()
+    item = row_of(vlm, [turn("What?", 1), Turn("assistant", "red")], [noise(*WIDE)], generate=False)
+    vlm(collate([item], 0)).loss_sum.backward()
+    assert not [name for name, value in vlm.named_parameters() if value.grad is None or not value.grad.any()]
+    table = vlm.language.get_input_embeddings().weight.grad
+    for text in ("<|global_image|>", "<row_2_col_3>"):
+        assert table[vlm.tokenizer.convert_tokens_to_ids(text)].any()
