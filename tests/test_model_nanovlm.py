@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hub_fakes import Hub
 from leveret.cli import run
 from leveret.inputs.batches import Item, collate
 from leveret.inputs.chat import encode
@@ -21,7 +23,7 @@ from leveret.model.peers.write import write
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, Turn
 from leveret.runs import DataError
-from nanovlm_fakes import FORMS, Nano
+from nanovlm_fakes import FORMS, OWNER, Nano
 
 WIDE, TALL, SMALL = (90, 41), (30, 77), (20, 19)
 
@@ -268,8 +270,6 @@ def test_it_is_published_with_its_own_code(form: str, tmp_path: Path) -> None:
     """`remote-code` holds what sees one picture: it checks its own ids and logits, and is read back."""
     nano = Nano(tmp_path, form)
     vlm = peers.load(nano.folder, hub=nano.hub)
-    vlm.tokenizer.add_tokens(["<image>"], special_tokens=True)
-    vlm.language.resize_token_embeddings(len(vlm.tokenizer))
     write(vlm, tmp_path / "published", "remote-code")
     from leveret.model.source import load
 
@@ -288,3 +288,27 @@ def test_every_part_of_it_can_learn(tmp_path: Path) -> None:
     table = vlm.language.get_input_embeddings().weight.grad
     for text in ("<|global_image|>", "<row_2_col_3>"):
         assert table[vlm.tokenizer.convert_tokens_to_ids(text)].any()
+
+
+def test_an_id_of_the_hub_is_talked_to_and_of_its_tokenizer_no_weights_are_fetched(tmp_path: Path) -> None:
+    """The cache serves it again without a connection; what a sketch says of it needs no weights."""
+    nano = Nano(tmp_path, "global")
+    shutil.copytree(nano.folder, nano.hub / "me/nano")
+    save_file({"x": torch.zeros(1)}, nano.hub / OWNER / "model.safetensors")
+    (nano.hub / OWNER / "config.json").write_text('{"model_type": "llama"}')
+    noise(*WIDE).save(tmp_path / "p.png")
+    asked = ("chat", "me/nano", str(tmp_path / "p.png"), "-p", "What is it?")
+    pictures, grid = nano.pictures(noise(*WIDE))
+    tokens = nano.greedy(nano.ids([("user", "What is it?")], [grid]), [pictures], 48)
+    assert not {0, 2} & set(tokens)
+    with Hub(nano.hub) as hub:
+        with hub.seat() as online:
+            told = online("doctor", "me/nano", "--json")
+            assert told.code == 0 and json.loads(told.out)["model"]["image_tokens"] == 16, told.err
+            first = online(*asked)
+            assert first.code == 0, first.err
+            assert first.out.strip()[:30] == nano.tokenizer.decode(tokens, skip_special_tokens=True).strip()[:30]
+        with hub.seat(HF_HUB_OFFLINE="1") as offline:
+            again = offline(*asked)
+            assert (again.code, again.out) == (0, first.out), again.err
+        assert not [path for _, path in hub.asked if path.startswith(f"/{OWNER}/resolve") and "safetensors" in path]
