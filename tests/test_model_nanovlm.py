@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from hub_fakes import Hub
 from leveret.cli import run
 from leveret.inputs.batches import Item, collate
-from leveret.inputs.chat import encode
+from leveret.inputs.chat import encode, find_chat
 from leveret.inputs.tiles import prepare_all
 from leveret.model import checkpoint, peers
 from leveret.model.peers.write import write
@@ -213,6 +213,21 @@ def test_what_is_not_known_is_named(form: str, change: dict[str, Any], said: str
     (nano.folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=said):
         peers.load(nano.folder, hub=nano.hub)
+
+
+def test_a_tokenizer_in_the_folder_goes_first_and_a_chat_template_may_be_spelled_otherwise(tmp_path: Path) -> None:
+    nano = Nano(tmp_path, "global")
+    nano.tokenizer.save_pretrained(nano.folder)
+    config = nano.config | {"lm_chat_template": nano.config["lm_chat_template"].replace("\n", "\\n") + "\n"}
+    (nano.folder / "config.json").write_text(json.dumps(config))
+    vlm = peers.load(nano.folder)
+    assert vlm.chat == "nanovlm" and vlm.tokenizer.get_vocab() == nano.tokenizer.get_vocab()
+
+
+def test_a_format_of_ours_in_the_folder_is_taken(tmp_path: Path) -> None:
+    nano = Nano(tmp_path, "chat", lm_chat_template="{{ messages }}")
+    (nano.folder / "chat_template.jinja").write_text(find_chat("nanovlm").template)
+    assert peers.load(nano.folder, hub=nano.hub).chat == "nanovlm"
 
 
 def test_other_tokens_are_named(tmp_path: Path) -> None:

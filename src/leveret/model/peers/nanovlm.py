@@ -42,10 +42,10 @@ _FREQUENCIES = "rotary_embd.inv_freq"
 """A table that is computed, and saved all the same."""
 
 TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
-    "'\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""lm_chat_template of all that its authors published; we write it as the format `nanovlm`."""
+"""lm_chat_template in all versions of models/config.py, its newlines as they come out there; our format `nanovlm`."""
 SIGNS = ("vit_hidden_dim", "lm_hidden_dim", "mp_pixel_shuffle_factor")
 MARK = "<row_{row}_col_{column}>"
 
@@ -131,15 +131,14 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     )
     if said.vit_dropout or said.lm_dropout:
         notes.append("it learned with dropout, of which nothing is kept: to train it on is not quite the same")
-    spoken, extra = folder.path, tuple[str, ...]()
+    spoken = folder.path
     if no_tokenizer(folder):
         # its words alone: the weights that lie beside them are another model's
         place = Hub(hub.place, words_only=True)
         spoken = place.get(said.lm_tokenizer, f"{folder.path}: the tokenizer (lm_tokenizer)")
-        extra = tuple(dict.fromkeys(said.vlm_extra_tokens.values()))
     return Foreign(
         "nanoVLM", recipe, {0: tower}, connector, language, facts, spoken, notes, (eye.source,), eyes=(eye,),
-        extra=extra,
+        extra=tuple(dict.fromkeys(said.vlm_extra_tokens.values())),
     )  # fmt: skip
 
 
@@ -316,7 +315,7 @@ def _chat(folder: Folder, said: Settings, where: str) -> str:
         return same
     if not said.vlm_extra_tokens:
         return "nanovlm_question"
-    if said.lm_chat_template is None or said.lm_chat_template.strip() == TEMPLATE:
+    if said.lm_chat_template is None or said.lm_chat_template.replace("\\n", "\n").strip() == TEMPLATE:
         return "nanovlm"
     raise DataError(
         f"{where}: its lm_chat_template is not nanoVLM's own, the only one that is known here; a chat_template.jinja "
