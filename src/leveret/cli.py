@@ -462,7 +462,9 @@ def show(
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="A model of Bunny, LLaVA 1.5, TinyLLaVA, Prismatic, or of ours: a folder, or OWNER/NAME."),
+        typer.Argument(
+            help="A model of Bunny, LLaVA, TinyLLaVA, Prismatic, nanoVLM, or of ours: a folder, or OWNER/NAME."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[

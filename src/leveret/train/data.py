@@ -33,7 +33,7 @@ from leveret.inputs.chat import encode
 from leveret.inputs.tiles import prepare_all
 from leveret.model.threads import torch_threads
 from leveret.pool.base import SampleFault
-from leveret.records import IGNORE, IMAGE_MARK, Batch, ImageRef, ImageSpec, Tiling
+from leveret.records import IGNORE, IMAGE_MARK, Batch, ImageRef, ImageSpec, Split, Tiling
 from leveret.runs import (
     DataError,
     EnvironmentFault,
@@ -70,7 +70,7 @@ def pixels_of(ref: ImageRef, spec: ImageSpec) -> Pixels:
     return {name: array.reshape(-1, *array.shape[-3:]) for name, array in seen.items()}
 
 
-def pictures_of(tiling: Tiling | None, sizes: np.ndarray) -> np.ndarray:
+def pictures_of(tiling: Tiling | Split | None, sizes: np.ndarray) -> np.ndarray:
     """How many pictures the towers see of images of these (height, width): int64 [images]."""
     if tiling is None:
         return np.ones(len(sizes), np.int64)
@@ -385,7 +385,7 @@ class Prepared:
         )
         return batch, [(self.names[rows[place]], reason) for place, reason in bad.items()]
 
-    def _tiles(self, shown: Sequence[int], tiling: Tiling | None) -> np.ndarray:
+    def _tiles(self, shown: Sequence[int], tiling: Tiling | Split | None) -> np.ndarray:
         """Rows of `features` of images, in their order."""
         if tiling is None:
             return np.asarray(shown)
