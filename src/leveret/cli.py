@@ -617,35 +617,44 @@ def pool_list(
     json: Json = False,
 ) -> None:
     """The known data sets: samples, bytes, licences, and what is there."""
-    from leveret.pool.catalogue import on_disk, overview
-    from leveret.runs import in_bytes
+    from leveret.pool.catalogue import overview
 
     with _reporting(json):
         rows = overview(root)
     if not json:
-        from rich.console import Console
-        from rich.table import Table
+        _print_sets(rows)
+    _report(
+        json,
+        {"root": str(root), "sets": rows},
+        f"here: in {root}. Files, licences, defects: leveret pool get NAME {root} --dry-run",
+    )
 
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        for name, right, width in (
-            ("name", 0, 0),
-            ("samples", 1, 0),
-            ("bytes", 1, 0),
-            ("words", 0, 30),
-            ("pictures", 0, 30),
-        ):
-            table.add_column(name, justify="right" if right else "left", no_wrap=True, max_width=width or None)
-        table.add_column(f"in {root}", no_wrap=True)
-        for row in rows:
-            size = in_bytes(row["bytes"]) if row["bytes"] else "-" if row["mixture"] else "unknown"
-            size = size if row["bytes_known"] or not row["bytes"] else f"{size} or more"
-            licence = row["licence"]
-            counted = row["counted"] if row["data"] else f"{row['images']:,} images" if row["images"] else "images"
-            words = licence.get("annotations", "")
-            table.add_row(row["name"], counted, size, words, licence["images"], on_disk(row))
-        Console().print(table)
-        print("words, pictures: their licences; all of it: leveret pool get NAME DIR --dry-run")
-    _report(json, {"root": str(root), "sets": rows})
+
+def _print_sets(rows: list[dict[str, Any]]) -> None:
+    from textwrap import shorten
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from leveret.pool.catalogue import on_disk
+    from leveret.runs import in_bytes
+
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    wide = max(0, console.width - 84) // 2  # what the licences get, of the rest of a line
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    for name in ("samples", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("here")
+    for name in ("words' licence", "pictures' licence") if wide > 15 else ():
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        size = in_bytes(row["bytes"]) if row["bytes"] else "-" if row["mixture"] else "unknown"
+        size += " or more" if row["bytes"] and not row["bytes_known"] else ""
+        counted = row["counted"] if row["data"] else f"{row['images']:,} images" if row["images"] else "images"
+        told = [shorten(row["licence"].get(kind, ""), wide, placeholder=" ...") for kind in ("annotations", "images")]
+        table.add_row(row["name"], counted, size, on_disk(row), *(told if wide > 15 else ()))
+    console.print(table)
 
 
 @_verb("get", "leveret.pool.get", group=pool)

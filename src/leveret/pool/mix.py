@@ -286,10 +286,11 @@ def _refuse(one: Opened, wanted: DataSet, entry: dict[str, Any], quarantined: li
     one.refused[entry["reason"]] = one.refused.get(entry["reason"], 0) + 1
     quarantined.append({"source": one.name, **entry})
     if sum(one.refused.values()) > wanted.limit_share * one.records:
+        advice = one.source.advice(one.refused, entry["index"] + 1)
         raise DataError(
             f"{one.name}: {sum(one.refused.values()):,} of its {one.records:,} records are refused, more than the "
-            f"limit of {wanted.limit_share:.0%}: {in_words(one.refused)}."
-            f"{one.source.advice(one.refused, entry['index'] + 1)} Look at them (leveret pool check {one.source.path} -o DIR), or raise limit_share."
+            f"limit of {wanted.limit_share:.0%}: {in_words(one.refused)}.{advice} Look at them (leveret pool check "
+            f"{one.source.path} -o DIR), or raise limit_share."
         )
 
 

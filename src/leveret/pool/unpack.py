@@ -4,6 +4,7 @@ again.
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import re
@@ -80,7 +81,7 @@ def unpack(
                 told(size)
     except UserError:
         raise
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, ValueError, NotImplementedError) as fault:
+    except _DAMAGE as fault:
         raise DataError(
             f"{parts[0]}{f' and {len(parts) - 1} more parts' * (len(parts) > 1)}: damaged or cut off after {files:,} "
             f"files ({fault}). Fetch it again: delete it and run the same command."
@@ -90,6 +91,11 @@ def unpack(
     write_json(mark, {"key": key, "files": files, "refused": dict(refused)})
     return Unpacked(files, written, dict(refused))
 
+
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, NotImplementedError,
+)  # fmt: skip
+"""What the libraries raise at archives that are not whole, or none."""
 
 _Member = tuple[str, int, Callable[[], IO[bytes]] | None, str]
 """Name, bytes, what opens it, and why it is refused ("" if it is not)."""
@@ -139,20 +145,41 @@ def _size(into: Path, name: str) -> int:
 def _tarred(parts: Sequence[Path], into: Path) -> Iterator[_Member]:
     # Images hardly shrink: what a tar of them becomes is what it is. (Its table is at no one place, so it is not read.)
     enough(into, sum(path.stat().st_size for path in parts) if not any(into.iterdir()) else 0)
-    with _Joined(parts) as joined, tarfile.open(fileobj=joined, mode="r|*") as archive:
-        for one in archive:
-            if one.isdir():
-                continue
-            if not one.isreg():
-                yield one.name, 0, None, "link" if one.issym() or one.islnk() else "no plain file"
-                continue
+    with _Joined(parts) as joined:
+        packed = joined.read(2) == b"\x1f\x8b"
+        joined.seek(0)
+        # tarfile's own unpacking of a stream takes a cut one for a whole one; gzip's does not.
+        stream = _Counted(gzip.GzipFile(fileobj=joined) if packed else joined)
+        with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+            for one in archive:
+                if one.isdir():
+                    continue
+                if not one.isreg():
+                    yield one.name, 0, None, "link" if one.issym() or one.islnk() else "no plain file"
+                    continue
 
-            def opened(one: tarfile.TarInfo = one) -> IO[bytes]:
-                file = archive.extractfile(one)
-                assert file is not None
-                return file
+                def opened(one: tarfile.TarInfo = one) -> IO[bytes]:
+                    file = archive.extractfile(one)
+                    assert file is not None
+                    return file
 
-            yield one.name, one.size, opened, ""
+                yield one.name, one.size, opened, ""
+            if stream.read_so_far < archive.offset + tarfile.BLOCKSIZE:
+                raise EOFError("the mark at a tar's end is missing")
+            while stream.read(1 << 20):  # to the checksum
+                pass
+
+
+class _Counted:
+    """A stream that knows how much of it was read."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.read_so_far = stream, 0
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._stream.read(size)
+        self.read_so_far += len(data)
+        return data
 
 
 class _Joined(io.RawIOBase):
