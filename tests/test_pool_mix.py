@@ -1,4 +1,4 @@
-"""pool/mix: exact counts, an order that hangs on the records alone, several image folders, and nothing lost in silence."""
+"""pool/mix: exact counts, an order that hangs on the records alone, several image folders, nothing lost in silence."""
 
 from __future__ import annotations
 
@@ -203,9 +203,11 @@ def test_too_few_and_all_that_cannot_be_read_are_told_at_once(pools: tuple[Path,
         f"sources.2.data: llava/665k is not at {tmp_path}" in said and f"leveret pool get llava/665k {tmp_path}" in said
     )
     assert "sources.3.data: images/gqa is a set of images" in said
+    with pytest.raises(DataError, match="nothing is left of 26 records"):
+        mix(recipe(tmp_path, {"data": str(one), "where": {"id_prefix": ["none"]}}), tmp_path / "x")
     with pytest.raises(RecipeError, match="2 faults"):
-        mix(name, tmp_path / "x", ["sources.0.conut=3", "sed=1"])
-    with pytest.raises(RecipeError, match="to fetch .leveret pool get llava/558k DIR., not a mixture"):
+        mix(recipe(tmp_path, {"data": str(one)}), tmp_path / "x", ["sources.0.conut=3", "sed=1"])
+    with pytest.raises(RecipeError, match=r"to fetch .leveret pool get llava/558k DIR., not a mixture"):
         mix("llava/558k", tmp_path / "x")
 
 
@@ -254,6 +256,9 @@ def test_tars_hold_the_pictures_of_folders_that_share_nothing(pools: tuple[Path,
         assert here.turns == there.turns
         assert [read_bytes(ref) for ref in here.images] == [read_bytes(ref) for ref in there.images]
     assert mix(name, tmp_path / "tars", form="tars")["shards"] == made["shards"]
+    name = recipe(tmp_path, {"data": str(one), "count": 15}, {"data": str(two), "count": 7})
+    mix(name, tmp_path / "lists", ["decode=true"])
+    assert ids(tmp_path / "lists") == ids(tmp_path / "tars"), "chosen alike, whatever form the data has"
 
 
 def test_folders_without_a_common_one_need_tars(
@@ -353,8 +358,9 @@ def test_weights_share_out_all_of_it(weights: list[float], exact: list[int], mor
 def test_a_shuffle_is_a_permutation_that_knows_no_places(rows: list[tuple[int, int]], seed: int) -> None:
     import numpy as np
 
-    digests = np.array(rows, dtype=np.uint64).reshape(-1, 2)
-    order = shuffled(digests, seed, "order")
+    records = np.array(rows, dtype=np.uint64).reshape(-1, 2)
+    words = records[:, 0] % np.uint64(7)  # many ties
+    order = shuffled(words, records, seed, "order")
     assert sorted(order.tolist()) == list(range(len(rows)))
-    turned = digests[::-1]
-    assert digests[order].tolist() == turned[shuffled(turned, seed, "order")].tolist()
+    turned = records[::-1]
+    assert records[order].tolist() == turned[shuffled(words[::-1], turned, seed, "order")].tolist()

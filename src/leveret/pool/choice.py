@@ -41,19 +41,20 @@ def occurrence(digests: np.ndarray) -> np.ndarray:
     return before
 
 
-def shuffled(digests: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """A permutation that hangs on the seed and on the records alone: int64 [n].
+def shuffled(words: np.ndarray, records: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """A permutation that hangs on the seed and on what the records say alone: int64 [n].
 
-    Digest, seed and occurrence go through splitmix64's finaliser; ties are decided by the digest.
+    words: uint64 [n], of ids and texts; records: uint64 [n, 2], of images too, which decide ties. Word, seed and how
+    many equal records stand before go through splitmix64's finaliser.
     """
     import numpy as np
 
     said = hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=8).digest()
-    before = occurrence(digests)
+    before = occurrence(records)
     with np.errstate(over="ignore"):
-        word = digests[:, 0] ^ np.uint64(int.from_bytes(said, "little"))
+        word = words ^ np.uint64(int.from_bytes(said, "little"))
         word = word + before.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         word = word ^ (word >> np.uint64(31))
-    return np.lexsort((before, digests[:, 1], digests[:, 0], word))
+    return np.lexsort((before, records[:, 1], records[:, 0], word))

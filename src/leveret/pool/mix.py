@@ -123,7 +123,7 @@ def mix(
                 return made
         quarantined: list[dict[str, Any]] = []
         unpack = None if dry_run else wanted.decode or form == "tars"
-        chosen = _choose(wanted, opened, _walk(wanted, opened, unpack, quarantined, root))
+        chosen = _choose(wanted, opened, _walk(wanted, opened, unpack, quarantined))
         facts = _facts(wanted, opened, chosen, quarantined, place, root)
         if dry_run:
             return facts | {"dry_run": True}
@@ -224,9 +224,15 @@ def fits(sample: Sample, where: Where, image: str) -> bool:
 
 @dataclass
 class _Candidates:
-    """Every record that fits: uint64 [n, 2] digests of the record and of its id, int64 [n] part and index."""
+    """Every record that fits.
+
+    record, id   uint64 [n, 2] digests: of id, texts and images' paths in their own folder; of the id alone.
+    word         uint64 [n] digest of id and texts, which choice and order hang on: the same for a list and for tars.
+    part, index  int64 [n]: of which source, and where in it. text: bool [n], without a picture.
+    """
 
     record: np.ndarray
+    word: np.ndarray
     id: np.ndarray
     part: np.ndarray
     index: np.ndarray
@@ -234,14 +240,14 @@ class _Candidates:
 
 
 def _walk(
-    wanted: DataSet, opened: Sequence[Opened], unpack: bool | None, quarantined: list[dict[str, Any]], root: Path
+    wanted: DataSet, opened: Sequence[Opened], unpack: bool | None, quarantined: list[dict[str, Any]]
 ) -> _Candidates:
     """Read every record once, filter it, look at its images (`unpack`; None: not), and keep its digests."""
     from array import array
 
     import numpy as np
 
-    digests, ids = bytearray(), bytearray()
+    digests, words, ids = bytearray(), bytearray(), bytearray()
     parts, indices, texts = array("q"), array("q"), array("b")
     total = sum(len(one.source) for one in opened)
     with Progress(total, "looking at the sources", "records") as progress:
@@ -264,22 +270,26 @@ def _walk(
                 if names and unpack is not None and (refused := look_at(source, index, sample, unpack).refused):
                     _refuse(one, wanted, refused[0], quarantined)
                     continue
-                paths = [_name(ref, None, root) for ref in sample.images]
-                words = [[turn.role, turn.text] for turn in sample.turns]
-                told = json.dumps([sample.id, paths, words], ensure_ascii=False).encode("utf-8", "surrogatepass")
-                digests += hashlib.blake2b(told, digest_size=16).digest()
-                ids += hashlib.blake2b(sample.id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                told = _json([sample.id, [[turn.role, turn.text] for turn in sample.turns]])
+                words += hashlib.blake2b(told, digest_size=8).digest()
+                digests += hashlib.blake2b(told + _json(names), digest_size=16).digest()
+                ids += hashlib.blake2b(_json(sample.id), digest_size=16).digest()
                 parts.append(number)
                 indices.append(index)
                 texts.append(not names)
                 one.fitting += 1
     return _Candidates(
         np.frombuffer(bytes(digests), "<u8").reshape(-1, 2),
+        np.frombuffer(bytes(words), "<u8"),
         np.frombuffer(bytes(ids), "<u8").reshape(-1, 2),
         np.array(parts, dtype=np.int64),
         np.array(indices, dtype=np.int64),
         np.array(texts, dtype=bool),
     )
+
+
+def _json(told: Any) -> bytes:
+    return json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def _refuse(one: Opened, wanted: DataSet, entry: dict[str, Any], quarantined: list[dict[str, Any]]) -> None:
@@ -330,13 +340,15 @@ def _choose(wanted: DataSet, opened: Sequence[Opened], found: _Candidates) -> _C
             short.append(f"  {one.name}: {len(rows):,} of its {one.records:,} records fit, {count:,} shall be taken")
             continue
         if count is not None:
-            rows = np.sort(rows[shuffled(found.record[rows], wanted.seed, "choose")[:count]])
+            rows = np.sort(rows[shuffled(found.word[rows], found.record[rows], wanted.seed, "choose")[:count]])
         one.taken = len(rows)
         one.text_only = int(found.text[rows].sum())
         kept.append(rows)
     if short:
         raise DataError("\n".join(["there are too few samples in the mixture's sources:", *short]))
     rows = np.concatenate(kept)
+    if not len(rows):
+        raise DataError(f"nothing is left of {sum(one.records for one in opened):,} records: no one passes the filters")
     again = occurrence(found.record[rows]) > 0
     examples = [
         opened[found.part[row]].source.sample(int(found.index[row])).id for row in rows[np.flatnonzero(again)[:SHOWN]]
@@ -349,7 +361,7 @@ def _choose(wanted: DataSet, opened: Sequence[Opened], found: _Candidates) -> _C
         )
     repeated_ids = int((occurrence(found.id[rows]) > 0).sum())
     if wanted.order == "shuffled":
-        rows = rows[shuffled(found.record[rows], wanted.seed, "order")]
+        rows = rows[shuffled(found.word[rows], found.record[rows], wanted.seed, "order")]
     return _Chosen((found.part[rows].tolist(), found.index[rows].tolist()), int(again.sum()), repeated_ids, examples)
 
 
