@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -192,6 +193,41 @@ def test_addresses_become_a_list_for_img2dataset(
     name = recipe(tmp_path, server, addresses=told | {"url": "nowhere"}, counts={})
     assert cli.run(["pool", "get", name, str(tmp_path / "d")]) == 3
     assert "none of its 9 records has an address" in capsys.readouterr().err
+
+
+def test_parts_are_joined_and_archives_are_not(tmp_path: Path) -> None:
+    for name, groups in (
+        ("images/bunny-laion-2m", 1),
+        ("images/allava-laion", 10),
+        ("images/vg", 2),
+        ("images/sam", 51),
+    ):
+        assert len(list(station._archives(station.plan(name, tmp_path)[1]))) == groups
+
+
+def test_another_number_of_pictures_is_worth_a_note(server: Server, tmp_path: Path) -> None:
+    name = recipe(tmp_path, server, counts={"images": 7}, data=None)
+    made = station.get(name, tmp_path / "data", lay_out=True)
+    assert made["notes"] == [": 6 files, the catalogue tells 7 pictures"]
+
+
+def test_a_disk_that_fills_up_while_unpacking_is_told(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def filled(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = recipe(tmp_path, server)
+    monkeypatch.setattr(unpacking, "atomic_file", filled)
+    with pytest.raises(EnvironmentFault, match="the disk is full"):
+        station.get(name, tmp_path / "data", lay_out=True)
+    monkeypatch.undo()
+    assert next(iter(station.get(name, tmp_path / "data", lay_out=True)["unpacked"].values()))["written"] == 6
+
+
+def test_without_a_hub_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["pool", "get", "llava/665k", str(tmp_path), "--no-images", "--yes"]) == 5
+    assert "the hub cannot be reached" in capsys.readouterr().err
 
 
 def test_a_mixture_is_not_fetched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

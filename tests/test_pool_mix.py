@@ -340,6 +340,33 @@ def test_a_mixture_that_was_moved_says_what_it_lacks(pools: tuple[Path, Path], t
     assert len(open_source(tmp_path / "x", tmp_path / "one")) == 5
 
 
+def test_the_mixture_of_the_docs_is_one_that_a_recipe_learns_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text("utf-8")
+    told = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    told |= {"total": 20, "sources": [{**part, "count": 8} if "count" in part else part for part in told["sources"]]}
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "data" / "finetune" / "images"
+    (images / "gqa").mkdir(parents=True)
+    records = json.loads(source(images, "a", 9, text=6).read_text())
+    for record in records[:9]:
+        (images / record["image"]).rename(images / record["image"].replace("coco/", "gqa/"))
+        record["image"] = record["image"].replace("coco/", "gqa/")
+    for record in records[9:]:
+        record["conversations"] *= 2
+    (tmp_path / "data" / "llava_v1_5_mix665k.json").write_text(json.dumps(records))
+    mine = source(tmp_path / "photos", "m", 12)
+    mine.rename(tmp_path / "my.json")
+    rows = [record | {"quality": "good"} for record in json.loads((tmp_path / "my.json").read_text())]
+    (tmp_path / "my.json").write_text(json.dumps(rows))
+    (tmp_path / "MIX.yaml").write_text(yaml.safe_dump(told))
+    assert cli.run(["pool", "mix", "MIX.yaml", "-o", "mixture"]) == 0, capsys.readouterr().err
+    assert [row["taken"] for row in json.loads(Path("mixture/mix.json").read_text())["sources"]] == [8, 3, 9]
+    learn = ["train", "world", "stages.tune.data=mixture", "stages.align.data=mixture", "--dry-run"]
+    assert cli.run([*learn, "stages.tune.steps=1", "stages.align.steps=1", "-o", "run"]) == 0, capsys.readouterr().err
+
+
 @given(
     weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6),
     exact=st.lists(st.integers(1, 50), max_size=4),

@@ -694,6 +694,7 @@ def pool_get(
               if "into" in done]  # fmt: skip
     lines += [f"{facts['checked']['records']:,} records in {facts['data']}"] if facts["checked"] else []
     lines += [f"{facts['urls']['rows']:,} addresses in {facts['urls']['path']}"] if "urls" in facts else []
+    lines += [f"note: {note}" for note in facts["notes"]]
     lines += [f"left to you: {root / item['path']}: {item['how']}" for item in facts["by_hand"]]
     _report(json, facts, "\n".join(lines))
 

@@ -319,9 +319,13 @@ def fetch_hub(
         raise EnvironmentFault(f"{source}: there is no such file (any more); see {page}/tree/{revision}") from None
     except errors.HfHubHTTPError as fault:
         raise EnvironmentFault(f"{source}: the hub did not answer as hoped ({_first(fault)})") from None
-    except OSError as fault:
-        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as fault:
+        if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
             raise full(path) from None
+        # Its library lets errors of the one below it through, which is another one in each of its versions.
+        below = {kind.__module__.partition(".")[0] for kind in type(fault).__mro__}
+        if isinstance(fault, (ConnectionError, TimeoutError)) or below & {"httpx", "httpcore", "requests", "urllib3"}:
+            raise EnvironmentFault(f"{source}: the hub cannot be reached ({_first(fault)})") from None
         raise
     theirs = about.etag if about.etag and re.fullmatch("[0-9a-f]{64}", about.etag) else None
     done = settle(Path(got), path, size if size is not None else about.size, sha256 or theirs, source)

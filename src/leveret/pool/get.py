@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from leveret.pool import catalogue, jsonfile
 from leveret.pool.catalogue import ARCHIVES, DataSet, File
-from leveret.pool.fetch import begun, enough, fetch, fetch_hub
+from leveret.pool.fetch import begun, enough, fetch, fetch_hub, full
 from leveret.pool.unpack import unpack
 from leveret.runs import DataError, EnvironmentFault, Progress, RecipeError, UserError, atomic_write, graceful_stop
 
@@ -106,19 +108,21 @@ def get(
     one, rows = plan(name, root, pictures)
     facts = facts_of(name, root, one, rows)
     todo = [row for row in rows if row.file.by_hand is None and not row.there]
-    needed = sum(row.missing for row in todo)
-    if lay_out:
-        needed += sum(row.file.size or 0 for row in rows if row.file.form in ARCHIVES and not _laid_out(row))
+    coming = sum(row.missing for row in todo)
+    # Pictures hardly shrink in archives: laid out they take as much again.
+    laid = [row for row in rows if row.file.form in ARCHIVES and not _laid_out(row)] if lay_out else []
+    needed = coming + sum(row.file.size or 0 for row in laid if row.there or row.file.by_hand is None)
     enough(root, needed + MARGIN if needed else 0)
     faults: list[UserError] = []
     with graceful_stop():
-        with Progress(needed or None, f"fetching {name}", "bytes") as progress:
+        with Progress(coming or None, f"fetching {name}", "bytes") as progress:
             for row in todo:
                 try:
                     _fetch(row, progress, pause)
                 except (DataError, EnvironmentFault) as fault:
                     faults.append(fault)
-            facts["unpacked"] = _unpack(rows, progress, faults) if lay_out else {}
+        facts["unpacked"] = _unpack(rows, faults) if lay_out else {}
+        facts["notes"] = _notes(rows, facts["unpacked"])
         facts["checked"] = _check(one, root, faults)
         told = one.addresses
         if told is not None and (urls or told.only) and (root / told.file).is_file():
@@ -150,20 +154,35 @@ def _fetch(row: Planned, progress: Progress, pause: float) -> None:
 
 
 def _archives(rows: list[Planned]) -> Iterator[list[Planned]]:
-    """Archives, each with all its parts: files of one set whose names differ in their last ending alone."""
+    """Archives, each with all its parts: files of one set that are called NAME.part-aa, NAME.part-ab ..."""
     groups: dict[tuple[str, str, Path], list[Planned]] = {}
     for row in rows:
         if row.file.form in ARCHIVES:
-            stem = row.file.path.partition(".part")[0]
-            groups.setdefault((row.owner.name, stem, row.into), []).append(row)
+            whole = re.sub(r"\.part-?[a-z0-9]+$", "", row.file.path)
+            groups.setdefault((row.owner.name, whole, row.into), []).append(row)
     yield from groups.values()
+
+
+def _notes(rows: list[Planned], unpacked: Mapping[str, Any]) -> list[str]:
+    """Where a set of pictures has another number of files than the catalogue tells: no fault, since archives may hold
+    more than pictures, but worth a look."""
+    notes = []
+    for owner in {row.owner.name: row.owner for row in rows}.values():
+        groups = [group for group in _archives(rows) if group[0].owner is owner]
+        done = [unpacked.get(group[0].file.path, {}) for group in groups]
+        if owner.counts.images is None or not done or not all("files" in one for one in done):
+            continue
+        files = sum(one["files"] for one in done)
+        if owner.data is None and files != owner.counts.images:
+            notes.append(f"{owner.name}: {files:,} files, the catalogue tells {owner.counts.images:,} pictures")
+    return notes
 
 
 def _laid_out(row: Planned) -> bool:
     return (row.into / f".unpacked-{row.path.name}.json").exists()
 
 
-def _unpack(rows: list[Planned], progress: Progress, faults: list[UserError]) -> dict[str, Any]:
+def _unpack(rows: list[Planned], faults: list[UserError]) -> dict[str, Any]:
     done: dict[str, Any] = {}
     for group in _archives(rows):
         first = group[0]
@@ -175,6 +194,11 @@ def _unpack(rows: list[Planned], progress: Progress, faults: list[UserError]) ->
             found = unpack([row.path for row in group], first.into, first.file.form, strip=first.file.strip)
         except (DataError, EnvironmentFault) as fault:
             faults.append(fault)
+            continue
+        except OSError as fault:
+            if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            faults.append(full(first.into))
             continue
         done[first.file.path] = {
             "into": str(first.into),

@@ -111,13 +111,14 @@ def mix(
                 f"the sources' image folders ({', '.join(sorted({str(one.source.root.path) for one in opened}))}) have "
                 "no folder in common; lay them (or links to them) below one, or write tars with --as tars"
             )
-        key = {
-            "rules": _RULES,
-            "form": form,
-            "recipe": wanted.model_dump(mode="json", include=_MADE_BY),
-            "sources": [[one.name, one.source.fingerprint()] for one in opened],
-        }
+        key: dict[str, Any] = {}
         if not dry_run:
+            key = {
+                "rules": _RULES,
+                "form": form,
+                "recipe": wanted.model_dump(mode="json", include=_MADE_BY),
+                "sources": [[one.name, one.source.fingerprint()] for one in opened],
+            }
             place.claim(key)
             if (made := place.finished(key)) is not None:
                 return made
@@ -152,13 +153,15 @@ def open_all(wanted: DataSet) -> list[Opened]:
     opened: list[Opened] = []
     faults: list[str] = []
     taken: set[str] = set()
+    known: dict[str, Source] = {}  # a source that stands twice is read once
     for number, part in enumerate(wanted.sources):
         try:
-            source, called = _open(part, Path(wanted.root))
+            same = part.model_dump_json(include={"data", "images", "mapped"})
+            source = known[same] if same in known else known.setdefault(same, _open(part, Path(wanted.root)))
         except UserError as fault:
             faults.append(f"  sources.{number}.data: {fault}")
             continue
-        name = part.name or called
+        name = part.name or part.data
         while name in taken:
             name = f"{name} ({number + 1})"
         taken.add(name)
@@ -169,8 +172,8 @@ def open_all(wanted: DataSet) -> list[Opened]:
     return opened
 
 
-def _open(part: Part, root: Path) -> tuple[Source, str]:
-    """A source and what it is called: a path, or a set of the catalogue below the data root."""
+def _open(part: Part, root: Path) -> Source:
+    """A source: a path, or a set of the catalogue below the data root."""
     path, images, mapped = Path(part.data), part.images, part.mapped
     if not path.exists() and catalogue.is_known(part.data):
         known = catalogue.load(part.data)
@@ -185,8 +188,8 @@ def _open(part: Part, root: Path) -> tuple[Source, str]:
         images = images or str(root / known.images)
         mapped = mapped or known.mapped
     if mapped is not None:
-        return _mapped(path, images, mapped), part.data
-    return open_source(path, images), part.data
+        return _mapped(path, images, mapped)
+    return open_source(path, images)
 
 
 def _mapped(path: Path, images: str | None, how: Mapped) -> Source:
