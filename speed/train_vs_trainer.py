@@ -1,7 +1,7 @@
-"""Samples a second while training, beside the Hugging Face Trainer with LlavaForConditionalGeneration and padded batches.
+"""Samples a second in training, beside the Hugging Face Trainer with LlavaForConditionalGeneration and padded batches.
 
-One process, one arm after the other, over again (A, B, C, A, B, C); medians over the rounds. Every arm trains the same
-composition from random weights on the same samples: a tower of 6 x 192 (196 tokens), a connector, a Llama of 6 x 256,
+One process, one arm after the other, over again (A, B, C, A, B, C); medians over the rounds. Every arm trains one
+composition from random weights on one data set: a tower of 6 x 192 (196 tokens), a connector, a Llama of 6 x 256,
 16,384 words, texts of 40 to 180 tokens, about 18 % of all positions supervised; same type, threads and frozen parts.
 The Trainer is given its images as tensors in memory; leveret decodes its own from files, unless it keeps features.
 Each further arm is leveret with one of its tricks switched off. The first steps of a run are not counted.
@@ -197,6 +197,7 @@ def main() -> None:
 @contextlib.contextmanager
 def every_row(language: Any, rows: Any) -> Iterator[None]:
     """Instead of only_rows: the output layer on every position, the supervised ones picked from its logits."""
+
     def pick(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
         return out.flatten(0, 1)[rows.flatten()][None]
 

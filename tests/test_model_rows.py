@@ -168,7 +168,7 @@ def test_a_packed_row_gives_what_its_samples_give(family: str, attention: str) -
             lay(begins)
             ones = torch.ones(1, 160, dtype=torch.long)
             found = told(model, inputs, only, True, attention_mask=ones, position_ids=positions)
-        assert found[1][:, : begin].abs().max() == 0 if begin else True
+        assert found[1][:, :begin].abs().max() == 0 if begin else True
         found[1] = found[1][:, begin : begin + length]
         alike(found, want)
 

@@ -23,7 +23,9 @@ def cases(prismatic: bool) -> list[Any]:
     for path in sorted(PARITY.glob("samplers*/*.json")):
         if ("prismatic" in path.name) == prismatic:
             for number, case in enumerate(json.loads(path.read_text("utf-8"))["cases"]):
-                found.append(pytest.param(path.stem.rpartition("-")[2], case, id=f"{path.parent.name}-{path.stem}-{number}"))
+                found.append(
+                    pytest.param(path.stem.rpartition("-")[2], case, id=f"{path.parent.name}-{path.stem}-{number}")
+                )
     return found or [
         pytest.param("", {}, marks=pytest.mark.skip(f"no samplers in {PARITY}: set LEVERET_PARITY"), id="none")
     ]
@@ -53,7 +55,7 @@ def test_prismatics_split_by_modality(system: str, case: dict[str, Any]) -> None
     for name, wanted in case["indices"].items():
         epoch, rank = (int(word[len(kind) :]) for word, kind in zip(name.split("."), ("epoch", "rank"), strict=True))
         if isinstance(wanted, dict):
-            with pytest.raises(ValueError, match="samples with images|evenly"):
+            with pytest.raises(ValueError, match=r"samples with images|evenly"):
                 split_modality(lengths, batch, ranks, case["seed"], epoch)
             continue
         groups = split_modality(lengths, batch, ranks, case["seed"], epoch)

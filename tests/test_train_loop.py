@@ -159,7 +159,7 @@ def test_every_order_teaches_every_sample(data: Path, tmp_path: Path, order: str
 
 
 def test_an_order_that_needs_two_kinds_says_so(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="order: 'tinyllava' cannot be used here: .* all 24 are of one kind"):
+    with pytest.raises(RecipeError, match=r"order: 'tinyllava' cannot be used here: .* all 24 are of one kind"):
         train(train_fakes.recipe(data, order="tinyllava"), tmp_path / "run")
 
 

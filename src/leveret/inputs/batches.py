@@ -102,4 +102,3 @@ def _images(items: Sequence[Item]) -> tuple[dict[str, Tensor], Tensor | None, li
         )
     stacked = {name: torch.from_numpy(np.concatenate(images)) for name, images in tiled.items()}
     return stacked, None, counts[0] if counts else []
-

@@ -1,7 +1,6 @@
 """In which order LLaVA, Bunny, TinyLLaVA Factory and Prismatic visit samples, to the index.
 
-All draw permutations from torch's generators, cut them into global batches, and lay a batch's long rows beside each
-other. Lengths are words, not tokens (`Prepared.words`). Where an original stops with an error (Prismatic without images,
+All draw permutations from torch's generators, cut them into global batches, and lay its long rows side by side. Lengths are words, not tokens (`Prepared.words`). Where an original stops with an error (Prismatic without images,
 or with fewer samples of a kind than a batch that is not a whole number of ranks), a ValueError says why.
 
 Sources: LLaVA llava/train/llava_trainer.py (c121f04), Bunny bunny/train/bunny_trainer.py (08273ac; the same rule),
@@ -97,7 +96,7 @@ def split_modality(lengths: Sequence[int], batch: int, ranks: int, seed: int, ep
     """Prismatic's `SplitModalitySampler`: the global batches of one epoch, rank after rank in each.
 
     lengths  above 0 of samples with images, below 0 of others. A kind's last batch is filled up from its first, so that
-             some samples come twice; the batch with the longest row comes first, so that too little memory shows at once.
+             some samples come twice; the batch with the longest row comes first: too little memory shows at once.
     """
     import torch
 

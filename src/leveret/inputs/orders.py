@@ -26,8 +26,8 @@ def plan(lengths: Lengths, batch: int, seed: int, epoch: int, *, by: str = "leng
     lengths  of every row; below 0 of those without images, for the rules that keep kinds apart.
     by       a row of `ORDERS`.
 
-    Raises ValueError when `batch` is below 1 or a seed or epoch is negative, RecipeError for a rule that is not there or
-    that cannot order these rows.
+    Raises ValueError when `batch` is below 1 or a seed or epoch is negative, RecipeError for a rule that is not there
+    or that cannot order these rows.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be 1 or more")

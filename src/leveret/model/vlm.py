@@ -202,8 +202,8 @@ def attention_inputs(batch: Batch, language: Any) -> dict[str, Any]:
     One sample a row: the usual mask and positions. Several samples packed in one row: where they begin, to attention
     that takes it (`attention.py`, FlashAttention); the plain causal mask is then all it needs besides. For any other
     attention transformers derives a mask of blocks from positions that restart, but only if it gets no attention mask
-    and no cache; otherwise samples leak into each other without a warning. Padding then gets position 0 and is a segment
-    of its own.
+    and no cache; otherwise samples leak into each other without a warning. Padding then gets position 0 and is a
+    segment of its own.
     """
     positions = batch.position_ids.masked_fill(~batch.attention_mask.bool(), 0)
     ours = bool(batch.bounds) and told_bounds(language)
