@@ -1,7 +1,8 @@
 """In which order LLaVA, Bunny, TinyLLaVA Factory and Prismatic visit samples, to the index.
 
-All draw permutations from torch's generators, cut them into global batches, and lay its long rows side by side. Lengths are words, not tokens (`Prepared.words`). Where an original stops with an error (Prismatic without images,
-or with fewer samples of a kind than a batch that is not a whole number of ranks), a ValueError says why.
+All draw permutations from torch's generators, cut them into global batches, and lay the long rows of each side by side.
+Lengths are words, not tokens (`Prepared.words`). Where an original stops with an error (Prismatic without images, or
+with fewer samples of a kind than a batch that is not a whole number of ranks), a ValueError says why.
 
 Sources: LLaVA llava/train/llava_trainer.py (c121f04), Bunny bunny/train/bunny_trainer.py (08273ac; the same rule),
 TinyLLaVA Factory tinyllava/train/tinyllava_trainer.py (53f12c7), Prismatic prismatic/util/batching_utils.py (874c5bb).

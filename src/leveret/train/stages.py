@@ -1,3 +1,71 @@
+"""What is taught, in which order, and what learns at which rate: the recipe of a training run.
+
+A recipe is a model and an ordered table of stages. Whatever a stage does not name under `learn` is frozen.
+This file is data and its rules; nothing heavy is imported, so faults are found before torch is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from leveret import own
+from leveret.model.recipe import ModelRecipe, named
+from leveret.records import Resize
+from leveret.runs import RecipeError
+
+Part = Literal["vision", "connector", "language"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, lt=10)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lora(_Strict):
+    """Low-rank adapters on the language model, in PEFT's terms and PEFT's format."""
+
+    rank: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    targets: tuple[str, ...] | None = Field(
+        None,
+        description="Last names of the linear layers that get an adapter (q_proj ...); all but lm_head when left out.",
+    )
+
+
+class Learn(_Strict):
+    """How one part learns. A part that is not named is frozen."""
+
+    lr: Rate = Field(description="Peak learning rate of this part.")
+    weight_decay: float | None = Field(None, ge=0, description="Instead of the stage's; biases and norms never decay.")
+    lora: Lora | None = Field(None, description="Train adapters instead of the weights (language only).")
+    from_layer: int | None = Field(
+        None, ge=0, description="Only this layer (from 0) and what comes after it learn (vision only)."
+    )
+
+
+class StageRecipe(_Strict):
+    """One stage: its data, what learns, and how long."""
+
+    data: str = Field(description="LLaVA JSON, tars, parquet, a folder of save_to_disk, or of photos with captions.")
+    images: str | None = Field(None, description="Root of the images; the folder of the data when left out.")
+    chat: str | None = Field(
+        None, description="Chat format of this stage, named as the model's is; that when left out."
+    )
+    resize: Resize | None = Field(
+        None, description="How images become square from this stage on; the model's when left out."
+    )
+    learn: dict[Part, Learn] = Field(min_length=1, description="What learns, at which rate. The rest is frozen.")
+    steps: int | None = Field(None, ge=1, description="Optimiser steps; or give epochs.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
+    batch: int = Field(32, ge=1, description="Samples in one optimiser step, over all ranks.")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
         description="Samples in one pass on one rank; gradients add up to the batch. All at once when left out.",
     )
     order: Literal["length", "modality", "random", "llava", "tinyllava", "prismatic"] = Field(
@@ -25,3 +93,110 @@
     recompute: bool = Field(
         False, description="Gradient checkpointing: the language model's layers are computed again on the way back."
     )
+    compile: bool = Field(False, description="The language model's layers through torch.compile.")
+    fused: bool = Field(True, description="AdamW in one kernel.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto is bf16 autocast where the hardware computes bf16 natively, else fp32."
+    )
+    cache_features: bool = Field(
+        True,
+        description="A frozen tower sees each image once and its features stay on disk. No effect when vision learns.",
+    )
+    save_every: int = Field(200, ge=1, description="Steps between saved states.")
+    validate_every: int | None = Field(
+        None, ge=1, description="Steps between validations; at the end only when left out."
+    )
+    bad_steps: int = Field(
+        10, ge=0, description="Steps with a non-finite loss that may be skipped before the run stops."
+    )
+    bad_share: Share = Field(0.2, description="Share of samples that may fail before the run stops.")
+    seed: int | None = Field(None, ge=0, description="Instead of the run's.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> StageRecipe:
+        """Rules between fields. All broken ones are told at once."""
+        faults = []
+        if (self.steps is None) == (self.epochs is None):
+            faults.append("give exactly one of steps and epochs")
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            faults.append(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            faults.append(f"warmup {self.warmup} and decay {self.decay} together pass the whole of the stage")
+        for part, how in self.learn.items():
+            if how.lora is not None and part != "language":
+                faults.append(f"learn.{part}.lora: adapters go on the language part only")
+            if how.from_layer is not None and part != "vision":
+                faults.append(f"learn.{part}.from_layer: only vision can learn from a layer on")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+class TrainRecipe(_Strict):
+    """A model and the stages that teach it, in order."""
+
+    name: str = Field(min_length=1, description="Name of the recipe, for people.")
+    seed: int = Field(0, ge=0, description="Everything random follows from it.")
+    model: ModelRecipe = Field(description="The backbones the first stage starts from.")
+    stages: dict[str, StageRecipe] = Field(
+        min_length=1, description="Stages in order; each starts from the one before."
+    )
+    ranks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        "auto", description="Processes on this machine; auto is 2 on a CPU with 2 cores or more, else 1."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU when there is one.")
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _left_out(cls, stages: Any) -> Any:
+        """`NAME: null` takes away a stage that a recipe further up `extends` has."""
+        return {name: how for name, how in stages.items() if how is not None} if isinstance(stages, dict) else stages
+
+    @model_validator(mode="after")
+    def _names(self) -> TrainRecipe:
+        """A stage's name becomes a folder beside `model`, so it must be a plain word."""
+        for name in self.stages:
+            if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
+                raise ValueError(f"stage {name!r}: a stage's name is letters, digits, - and _, and none of {RESERVED}")
+        return self
+
+
+RESERVED = ("model", "done", "recipe", "metrics")
+"""Names a run folder already uses."""
+
+HARMLESS = ("save_every", "validate_every", "bad_steps", "bad_share")
+"""Stage fields that may change between a stop and a resume: they do not move a single bit of the result."""
+
+
+def binding(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dumped recipe that a resumed run must share with the run it continues."""
+    stages = {
+        name: {key: value for key, value in stage.items() if key not in HARMLESS}
+        for name, stage in recipe["stages"].items()
+    }
+    return {**recipe, "stages": stages}
+
+
+def given(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe as a person gave it: rows in files of their own with the files' fingerprints (own.py), so that a run
+    is told from one before the file changed. RecipeError with all that is wrong at once."""
+    faults, model, stages = [], recipe.model, {}
+    try:
+        model = named(recipe.model)
+    except RecipeError as fault:
+        faults.append(str(fault))
+    for name, stage in recipe.stages.items():
+        stages[name] = stage
+        try:
+            if stage.chat is not None and own.is_own(stage.chat):
+                stages[name] = stage.model_copy(update={"chat": own.pin(stage.chat, f"stages.{name}.chat")})
+        except RecipeError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return recipe.model_copy(update={"model": model, "stages": stages})
+
+
+def total_steps(stage: StageRecipe, per_epoch: int) -> int:
+    """Optimiser steps of a stage whose order makes so many of one pass over the data."""
+    return stage.steps or math.ceil((stage.epochs or 0) * per_epoch)
