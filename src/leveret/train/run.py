@@ -225,12 +225,7 @@ def _stage(
     with torch_threads(share):
         Teacher(job, stage, vlm, trainables, data, ranks, validators).run()
         vlm.eval()
-        how = stage.learn.get("language")
-        if how is not None and how.lora is not None:
-            rest = {one.name: one.value for one in trainables if ".lora_" not in one.name}
-            base = str(start or recipe.model.language.name)
-            lora.save(vlm.language, how.lora, folder / "adapter", base, rest, stage.resize)
-            lora.merge(vlm.language)
+        lora.finish(vlm, stage, trainables, folder, str(start or recipe.model.language.name))
         checkpoint.save(vlm, folder / "model")
     write_json(folder / "done", {"stage": name, "steps": total, "facts": facts})
     shutil.rmtree(folder / "state", ignore_errors=True)
