@@ -26,7 +26,7 @@ from leveret.model.towers import Tower, build_tower
 from leveret.model.vlm import VLM
 from leveret.runs import RecipeError
 from leveret.train import learning
-from leveret.train.stages import StageRecipe
+from leveret.train.stages import Learn, StageRecipe
 
 PARITY = Path(os.environ.get("LEVERET_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
 
@@ -46,12 +46,12 @@ def stages() -> list[Any]:
     return found or [pytest.param(None, "", marks=why)]
 
 
-# --- their settings as a stage of ours ----------------------------------------------------------------------------------
+# --- their settings as a stage of ours --------------------------------------------------------------------------------
 
 
 def by_llava(settings: dict[str, Any], bunny: bool) -> dict[str, Any]:
-    """Bunny's and LLaVA's arguments (train/train.py, train/llava_trainer.py): the projector learns in every stage, with a
-    rate of its own where there is one; Bunny's tower shares that rate (bunny_trainer.py asks for either name)."""
+    """Bunny's and LLaVA's arguments (train/train.py, train/llava_trainer.py): the projector learns in every stage, with
+    a rate of its own where there is one; Bunny's tower shares that rate (bunny_trainer.py asks for either name)."""
     rate = settings["learning_rate"]
     near = settings.get("proj_lr") or rate
     learn: dict[str, Any] = {"connector": {"lr": near}}
@@ -63,9 +63,10 @@ def by_llava(settings: dict[str, Any], bunny: bool) -> dict[str, Any]:
     return {"learn": learn, "unknown": set(settings) - known}
 
 
-def by_factory(settings: dict[str, Any]) -> dict[str, Any]:
+def by_factory(settings: dict[str, Any], vlm: VLM) -> dict[str, Any]:
     """TinyLLaVA Factory's arguments (tinyllava/utils/arguments.py). Its optimiser knows a rate of the connector, and
-    does not read the tower's (train/tinyllava_trainer.py)."""
+    does not read the tower's (train/tinyllava_trainer.py). From a layer on it knows blocks by `vision_model.encoder`
+    alone, which CLIP's and SigLIP's are called (training_recipe/base.py)."""
     rate = settings["learning_rate"]
     learn: dict[str, Any] = {}
     if settings["tune_type_llm"] != "frozen":
@@ -74,7 +75,11 @@ def by_factory(settings: dict[str, Any]) -> dict[str, Any]:
         learn["connector"] = {"lr": settings.get("mm_projector_lr") or rate}
     if settings["tune_type_vision_tower"] != "frozen":
         partly = settings["tune_type_vision_tower"] == "partially-tune"
-        learn["vision"] = {"lr": rate, "from_layer": settings["tune_vision_tower_from_layer"] if partly else None}
+        learn["vision"] = {"lr": rate}
+        if partly:
+            known_to_it = ("siglip_vision_model", "clip_vision_model")
+            towers = [name for name, tower in vlm.towers.items() if tower.facts.family in known_to_it]  # type: ignore[union-attr]
+            learn["vision"] |= {"from_layer": settings["tune_vision_tower_from_layer"], "towers": towers}
     known = {"tune_type_llm", "tune_type_connector", "tune_type_vision_tower", "tune_vision_tower_from_layer"}
     known |= {"learning_rate", "weight_decay", "mm_projector_lr", "vision_tower_lr", "training_recipe", "lora_r"}
     return {"learn": learn, "unknown": set(settings) - known - {"lora_alpha", "lora_dropout"}}
@@ -94,13 +99,13 @@ def adapters(settings: dict[str, Any]) -> dict[str, Any]:
     return {"rank": settings.get("lora_r", 4), "alpha": settings.get("lora_alpha", 8)}
 
 
-def recipe_of(tool: str, name: str, told: dict[str, Any]) -> StageRecipe:
+def recipe_of(tool: str, vlm: VLM, name: str, told: dict[str, Any]) -> StageRecipe:
     """The stage as a faithful recipe has it."""
     settings = told.get("settings", {})
     if tool == "Prismatic":
         found = by_prismatic(name.rpartition("/")[2])
     else:
-        found = by_factory(settings) if tool == "TinyLLaVA Factory" else by_llava(settings, tool == "Bunny")
+        found = by_factory(settings, vlm) if tool == "TinyLLaVA Factory" else by_llava(settings, tool == "Bunny")
     assert not found["unknown"], f"settings that no field of a recipe stands for: {found['unknown']}"
     # where the settings are silent, the groups say what was given
     decay = max((group["weight_decay"] for group in told.get("optimizer_groups", ())), default=0.0)
@@ -115,7 +120,7 @@ def recipe_of(tool: str, name: str, told: dict[str, Any]) -> StageRecipe:
     )
 
 
-# --- our names as theirs ------------------------------------------------------------------------------------------------
+# --- our names as theirs ----------------------------------------------------------------------------------------------
 
 INSIDE = {"eva02_clip": "model.", "dinov2": "", "dinov2_with_registers": "", "vit": ""}
 """What transformers (and Bunny's EVA) put between a tower and its layers, where it is not `vision_model.`."""
@@ -156,11 +161,14 @@ def theirs(tool: str, vlm: VLM, names: Iterable[str]) -> dict[str, tuple[str, ..
     return found
 
 
-def idle(tool: str, vlm: VLM, from_layer: int | None) -> Iterator[str]:
-    """Their names of what they mark in a tower though it does not run: it never gets a gradient, so here it is no part of
-    what learns. Of a tower that learns from a layer on these are blocks alone."""
+def idle(tool: str, vlm: VLM, how: Learn) -> Iterator[str]:
+    """Their names of what they mark in a tower though it does not run: it never gets a gradient, so here it is no part
+    of what learns. Of a tower that learns from a layer on these are blocks alone."""
+    from_layer = how.from_layer
     for view, tower in vlm.towers.items():
         assert isinstance(tower, Tower)
+        if how.towers is not None and view not in how.towers:
+            continue
         with torch.device("meta"):
             whole = build_tower(replace(tower.facts, keep=("layers", "norm", "head")))
         names = [name.removeprefix("model.") for name, _ in whole.unused()]
@@ -170,7 +178,7 @@ def idle(tool: str, vlm: VLM, from_layer: int | None) -> Iterator[str]:
                 yield from said
 
 
-# --- the model, and the test ----------------------------------------------------------------------------------------------
+# --- the model, and the test ------------------------------------------------------------------------------------------
 
 
 @cache
@@ -204,17 +212,17 @@ def test_a_stage_teaches_what_theirs_does(folder: Path, name: str) -> None:
     vlm = copy.deepcopy(vlm)
     if "trainable" not in told:  # it fails there as it stands: then it must not pass here
         with pytest.raises((RecipeError, ValidationError)) as caught:
-            stage = recipe_of(tool, name, told)
+            stage = recipe_of(tool, vlm, name, told)
             learning.ready(vlm, stage, seed=0)
         print(f"{folder.name} {name}: refused here ({caught.value}), as there ({told.get('note')})")
         return
-    stage = recipe_of(tool, name, told)
+    stage = recipe_of(tool, vlm, name, told)
     assert learning.faults(vlm, stage) == []
     trainables = learning.ready(vlm, stage, seed=0)
     names = theirs(tool, vlm, [one.name for one in trainables])
     still: set[str] = set()
     if "vision" in stage.learn:
-        still = set(idle(tool, vlm, stage.learn["vision"].from_layer))
+        still = set(idle(tool, vlm, stage.learn["vision"]))
     ours = {said for several in names.values() for said in several}
     due = set(map(unwrapped, told["trainable"]))
     assert ours - due == set(), "learns here and not there"

@@ -45,6 +45,8 @@ class Learning(Protocol):
     def lora(self) -> Adapters | None: ...
     @property
     def from_layer(self) -> int | None: ...
+    @property
+    def towers(self) -> tuple[str, ...] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +74,28 @@ def modules(vlm: VLM) -> dict[str, nn.Module]:
     return {"vision": vlm.towers, "connector": connector, "language": vlm.language}
 
 
-def learnable(vlm: VLM, part: str, from_layer: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+def learnable(
+    vlm: VLM, part: str, from_layer: int | None = None, towers: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
     """Names (as in `vlm.named_parameters()`) and parameters that learn when `part` learns.
 
     Parts of a tower that are kept but do not run are left out. `from_layer` is the first block that learns, counted
     from 0, in every tower or in the language model; what lies before it (the embeddings too, unless it is 0) is left
-    out. RecipeError when the part is unknown, has no parameters, or the layer does not run: naming a part that would
-    get no gradient is an error.
+    out. `towers`, by the names of their views, are the only ones that learn. RecipeError when the part is unknown, has
+    no parameters, or the layer does not run: naming a part that would get no gradient is an error.
     """
     if part not in PARTS:
         raise RecipeError(unknown(dict.fromkeys(PARTS), part, "learn"))
     skipped: set[str] = set()
     if part == "vision":
+        for name in towers or ():
+            if name not in vlm.towers:
+                raise RecipeError(unknown(dict.fromkeys(vlm.towers), name, "learn.vision.towers"))
         for name, tower in vlm.towers.items():
             assert isinstance(tower, Tower)
+            if towers is not None and name not in towers:
+                skipped |= {f"towers.{name}.{key}" for key, _ in tower.named_parameters()}
+                continue
             skipped |= {f"towers.{name}.{key}" for key, _ in tower.unused()}
             skipped |= {f"towers.{name}.{key}" for key in tower.before(from_layer or 0)}
     elif part == "language":
@@ -127,12 +137,12 @@ def _before(language: Any, layer: int) -> set[str]:
     return {name for name, value in language.named_parameters() if id(value) not in learns}
 
 
-def adaptable(vlm: VLM, part: str, from_layer: int | None = None) -> dict[str, nn.Linear]:
+def adaptable(vlm: VLM, part: str, how: Learning) -> dict[str, nn.Linear]:
     """The linear layers of a part that may get adapters, by their names in the model: those whose weights would learn,
     but the output layer, one inside torch's own attention, which never calls it, and a
     connector that is nothing else. RecipeError as in `learnable`."""
     # an adapter that is there already has put its layer a step further down
-    weights = {name.replace(".base_layer.", ".") for name, _ in learnable(vlm, part, from_layer)}
+    weights = {name.replace(".base_layer.", ".") for name, _ in learnable(vlm, part, how.from_layer, how.towers)}
     head = vlm.language.get_output_embeddings()
     inside = {
         id(piece) for module in vlm.modules() if isinstance(module, nn.MultiheadAttention) for piece in module.modules()
@@ -149,7 +159,7 @@ def adaptable(vlm: VLM, part: str, from_layer: int | None = None) -> dict[str, n
 def parts_table(vlm: VLM, learn: Mapping[str, Learning]) -> list[PartRow]:
     """One row per part. What `learn` does not name is frozen. Works on `meta`. RecipeError as in `learnable`."""
     for part, how in learn.items():
-        list(learnable(vlm, part, how.from_layer))
+        list(learnable(vlm, part, how.from_layer, how.towers))
     return [_row(vlm, part, module, learn.get(part)) for part, module in modules(vlm).items()]
 
 
@@ -161,7 +171,7 @@ def _row(vlm: VLM, part: str, module: nn.Module, how: Learning | None) -> PartRo
     elif how.lora is not None:
         trainable = sum(p.numel() for p in adapters.values()) or adapter_size(vlm, part, how)
     else:
-        trainable = sum(p.numel() for _, p in learnable(vlm, part, how.from_layer))
+        trainable = sum(p.numel() for _, p in learnable(vlm, part, how.from_layer, how.towers))
     return PartRow(
         part=part,
         parameters=sum(p.numel() for p in own),
@@ -176,7 +186,7 @@ def _row(vlm: VLM, part: str, module: nn.Module, how: Learning | None) -> PartRo
 def adapted(vlm: VLM, part: str, how: Learning) -> dict[str, nn.Linear]:
     """Of the layers that may get adapters those that do: all, or those whose last name is in `how.lora.targets`."""
     assert how.lora is not None
-    found = adaptable(vlm, part, how.from_layer)
+    found = adaptable(vlm, part, how)
     named = how.lora.targets
     return {name: layer for name, layer in found.items() if named is None or name.rpartition(".")[2] in named}
 
@@ -193,6 +203,7 @@ def adapter_size(vlm: VLM, part: str, how: Learning) -> int:
 
 def _note(vlm: VLM, part: str, how: Learning | None) -> str:
     start = f", from layer {how.from_layer}" if how and how.from_layer else ""
+    start += f", only {' and '.join(how.towers)}" if how and how.towers else ""
     start += _adapters(how.lora) if how and how.lora else ""
     if part == "connector":
         return f"{vlm.recipe.connector.kind}, {tokens_of(vlm)}{start}"

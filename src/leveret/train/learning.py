@@ -27,7 +27,7 @@ def faults(vlm: VLM, stage: StageRecipe) -> list[str]:
     found = []
     for part, how in stage.learn.items():
         try:
-            list(learnable(vlm, part, how.from_layer))
+            list(learnable(vlm, part, how.from_layer, how.towers))
             if how.lora is not None:
                 lora.targets(vlm, part, how)
         except RecipeError as error:
@@ -39,7 +39,7 @@ def _chosen(vlm: VLM, part: str, how: Learn) -> list[tuple[str, nn.Parameter]]:
     if how.lora is not None:
         own = [(name, value) for name, value in vlm.named_parameters() if name.startswith(PREFIXES[part])]
         return [(name, value) for name, value in own if ".lora_" in name]
-    return list(learnable(vlm, part, how.from_layer))
+    return list(learnable(vlm, part, how.from_layer, how.towers))
 
 
 def choose(vlm: VLM, stage: StageRecipe) -> list[Trainable]:
@@ -57,7 +57,8 @@ def choose(vlm: VLM, stage: StageRecipe) -> list[Trainable]:
 def ready(vlm: VLM, stage: StageRecipe, *, seed: int, half_frozen: bool = False) -> list[Trainable]:
     """Make `vlm` ready for the stage: adapters attached, parts frozen, types and modes set. Returns what learns.
 
-    Trainable weights are float32. seed: of the adapters' first values. half_frozen turns frozen weights to bfloat16 (on a GPU, to save memory).
+    Trainable weights are float32. seed: of the adapters' first values. half_frozen turns frozen weights to bfloat16 (on
+    a GPU, to save memory).
     A frozen tower is in evaluation mode, so that its features may be cached; batch norms keep the statistics they
     were trained with, because running ones would differ between ranks and would have to be saved.
     """

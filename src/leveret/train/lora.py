@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from leveret.model.merge import REST
-from leveret.model.parts import adaptable, adapted
+from leveret.model.parts import PREFIXES, adaptable, adapted
+from leveret.model.towers import Tower
 from leveret.runs import RecipeError, closest
 from leveret.train import quantised
 
@@ -36,7 +37,7 @@ def targets(vlm: VLM, part: str, how: Learn) -> list[str]:
     RecipeError for a name in `lora.targets` that no layer has, and where there is no layer at all.
     """
     assert how.lora is not None
-    there = adaptable(vlm, part, how.from_layer)
+    there = adaptable(vlm, part, how)
     known = sorted({name.rpartition(".")[2] for name in there})
     if unknown := [name for name in how.lora.targets or () if name not in known]:
         near = ", ".join(closest(unknown[0], known) or known) or "none"
@@ -109,49 +110,55 @@ def merge(module: nn.Module) -> None:
                 delattr(part, leftover)
 
 
-def finish(vlm: VLM, stage: StageRecipe, trainables: Sequence[Trainable], folder: Path, base: str) -> None:
+def finish(
+    vlm: VLM, stage: StageRecipe, trainables: Sequence[Trainable], folder: Path, base: str, laid: Collection[str] = ()
+) -> None:
     """Save a stage's adapters and merge them into the model.
 
-    `folder/adapter` holds the language model's, and in rest.safetensors all else that changed, adapters of other parts
-    as whole weights: with `base` (name or path of the model that the stage began with) it is the model that was taught.
-    `folder/adapter-NAME` holds those of the tower called NAME, `folder/adapter-connector` the connector's.
+    base  name or path of the model that the stage began with. laid: parts that were laid over it (starts.py).
+
+    `folder/adapter` holds the language model's, and in rest.safetensors all else that is not the base's, adapters of
+    other parts as whole weights: with the base they are the model that was taught (but for one whose weights stood in
+    few bits, which the base's do not). `folder/adapter-NAME` holds those of the tower called NAME,
+    `folder/adapter-connector` the connector's.
     """
     lora = {part: how.lora for part, how in stage.learn.items() if how.lora is not None}
     if not lora:
         return
-    rest = {one.name: one.value for one in trainables if ".lora_" not in one.name}
-    for part in [part for part in lora if part != "language"]:
-        homes = dict(vlm.towers.items()) if part == "vision" else {"connector": vlm.connector}
-        for name, home in homes.items():
-            # of a tower the module that transformers knows, so that PEFT finds the same layers in the published one
-            module = home.model if part == "vision" else home
-            source = home.facts.source if part == "vision" else base
-            if _layers(module):
-                save(module, lora[part], folder / f"adapter-{name}", source)
-    if others := {name: layer for name, layer in _layers(vlm) if not name.startswith("language.")}:
-        merge(vlm.towers)
-        merge(vlm.connector)
-        rest |= {f"{name}.weight": vlm.get_submodule(name).weight for name in others}
+    rest = {one.name for one in trainables if ".lora_" not in one.name}
+    rest |= {f"{name}.weight" for name, _ in _layers(vlm) if not name.startswith("language.")}
+    rest |= {name for name, _ in vlm.named_parameters() if any(name.startswith(PREFIXES[part]) for part in laid)}
+    for name, tower in vlm.towers.items() if "vision" in lora else ():
+        assert isinstance(tower, Tower)
+        # in the module that transformers knows, so that PEFT finds the same layers in the published one
+        if _layers(tower.model):
+            save(tower.model, lora["vision"], folder / f"adapter-{name}", tower.facts.source)
+    if "connector" in lora:
+        save(vlm.connector, lora["connector"], folder / "adapter-connector", base)
     if "language" in lora:
-        save(vlm.language, lora["language"], folder / "adapter", base, "CAUSAL_LM", rest, stage.resize)
-        merge(vlm.language)
+        save(vlm.language, lora["language"], folder / "adapter", base, "CAUSAL_LM")
+    for module in (vlm.towers, vlm.connector, vlm.language):
+        merge(module)
+    if "language" in lora and (rest or stage.resize):
+        _save_rest({name: x for name, x in vlm.named_parameters() if name in rest}, folder / "adapter", stage.resize)
 
 
-def save(
-    module: nn.Module,
-    lora: Lora,
-    folder: Path,
-    base: str,
-    task: str | None = None,
-    rest: Mapping[str, Tensor] | None = None,
-    resize: str | None = None,
-) -> None:
-    """Write the adapters in `module` as PEFT does: `adapter_config.json` and `adapter_model.safetensors`; and beside
-    them, in `rest.safetensors`, what else changed, without which base and adapters would not be the model that was
-    taught.
+def _save_rest(tensors: Mapping[str, Tensor], folder: Path, resize: str | None) -> None:
+    """Beside adapters: names in the whole model -> tensors; and how images were made square meanwhile, where the stage
+    says so."""
+    from safetensors.torch import save as to_bytes
 
-    base    name or path of the model they belong to. task: as PEFT calls it.
-    rest    names in the whole model -> tensors. resize: how images were made square meanwhile, where the stage says so.
+    from leveret.runs import atomic_write
+
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    told = {"format": "pt"} | ({"resize": resize} if resize else {})
+    atomic_write(folder / REST, to_bytes(kept, metadata=told))
+
+
+def save(module: nn.Module, lora: Lora, folder: Path, base: str, task: str | None = None) -> None:
+    """Write the adapters in `module` as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+    base  name or path of the model they belong to. task: as PEFT calls it.
     """
     import torch
     from safetensors.torch import save as to_bytes
@@ -180,8 +187,4 @@ def save(
     }
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
-    if rest or resize:
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in (rest or {}).items()}
-        told = {"format": "pt"} | ({"resize": resize} if resize else {})
-        atomic_write(folder / REST, to_bytes(kept, metadata=told))
     atomic_write(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")

@@ -61,7 +61,7 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
     from leveret.model.build import build_meta
     from leveret.model.language import describe as describe_language
     from leveret.model.language import load_tokenizer
-    from leveret.train import learning
+    from leveret.train import learning, starts
 
     vlm = build_meta(recipe.model)
     # Only where there is something to tokenise: the tokenizer may have to come over the network.
@@ -73,7 +73,9 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
     plans = []
     for name in chosen:
         learning.set_resize(vlm, recipe.stages[name].resize)
-        plans.append(describe(vlm, name, recipe.stages[name]))
+        found = describe(vlm, name, recipe.stages[name])
+        found.lines[:0] = [("start", starts.in_words(how)) for how in starts.of_stage(recipe, name).values()]
+        plans.append(found)
     return plans
 
 

@@ -27,8 +27,8 @@ def refuse(bits: int, device: str | torch.device) -> None:
     given = f"lora.bits: {bits}"
     if str(device).partition(":")[0] != "cuda":
         raise EnvironmentFault(
-            f"{given} needs a GPU (CUDA), and this runs on {device}; leave bits out to train plain LoRA, or run it where "
-            "there is one"
+            f"{given} needs a GPU (CUDA), and this runs on {device}; leave bits out to train plain LoRA, or run it "
+            "where there is one"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EnvironmentFault(

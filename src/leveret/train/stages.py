@@ -59,7 +59,7 @@ class Lora(_Strict):
     bits: Literal[4, 8] | None = Field(
         None,
         description="QLoRA: the adapted layers' own weights stand in so many bits while the adapters learn (language "
-        "only, on a GPU, with bitsandbytes). What is saved is what was taught: those weights, and the adapters on them.",
+        "only, on a GPU, with bitsandbytes). The saved model is what was taught: these weights and the adapters.",
     )
     quant: Literal["nf4", "fp4"] = Field("nf4", description="The numbers that 4 bits stand for.")
 
@@ -74,6 +74,9 @@ class Learn(_Strict):
         None,
         ge=0,
         description="Only this block (from 0) and what comes after it learn (vision and language).",
+    )
+    towers: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Of several towers only these, by their names (vision)."
     )
 
 
@@ -147,6 +150,8 @@ class StageRecipe(_Strict):
         for part, how in self.learn.items():
             if how.from_layer is not None and part == "connector":
                 faults.append("learn.connector.from_layer: only vision and language can learn from a layer on")
+            if how.towers is not None and part != "vision":
+                faults.append(f"learn.{part}.towers: only vision has towers")
             if how.lora is not None and how.lora.bits is not None and part != "language":
                 faults.append(f"learn.{part}.lora.bits: only the language model's weights can stand in few bits")
             if how.lora is not None and how.lora.bits != 4 and how.lora.quant != "nf4":
