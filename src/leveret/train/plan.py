@@ -18,7 +18,7 @@ from leveret.model.parts import PartRow, adapted, parts_table, render, tokens_of
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
 from leveret.train.quantised import BYTES
-from leveret.train.stages import Learn, StageRecipe, TrainRecipe, total_steps
+from leveret.train.stages import Learn, StageRecipe, TrainRecipe, averaged, total_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,8 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
         learning.set_resize(vlm, recipe.stages[name].resize)
         found = describe(vlm, name, recipe.stages[name])
         found.lines[:0] = [("start", starts.in_words(how)) for how in starts.of_stage(recipe, name).values()]
+        if name == list(recipe.stages)[-1] and (words := averaged(recipe)):
+            found.lines.append(("average", words))
         plans.append(found)
     return plans
 

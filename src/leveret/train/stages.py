@@ -161,6 +161,13 @@ class StageRecipe(_Strict):
         return self
 
 
+class Averaged(_Strict):
+    """One of the models that a published one is the mean of."""
+
+    recipe: str = Field(description="Name of the recipe that trains it.")
+    weight: float = Field(gt=0, lt=1, description="Its share.")
+
+
 class TrainRecipe(_Strict):
     """A model and the stages that teach it, in order."""
 
@@ -170,6 +177,12 @@ class TrainRecipe(_Strict):
     start: Start | None = Field(None, description="Weights the first stage starts from, instead of the backbones'.")
     stages: dict[str, StageRecipe] = Field(
         min_length=1, description="Stages in order; each starts from the one before."
+    )
+    average: tuple[Averaged, ...] | None = Field(
+        None,
+        min_length=2,
+        description="The model that was published is the mean of what these recipes train: `leveret merge` makes it "
+        "when all of them are done.",
     )
     ranks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         "auto", description="Processes on this machine; auto is 2 on a CPU with 2 cores or more, else 1."
@@ -188,7 +201,19 @@ class TrainRecipe(_Strict):
         for name in self.stages:
             if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
                 raise ValueError(f"stage {name!r}: a stage's name is letters, digits, - and _, and none of {RESERVED}")
+        if self.average and abs(sum(one.weight for one in self.average) - 1) > 1e-6:
+            raise ValueError(f"average: the weights sum to {sum(one.weight for one in self.average):g}, and must to 1")
         return self
+
+
+def averaged(recipe: TrainRecipe) -> str | None:
+    """How the published model is made of what several recipes train, in words; None where it is what this one does."""
+    if recipe.average is None:
+        return None
+    shares = " + ".join(f"{one.weight:g} of {one.recipe}" for one in recipe.average)
+    weights = " ".join(f"{one.weight:g}" for one in recipe.average)
+    runs = " ".join(f"RUN{place}" for place, _ in enumerate(recipe.average, 1))
+    return f"published is {shares}: leveret merge {runs} --weights {weights} -o OUT"
 
 
 RESERVED = ("model", "done", "recipe", "metrics")
@@ -204,7 +229,7 @@ def binding(recipe: dict[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in stage.items() if key not in HARMLESS}
         for name, stage in recipe["stages"].items()
     }
-    return {**recipe, "stages": stages}
+    return {**{key: value for key, value in recipe.items() if key != "average"}, "stages": stages}
 
 
 def given(recipe: TrainRecipe) -> TrainRecipe:

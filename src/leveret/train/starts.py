@@ -224,11 +224,10 @@ def _connector(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from leveret.model.peers.merged import NEWLINE
     from leveret.model.published import read_state
 
-    ours = {name: x for name, x in weights.items() if name.startswith(PREFIXES["connector"]) and "._conn" not in name}
-    inner = {name.removeprefix("model.projector."): x for name, x in weights.items() if name.startswith("model.projector.")}
-    found = {f"connector.{name}": x for name, x in read_state({**weights, **inner}).items()}
+    flat = {name.removeprefix("model.projector."): x for name, x in weights.items()}  # Prismatic's
+    found = {f"connector.{name}": x for name, x in read_state(flat).items()}
     if not found:
-        found = ours
+        found = {name: x for name, x in weights.items() if name.startswith(PREFIXES["connector"])}
     return found | ({"tiles.newline": weights[NEWLINE]} if NEWLINE in weights else {})
 
 
