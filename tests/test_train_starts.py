@@ -196,6 +196,25 @@ def test_the_command_takes_it_as_an_override(data: Path, earlier: Path, tmp_path
     assert "from:" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
+def test_the_page_about_stages_holds() -> None:
+    """Every example is a recipe's, and every field of what learns and of a start is told."""
+    import yaml
+
+    from leveret.train.stages import Learn, Lora
+
+    page = (Path(__file__).parents[1] / "docs" / "train.md").read_text("utf-8")
+    blocks = [yaml.safe_load(block.partition("```")[0]) for block in page.split("```yaml\n")[1:]]
+    assert len(blocks) == 4
+    plain = train_fakes.recipe(Path("none.json")).model_dump(mode="json")
+    for block in blocks:
+        told = (
+            {**plain, **block} if "start" in block else {**plain, "stages": {"one": {"data": "a", "steps": 1, **block}}}
+        )
+        TrainRecipe.model_validate(told)
+    for name in [*Learn.model_fields, *Lora.model_fields, "decays", "start", "from", "parts", "average"]:
+        assert f"`{name}`" in page or f"{name}:" in page, name
+
+
 THERE = sorted(path.parent.name for path in PARITY.glob("*/cases.json") if list(path.parent.glob("checkpoint*")))
 
 

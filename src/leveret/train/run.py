@@ -7,6 +7,7 @@ RUN/STAGE/quarantine.jsonl                  samples that cannot be used, with re
 RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation
 RUN/STAGE/state/step-N/                     weights that learn, moments, step (removed when the stage is done)
 RUN/STAGE/model/ adapter/ done              the stage's model; adapters in PEFT's format, and what else learned; facts
+RUN/STAGE/adapter-NAME/                     adapters of a tower, or of the connector
 RUN/model/                                  the last stage's model
 """
 
