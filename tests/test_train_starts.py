@@ -22,6 +22,7 @@ from leveret.model.merge import add_adapters
 from leveret.runs import DataError, RecipeError
 from leveret.train import train
 from leveret.train.loop import begin
+from leveret.train.plan import plan
 from leveret.train.stages import Start, TrainRecipe
 from leveret.train.starts import read
 
@@ -177,6 +178,19 @@ def test_a_start_that_is_not_there_is_told_before_anything_is_computed(data: Pat
     (tmp_path / "words.txt").write_text("no weights")
     with pytest.raises(RecipeError, match=r"start\.from: .*words\.txt is no file of weights"):
         train(starting(data, {"from": str(tmp_path / "words.txt"), "parts": ["connector"]}), tmp_path / "run")
+
+
+def test_a_start_of_a_later_stage_that_does_not_fit_is_told_before_the_first_begins(
+    data: Path, earlier: Path, tmp_path: Path
+) -> None:
+    stages: dict[str, Any] = {"one": {}, "two": {"start": {"from": str(earlier)}}}
+    told = train_fakes.recipe(data, stages).model_dump(mode="json")
+    told["model"]["connector"] = {"kind": "mlp3x_gelu"}
+    recipe = TrainRecipe.model_validate(told)
+    for attempt in (lambda: train(recipe, tmp_path / "run"), lambda: plan(recipe, ["one", "two"])):
+        with pytest.raises(DataError, match=r"stages\.two\.start: .* 2 missing: connector\.4\.bias"):
+            attempt()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_says_what_it_would_start_from(

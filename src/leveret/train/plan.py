@@ -70,6 +70,7 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
             vlm.tokenizer = load_tokenizer(describe_language(recipe.model.language).source)
     if faults := [f"stages.{name}.{fault}" for name in chosen for fault in learning.faults(vlm, recipe.stages[name])]:
         raise RecipeError("\n".join(faults))
+    starts.look(recipe, chosen, strict=False)
     plans = []
     for name in chosen:
         learning.set_resize(vlm, recipe.stages[name].resize)

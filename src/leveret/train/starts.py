@@ -6,13 +6,13 @@ and listed. Of a part that is filled no backbone is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model.parts import PARTS, PREFIXES
-from leveret.runs import DataError, RecipeError, sha256_of
+from leveret.runs import DataError, EnvironmentFault, RecipeError, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,15 +75,25 @@ def begin(recipe: TrainRecipe, folder: str | Path | None, device: str, name: str
     return vlm
 
 
-def look(recipe: TrainRecipe, chosen: Sequence[str]) -> None:
-    """DataError with every start of the chosen stages that is not there, before anything is computed."""
-    faults = []
-    for name in chosen:
-        for where, how in of_stage(recipe, name).items():
-            try:
-                _place(how, where)
-            except DataError as fault:
-                faults.append(str(fault))
+def look(recipe: TrainRecipe, chosen: Sequence[str], *, strict: bool = True) -> None:
+    """DataError with every start of the chosen stages that is not there, or does not fit the recipe's model as far as
+    its settings and the heads of its files tell, before anything is computed. strict: False passes over those that are
+    not on this machine."""
+    from leveret.model.build import build_meta
+
+    laid = {where: how for name in chosen for where, how in of_stage(recipe, name).items()}
+    laid = {where: how for where, how in laid.items() if strict or Path(how.source).expanduser().exists()}
+    if not laid:
+        return
+    vlm, faults = build_meta(recipe.model), []
+    first = of_stage(recipe, next(iter(recipe.stages)))
+    for where, how in laid.items():
+        try:
+            brought = _outline(how, where)
+            if brought is not None:
+                _refuse(vlm, brought, how, where, set(parts_of(how)) if where in first else set())
+        except DataError as fault:
+            faults.append(str(fault))
     if faults:
         raise DataError("\n".join(dict.fromkeys(faults)))
 
@@ -119,7 +129,7 @@ def in_words(how: Start) -> str:
     return f"{' and '.join(parts_of(how)) if how.parts else 'all'} from {how.source}{here}"
 
 
-def lay(vlm: VLM, how: Start, where: str, empty: set[str] | frozenset[str] = frozenset()) -> None:
+def lay(vlm: VLM, how: Start, where: str, empty: Collection[str] = ()) -> None:
     """Put what a start brings into `vlm`, in the types that are there; the language model brings its tokenizer.
 
     where  the start's key path, for messages. empty: parts of `vlm` that hold nothing yet, so that what does not run
@@ -128,38 +138,9 @@ def lay(vlm: VLM, how: Start, where: str, empty: set[str] | frozenset[str] = fro
     """
     import torch
 
-    from leveret.model.checkpoint import stored
-
-    brought, parts = read(how, where), parts_of(how)
-    prefixes = tuple(prefix for part in parts for prefix in PREFIXES[part])
-    own = {name: tensor for name, tensor in stored(vlm) if name.startswith(prefixes)}
-    spare = _idle(vlm) - {name for name in own if any(name.startswith(PREFIXES[part]) for part in empty)}
-    given = {name: tensor for name, tensor in brought.state.items() if name.startswith(prefixes)}
-    faults = {
-        "missing": [name for name in own if name not in given and name not in spare],
-        "unexpected": [name for name in given if name not in own and name not in brought.idle],
-        "of another shape": [
-            f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in given and given[name].shape != tensor.shape
-        ],
-        "of other settings": [
-            f"{part} {key} {theirs!r} for {ours!r}"
-            for part, said in _settings(vlm).items()
-            if part in parts and part in brought.settings
-            for (key, ours), theirs in zip(said.items(), brought.settings[part].values(), strict=True)
-            if ours != theirs
-        ],
-    }
-    if not given:
-        faults = {"there": []}
-    if any(faults.values()) or not given:
-        listed = "; ".join(f"{len(names)} {kind}: {_shown(names)}" for kind, names in faults.items() if names)
-        raise DataError(
-            f"{where}: {how.source} does not fit the recipe's model in {', '.join(parts)}: "
-            f"{listed or 'it holds nothing of it'}. Say another model, other parts, or a recipe of the same composition"
-        )
-    if "language" in parts and brought.tokenizer is not None:
+    brought = read(how, where)
+    own, given = _refuse(vlm, brought, how, where, empty)
+    if "language" in parts_of(how) and brought.tokenizer is not None:
         rows = vlm.language.get_input_embeddings().weight.shape[0]
         if len(brought.tokenizer) > rows:
             raise DataError(
@@ -173,6 +154,57 @@ def lay(vlm: VLM, how: Start, where: str, empty: set[str] | frozenset[str] = fro
                 tensor.copy_(given[name])
 
 
+State = dict[str, "Tensor"]
+
+
+def _refuse(vlm: VLM, brought: Brought, how: Start, where: str, empty: Collection[str]) -> tuple[State, State]:
+    """(the model's own tensors, those that come), of the parts of a start; DataError as `lay` says."""
+    from leveret.model.checkpoint import stored
+
+    parts = parts_of(how)
+    prefixes = tuple(prefix for part in parts for prefix in PREFIXES[part])
+    own = {name: tensor for name, tensor in stored(vlm) if name.startswith(prefixes)}
+    spare = _idle(vlm) - {name for name in own if any(name.startswith(PREFIXES[part]) for part in empty)}
+    given = {name: tensor for name, tensor in brought.state.items() if name.startswith(prefixes)}
+    faults = {
+        "missing": [name for name in own if name not in given and name not in spare],
+        "unexpected": [name for name in given if name not in own and name not in brought.idle],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in given and given[name].shape != tensor.shape
+        ],
+        "of other settings": [
+            f"{part} {key} {brought.settings[part][key]!r} for {mine!r}"
+            for part, said in _settings(vlm).items()
+            if part in parts and part in brought.settings
+            for key, mine in said.items()
+            if brought.settings[part][key] != mine
+        ],
+    }
+    if any(faults.values()) or not given:
+        listed = "; ".join(f"{len(names)} {kind}: {_shown(names)}" for kind, names in faults.items() if names)
+        raise DataError(
+            f"{where}: {how.source} does not fit the recipe's model in {', '.join(parts)}: "
+            f"{listed if given else 'it holds nothing of it'}. Say another model, other parts, or a recipe of the same "
+            "composition"
+        )
+    return own, given
+
+
+def _outline(how: Start, where: str) -> Brought | None:
+    """What a start would bring, without reading the weights of a whole model; None where that takes reading them."""
+    from leveret.model.source import sketch
+
+    alone = parts_of(how) == ("connector",)
+    if (place := _place(how, where)).is_file():
+        return read(how, where)
+    try:
+        return _of_model(sketch(place).vlm)
+    except (RecipeError, EnvironmentFault):  # adapters, a projector alone, or one that stands on what is not here
+        return read(how, where) if alone else None
+
+
 def read(how: Start, where: str = "start") -> Brought:
     """What a start brings. DataError and EnvironmentFault as `source.locate` and `source.load` raise them.
 
@@ -180,7 +212,6 @@ def read(how: Start, where: str = "start") -> Brought:
     Bunny, LLaVA or TinyLLaVA), or out of any model; which is all that Prismatic reads of an earlier stage
     (prismatic/models/vlms/prismatic.py, load_from_checkpoint).
     """
-    from leveret.model.checkpoint import stored
     from leveret.model.hub import read_tensors
     from leveret.model.source import locate, open_given
 
@@ -191,17 +222,24 @@ def read(how: Start, where: str = "start") -> Brought:
         given = locate(how.source)
         if not given.ours:
             return Brought(_of_peer(given.folder, given.tool))
+        if not given.with_code:
+            return Brought(_connector(read_tensors(given.folder / "model.safetensors")))
     elif _place(how, where).is_file():
         raise RecipeError(
             f"{where}.from: {how.source} is a file, which can hold a connector alone; say parts: [connector], or give "
             "a model's folder"
         )
     vlm = open_given(locate(how.source))[0]
+    return _of_model(vlm, vlm.tokenizer)
+
+
+def _of_model(vlm: VLM, tokenizer: Any = None) -> Brought:
+    from leveret.model.checkpoint import stored
+
     kept = vlm.state_dict()
     # under all names of a tied tensor: the model it goes to may have two of it
     tied = {name: tensor for name, tensor in vlm.named_parameters(remove_duplicate=False) if name in kept}
-    state = {**tied, **dict(stored(vlm))}
-    return Brought(state, frozenset(_idle(vlm)), _settings(vlm), vlm.tokenizer)
+    return Brought({**tied, **dict(stored(vlm))}, frozenset(_idle(vlm)), _settings(vlm), tokenizer)
 
 
 def _place(how: Start, where: str) -> Path:
