@@ -342,3 +342,35 @@ def test_adapters_learn_on_few_bits_and_are_merged_into_what_these_say(
             due *= (of["lora_magnitude_vector"] / torch.linalg.vector_norm(due, dim=1))[:, None]
         torch.testing.assert_close(made[f"language.{name}.weight"].float(), due, rtol=2e-2, atol=1e-3)
     assert torch.equal(made["language.model.embed_tokens.weight"], base["language.model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_learn_on_the_few_bits_of_bitsandbytes(
+    bits: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same by the package itself, where it is installed; on a GPU where there is one, else on its CPU code."""
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install 'leveret[quant]'")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(quantised, "refuse", lambda *given: None)
+    learn = {"connector": {"lr": 1e-3}, "language": {"lr": 1e-2, "lora": {"rank": 4, "alpha": 8, "bits": bits}}}
+    recipe = train_fakes.recipe(train_fakes.toy_set(tmp_path / "toy"), learn=learn, steps=3)
+    recipe = recipe.model_copy(update={"device": device})
+    made = load_file(train(recipe, tmp_path / "run") / "model.safetensors")
+    base = begin(recipe, None, "cpu").state_dict()
+    adapters = load_file(tmp_path / "run" / "tune" / "adapter" / "adapter_model.safetensors")
+    layers = [name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")]
+    assert len(layers) == 14
+    for layer in layers:
+        name = f"language.{layer.removeprefix('base_model.model.')}.weight"
+        if bits == 4:
+            codes, state = bnb.functional.quantize_4bit(
+                base[name].to(device), quant_type="nf4", compress_statistics=True
+            )
+            kept = bnb.functional.dequantize_4bit(codes, state).cpu()
+        else:
+            scale = base[name].half().float().abs().amax(1, keepdim=True) / 127
+            kept = (base[name] / scale).round() * scale
+        added = 2 * adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
+        assert (kept - base[name]).abs().max() > 0 and added.abs().max() > 0
+        torch.testing.assert_close(made[name].float(), kept + added, rtol=2e-2, atol=2e-2)
