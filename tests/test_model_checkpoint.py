@@ -18,7 +18,8 @@ from leveret.runs import DataError, RecipeError
 
 
 def learn(lr: float = 1e-3, **more: object) -> SimpleNamespace:
-    return SimpleNamespace(**{"lr": lr, "weight_decay": None, "lora": None, "from_layer": None, **more})
+    known = {"lr": lr, "weight_decay": None, "lora": None, "from_layer": None, "towers": None}
+    return SimpleNamespace(**{**known, **more})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -174,7 +175,7 @@ def test_parts_table_counts_adapters() -> None:
     from peft import LoraConfig, get_peft_model
 
     vlm = tiny_vlm()
-    lora = SimpleNamespace(rank=4, targets=None)
+    lora = SimpleNamespace(rank=4, targets=None, dora=False, bits=None)
     how = {"language": learn(lora=lora)}
     before = parts_table(vlm, how)[2]
     vlm.language = get_peft_model(vlm.language, LoraConfig(r=4, target_modules="all-linear"))
@@ -183,15 +184,22 @@ def test_parts_table_counts_adapters() -> None:
     assert before.parameters == after.parameters
     batch = tiny_batch(vlm)
     assert vlm(batch).loss_sum.isfinite()
-    assert adapter_size(tiny_vlm().language, SimpleNamespace(rank=1, targets=("q_proj",))) == 2 * (32 + 32)
+    few = SimpleNamespace(rank=1, targets=("q_proj",), dora=False, bits=None)
+    assert adapter_size(tiny_vlm(), "language", learn(lora=few)) == 2 * (32 + 32)
+    few.dora = True
+    assert adapter_size(tiny_vlm(), "language", learn(lora=few)) == 2 * (32 + 32 + 32)
 
 
 def test_what_gets_no_gradient_cannot_learn() -> None:
     vlm = tiny_vlm()
     with pytest.raises(RecipeError, match="layers 0 to 1"):
         parts_table(vlm, {"vision": learn(from_layer=2)})
-    with pytest.raises(RecipeError, match="only vision"):
-        parts_table(vlm, {"language": learn(from_layer=0)})
+    with pytest.raises(RecipeError, match="vision and language do"):
+        parts_table(vlm, {"connector": learn(from_layer=0)})
+    with pytest.raises(RecipeError, match="layers 0 to 1"):
+        parts_table(vlm, {"language": learn(from_layer=2)})
+    with pytest.raises(RecipeError, match=r"learn\.vision\.towers.*'visoin'"):
+        parts_table(vlm, {"vision": learn(towers=("visoin",))})
     with pytest.raises(RecipeError, match="'connector'"):
         list(learnable(vlm, "conector"))
     vlm.connector = torch.nn.Identity()

@@ -38,6 +38,7 @@ EVA_BLOCK = 4 * 1024**2 + 3 * 1024 + 6 * 1024 + 3 * 1024 * 2730 + 2 * 2730 + 102
 """Attention without k bias; three norms, one of them in attention; SwiGLU with biases and a norm inside."""
 EVA_23 = 303_645_632 - EVA_BLOCK - 2 * 1024
 """The tower without its last block and the final norm."""
+SIGLIP2_BASE = (3 * 16**2 + 1) * 768 + 32**2 * 768 + 11 * (4 * 769 * 768 + 769 * 3072 + 3073 * 768 + 4 * 768)
 DINO_SPARE = 2 * 1024
 """transformers' DINOv2 has a position for the class token, and a mask token; timm's has neither (configs.md, traps)."""
 DINO_224 = 303_230_976 + DINO_SPARE
@@ -51,6 +52,7 @@ PHI_2_PRISM = PHI_2 - (51_200 - 50_304) * (2 * 2560 + 1)  # 50,295 + 1 tokens, u
 STABLELM, QWEN_1_5, MINICPM, PHI_3, LLAMA_3 = 1_644_515_328, 1_836_828_672, 2_724_880_896, 3_821_079_552, 8_030_261_248
 TINYLLAMA, GEMMA, QWEN_05, QWEN_3 = 1_100_048_384, 2_506_172_416, 494_032_768, 3_085_938_688
 LLAMA_7, LLAMA_13 = 6_738_415_616, 13_015_864_320
+SMOLLM2 = 361_821_120
 PRISM_7, PRISM_13, MISTRAL = 6_738_939_904, LLAMA_13 + 2 * 64 * 5120, 7_241_732_096 + 2 * 64 * 4096
 
 
@@ -80,8 +82,8 @@ PUBLISHED = {
     **dict.fromkeys(
         ("bunny/v1.1-llama-3-8b-v", "bunny/v1.1-llama-3-8b-v-recipe-2"), Sizes(SIGLIP, mlp(3456, 4096), LLAMA_3, 729)
     ),
-    "llava/v1.5-7b": Sizes(CLIP, 20_979_712, LLAMA_7, 576),
-    "llava/v1.5-13b": Sizes(CLIP, mlp(1024, 5120), LLAMA_13, 576),
+    **{f"llava/v1.5-7b{more}": Sizes(CLIP, 20_979_712, LLAMA_7, 576) for more in ("", "-lora")},
+    **{f"llava/v1.5-13b{more}": Sizes(CLIP, mlp(1024, 5120), LLAMA_13, 576) for more in ("", "-lora")},
     **{f"tinyllava/{data}-c-tl": Sizes(CLIP, C, TINYLLAMA, 576) for data in ("base", "share", "factory")},
     **{f"tinyllava/{data}-c-slm": Sizes(CLIP, C, STABLELM, 576) for data in ("base", "share", "factory")},
     **{f"tinyllava/{data}-c-phi": Sizes(CLIP, 9_180_160, PHI_2, 576) for data in ("base", "share", "factory")},
@@ -89,15 +91,18 @@ PUBLISHED = {
     **{f"tinyllava/{data}-sig-slm": Sizes(SIGLIP_26, S, STABLELM, 729) for data in ("base", "share")},
     **{f"tinyllava/{data}-sig-phi": Sizes(SIGLIP_26, 9_507_840, PHI_2, 729) for data in ("base", "share")},
     # the Factory's towers are whole, and give all patches but the first
-    **{f"tinyllava/factory-sig-phi{more}": Sizes(SIGLIP, 9_507_840, PHI_2, 728) for more in ("", "-lora", "-share")},
-    "tinyllava/factory-sig-tl": Sizes(SIGLIP, S, TINYLLAMA, 728),
-    "tinyllava/factory-sig-slm": Sizes(SIGLIP, S, STABLELM, 728),
-    "tinyllava/factory-sig-gemma": Sizes(SIGLIP, S, GEMMA, 728),
-    "tinyllava/factory-sig-qwen2-0.5b": Sizes(SIGLIP, 1_836_800, QWEN_05, 728),
-    "tinyllava/factory-sig-qwen2.5-0.5b": Sizes(SIGLIP, 1_836_800, QWEN_05, 728),
-    "tinyllava/factory-sig-qwen2.5-3b": Sizes(SIGLIP, S, QWEN_3, 728),
+    **{
+        f"tinyllava/factory-sig-{name}{more}": Sizes(SIGLIP, connector, language, 728)
+        for name, connector, language in (
+            ("phi", 9_507_840, PHI_2), ("tl", S, TINYLLAMA), ("slm", S, STABLELM), ("gemma", S, GEMMA),
+            ("qwen2-0.5b", 1_836_800, QWEN_05), ("qwen2.5-0.5b", 1_836_800, QWEN_05), ("qwen2.5-3b", S, QWEN_3),
+        )
+        for more in ("", "-lora", "-qlora", "-share")
+    },
     "tinyllava/factory-mof-tl": Sizes(CLIP_224 + 304_368_640, 2 * C, TINYLLAMA, 512),
-}
+    # ours: 11 of 12 layers of SigLIP2-base, four patches of 32 x 32 in one token, without a bias
+    "nano": Sizes(SIGLIP2_BASE, 4 * 768 * 960, SMOLLM2, 256),
+}  # fmt: skip
 
 # prismatic/conf/models.py: id -> (vision_backbone_id, llm_backbone_id, image_resize_strategy), as far as it is not
 # LLaVA's reproduction. Where it has two mistakes of its own, what the paper says (prismatic.md 15).
@@ -240,6 +245,41 @@ def test_tinyllavas_gemma_is_named_without_its_table() -> None:
     sizes = SIZES["tinyllava/factory-sig-gemma"]
     total = sizes.vision + sizes.connector + sizes.language
     assert total == 2_940_955_712 and (total - 256_000 * 2048) // 10**8 == 24
+
+
+def test_bunnys_averages_are_the_published_ones() -> None:
+    """bunny.md 2; what is averaged must be of one composition."""
+    shares = {"v1.0-4b": 0.3, "v1.1-4b": 0.3, "llama-3-8b-v": 0.5, "v1.1-llama-3-8b-v": 0.42}
+    for name in NAMES:
+        told = recipe.load(name, TrainRecipe, "models")
+        base = name.removeprefix("bunny/").removesuffix("-recipe-2")
+        if base not in shares:
+            assert told.average is None
+            continue
+        assert told.average is not None
+        said = {one.recipe: one.weight for one in told.average}
+        both = (f"bunny/{base}", f"bunny/{base}-recipe-2")
+        assert said == {both[0]: shares[base], both[1]: pytest.approx(1 - shares[base])}
+        one, other = (recipe.load(each, TrainRecipe, "models").model for each in both)
+        assert one == other
+
+
+def test_what_is_published_decays_by_the_rule_of_its_trainer() -> None:
+    for name in NAMES:
+        told = recipe.load(name, TrainRecipe, "models")
+        rule = "trainer" if name.startswith(("bunny/", "llava/", "tinyllava/")) else "matrices"
+        assert {stage.decays for stage in told.stages.values()} == {rule}, name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("lora")])
+def test_every_published_lora_is_said_as_it_was(name: str) -> None:
+    """tinyllava.md 2.1, 2.2 and 5.4: rank 128, alpha 256, dropout .05; the Factory's QLoRA stands on 8 bits."""
+    learn = recipe.load(name, TrainRecipe, "models").stages["tune"].learn
+    lora = learn["language"].lora
+    assert lora is not None and (lora.rank, lora.alpha, lora.dropout, lora.targets) == (128, 256, 0.05, None)
+    assert lora.bits == (8 if name.endswith("qlora") else None)
+    assert learn["language"].lr == 2e-4
+    assert learn["connector"].lr == (2e-5 if name.startswith("llava") else 2e-4)
 
 
 @pytest.mark.parametrize("name", PRISMATIC)

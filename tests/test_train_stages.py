@@ -43,14 +43,15 @@ def test_all_faults_of_a_stage_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValidationError) as caught:
         train_fakes.recipe(
             tmp_path, steps=3, epochs=1, batch=4, micro_batch=8, schedule="wsd", warmup=0.6, decay=0.6,
-            learn={"connector": {"lr": 1e-3, "lora": {}}, "language": {"lr": 1e-3, "from_layer": 1}},
+            learn={"connector": {"lr": 1e-3, "from_layer": 1, "lora": {"bits": 8, "quant": "fp4"}}},
         )  # fmt: skip
     for words in (
         "exactly one of steps and epochs",
         "micro_batch 8",
         "warmup 0.6",
-        "connector.lora",
-        "language.from_layer",
+        "connector.lora.bits",
+        "connector.lora.quant",
+        "connector.from_layer",
     ):
         assert words in str(caught.value)
 

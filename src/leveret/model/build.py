@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,24 +21,39 @@ from leveret.records import ImageSpec
 from leveret.runs import RecipeError
 
 
-def build(recipe: ModelRecipe, *, weights: bool = True, device: str | torch.device = "cpu", seed: int = 0) -> VLM:
+def build(
+    recipe: ModelRecipe,
+    *,
+    weights: bool = True,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    empty: Collection[str] = (),
+) -> VLM:
     """The model a recipe describes, in float32.
 
     Tower and language model get their published weights (`weights=False`: random ones); the connector is always
-    fresh. What is random depends on `seed` alone, and torch's global generator is left as it was.
+    fresh. `empty` names parts (vision, language) that the caller fills: nothing is fetched for them, what they hold is
+    no number to count on, and without the language model there is no tokenizer. What is random depends on `seed` alone,
+    and torch's global generator is left as it was.
     Raises RecipeError listing every fault of the recipe at once, EnvironmentFault when weights cannot be had.
     """
+    from transformers.initialization import no_init_weights
+
     recipe = named(recipe)
     seen, spoken = check(recipe)
     if weights:
         build_meta(recipe)  # parts that do not fit each other are refused before any weight is fetched
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        eyes = [towers.load_tower(facts) if weights else towers.build_tower(facts) for facts in seen]
-        language = languages.load_language(spoken) if weights else languages.build_language(spoken)
+        fetched = [weights and part not in empty for part in ("vision", "language")]
+        with no_init_weights() if "vision" in empty else nullcontext():
+            eyes = [towers.load_tower(facts) if fetched[0] else towers.build_tower(facts) for facts in seen]
+        with no_init_weights() if "language" in empty else nullcontext():
+            language = languages.load_language(spoken) if fetched[1] else languages.build_language(spoken)
         # seeded again: the connector shall not depend on how the others came by their weights
         torch.manual_seed(seed)
-        vlm = join(recipe, eyes, language, tokenizer=languages.load_tokenizer(spoken.source) if weights else None)
+        tokenizer = languages.load_tokenizer(spoken.source) if fetched[1] else None
+        vlm = join(recipe, eyes, language, tokenizer=tokenizer)
     return vlm.to(device).eval()
 
 

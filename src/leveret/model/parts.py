@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PARTS = ("vision", "connector", "language")
+PREFIXES = {"vision": ("towers.",), "connector": ("connector.", "tiles."), "language": ("language.",)}
+"""What the names of a part's parameters begin with. The newline of tiles learns with the connector."""
 
 
 class Adapters(Protocol):
-    """What this table must know of adapters on the language model."""
+    """What this table must know of adapters on a part."""
 
     @property
     def rank(self) -> int: ...
     @property
     def targets(self) -> tuple[str, ...] | None: ...
+    @property
+    def dora(self) -> bool: ...
+    @property
+    def bits(self) -> int | None: ...
 
 
 class Learning(Protocol):
@@ -39,6 +45,8 @@ class Learning(Protocol):
     def lora(self) -> Adapters | None: ...
     @property
     def from_layer(self) -> int | None: ...
+    @property
+    def towers(self) -> tuple[str, ...] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +74,92 @@ def modules(vlm: VLM) -> dict[str, nn.Module]:
     return {"vision": vlm.towers, "connector": connector, "language": vlm.language}
 
 
-def learnable(vlm: VLM, part: str, from_layer: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+def learnable(
+    vlm: VLM, part: str, from_layer: int | None = None, towers: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
     """Names (as in `vlm.named_parameters()`) and parameters that learn when `part` learns.
 
     Parts of a tower that are kept but do not run are left out. `from_layer` is the first block that learns, counted
-    from 0, in every tower; what lies before it (the embeddings too) is left out. RecipeError when the part is unknown,
-    has no parameters, or the layer does not run: naming a part that would get no gradient is an error.
+    from 0, in every tower or in the language model; what lies before it (the embeddings too, unless it is 0) is left
+    out. `towers`, by the names of their views, are the only ones that learn. RecipeError when the part is unknown, has
+    no parameters, or the layer does not run: naming a part that would get no gradient is an error.
     """
     if part not in PARTS:
         raise RecipeError(unknown(dict.fromkeys(PARTS), part, "learn"))
-    prefixes = {"vision": ("towers.",), "connector": ("connector.", "tiles."), "language": ("language.",)}[part]
     skipped: set[str] = set()
     if part == "vision":
+        for name in towers or ():
+            if name not in vlm.towers:
+                raise RecipeError(unknown(dict.fromkeys(vlm.towers), name, "learn.vision.towers"))
         for name, tower in vlm.towers.items():
             assert isinstance(tower, Tower)
+            if towers is not None and name not in towers:
+                skipped |= {f"towers.{name}.{key}" for key, _ in tower.named_parameters()}
+                continue
             skipped |= {f"towers.{name}.{key}" for key, _ in tower.unused()}
             skipped |= {f"towers.{name}.{key}" for key in tower.before(from_layer or 0)}
+    elif part == "language":
+        skipped = {f"language.{key}" for key in _before(vlm.language, from_layer or 0)}
     elif from_layer is not None:
-        raise RecipeError(f"learn.{part}.from_layer: only vision can learn from a layer on")
+        raise RecipeError(f"learn.{part}.from_layer: a connector has no layers to learn from; vision and language do")
     found = [
         (name, parameter)
         for name, parameter in vlm.named_parameters()
-        if name.startswith(prefixes) and name not in skipped
+        if name.startswith(PREFIXES[part]) and name not in skipped
     ]
     if not found:
         raise RecipeError(f"learn.{part}: this part has no parameters, so nothing would learn; take it out of `learn`")
     yield from found
 
 
+def _before(language: Any, layer: int) -> set[str]:
+    """Names of a language model's parameters that come before its block `layer` (from 0): the embeddings (an output
+    layer that is tied to them too) and earlier blocks; none for 0. RecipeError when there is no such block."""
+    if layer == 0:
+        return set()
+    decoder = language.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise RecipeError(
+            f"learn.language.from_layer: the blocks of a {type(language).__name__} are not found under `layers`; only "
+            "the whole of it can learn"
+        )
+    if layer >= len(layers):
+        raise RecipeError(
+            f"learn.language.from_layer: {layer} given, but this language model has layers 0 to {len(layers) - 1}; "
+            "nothing would learn"
+        )
+    children = list(decoder.children())
+    after = [*layers[layer:], *children[children.index(layers) + 1 :]]
+    after += [part for part in language.children() if decoder not in set(part.modules())]
+    tied = {id(value) for value in language.get_input_embeddings().parameters()}
+    learns = {id(value) for part in after for value in part.parameters()} - tied
+    return {name for name, value in language.named_parameters() if id(value) not in learns}
+
+
+def adaptable(vlm: VLM, part: str, how: Learning) -> dict[str, nn.Linear]:
+    """The linear layers of a part that may get adapters, by their names in the model: those whose weights would learn,
+    but the output layer, one inside torch's own attention, which never calls it, and a
+    connector that is nothing else. RecipeError as in `learnable`."""
+    # an adapter that is there already has put its layer a step further down
+    weights = {name.replace(".base_layer.", ".") for name, _ in learnable(vlm, part, how.from_layer, how.towers)}
+    head = vlm.language.get_output_embeddings()
+    inside = {
+        id(piece) for module in vlm.modules() if isinstance(module, nn.MultiheadAttention) for piece in module.modules()
+    }
+    return {
+        name: module
+        for name, module in vlm.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in weights and ".lora_" not in name
+        and module is not head and name.rpartition(".")[2] != "lm_head" and id(module) not in inside
+        and name != "connector"  # nobody could swap it
+    }  # fmt: skip
+
+
 def parts_table(vlm: VLM, learn: Mapping[str, Learning]) -> list[PartRow]:
     """One row per part. What `learn` does not name is frozen. Works on `meta`. RecipeError as in `learnable`."""
     for part, how in learn.items():
-        list(learnable(vlm, part, how.from_layer))
+        list(learnable(vlm, part, how.from_layer, how.towers))
     return [_row(vlm, part, module, learn.get(part)) for part, module in modules(vlm).items()]
 
 
@@ -107,9 +169,9 @@ def _row(vlm: VLM, part: str, module: nn.Module, how: Learning | None) -> PartRo
     if how is None:
         trainable = 0
     elif how.lora is not None:
-        trainable = sum(p.numel() for p in adapters.values()) or adapter_size(module, how.lora)
+        trainable = sum(p.numel() for p in adapters.values()) or adapter_size(vlm, part, how)
     else:
-        trainable = sum(p.numel() for _, p in learnable(vlm, part, how.from_layer))
+        trainable = sum(p.numel() for _, p in learnable(vlm, part, how.from_layer, how.towers))
     return PartRow(
         part=part,
         parameters=sum(p.numel() for p in own),
@@ -121,30 +183,41 @@ def _row(vlm: VLM, part: str, module: nn.Module, how: Learning | None) -> PartRo
     )
 
 
-def adapter_size(language: Any, lora: Adapters) -> int:
-    """Parameters of adapters of `lora.rank` on the language model's linear layers: rank x (in + out) each.
+def adapted(vlm: VLM, part: str, how: Learning) -> dict[str, nn.Linear]:
+    """Of the layers that may get adapters those that do: all, or those whose last name is in `how.lora.targets`."""
+    assert how.lora is not None
+    found = adaptable(vlm, part, how)
+    named = how.lora.targets
+    return {name: layer for name, layer in found.items() if named is None or name.rpartition(".")[2] in named}
 
-    All linear layers but the output layer, or those whose last name is in `lora.targets`.
-    """
-    head = language.get_output_embeddings()
+
+def adapter_size(vlm: VLM, part: str, how: Learning) -> int:
+    """Parameters of the adapters that a part would get: rank x (in + out) for each layer, and DoRA's length of each
+    output."""
+    assert how.lora is not None
     return sum(
-        lora.rank * (layer.in_features + layer.out_features)
-        for name, layer in language.named_modules()
-        if isinstance(layer, nn.Linear) and (name.split(".")[-1] in lora.targets if lora.targets else layer is not head)
+        how.lora.rank * (layer.in_features + layer.out_features) + how.lora.dora * layer.out_features
+        for layer in adapted(vlm, part, how).values()
     )
 
 
 def _note(vlm: VLM, part: str, how: Learning | None) -> str:
+    start = f", from layer {how.from_layer}" if how and how.from_layer else ""
+    start += f", only {' and '.join(how.towers)}" if how and how.towers else ""
+    start += _adapters(how.lora) if how and how.lora else ""
     if part == "connector":
-        return f"{vlm.recipe.connector.kind}, {tokens_of(vlm)}"
+        return f"{vlm.recipe.connector.kind}, {tokens_of(vlm)}{start}"
     if part == "language":
         rows, width = vlm.language.get_input_embeddings().weight.shape
-        adapters = f", adapters of rank {how.lora.rank}" if how and how.lora else ""
-        return f"{vlm.recipe.language.name}, {rows} x {width}{adapters}"
-    start = f", from layer {how.from_layer}" if how and how.from_layer else ""
+        return f"{vlm.recipe.language.name}, {rows} x {width}{start}"
     towers = [tower for tower in vlm.towers.values() if isinstance(tower, Tower)]
     said = "; ".join(_seen(tower) for tower in towers)
     return said + (f"; {vlm.recipe.vision.fusion} fusion" if len(towers) > 1 else "") + start
+
+
+def _adapters(lora: Adapters) -> str:
+    kept = f" on weights of {lora.bits} bits" if lora.bits else ""
+    return f", {'DoRA ' if lora.dora else ''}adapters of rank {lora.rank}{kept}"
 
 
 def tokens_of(vlm: VLM) -> str:

@@ -12,7 +12,7 @@ first published).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -295,6 +295,16 @@ def to_theirs(state: Mapping[str, Tensor], family: str, layout: str, prefix: str
     if how.strict and ours:
         raise DataError(f"the {layout} layout has no name for {', '.join(sorted(ours)[:8])}")
     return {prefix + name: tensor.contiguous() for name, tensor in {**theirs, **ours}.items()}
+
+
+def their_names(names: Iterable[str], family: str, layout: str) -> dict[str, tuple[str, ...]]:
+    """Our name of a weight of a `family` tower -> what holds it under the names of `layout`. Several of theirs may hold
+    one of ours (SigLIP's attention over the probe), and one of theirs several of ours (timm's qkv); a name that no row
+    has is the same on both sides where the layout says so, and stands for nothing there otherwise."""
+    how, ours = LAYOUTS[family][layout], list(names)
+    rows = _expand(how.rows, _blocks(dict.fromkeys(ours)))
+    known = {name: tuple(theirs) for theirs, mine, _ in rows for name in mine}
+    return {name: known.get(name, () if how.strict else (name,)) for name in ours}
 
 
 def resample(position: Tensor, shape: torch.Size, how: Positions = "antialias") -> Tensor:

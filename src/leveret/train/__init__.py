@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leveret.train.run import train
-    from leveret.train.stages import Learn, Lora, StageRecipe, TrainRecipe
+    from leveret.train.stages import Learn, Lora, StageRecipe, Start, TrainRecipe
 
-__all__ = ["Learn", "Lora", "StageRecipe", "TrainRecipe", "train"]
+__all__ = ["Learn", "Lora", "StageRecipe", "Start", "TrainRecipe", "train"]
 
 
 def __getattr__(name: str) -> Any:

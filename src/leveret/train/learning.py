@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from leveret.model.parts import learnable, modules
+from leveret.model.parts import PREFIXES, learnable
 from leveret.runs import RecipeError
 from leveret.train import lora
-from leveret.train.optim import Trainable, decays
+from leveret.train.decay import RULES
+from leveret.train.optim import Trainable
 
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
@@ -26,50 +27,50 @@ def faults(vlm: VLM, stage: StageRecipe) -> list[str]:
     found = []
     for part, how in stage.learn.items():
         try:
-            list(learnable(vlm, part, how.from_layer))
-            if how.lora is not None and not lora.targets(modules(vlm)[part], how.lora.targets):
-                found.append(f"learn.{part}.lora: this language model has no linear layer to adapt")
+            list(learnable(vlm, part, how.from_layer, how.towers))
+            if how.lora is not None:
+                lora.targets(vlm, part, how)
         except RecipeError as error:
             found.append(str(error))
     return found
 
 
 def _chosen(vlm: VLM, part: str, how: Learn) -> list[tuple[str, nn.Parameter]]:
-    named = learnable(vlm, part, how.from_layer)
     if how.lora is not None:
-        return [(name, value) for name, value in named if ".lora_A." in name or ".lora_B." in name]
-    return list(named)
+        own = [(name, value) for name, value in vlm.named_parameters() if name.startswith(PREFIXES[part])]
+        return [(name, value) for name, value in own if ".lora_" in name]
+    return list(learnable(vlm, part, how.from_layer, how.towers))
 
 
 def choose(vlm: VLM, stage: StageRecipe) -> list[Trainable]:
     """Freeze everything, then mark what `stage.learn` names (adapters must be attached by now)."""
     vlm.requires_grad_(False)
-    trainables = []
+    trainables, decaying = [], RULES[stage.decays](vlm)
     for part, how in stage.learn.items():
         decay = stage.weight_decay if how.weight_decay is None else how.weight_decay
         for name, value in _chosen(vlm, part, how):
             value.requires_grad_(True)
-            trainables.append(Trainable(name, part, value, how.lr, decay if decays(name, value) else 0.0))
+            trainables.append(Trainable(name, part, value, how.lr, decay if name in decaying else 0.0))
     return trainables
 
 
 def ready(vlm: VLM, stage: StageRecipe, *, seed: int, half_frozen: bool = False) -> list[Trainable]:
     """Make `vlm` ready for the stage: adapters attached, parts frozen, types and modes set. Returns what learns.
 
-    Trainable weights are float32. half_frozen turns frozen weights to bfloat16 (on a GPU, to save memory).
+    Trainable weights are float32. seed: of the adapters' first values. half_frozen turns frozen weights to bfloat16 (on
+    a GPU, to save memory).
     A frozen tower is in evaluation mode, so that its features may be cached; batch norms keep the statistics they
     were trained with, because running ones would differ between ranks and would have to be saved.
     """
-    how = stage.learn.get("language")
-    if how is not None and how.lora is not None:
+    if any(how.lora is not None for how in stage.learn.values()):
         torch.manual_seed(seed)
-        lora.attach(vlm.language, how.lora)
+        lora.attach(vlm, stage)
     trainables = choose(vlm, stage)
     learning = {id(t.value) for t in trainables}
     for value in vlm.parameters():
         if id(value) in learning:
             value.data = value.data.float()
-        elif half_frozen:
+        elif half_frozen and value.is_floating_point():  # not what stands in few bits
             value.data = value.data.to(torch.bfloat16)
     if stage.recompute:
         vlm.language.gradient_checkpointing_enable({"use_reentrant": False})

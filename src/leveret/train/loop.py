@@ -44,6 +44,7 @@ from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
 from leveret.train.order import micro_batches, order_of
 from leveret.train.stages import StageRecipe, TrainRecipe
+from leveret.train.starts import begin
 
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
@@ -82,16 +83,6 @@ class Job:
         return self.recipe["seed"] if seed is None else seed
 
 
-def begin(recipe: TrainRecipe, start: str | Path | None, device: str) -> VLM:
-    """The model a stage begins with: a finished folder, or the recipe's backbones."""
-    from leveret.model.build import build
-    from leveret.model.checkpoint import load
-
-    if start is not None:
-        return load(start, device)
-    return build(recipe.model, device=device, seed=recipe.seed)
-
-
 def arrange(vlm: VLM, stage: StageRecipe, job_seed: int, name: str, device: str, precision: str) -> list[Trainable]:
     """Make the model ready for a stage: the same on every rank."""
     set_resize(vlm, stage.resize)
@@ -120,7 +111,7 @@ def follow(job: Job, ranks: Ranks) -> None:
     recipe = TrainRecipe.model_validate(job.recipe)
     stage = recipe.stages[job.stage]
     with torch_threads(job.threads):
-        vlm = begin(recipe, job.start, job.device)
+        vlm = begin(recipe, job.start, job.device, job.stage)
         trainables = arrange(vlm, stage, job.seed, job.stage, job.device, job.precision)
         with contextlib.suppress(Interrupted):
             Teacher(job, stage, vlm, trainables, Prepared(Path(job.folder) / "cache"), ranks).run()

@@ -49,11 +49,6 @@ class Trainable:
     weight_decay: float
 
 
-def decays(name: str, value: Tensor) -> bool:
-    """Whether weight decay touches a parameter: matrices do, biases, norms and other vectors do not."""
-    return value.ndim > 1 and not name.endswith(".bias")
-
-
 class Optimiser:
     """AdamW with one learning rate per part, over gradients that lie in one flat buffer.
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.model.parts import PartRow, parts_table, render, tokens_of
+from leveret.model.parts import PartRow, adapted, parts_table, render, tokens_of
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
-from leveret.train.stages import StageRecipe, TrainRecipe, total_steps
+from leveret.train.quantised import BYTES
+from leveret.train.stages import Learn, StageRecipe, TrainRecipe, averaged, total_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,7 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
     from leveret.model.build import build_meta
     from leveret.model.language import describe as describe_language
     from leveret.model.language import load_tokenizer
-    from leveret.train import learning
+    from leveret.train import learning, starts
 
     vlm = build_meta(recipe.model)
     # Only where there is something to tokenise: the tokenizer may have to come over the network.
@@ -69,10 +70,15 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
             vlm.tokenizer = load_tokenizer(describe_language(recipe.model.language).source)
     if faults := [f"stages.{name}.{fault}" for name in chosen for fault in learning.faults(vlm, recipe.stages[name])]:
         raise RecipeError("\n".join(faults))
+    starts.look(recipe, chosen, strict=False)
     plans = []
     for name in chosen:
         learning.set_resize(vlm, recipe.stages[name].resize)
-        plans.append(describe(vlm, name, recipe.stages[name]))
+        found = describe(vlm, name, recipe.stages[name])
+        found.lines[:0] = [("start", starts.in_words(how)) for how in starts.of_stage(recipe, name).values()]
+        if name == list(recipe.stages)[-1] and (words := averaged(recipe)):
+            found.lines.append(("average", words))
+        plans.append(found)
     return plans
 
 
@@ -202,19 +208,28 @@ def estimate(
     (Korthikanti et al. 2022, with attention recomputed or fused), plus float32 logits at half of the positions.
     """
     trainable = sum(row.trainable for row in parts)
-    adapted = {part for part, how in stage.learn.items() if how.lora is not None}
-    still = sum(row.parameters for row in parts) - sum(row.trainable for row in parts if row.part not in adapted)
+    added = {part for part, how in stage.learn.items() if how.lora is not None}
+    still = sum(row.parameters for row in parts) - sum(row.trainable for row in parts if row.part not in added)
     config: Any = vlm.language.config
     each = -(-stage.batch // world)
     rows = min(stage.micro_batch or each, each)
     width, layers = int(config.hidden_size), int(config.num_hidden_layers)
     vocab = int(vlm.language.get_input_embeddings().weight.shape[0])
+    few = sum(_saved(vlm, part, how, frozen) for part, how in stage.learn.items())
     return Memory(
-        weights=still * frozen + trainable * 4,
+        weights=still * frozen + trainable * 4 - few,
         gradients=trainable * 4,
         optimiser=trainable * 8,
         activations=rows * tokens * (34 * width * layers + 3 * vocab),
     )
+
+
+def _saved(vlm: VLM, part: str, how: Learn, frozen: int) -> int:
+    """Bytes that the adapted layers of a part save by standing in few bits."""
+    if how.lora is None or how.lora.bits is None:
+        return 0
+    numbers = sum(layer.weight.numel() for layer in adapted(vlm, part, how).values())
+    return int(numbers * (frozen - BYTES[how.lora.bits]))
 
 
 def _console(file: Any) -> Console:

@@ -7,6 +7,7 @@ RUN/STAGE/quarantine.jsonl                  samples that cannot be used, with re
 RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation
 RUN/STAGE/state/step-N/                     weights that learn, moments, step (removed when the stage is done)
 RUN/STAGE/model/ adapter/ done              the stage's model; adapters in PEFT's format, and what else learned; facts
+RUN/STAGE/adapter-NAME/                     adapters of a tower, or of the connector
 RUN/model/                                  the last stage's model
 """
 
@@ -80,6 +81,7 @@ def train(
         show(plan(recipe, chosen))
         return Path(out)
     from leveret.train import ranks as members
+    from leveret.train import starts
 
     out = Path(out)
     final = out / "model" if chosen[-1] == list(recipe.stages)[-1] else out / chosen[-1] / "model"
@@ -87,9 +89,10 @@ def train(
         members.follow_torchrun()
         return final
     sources = open_sources(recipe, chosen)
+    starts.look(recipe, chosen)
     run = RunFolder.open(out, "train", binding(recipe.model_dump(mode="json")))
     for name in chosen:
-        _still_same(run.path / name, sources[name])
+        _still_same(run.path, recipe, name, sources[name])
     todo = [name for name in chosen if not (run.path / name / "done").exists()]
     if todo:
         import torch
@@ -132,13 +135,24 @@ def open_sources(recipe: TrainRecipe, chosen: Sequence[str]) -> dict[str, Source
     return sources
 
 
-def _still_same(folder: Path, source: Source) -> None:
-    """A finished stage stands only while its data does."""
+def _still_same(run: Path, recipe: TrainRecipe, name: str, source: Source) -> None:
+    """A finished stage stands only while its data does, and what it was started from."""
+    from leveret.train.starts import of_stage
     from leveret.train.state import refuse_change
 
-    if (folder / "done").exists():
-        old = read_json(folder / "done")["facts"]
-        refuse_change(folder, old, {**old, "data": source.fingerprint()})
+    if (run / name / "done").exists():
+        old = read_json(run / name / "done")["facts"]
+        now = {**old, "data": source.fingerprint()}
+        if of_stage(recipe, name):
+            now["start"] = _begun_from(recipe, name, _start(run, recipe, name))
+        refuse_change(run / name, old, now)
+
+
+def _begun_from(recipe: TrainRecipe, name: str, start: Path | None) -> str:
+    """The fingerprint of the weights that a stage begins with."""
+    from leveret.train.starts import fingerprint
+
+    return fingerprint(recipe, name, sha256_of(start / "model.safetensors") if start else "backbones")
 
 
 def resolve_device(recipe: TrainRecipe) -> str:
@@ -182,13 +196,13 @@ def _stage(
     """One stage from wherever it stands to its end."""
     from leveret.model import checkpoint
     from leveret.model.threads import torch_threads
-    from leveret.train import learning, lora, plan, state
+    from leveret.train import learning, lora, plan, starts, state
     from leveret.train.loop import Job, Teacher, arrange, as_json, begin
     from leveret.train.order import order_of
 
     stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
     folder.mkdir(parents=True, exist_ok=True)
-    vlm = begin(recipe, start, device)
+    vlm = begin(recipe, start, device, name)
     if faults := [
         f"stages.{key}.{fault}" for key in recipe.stages for fault in learning.faults(vlm, recipe.stages[key])
     ]:
@@ -196,7 +210,7 @@ def _stage(
     facts = {
         "data": source.fingerprint(),
         "tokenizer": tokenizer_hash(vlm.tokenizer),
-        "start": sha256_of(start / "model.safetensors") if start else "backbones",
+        "start": _begun_from(recipe, name, start),
         "recipe": binding(recipe.model_dump(mode="json"))["stages"][name],
         "precision": precision,
         "ranks": ranks.world,
@@ -226,12 +240,7 @@ def _stage(
     with torch_threads(share):
         Teacher(job, stage, vlm, trainables, data, ranks, validators).run()
         vlm.eval()
-        how = stage.learn.get("language")
-        if how is not None and how.lora is not None:
-            rest = {one.name: one.value for one in trainables if ".lora_" not in one.name}
-            base = str(start or recipe.model.language.name)
-            lora.save(vlm.language, how.lora, folder / "adapter", base, rest, stage.resize)
-            lora.merge(vlm.language)
+        lora.finish(vlm, stage, trainables, folder, *starts.base_of(recipe, name, start))
         checkpoint.save(vlm, folder / "model")
     write_json(folder / "done", {"stage": name, "steps": total, "facts": facts})
     shutil.rmtree(folder / "state", ignore_errors=True)

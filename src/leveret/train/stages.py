@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from leveret import own
 from leveret.model.recipe import ModelRecipe, named
@@ -25,8 +25,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Start(_Strict):
+    """Weights to begin with, instead of the backbones' or of those that the stage before left."""
+
+    source: str = Field(
+        alias="from",
+        description="A model's folder or a run's, of ours or of another tool; an id of the hub; or, for a connector "
+        "alone, a file (mm_projector.bin).",
+    )
+    parts: tuple[Part, ...] | None = Field(None, min_length=1, description="Only these parts; all when left out.")
+
+    @model_serializer
+    def _plain(self) -> dict[str, Any]:
+        return {"from": self.source, "parts": None if self.parts is None else list(self.parts)}
+
+
 class Lora(_Strict):
-    """Low-rank adapters on the language model, in PEFT's terms and PEFT's format."""
+    """Low-rank adapters on the linear layers of a part, in PEFT's terms and PEFT's format."""
 
     rank: int = Field(16, ge=1, description="Rank of the update.")
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
@@ -35,16 +50,33 @@ class Lora(_Strict):
         None,
         description="Last names of the linear layers that get an adapter (q_proj ...); all but lm_head when left out.",
     )
+    dora: bool = Field(
+        False, description="DoRA (arXiv 2402.09353): the length of every output's weights learns apart from them."
+    )
+    rslora: bool = Field(
+        False, description="rsLoRA (arXiv 2312.03732): scaled by alpha / sqrt(rank), for ranks of 64 and more."
+    )
+    bits: Literal[4, 8] | None = Field(
+        None,
+        description="QLoRA: the adapted layers' own weights stand in so many bits while the adapters learn (language "
+        "only, on a GPU, with bitsandbytes). The saved model is what was taught: these weights and the adapters.",
+    )
+    quant: Literal["nf4", "fp4"] = Field("nf4", description="The numbers that 4 bits stand for.")
 
 
 class Learn(_Strict):
     """How one part learns. A part that is not named is frozen."""
 
     lr: Rate = Field(description="Peak learning rate of this part.")
-    weight_decay: float | None = Field(None, ge=0, description="Instead of the stage's; biases and norms never decay.")
-    lora: Lora | None = Field(None, description="Train adapters instead of the weights (language only).")
+    weight_decay: float | None = Field(None, ge=0, description="Instead of the stage's; `decays` says of what.")
+    lora: Lora | None = Field(None, description="Train adapters instead of the weights.")
     from_layer: int | None = Field(
-        None, ge=0, description="Only this layer (from 0) and what comes after it learn (vision only)."
+        None,
+        ge=0,
+        description="Only this block (from 0) and what comes after it learn (vision and language).",
+    )
+    towers: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Of several towers only these, by their names (vision)."
     )
 
 
@@ -58,6 +90,9 @@ class StageRecipe(_Strict):
     )
     resize: Resize | None = Field(
         None, description="How images become square from this stage on; the model's when left out."
+    )
+    start: Start | None = Field(
+        None, description="Weights laid over the model that the stage begins with: all of it, or parts."
     )
     learn: dict[Part, Learn] = Field(min_length=1, description="What learns, at which rate. The rest is frozen.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps; or give epochs.")
@@ -78,7 +113,12 @@ class StageRecipe(_Strict):
     )
     warmup: Share = Field(0.03, description="Share of the steps over which the rate rises.")
     decay: Share = Field(0.2, description="Share of the steps over which wsd falls to zero at the end.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW); never on biases and norms.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW) of what `decays` says.")
+    decays: Literal["matrices", "trainer"] = Field(
+        "matrices",
+        description="matrices: what has two dimensions and is no bias. trainer: as transformers' Trainer had it (4.37 "
+        "to 4.40): all but biases and the norms it was told of, so layer scales and some norms too.",
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="AdamW's two averages."
     )
@@ -123,13 +163,24 @@ class StageRecipe(_Strict):
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             faults.append(f"warmup {self.warmup} and decay {self.decay} together pass the whole of the stage")
         for part, how in self.learn.items():
-            if how.lora is not None and part != "language":
-                faults.append(f"learn.{part}.lora: adapters go on the language part only")
-            if how.from_layer is not None and part != "vision":
-                faults.append(f"learn.{part}.from_layer: only vision can learn from a layer on")
+            if how.from_layer is not None and part == "connector":
+                faults.append("learn.connector.from_layer: only vision and language can learn from a layer on")
+            if how.towers is not None and part != "vision":
+                faults.append(f"learn.{part}.towers: only vision has towers")
+            if how.lora is not None and how.lora.bits is not None and part != "language":
+                faults.append(f"learn.{part}.lora.bits: only the language model's weights can stand in few bits")
+            if how.lora is not None and how.lora.bits != 4 and how.lora.quant != "nf4":
+                faults.append(f"learn.{part}.lora.quant: it says what 4 bits stand for; give bits: 4, or leave it out")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+
+class Averaged(_Strict):
+    """One of the models that a published one is the mean of."""
+
+    recipe: str = Field(description="Name of the recipe that trains it.")
+    weight: float = Field(gt=0, lt=1, description="Its share.")
 
 
 class TrainRecipe(_Strict):
@@ -138,8 +189,15 @@ class TrainRecipe(_Strict):
     name: str = Field(min_length=1, description="Name of the recipe, for people.")
     seed: int = Field(0, ge=0, description="Everything random follows from it.")
     model: ModelRecipe = Field(description="The backbones the first stage starts from.")
+    start: Start | None = Field(None, description="Weights the first stage starts from, instead of the backbones'.")
     stages: dict[str, StageRecipe] = Field(
         min_length=1, description="Stages in order; each starts from the one before."
+    )
+    average: tuple[Averaged, ...] | None = Field(
+        None,
+        min_length=2,
+        description="The model that was published is the mean of what these recipes train: `leveret merge` makes it "
+        "when all of them are done.",
     )
     ranks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         "auto", description="Processes on this machine; auto is 2 on a CPU with 2 cores or more, else 1."
@@ -158,7 +216,19 @@ class TrainRecipe(_Strict):
         for name in self.stages:
             if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
                 raise ValueError(f"stage {name!r}: a stage's name is letters, digits, - and _, and none of {RESERVED}")
+        if self.average and abs(sum(one.weight for one in self.average) - 1) > 1e-6:
+            raise ValueError(f"average: the weights sum to {sum(one.weight for one in self.average):g}, and must to 1")
         return self
+
+
+def averaged(recipe: TrainRecipe) -> str | None:
+    """How the published model is made of what several recipes train, in words; None where it is what this one does."""
+    if recipe.average is None:
+        return None
+    shares = " + ".join(f"{one.weight:g} of {one.recipe}" for one in recipe.average)
+    weights = " ".join(f"{one.weight:g}" for one in recipe.average)
+    runs = " ".join(f"RUN{place}" for place, _ in enumerate(recipe.average, 1))
+    return f"published is {shares}: leveret merge {runs} --weights {weights} -o OUT"
 
 
 RESERVED = ("model", "done", "recipe", "metrics")
@@ -174,7 +244,7 @@ def binding(recipe: dict[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in stage.items() if key not in HARMLESS}
         for name, stage in recipe["stages"].items()
     }
-    return {**recipe, "stages": stages}
+    return {**{key: value for key, value in recipe.items() if key != "average"}, "stages": stages}
 
 
 def given(recipe: TrainRecipe) -> TrainRecipe:

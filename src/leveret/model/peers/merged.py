@@ -98,7 +98,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         home, whole = folder, folder.state()
     else:
         home = Folder(hub.get(base or str(config.get("_name_or_path", "")), f"{folder.path}: the base language model"))
-        whole = home.state() | _beside(folder)
+        whole = home.state() | beside(folder)
         if folder.has("adapter_config.json"):
             whole = merge_adapters(whole, read_adapters(folder), folder.settings("adapter_config.json"), ADAPTED)
             notes.append("the adapters are merged into the language model")
@@ -158,7 +158,7 @@ def _scales(config: Mapping[str, Any]) -> list[int]:
     return sorted(int(scale) for scale in str(config.get("s2_scales") or "384,768,1152").split(","))
 
 
-def _beside(folder: Folder) -> State:
+def beside(folder: Folder) -> State:
     """What learned besides adapters: the projector, and the tower where that learned too."""
     for name in ("non_lora_trainables.bin", "mm_projector.bin"):
         if folder.has(name):
