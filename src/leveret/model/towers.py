@@ -67,6 +67,8 @@ class Tower(nn.Module):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks that run, first to last."""
+        if not self._family.blocks:
+            return [self.model]
         return list(self.model.get_submodule(self._family.blocks))[: self.facts.depth]
 
     @property
@@ -124,7 +126,7 @@ class Tower(nn.Module):
         """One scale: [N, 3, s, s] -> [N, tokens, W]."""
         first = {"patch": prefix(self.facts), "cls_patch": 0, "drop_first": 1}[self.facts.tokens]
         if self._whole:
-            return self.model(pixels)[:, first:]
+            return as_tokens(self.model(pixels))[:, first:]
         hidden = self._embed(pixels)  # [N, prefix + grid * grid, W]
         if self._family.pre:
             hidden = self.model.get_submodule(self._family.pre)(hidden)
@@ -145,6 +147,11 @@ class Tower(nn.Module):
         if self._family.sizes == "flag" and self.facts.side != self.facts.config["image_size"]:
             return self.model.embeddings(pixels, interpolate_pos_encoding=True)
         return self.model.embeddings(pixels)
+
+
+def as_tokens(seen: Tensor) -> Tensor:
+    """A convolution's map [N, W, g, g] as tokens [N, g * g, W], row by row; tokens stay as they are."""
+    return seen.flatten(2).mT if seen.dim() == 4 else seen
 
 
 def cut(pixels: Tensor, patch: int) -> Tensor:
@@ -178,7 +185,9 @@ def _build_own(facts: TowerFacts) -> Tower:
     due = [1, grid(facts) ** 2 + prefix(facts), width(facts)]
     assert family.build is not None, "looked at when the facts were found"
     build = family.build
-    module = build_own(facts.family, where, lambda: build(dict(config)), [1, 3, facts.side, facts.side], due)
+    module = build_own(facts.family, where, lambda: build(dict(config)), [1, 3, facts.side, facts.side], due, as_tokens)
+    if not family.blocks:
+        return Tower(facts, module)
     try:
         blocks = list(module.get_submodule(family.blocks))  # type: ignore[call-overload]
     except (AttributeError, TypeError):
