@@ -309,6 +309,26 @@ def resample(position: Tensor, shape: torch.Size, how: Positions = "antialias") 
     return torch.cat([flat[:prefix], patches]).reshape(shape)
 
 
+def spread(position: Tensor, near: Tensor) -> Tensor:
+    """Position embeddings [1, 1 + g * g, W] that `resample(.., how="dino")` brings to `position` [1, 1 + G * G, W]: of
+    all that do so, those nearest to `near`, in its type. DataError where G > g, for then there are none.
+
+    The rule is linear and the same for rows and columns, [G, g] each, so the difference goes back by pseudo-inverses.
+    """
+    new, old = (round((x.shape[1] - 1) ** 0.5) for x in (position, near))
+    if new > old:
+        raise DataError(f"positions of a grid of {new} cannot be those of a grid of {old}, brought to a larger one")
+    rule = F.interpolate(
+        torch.eye(old, dtype=torch.float64)[:, None, :, None], scale_factor=((new + 0.1) / old, 1.0), mode="bicubic"
+    )[:, 0, :, 0].T
+    there = position[0, 1:].double().reshape(new, new, -1)
+    here = near[0, 1:].double().reshape(old, old, -1)
+    back = torch.linalg.pinv(rule)
+    lacking = there - torch.einsum("Gg,Hh,ghw->GHw", rule, rule, here)
+    found = here + torch.einsum("gG,hH,GHw->ghw", back, back, lacking)
+    return torch.cat([position[:, :1].to(near.dtype), found.reshape(1, old * old, -1).to(near.dtype)], dim=1)
+
+
 def _mend_dinov2(ours: dict[str, Tensor]) -> None:
     """timm's models with registers have no position for the class token (it is inside the token), and none of timm's
     has the mask token, which serves the pre-training alone: both are zeros with us."""

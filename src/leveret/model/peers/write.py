@@ -1,5 +1,5 @@
-"""Models of ours in the layouts of others: Bunny, LLaVA, TinyLLaVA Factory and Prismatic here, HF LLaVA
-(hfllava_write.py), GGUF (gguf_write.py); and with their own code, for transformers (remote.py).
+"""Models of ours in the layouts of others: Bunny, LLaVA and Prismatic here, TinyLLaVA Factory (tinyllava_write.py),
+HF LLaVA (hfllava_write.py), GGUF (gguf_write.py); and with their own code, for transformers (remote.py).
 
 Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
 safetensors alone, or GGUF. A folder is written beside its place and renamed into it.
@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from leveret.inputs.formats import find_chat, published
 from leveret.inputs.views import STRATEGIES
 from leveret.model.checkpoint import fresh_folder
-from leveret.model.peers import gguf_write, hfllava_write, merged, prismatic, remote, tinyllava
+from leveret.model.peers import gguf_write, hfllava_write, merged, prismatic, remote, tinyllava_write
 from leveret.model.peers import write_parts as parts
 from leveret.model.peers.write_parts import Written
-from leveret.model.published import times, write_state
+from leveret.model.published import write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.runs import RecipeError
@@ -143,56 +141,6 @@ def _minicpm(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- TinyLLaVA Factory ------------------------------------------------------------------------------------------------
-
-
-def _factory(vlm: VLM) -> Written:
-    name = "TinyLLaVA Factory"
-    text = parts.language_config(vlm)
-    eyes = {"siglip_vision_model": "transformers", "clip_vision_model": "transformers", "dinov2": "transformers"}
-    tower = parts.eye(vlm, name, eyes)
-    if tower.facts.s2:
-        raise RecipeError(f"{name} has no multi-scale towers, and {tower.facts.source} runs at {tower.facts.s2}")
-    # Its `patch` drops the first token whatever it is: of CLIP the class token, of SigLIP a patch.
-    said = {"drop_first": "patch", "cls_patch": "cls_patch"}
-    if tower.facts.tokens == "patch" and tower.facts.family != "siglip_vision_model":
-        said["patch"] = "patch"
-    elif tower.facts.tokens == "patch":
-        said["patch"] = "cls_patch"  # keeps all that there are
-    kind = parts.kind(vlm, name, lambda kind: parts.is_mlp(kind) or kind in ("resampler", "qformer"))
-    options = vlm.recipe.connector.options
-    inside = "" if tower.facts.family == "dinov2" else "vision_model."
-    config = {
-        "architectures": ["TinyLlavaForConditionalGeneration"],
-        "model_type": "tinyllava",
-        "connector_type": kind,
-        "llm_model_name_or_path": vlm.recipe.language.name,
-        "tokenizer_name_or_path": vlm.recipe.language.name,
-        "vision_model_name_or_path": tower.facts.source,
-        "vision_model_name_or_path2": "",
-        "hidden_size": text["hidden_size"],
-        "vision_hidden_size": tower.width,
-        "vocab_size": text["vocab_size"],
-        "image_aspect_ratio": "pad" if vlm.spec.towers[0].resize == "pad" else "square",
-        "image_token_index": -200,
-        "ignore_index": -100,
-        "vision_feature_layer": parts.layer(tower),
-        "vision_feature_select_strategy": said[tower.facts.tokens],
-        "num_queries": options.get("queries", 128),
-        "num_resampler_layers": options.get("layers", 3),
-        "tokenizer_padding_side": "right",
-        "text_config": text,
-        "vision_config": dict(tower.facts.config) | {"model_name_or_path": tower.facts.source},
-    }
-    state = parts.language(vlm, tinyllava.LANGUAGE) | parts.seen(
-        tower, eyes[tower.facts.family], tinyllava.TOWER + inside
-    )
-    connector: Mapping[str, Tensor] = vlm.connector.state_dict()
-    if (scale := tinyllava.image_scale(text)) != 1:
-        connector = times(kind, connector, 1 / scale)
-    return config, state | write_state(kind, connector, tinyllava.CONNECTOR), {}
-
-
 # --- Prismatic --------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +246,7 @@ LAYOUTS: dict[str, Layout] = {
             "unfreeze_mm_vision_tower",
         ),
     ),
-    "tinyllava": Layout("TinyLLaVA Factory, tuned", _factory),
+    "tinyllava": Layout("TinyLLaVA Factory, tuned", tinyllava_write.written),
     "prismatic": Layout("Prismatic, its tensors as safetensors", _prismatic, weights=f"{prismatic.WEIGHTS}safetensors"),
     "gguf": Layout("two GGUF files, which llama.cpp runs", files=_gguf),
     "remote-code": Layout("transformers with trust_remote_code, without leveret", remote.written),
