@@ -131,6 +131,8 @@ class Tower(nn.Module):
         if self._family.pre:
             hidden = self.model.get_submodule(self._family.pre)(hidden)
         place: tuple[Any, ...] = (None,)  # no attention mask
+        if self.facts.family.startswith("dinov2"):
+            place = ()  # transformers 5.16 has no place for a mask there, later ones need none
         if self.facts.family == "dinov3_vit":
             place = (None, self.model.rope_embeddings(pixels))
         elif self.facts.family == "eva02_clip":
