@@ -1,4 +1,4 @@
-"""From what a person names (our folder, a run, another tool's folder, or `OWNER/NAME[@REVISION]`) to a model.
+"""From what a person names (our folder, a run, another tool's folder, or `OWNER/NAME[/FOLDER][@REVISION]`) to a model.
 
 What lies on this machine wins over an id. A model of another tool is read as it is, by `peers`; nothing is converted.
 """
