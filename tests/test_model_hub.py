@@ -183,6 +183,26 @@ def test_doctor_downloads_no_weights(hub: Hub, online: Seat) -> None:
     assert json.loads(done.out)["model"]["parameters"] == told["sized/tiny"]["parameters"], done.err
 
 
+def test_adapters_of_the_hub_are_told_without_the_weights_they_stand_on(hub: Hub, online: Seat) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    shutil.copytree(hub.place / "me/tiny", hub.place / "based/tiny")
+    language = checkpoint.load(hub.place / "based/tiny").language
+    folder = hub.place / "based/lora"
+    get_peft_model(language, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "based/tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    hub.asked.clear()
+    done = online("doctor", "based/lora", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["model"]
+    assert told["adapters"]["base"] == "based/tiny" and told["adapters"]["layers"] == 2
+    assert told["parts"] == doctor.examine(str(hub.place / "me/tiny"))["parts"]
+    home = hub.place / ".home/hub"
+    assert any((home / "models--based--lora").rglob("adapter_model.safetensors"))
+    assert not any(file.suffix in (".safetensors", ".bin") for file in (home / "models--based--tiny").rglob("*"))
+
+
 def test_a_model_in_a_folder_of_a_repository(
     hub: Hub, online: Seat, offline: Seat, away: Seat, picture: str, tmp_path: Path
 ) -> None:

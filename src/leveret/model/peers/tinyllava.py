@@ -15,7 +15,7 @@ from typing import Any
 
 from leveret.inputs.formats import published
 from leveret.model.language import LanguageFacts
-from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
+from leveret.model.peers.files import Folder, State, merge_adapters, renamed
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, source_of, tower_of
@@ -110,7 +110,7 @@ def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if folder.has(name):
             settings = folder.settings("adapter_config.json")
-            language = merge_adapters(language, read_tensors(folder.path / name), settings, ADAPTED)
+            language = merge_adapters(language, folder.tensors(folder.path / name), settings, ADAPTED)
             notes.append("the adapters are merged into the language model")
     return language, seen, read_state(connector)
 
