@@ -259,7 +259,10 @@ def _open_hf(id: str) -> tuple[Any, Any | None]:
             f"encoder {id!r} is a {config.model_type!r}; allowed are clip and siglip (two towers in one space), "
             f"or one of {', '.join(ENCODERS)}"
         )
-    model = AutoModel.from_pretrained(id)
+    import torch
+
+    # by itself transformers reads in the type that config.json says, and would round float32 files to float16
+    model = AutoModel.from_pretrained(id, dtype=torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(id)
     except (OSError, ValueError, ImportError):

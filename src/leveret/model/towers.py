@@ -166,7 +166,8 @@ def cut(pixels: Tensor, patch: int) -> Tensor:
 
 
 def build_tower(facts: TowerFacts) -> Tower:
-    """The tower that `facts` describe, with fresh weights on the current default device."""
+    """The tower that `facts` describe, with fresh weights on the current default device, in torch's default type
+    (float32, but where transformers loads a published model in another) whatever its configuration says."""
     if facts.family == "tiny":
         return Tower(facts, TinyVisionTower(dict(facts.config)))
     if is_own(facts):
@@ -177,7 +178,9 @@ def build_tower(facts: TowerFacts) -> Tower:
     import transformers
 
     model_class = getattr(transformers, TOWER_FAMILIES[facts.family].model_class)
-    return Tower(facts, _strip(model_class._from_config(_config(facts), **_options(facts)), facts))
+    # a folder's config may say float16, which is how it was saved and not how it is to learn
+    model = model_class._from_config(_config(facts), dtype=torch.get_default_dtype(), **_options(facts))
+    return Tower(facts, _strip(model, facts))
 
 
 def _build_own(facts: TowerFacts) -> Tower:
