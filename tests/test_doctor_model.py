@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fakes import tiny_batch, tiny_vlm
+from fakes import tiny_batch, tiny_language_folder, tiny_vlm
 from leveret import doctor
 from leveret.cli import run
 from leveret.model import checkpoint, hub
@@ -93,8 +94,6 @@ def test_a_model_of_another_tool_is_outlined_from_the_heads_of_its_files(tmp_pat
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_pickle_is_outlined_too(sharded: bool, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     folder, _ = bunny(tmp_path)
     before = doctor.examine(str(folder))
     state = load_file(folder / "model.safetensors")
@@ -119,6 +118,125 @@ def test_a_run_that_is_not_finished_is_told_by_its_recipe(tmp_path: Path) -> Non
     assert "not finished" in told["notes"][0] and told["parameters"] == finished["parameters"]
 
 
+def lora_of(language: Any, folder: Path, base: str, **more: Any) -> Path:
+    """A folder as PEFT writes it; `base` is what it names."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **more)
+    get_peft_model(language, settings).save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}])
+def test_adapters_are_told_with_what_they_stand_on(
+    more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    vlm = tiny_vlm()
+    base = checkpoint.save(vlm, tmp_path / "base")
+    folder = lora_of(vlm.language, tmp_path / "adapters", str(base), **more)
+    request.getfixturevalue("nothing_is_read")
+    told, plain = doctor.examine(str(folder)), doctor.examine(str(base))
+    assert plain["adapters"] is None and told["adapters"]["base"] == str(base)
+    for key in ("parts", "parameters", "kv_cache", "ways", "chat", "tool"):
+        assert told[key] == plain[key], key
+    # rank 4 on q_proj (32 -> 32) and down_proj (64 -> 32) of two layers; DoRA has the lengths of the rows beside them
+    count = 2 * (4 * (32 + 32) + 4 * (64 + 32) + (64 if more else 0))
+    about = {"rank": 4, "alpha": 8, "layers": 4, "targets": ["down_proj", "q_proj"], "parameters": count}
+    about |= {"kind": "DoRA" if more else "LoRA", "dtype": "float32", "stored": 4 * count}
+    assert {key: told["adapters"][key] for key in about} == about
+    assert run(["doctor", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{about['kind']} adapters on" in said and f"{count:,} parameters in 4 layers (down_proj, q_proj)" in said
+
+
+def test_the_adapters_that_training_wrote_are_told(tmp_path: Path) -> None:
+    from leveret.train import train
+
+    learn = {"connector": {"lr": 5e-3}, "language": {"lr": 5e-3, "lora": {"rank": 4, "alpha": 8}}}
+    stages = {"align": {"learn": {"connector": {"lr": 5e-3}}, "steps": 1}, "tune": {"learn": learn, "steps": 1}}
+    whole = train(recipe(toy_set(tmp_path / "toy"), stages), tmp_path / "run")
+    told = doctor.examine(str(tmp_path / "run/tune/adapter"))
+    assert told["adapters"]["rank"] == 4 and told["adapters"]["base"].endswith("align/model")
+    assert told["parameters"] == doctor.examine(str(whole))["parameters"]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_another_tools_adapters_and_projectors_are_told(adapted: bool, tmp_path: Path) -> None:
+    """A LoRA folder of Bunny, and a projector alone: as what `convert` makes of them."""
+    folder, at = bunny(tmp_path)
+    whole, config = doctor.examine(str(folder)), json.loads((folder / "config.json").read_text())
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({name: x for name, x in state.items() if "mm_projector" not in name}, base / "model.safetensors")
+    for file in folder.glob("*token*"):
+        shutil.copy(file, base / file.name)
+    learned = {name: x for name, x in state.items() if "mm_projector" in name}
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": str(base)}))
+    if adapted:
+        named = {f"base_model.model.{name}": x for name, x in learned.items()}
+        torch.save(named, folder / "non_lora_trainables.bin")
+        (name,) = [name for name in state if name.endswith("layers.0.self_attn.q_proj.weight")]
+        out, given = state[name].shape
+        halves = {"lora_A": torch.ones(4, given), "lora_B": torch.ones(out, 4)}
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        save_file({f"{layer}.{half}.weight": x for half, x in halves.items()}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    else:
+        torch.save(learned, folder / "mm_projector.bin")
+    told = doctor.examine(str(folder))
+    assert told["parameters"] == whole["parameters"] and told["image_tokens"] == whole["image_tokens"]
+    assert {name: part["dtype"] for name, part in told["parts"].items()} == {
+        name: part["dtype"] for name, part in whole["parts"].items()
+    }
+    if adapted:
+        assert told["adapters"]["base"] == str(base) and told["adapters"]["targets"] == ["q_proj"]
+    else:
+        assert told["adapters"] is None
+    assert run(["convert", str(folder), str(tmp_path / "ours"), "--hub", str(at)]) == 0
+    made = doctor.examine(str(tmp_path / "ours"))  # its tower is the toy of --hub, which doctor knows nothing of
+    assert made["parts"]["language"]["parameters"] == told["parts"]["language"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("none", "names no base model"),
+        ("gone", r"stand on '.*nowhere', which is no whole model here .*--base MODEL -o OUT"),
+        ("language", "which is no whole model here"),
+        ("adapters", "holds adapters too"),
+        ("other", "does not fit .*do not add to a weight of"),
+        ("kind", "adapters of the kind 'IA3'"),
+        ("weights", "no adapter_model.safetensors"),
+    ],
+)
+def test_adapters_without_their_model_are_one_clear_line(harm: str, said: str, tmp_path: Path) -> None:
+    vlm = tiny_vlm()
+    base = checkpoint.save(vlm, tmp_path / "base")
+    named = {"gone": str(tmp_path / "nowhere"), "language": str(tiny_language_folder())}.get(harm, str(base))
+    folder = lora_of(vlm.language, tmp_path / "adapters", named)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if harm == "none":
+        config["base_model_name_or_path"] = None
+    elif harm == "adapters":
+        config["base_model_name_or_path"] = str(shutil.copytree(folder, tmp_path / "more"))
+    elif harm == "kind":
+        config["peft_type"] = "IA3"
+    elif harm == "weights":
+        (folder / "adapter_model.safetensors").unlink()
+    elif harm == "other":
+        state = load_file(folder / "adapter_model.safetensors")
+        name = next(name for name in state if "lora_A" in name)
+        save_file(state | {name: torch.zeros(4, 7)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises((RecipeError, DataError), match=said) as refused:
+        doctor.examine(str(folder))
+    assert "\n" not in str(refused.value)
+
+
 def test_what_is_no_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapters").mkdir()
@@ -127,7 +245,7 @@ def test_what_is_no_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "adapters" / "config.json").write_text(json.dumps(config))
     for given, kind, said in (
         (str(tmp_path / "empty"), DataError, "is not a model"),
-        (str(tmp_path / "adapters"), RecipeError, "adapters, or a projector alone"),
+        (str(tmp_path / "adapters"), DataError, "names no language model that they stand on .*--base"),
         (str(tmp_path / "bad.yaml"), RecipeError, "model"),
         ("wrold", RecipeError, "world"),
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,67 @@ def test_which_precision_an_encoder_computes_in(tmp_path, monkeypatch):
         precision_of("pixels", "cpu", "bf16")
     with pytest.raises(RecipeError, match="allowed are auto, fp32 and bf16"):
         precision_of("a/b", "cpu", "fp16")
+
+
+CUT = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "view"),
+    [
+        ("siglip", {"resample": 2}, {"resample": "bilinear"}),
+        ("siglip", {"size": {"height": 32, "width": 32}, "crop_size": 224, "resample": 3}, {}),
+        ("siglip", {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}, {"mean": (0, 0, 0), "std": (1, 1, 1)}),
+        ("siglip", CUT, {"short": 40, "resize": "crop"}),
+        ("clip", CUT | {"resample": 2}, {"short": 40, "resample": "bilinear"}),
+        ("clip", {"size": 32, "crop_size": 32, "do_center_crop": True}, {}),
+        ("clip", {"size": {"height": 32, "width": 32}, "do_center_crop": False}, {"resize": "squash"}),
+        ("clip", {"resample": 2}, {"resample": "bilinear"}),
+        ("clip", {}, {}),
+    ],
+)
+def test_what_a_processor_says_is_done(tmp_path, kind, said, view):
+    """Size, crop, filter, mean and std; what it leaves out is the family's."""
+    save_dual_encoder(tmp_path, kind)
+    plain = load_encoder(str(tmp_path)).view
+    told = {"image_processor_type": f"{kind.upper().replace('SIGLIP', 'Siglip')}ImageProcessor", **said}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    load_encoder.cache_clear()
+    encoder = load_encoder(str(tmp_path))
+    assert encoder.view == replace(plain, **view)
+    images = _scenes(3)
+    assert encoder.images(images).shape == (3, encoder.width)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "told"),
+    [
+        ("siglip", {"size": {"height": 48, "width": 48}}, "makes 48 pixels, but the model takes 32 and no other size"),
+        ("siglip", {"size": {"height": 32, "width": 24}}, "is no square"),
+        ("clip", {**CUT, "crop_size": {"height": 32, "width": 24}}, "crop_size .* is no square"),
+        ("clip", {"size": {"shortest_edge": 32}, "do_center_crop": False}, "gives no square"),
+        ("clip", {**CUT, "crop_size": {}}, "cannot be read"),
+        ("clip", {**CUT, "resample": 5}, "resample is 5"),
+        ("clip", {**CUT, "do_resize": False}, "do_resize and do_normalize must be on"),
+        ("siglip", {"do_rescale": False}, "do_rescale must be on"),
+        ("siglip", {"rescale_factor": 1}, "rescale_factor 1/255"),
+        ("siglip", {"image_mean": 0.5}, "cannot be read"),
+        ("siglip", "not JSON", "cannot be read"),
+    ],
+)
+def test_what_a_processor_says_and_cannot_be_done_is_refused(tmp_path, kind, said, told):
+    save_dual_encoder(tmp_path, kind)
+    text = said if isinstance(said, str) else json.dumps(said)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(RecipeError, match=told) as refused:
+        load_encoder(str(tmp_path))
+    assert "\n" not in str(refused.value) and str(refused.value).startswith("encoder '")
+
+
+def test_a_naflex_model_is_no_encoder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    with pytest.raises(RecipeError, match="SigLIP2 of a fixed size"):
+        load_encoder(str(tmp_path))
 
 
 def test_an_unknown_encoder_names_the_closest():

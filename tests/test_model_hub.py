@@ -20,7 +20,7 @@ from leveret.cli import run
 from leveret.evaluate import SUITES
 from leveret.inputs import find_chat
 from leveret.model import checkpoint
-from leveret.model.hub import as_id, to_fetch
+from leveret.model.hub import as_id, parted, to_fetch
 from leveret.model.peers.write import write
 from leveret.model.push import push
 from leveret.model.source import locate
@@ -30,7 +30,8 @@ from leveret.runs import DataError, RecipeError
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """me/tiny is ours, with files beside it that nobody needs; me/theirs is the same in Bunny's layout; me/pickled is
-    that as a pickle alone, me/sharded in two files. sized/ has them once more, for `doctor`."""
+    that as a pickle alone, me/sharded in two files. sized/ has them once more, for `doctor`; me/many has some in
+    folders, as TRI-ML/prismatic-vlms has its own."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -59,6 +60,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (place / "me/sharded/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     for name in ("tiny", "theirs", "pickled", "sharded"):
         shutil.copytree(place / "me" / name, place / "sized" / name)
+    for name, folder in (("theirs", "prism-siglip+7b"), ("tiny", "deep/ours"), ("sharded", "shards")):
+        shutil.copytree(place / "me" / name, place / "me/many" / folder)
+    (place / "me/many/README.md").write_text("several models")
     with Hub(place) as standin:
         yield standin
 
@@ -179,6 +183,71 @@ def test_doctor_downloads_no_weights(hub: Hub, online: Seat) -> None:
     assert json.loads(done.out)["model"]["parameters"] == told["sized/tiny"]["parameters"], done.err
 
 
+def test_adapters_of_the_hub_are_told_without_the_weights_they_stand_on(hub: Hub, online: Seat) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    shutil.copytree(hub.place / "me/tiny", hub.place / "based/tiny")
+    language = checkpoint.load(hub.place / "based/tiny").language
+    folder = hub.place / "based/lora"
+    get_peft_model(language, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "based/tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    hub.asked.clear()
+    done = online("doctor", "based/lora", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["model"]
+    assert told["adapters"]["base"] == "based/tiny" and told["adapters"]["layers"] == 2
+    assert told["parts"] == doctor.examine(str(hub.place / "me/tiny"))["parts"]
+    home = hub.place / ".home/hub"
+    assert any((home / "models--based--lora").rglob("adapter_model.safetensors"))
+    assert not any(file.suffix in (".safetensors", ".bin") for file in (home / "models--based--tiny").rglob("*"))
+
+
+def test_a_model_in_a_folder_of_a_repository(
+    hub: Hub, online: Seat, offline: Seat, away: Seat, picture: str, tmp_path: Path
+) -> None:
+    """Only what lies in there is fetched, by every command, and found again without a connection."""
+    hub.asked.clear()
+    done = online("doctor", "me/many/shards", "--json")  # before its weights are here
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["model"]
+    home = hub.place / ".home/hub/models--me--many"
+    assert not any(file.suffix in (".safetensors", ".bin") for file in home.rglob("snapshots/*/*/*"))
+    assert told["parameters"] == doctor.examine(str(hub.place / "me/sharded"))["parameters"]
+    hub.asked.clear()
+    first = online("chat", "me/many/prism-siglip+7b", picture, *ASK)
+    assert first.code == 0, first.err
+    assert "prism-siglip+7b/model.safetensors" in hub.fetched()
+    assert all(name.startswith("prism-siglip+7b/") for name in hub.fetched())
+    assert not any(name.endswith((".py", ".bin")) for name in hub.fetched())
+    assert first.out == online("chat", "me/theirs", picture, *ASK).out
+    hub.asked.clear()
+    for seat, name in ((offline, "me/many/prism-siglip+7b"), (away, "me/many/prism-siglip+7b@main")):
+        again = seat("chat", name, picture, *ASK)
+        assert (again.code, again.out) == (0, first.out), again.err
+    done = offline("chat", "me/many/deep/ours", picture, *ASK)
+    assert done.code == 5 and "me/many/deep/ours" in done.err and "HF_HUB_OFFLINE is set" in done.err
+    assert not hub.asked
+    done = online("convert", "me/many/deep/ours", str(tmp_path / "out"), "--to", "llava")
+    assert done.code == 0, done.err
+    assert hub.fetched() and all(name.startswith("deep/ours/") for name in hub.fetched())
+    for name, said in (
+        ("me/many", "holds no model itself, but in folders: give me/many/deep/ours (or another of 3: "),
+        ("me/many/deep", "give me/many/deep/ours"),
+        ("me/many/nothing", "the hub has me/many, but no folder 'nothing' with a model in it"),
+    ):
+        for verb in (("chat", name, *ASK), ("doctor", name)):
+            done = online(*verb)
+            assert done.code == 3 and said in done.err and len(done.err.strip().splitlines()) == 1, done.err
+    done = online("push", str(hub.place / "me/tiny"), "me/many/three", "--dry-run")
+    assert done.code == 2 and "not a name of the hub; give OWNER/NAME" in done.err
+
+
+def test_a_folder_of_models_on_this_machine_holds_folders_of_repositories_too(hub: Hub) -> None:
+    found = locate("me/many/deep/ours", hub=hub.place)
+    assert found.folder == hub.place / "me/many/deep/ours" and found.ours
+
+
 @pytest.mark.parametrize(
     ("name", "where", "code", "said"),
     [
@@ -205,7 +274,11 @@ def test_what_cannot_be_had_is_one_clear_line(
 def test_ids_and_paths_are_told_apart() -> None:
     assert as_id("BAAI/Bunny-v1_0-3B") == ("BAAI/Bunny-v1_0-3B", None)
     assert as_id("a/b@refs/pr/1") == ("a/b", "refs/pr/1")
-    for path in ("/a/b", "./a/b", "../a", "~/a", "a", "a/b/c", "a/b@", "a/-b", "a /b", "runs/../x"):
+    assert as_id("TRI-ML/prismatic-vlms/prism-dinosiglip+7b") == ("TRI-ML/prismatic-vlms/prism-dinosiglip+7b", None)
+    assert as_id("a/b/c/d@v1") == ("a/b/c/d", "v1")
+    assert parted("a/b/c/d") == ("a/b", "c/d/") and parted("a/b") == ("a/b", "")
+    for path in ("/a/b", "./a/b", "../a", "~/a", "a", "a/b/", "a/b//c", "a/b/../c", "a/b/.c", "a/b@", "a/-b", "a /b",
+                 "runs/../x", "a+b/c", "a/b/c d"):  # fmt: skip
         assert as_id(path) is None, path
 
 

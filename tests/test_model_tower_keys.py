@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
+import fakes
 from fakes import loud
 from leveret.model import tower_keys
+from leveret.model.build import build
+from leveret.model.checkpoint import load, save
 from leveret.model.eva import EvaVision, rotation
 from leveret.model.recipe import VisionRecipe
 from leveret.model.tower_files import read_weights
@@ -143,6 +148,67 @@ def test_transformers_names_of_other_versions(family: str, tmp_path: Path) -> No
         wanted = load_tower(facts)(pixels)
         for state in (old, model.state_dict(), read_weights(tmp_path / "model.safetensors")):
             assert torch.equal(fill_tower(facts, state)(pixels), wanted)
+
+
+# what transformers called DINOv2's weights until 5.16 -> what it calls them now
+SPELT = {
+    "attention.attention.query.": "attention.q_proj.", "attention.attention.key.": "attention.k_proj.",
+    "attention.attention.value.": "attention.v_proj.", "attention.output.dense.": "attention.o_proj.",
+    "mlp.weights_out.": "mlp.down_proj.",
+}  # fmt: skip
+
+
+def spelt(state: dict[str, torch.Tensor], former: bool) -> dict[str, torch.Tensor]:
+    """DINOv2's weights in the one spelling or the other, whichever is installed; SwiGLU's first layer was one."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        for old, new in SPELT.items():
+            name = name.replace(new, old) if former else name.replace(old, new)
+        if former and ".gate_proj." in name:
+            joined = torch.cat([tensor, state[name.replace("gate", "up")]])
+            found[name.replace("gate_proj", "weights_in")] = joined
+        elif not former and ".weights_in." in name:
+            gate, up = tensor.chunk(2)
+            found |= {name.replace("weights_in", "gate_proj"): gate, name.replace("weights_in", "up_proj"): up}
+        elif not (former and ".up_proj." in name):
+            found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize("former", [True, False])
+@pytest.mark.parametrize(("family", "swiglu"), [("dinov2", False), ("dinov2", True), ("dinov2_with_registers", False)])
+def test_dinov2_in_both_spellings(family: str, swiglu: bool, former: bool, tmp_path: Path) -> None:
+    """A tower is filled from either, and a model of ours that was saved under the other transformers is loaded."""
+    torch.manual_seed(0)
+    kind, cls, extra, _ = CLASSES[family]
+    config = getattr(transformers, kind)(**{**fakes.SIGLIP, **extra, "use_swiglu_ffn": swiglu})
+    model = loud(getattr(transformers, cls)(config)).eval()
+    model.save_pretrained(tmp_path / "tower")
+    vision = VisionRecipe(tower=str(tmp_path / "tower"))
+    facts, state = describe(vision), spelt(dict(model.state_dict()), former)
+    assert any("q_proj" in name for name in state) is not former
+    assert any("weights_in" in name for name in state) is (former and swiglu)
+    pixels = torch.randn(1, 3, 32, 32)
+    vlm = build(fakes.tiny_recipe().model_copy(update={"vision": vision}))
+    with torch.no_grad():
+        wanted = load_tower(facts)(pixels)
+        assert torch.equal(fill_tower(facts, state)(pixels), wanted)
+        theirs = tower_keys.to_theirs(state, family, "transformers", "x.")
+        assert theirs.keys() == {f"x.{name}" for name in spelt(state, True)}
+        assert torch.equal(fill_tower(facts, theirs)(pixels), wanted)
+    folder = save(vlm, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    rest = {name: tensor for name, tensor in weights.items() if not name.startswith("towers.")}
+    seen = spelt({name: tensor for name, tensor in weights.items() if name not in rest}, former)
+    save_file({name: tensor.contiguous() for name, tensor in {**rest, **seen}.items()}, folder / "model.safetensors")
+    batch = fakes.tiny_batch(vlm)
+    with torch.no_grad():
+        assert torch.equal(load(folder)(batch).logits, vlm(batch).logits)
+    gone = next(name for name in seen if "layer.1." in name)
+    seen.pop(gone)
+    save_file({name: tensor.contiguous() for name, tensor in {**rest, **seen}.items()}, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"missing: towers\.vision\.model\.encoder\.layer\.1\."):
+        load(folder)
 
 
 def test_aimv2_as_apple_published_it(tmp_path: Path) -> None:

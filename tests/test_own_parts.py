@@ -33,10 +33,10 @@ from leveret.train import train
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def block(page: str, kind: str = "python") -> str:
+def block(page: str, kind: str = "python", file: str = "my.py") -> str:
     """The page's code block that is a file of one's own, or its first of another kind."""
     found = re.findall(rf"```{kind}\n(.*?)```", (DOCS / page).read_text("utf-8"), re.S)
-    return next(text for text in found if kind != "python" or text.startswith("# my.py\n"))
+    return next(text for text in found if kind != "python" or text.startswith(f"# {file}\n"))
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +84,30 @@ PAGES = {
 }
 
 
+@pytest.mark.parametrize("page", [page for page, _, _ in PAGES.values()])
+def test_what_a_page_shows_is_ten_lines(page: str) -> None:
+    lines = [line for line in block(page).splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert len(lines) <= 10 and all(len(line) <= 120 for line in lines)
+
+
 @pytest.mark.parametrize("part", PAGES)
-def test_what_a_page_shows_learns_is_saved_loaded_and_answers(part: str, at: Path) -> None:
+def test_what_a_page_shows_learns_is_saved_loaded_and_answers(
+    part: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page, name, learns = PAGES[part]
     write(at, page)
+    built = build(recipe(**{part: name}))
+    batch = fakes.tiny_batch(built, lengths=(30, 25))
+    with torch.no_grad():
+        logits = built(batch, logits="all").logits
+        assert logits.shape == (2, 30, fakes.VOCAB) and logits.isfinite().all()
+        assert not torch.equal(built.see({name: -x for name, x in batch.pixels.items()}), built.see(batch.pixels))
     taught = train_fakes.recipe(train_fakes.toy_set(at / "toy"), learn={learns: {"lr": 5e-3}}, steps=3, save_every=1)
     taught = taught.model_copy(update={"model": recipe(**{part: name})})
     model = train(taught, at / "run")
+    before = {key: x for key, x in built.state_dict().items() if key.startswith((learns, "towers." + learns))}
+    after = load(model).state_dict()
+    assert before and any(not torch.equal(after[key], x) for key, x in before.items())
     config = json.loads((model / "config.json").read_text())
     said = json.dumps(config)
     assert re.search(rf"{re.escape(name)}@[0-9a-f]{{16}}", said) and str(at) not in json.dumps(config["recipe"]["chat"])
@@ -109,7 +126,15 @@ def test_what_a_page_shows_learns_is_saved_loaded_and_answers(part: str, at: Pat
         ) as refused:
             talk(there, "cpu")
         assert "\n" not in str(refused.value) and not own._MODULES
-    assert talk(there, "cpu", own=[there / "my.py"] if code else ()).ask(picture, "what colour is it ?", 4) == here
+    named = ["--own", str(there / "my.py")] if code else []
+    assert talk(there, "cpu", own=named[1:]).ask(picture, "what colour is it ?", 4) == here
+    answers = []
+    for place, more in ((model, ["--own", str(at / "my.py")]), (there, named)):
+        forget()
+        capsys.readouterr()
+        assert leveret(["chat", str(place), str(picture), "-p", "what colour is it ?", *more]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
 
 
 def test_the_whole_recipe_of_the_page_runs_from_the_command_line(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +244,16 @@ OTHERS: list[tuple[str, str, str]] = [
     ("tower", TOWER + f"ROW = TowerRow(family=Family(build=lambda c: nn.Sequential(nn.Conv2d(3, 4, 8, 8),\n"
      f"  nn.Flatten(2))), change={SIZES} | {{'hidden_size': 4}})", "must be a list of 1 blocks"),
     ("tower", TOWER + f"ROW = TowerRow(family=Family(build=lambda c: c['y']), change={SIZES})", "line 3: KeyError"),
+    ("tower", TOWER + "ROW = TowerRow(build=nn.Module)", "`build` needs `size`"),
+    ("tower", TOWER + "ROW = TowerRow(build=nn.Module, size=16, like='facebook/dinov2-base')", "`build` goes with"),
+    ("tower", TOWER + "ROW = TowerRow(build=lambda: 3, size=16)", "gave a int; it must give a module"),
+    ("tower", TOWER + "ROW = TowerRow(build=lambda: nn.Conv2d(4, 8, 8, 8), size=16)", "my.py.*: RuntimeError"),
+    ("tower", TOWER + "ROW = TowerRow(build=lambda: nn.Flatten(), size=16)", r"makes \[1, 768\] of .*; a tower makes"),
+    ("tower", TOWER + "ROW = TowerRow(build=lambda: nn.Conv2d(3, 8, (8, 4), (8, 4)), size=16)",
+     r"makes \[1, 8, 2, 4\] of .*; 8 tokens are no square grid over 16 x 16 pixels"),
+    ("tower", TOWER + "ROW = TowerRow(build=lambda: nn.Conv2d(3, 8, 8, 8), size=16, family=Family(prefix=1))",
+     r"4 tokens after 1 that lead \(Family.prefix\) are no square grid"),
+    ("tower", TOWER + "ROW = TowerRow(build=lambda: nn.Conv2d(3, 8, 4, 1), size=16)", "169 tokens are no square grid"),
     ("chat", CHAT + "ROW = ChatFormat('x', '{% if %}', ('<|end|>',))", "not valid Jinja"),
     ("chat", CHAT + "ROW = ChatFormat('x', 'a', ('<|end|>',))", "no generation block"),
     ("chat", CHAT + "ROW = ChatFormat('x', 'a', '<|end|>')", "`stop` a tuple of texts"),
@@ -289,7 +324,7 @@ def test_weights_of_a_row_lie_beside_its_file(at: Path) -> None:
 
     there = at / "there"
     there.mkdir()
-    source = block("towers.md").replace("change=SIZES)", 'change=SIZES, file="mine.safetensors")')
+    source = block("towers.md").replace("size=64)", 'size=64, file="mine.safetensors")')
     (there / "my.py").write_text(source, "utf-8")
     (at / "plain.py").write_text(block("towers.md"), "utf-8")
     begun = build(recipe(tower="plain.py:TOWER"), seed=5)
@@ -298,7 +333,7 @@ def test_weights_of_a_row_lie_beside_its_file(at: Path) -> None:
     again = build(recipe(tower="there/my.py:TOWER"), seed=6)
     assert all(torch.equal(state[name], tensor) for name, tensor in again.towers["vision"].model.state_dict().items())
     save_file({"cut.bias": torch.zeros(3)}, there / "mine.safetensors")
-    with pytest.raises(DataError, match=r"26 missing: .*; 1 of another shape: cut\.bias"):
+    with pytest.raises(DataError, match=r"3 missing: .*; 1 of another shape: cut\.bias"):
         build(recipe(tower="there/my.py:TOWER"))
     folder = shutil.copytree(fakes.tiny_vision_folder(), there / "siglip")
     config = json.loads((folder / "config.json").read_text())
@@ -313,10 +348,59 @@ def test_weights_of_a_row_lie_beside_its_file(at: Path) -> None:
 
 
 def test_rows_like_a_published_tower_are_told_without_weights(at: Path) -> None:
-    (at / "my.py").write_text(block("towers.md"), "utf-8")
+    (at / "my.py").write_text(block("towers.md", file="other.py"), "utf-8")
     tower = build_meta(recipe(tower="my.py:SHARP")).towers["vision"]
     assert (tower.facts.size, tower.facts.depth, tower.tokens) == (336, 10, 24 * 24)
     assert build_meta(recipe(tower="my.py:TUNED")).towers["vision"].tokens == 196
+
+
+def test_a_plain_module_may_make_tokens_lead_and_look_at_values(at: Path) -> None:
+    """Tokens in place of a map, one that leads, another look at the pixels, and code that needs numbers to run."""
+    (at / "my.py").write_text(
+        TOWER + "import torch\n"
+        "class Seen(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.cut = nn.Conv2d(3, 8, 8, 8)\n"
+        "    def forward(self, pixels):\n"
+        "        tokens = self.cut(pixels).flatten(2).mT\n"
+        "        if float(tokens.sum()) > 1e9:\n            raise ValueError\n"
+        "        return torch.cat((tokens.mean(1, keepdim=True), tokens), 1)\n"
+        "ROW = TowerRow(build=Seen, size=24, family=Family(prefix=1, mean=(0, 0, 0), std=(1, 1, 1), resize='pad'))\n",
+        "utf-8",
+    )
+    tower = build(recipe(tower="my.py:ROW")).towers["vision"]
+    assert (tower.tokens, tower.width, len(tower.blocks)) == (9, 8, 1)
+    assert (tower.view.size, tower.view.mean, tower.view.resize) == (24, (0, 0, 0), "pad")
+    pixels = torch.rand(2, 3, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(tower(pixels), tower.model(pixels)[:, 1:])
+    for field, value, told in (("size", 32, "takes 24 pixels"), ("layer", -2, "has 1 blocks; allowed: -1 or 1")):
+        other = recipe(tower="my.py:ROW")
+        vision = other.vision.model_copy(update={field: value})
+        with pytest.raises(RecipeError, match=told):
+            build_meta(other.model_copy(update={"vision": vision}))
+
+
+def test_an_architecture_told_in_full_has_blocks(at: Path) -> None:
+    """Of which the last may learn alone; saved and loaded with the sizes that the row gave it."""
+    (at / "my.py").write_text(
+        TOWER + "class Deep(nn.Module):\n"
+        "    def __init__(self, config):\n        super().__init__()\n        wide = config['hidden_size']\n"
+        "        self.cut = nn.Conv2d(3, wide, config['patch_size'], config['patch_size'])\n"
+        "        self.blocks = nn.ModuleList(nn.Linear(wide, wide) for _ in range(config['num_hidden_layers']))\n"
+        "    def forward(self, pixels):\n        tokens = self.cut(pixels).flatten(2).mT\n"
+        "        for block in self.blocks:\n            tokens = tokens + block(tokens).tanh()\n"
+        "        return tokens\n"
+        f"SIZES = {SIZES} | {{'num_hidden_layers': 2}}\n"
+        "ROW = TowerRow(family=Family(build=Deep, sizes='fixed'), change=SIZES)\n", "utf-8"
+    )  # fmt: skip
+    vlm = build(recipe(tower="my.py:ROW"))
+    tower = vlm.towers["vision"]
+    assert (tower.tokens, tower.width, len(tower.blocks)) == (4, 8, 2)
+    idle = {"model.cut.weight", "model.cut.bias", "model.blocks.0.weight", "model.blocks.0.bias"}
+    assert set(tower.before(1)) == idle
+    batch = fakes.tiny_batch(vlm, lengths=(30, 25))
+    with torch.no_grad():
+        assert torch.equal(load(save(vlm, at / "model"))(batch).logits, vlm(batch).logits)
 
 
 def test_a_language_model_with_other_settings_than_its_folder_says(at: Path) -> None:

@@ -93,18 +93,20 @@ def examine(model: str) -> dict[str, Any]:
     model  a recipe's name or file, a model's or run's folder, another tool's, or an id of the hub. What lies on this
            machine, a recipe of this package too, wins over an id.
 
-    Returns {"name", "tool", "chat", "image_tokens", "parameters", "parts", "kv_cache", "ways", "notes"}, in bytes:
+    Returns {"name", "tool", "chat", "image_tokens", "parameters", "parts", "kv_cache", "ways", "notes", "adapters"},
+    in bytes:
     parts     part -> {"what", "parameters", "dtype", "stored", "bf16", "float32"}; `dtype` and `stored` are None for a
               recipe, which has no weights yet.
     kv_cache  of 1,000 positions, {"bf16", "float32"}; at most that, where layers look at a window only.
     ways      way of WAYS -> {"bf16", "float32"}: with frozen weights in that type. Answering: weights and a cache of
               CONTEXT positions. Tuning: what `train` counts for one sample of CONTEXT tokens, connector and language
               model learning, with adapters of rank RANK or in full.
+    adapters  where a folder of adapters was named, what they are (sketch.told_adapters); the rest is of the whole.
     Raises RecipeError, DataError and EnvironmentFault where there is no such model.
     """
     from leveret.model import parts
 
-    vlm, tool, stored, notes = _sketched(model)
+    vlm, tool, stored, notes, adapters = _sketched(model)
     rows = parts.parts_table(vlm, {})
     cache = kv_bytes(vlm.language.config)
     held = {"vision": "towers."} | {row.part: f"{row.part}." for row in rows if row.part != "vision"}
@@ -132,12 +134,13 @@ def examine(model: str) -> dict[str, Any]:
         "kv_cache": {"bf16": 1000 * cache * HALF, "float32": 1000 * cache * FULL},
         "ways": dict(zip((way.name for way in WAYS), (answer, _tuning(vlm, RANK), _tuning(vlm, None)), strict=True)),
         "notes": notes,
+        "adapters": adapters,
     }
 
 
-def _sketched(model: str) -> tuple[VLM, str, dict[str, Any], list[str]]:
-    """(the model on the meta device, whose it is, tensor -> type in its files, notes)."""
-    from leveret.model.source import sketch
+def _sketched(model: str) -> tuple[VLM, str, dict[str, Any], list[str], dict[str, Any] | None]:
+    """(the model on the meta device, whose it is, tensor -> type in its files, notes, adapters)."""
+    from leveret.model.sketch import sketch
     from leveret.recipe import names
 
     path = Path(model).expanduser()
@@ -146,14 +149,14 @@ def _sketched(model: str) -> tuple[VLM, str, dict[str, Any], list[str]]:
     file = path / "recipe.yaml" if unfinished else path
     if not unfinished and (path.is_dir() or not (path.is_file() or model in names("models") or "/" not in model)):
         found = sketch(model)
-        return found.vlm, found.tool, found.stored, found.notes
+        return found.vlm, found.tool, found.stored, found.notes, found.adapters
     from leveret.model.build import build_meta
     from leveret.recipe import load
     from leveret.train.stages import TrainRecipe
 
     recipe = load(file if path.exists() else model, TrainRecipe, "models")
     notes = [f"{model} is a run that is not finished: this is what its recipe builds"] if unfinished else []
-    return build_meta(recipe.model), "recipe", {}, notes
+    return build_meta(recipe.model), "recipe", {}, notes, None
 
 
 def kv_bytes(config: Any) -> int:

@@ -75,7 +75,7 @@ def load(
 ) -> Model:
     """The model in a model folder, in the folder of a finished run, or of the hub.
 
-    path    a folder (also one that Bunny, LLaVA, TinyLLaVA or Prismatic wrote), or `OWNER/NAME[@REVISION]`.
+    path    a folder (also one that Bunny, LLaVA, TinyLLaVA or Prismatic wrote), or `OWNER/NAME[/FOLDER][@REVISION]`.
     device  "auto" is a CUDA device when there is one, else the CPU; or any that torch knows.
     own     Python files that parts of the model are built by: they may run.
 

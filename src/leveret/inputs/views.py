@@ -34,7 +34,8 @@ def view_of_processor(processor: Mapping[str, Any], name: str = "vision") -> Tow
     `size` may be a number (old CLIP files), {"height", "width"} (SigLIP: distorts) or {"shortest_edge"} (CLIP, DINOv2:
     scales the short side, then cuts `crop_size` out of the centre).
 
-    Raises RecipeError naming the key that says something a view cannot: no square, no resizing, an unknown filter.
+    Raises RecipeError naming the key that says something a view cannot: no square, no resizing, an unknown filter,
+    pixels that are not divided by 255.
     """
     size, crop = processor.get("size"), processor.get("crop_size")
     cuts = processor.get("do_center_crop", crop is not None)
@@ -52,6 +53,8 @@ def view_of_processor(processor: Mapping[str, Any], name: str = "vision") -> Tow
     elif (isinstance(size, Mapping) and "shortest_edge" in size) or isinstance(size, int):
         edge = size if isinstance(size, int) else size["shortest_edge"]
         cut = crop["height"] if isinstance(crop, Mapping) else crop
+        if cuts and isinstance(crop, Mapping) and crop.get("width", cut) != cut:
+            raise RecipeError(f"preprocessor_config.json: crop_size {dict(crop)} is no square; towers see squares here")
         if not cuts or cut is None:
             if not isinstance(size, int):
                 raise RecipeError("preprocessor_config.json: shortest_edge without do_center_crop gives no square")
@@ -68,6 +71,12 @@ def view_of_processor(processor: Mapping[str, Any], name: str = "vision") -> Tow
         )
     if not processor.get("do_resize", True) or not processor.get("do_normalize", True):
         raise RecipeError("preprocessor_config.json: do_resize and do_normalize must be on")
+    factor = float(processor.get("rescale_factor") or 1 / 255)
+    if not processor.get("do_rescale", True) or abs(255 * factor - 1) > 1e-4:
+        raise RecipeError(
+            "preprocessor_config.json: do_rescale must be on, and rescale_factor 1/255: pixels are numbers from 0 to 1 "
+            f"here before they are normalised (it says {processor.get('do_rescale', True)}, {factor:.6g})"
+        )
     number = processor.get("resample", 3)
     if number not in RESAMPLE:
         raise RecipeError(f"preprocessor_config.json: resample is {number}; allowed: {RESAMPLE}")

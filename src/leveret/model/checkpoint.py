@@ -30,7 +30,7 @@ from leveret import own
 from leveret.inputs.formats import ChatFormat, bring, find_chat
 from leveret.inputs.reader import end_ids
 from leveret.model import language as languages
-from leveret.model import towers
+from leveret.model import tower_keys, towers
 from leveret.model.build import join
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
@@ -106,7 +106,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
         raise DataError(f"{folder / 'model.safetensors'}: cannot be read ({fault})") from fault
     with torch.device(device), no_init_weights():
         vlm = _built(config, recipe, tokenizer(folder, int(config["language"]["vocab"])))
-    fill(vlm, our_names(weights) if "auto_map" in config else weights, folder)
+    fill(vlm, _as_installed(vlm, our_names(weights) if "auto_map" in config else weights), folder)
     if vlm.spec != ImageSpec.from_dict(config["spec"]):
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
     return vlm.to(device).eval()
@@ -123,6 +123,20 @@ def outline(folder: Path) -> VLM:
 def _built(config: dict[str, Any], recipe: ModelRecipe, tokenizer: Any) -> VLM:
     eyes = [towers.build_tower(TowerFacts.from_dict(facts)) for facts in config["vision"]]
     return join(recipe, eyes, languages.build_language(LanguageFacts(**config["language"])), tokenizer=tokenizer)
+
+
+def _as_installed(vlm: VLM, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names that this transformers gives its towers'; the one that saved them may have had
+    others."""
+    found = dict(weights)
+    for name, tower in vlm.towers.items():
+        if isinstance(tower, towers.Tower) and not tower.model.state_dict().keys() <= {
+            key.removeprefix(before) for key in weights if key.startswith(before := f"towers.{name}.model.")
+        }:
+            seen = {key.removeprefix(before): found.pop(key) for key in weights if key.startswith(before)}
+            renamed = tower_keys.as_installed(seen, tower.facts.family)
+            found |= {before + key: tensor for key, tensor in renamed.items()}
+    return found
 
 
 def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leveret.inputs.resize import fit
+from leveret.inputs.views import RESAMPLE, view_of_processor
+from leveret.model.tower_facts import TOWER_FAMILIES
 from leveret.records import TowerView
 from leveret.runs import DataError, EnvironmentFault, RecipeError, closest
 
@@ -254,12 +256,20 @@ def _open_hf(id: str) -> tuple[Any, Any | None]:
                 f"that folder. {', '.join(ENCODERS)} need no download (`pixels` finds copies: recipe photos)."
             ) from None
         raise RecipeError(f"encoder {id!r}: the folder cannot be read: {str(fault).splitlines()[0]}") from None
-    if config.model_type not in ("clip", "siglip", "siglip2"):
+    if config.model_type == "siglip2":
+        raise RecipeError(
+            f"encoder {id!r} is a SigLIP2 for images of any shape (NaFlex), and here all are squares; give a SigLIP2 "
+            "of a fixed size"
+        )
+    if config.model_type not in ("clip", "siglip"):
         raise RecipeError(
             f"encoder {id!r} is a {config.model_type!r}; allowed are clip and siglip (two towers in one space), "
             f"or one of {', '.join(ENCODERS)}"
         )
-    model = AutoModel.from_pretrained(id)
+    import torch
+
+    # by itself transformers reads in the type that config.json says, and would round float32 files to float16
+    model = AutoModel.from_pretrained(id, dtype=torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(id)
     except (OSError, ValueError, ImportError):
@@ -268,17 +278,38 @@ def _open_hf(id: str) -> tuple[Any, Any | None]:
 
 
 def _hf_view(id: str, size: int, siglip: bool) -> TowerView:
-    """Mean, std and geometry of the model's preprocessor file, or its family's where there is none."""
-    half = (0.5, 0.5, 0.5)
-    mean, std = (half, half) if siglip else ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    """How the model's own processor prepares an image: its file is believed (size, crop, filter, mean and std), and
+    what it leaves out is the family's; without a file all is.
+
+    RecipeError where it says what a view cannot do, or gives another size than the `size` that the model takes.
+    """
+    family = TOWER_FAMILIES["siglip_vision_model" if siglip else "clip_vision_model"]
+    plain = TowerView(id, size, family.mean, family.std, family.resize, family.resample)
+    where = f"encoder {id!r}: preprocessor_config.json"
     try:
         from transformers.image_processing_base import ImageProcessingMixin
 
         facts, _ = ImageProcessingMixin.get_image_processor_dict(id)
-    except (OSError, ValueError, ImportError):
-        facts = {}
-    mean, std = tuple(facts.get("image_mean") or mean), tuple(facts.get("image_std") or std)
-    return TowerView(name=id, size=size, mean=mean, std=std, resize="squash" if siglip else "crop")
+    except (OSError, ValueError, ImportError) as fault:
+        if (Path(id) / "preprocessor_config.json").is_file():
+            raise RecipeError(f"{where} cannot be read ({str(fault).splitlines()[0]})") from None
+        return plain
+    said = {key: value for key, value in facts.items() if value is not None}
+    if siglip and not said.get("do_center_crop"):
+        said.pop("crop_size", None)  # said by some, and without meaning for SigLIP's processor
+    if "size" not in said:
+        said |= {"size": size} if siglip else {"size": {"shortest_edge": size}, "crop_size": size}
+    numbers = {word: number for number, word in RESAMPLE.items()}
+    said = {"image_mean": plain.mean, "image_std": plain.std, "resample": numbers[plain.resample], **said}
+    try:
+        view = view_of_processor(said, name=id)
+    except RecipeError as fault:
+        raise RecipeError(f"encoder {id!r}: {fault}") from None
+    except (KeyError, TypeError, ValueError) as fault:
+        raise RecipeError(f"{where} cannot be read ({fault!r})") from None
+    if view.size != size:
+        raise RecipeError(f"{where} makes {view.size} pixels, but the model takes {size} and no other size")
+    return view
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

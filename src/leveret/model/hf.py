@@ -118,7 +118,7 @@ class LeveretModel(LeveretPreTrainedModel):
         hidden = config.text_config.hidden_size
         self.multi_modal_projector = build_connector(kind, width, hidden, tokens, options)
         self.dropout = float(config.recipe["connector"].get("dropout", 0.0))
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

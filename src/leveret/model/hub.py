@@ -195,7 +195,9 @@ def outline_tensors(file: Path) -> dict[str, Tensor]:
 
 # --- whole repositories of the hub ------------------------------------------------------------------------------------
 
-_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
+_ID = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9_][\w.+-]*)*)(?:@(?P<revision>[\w][\w./-]*))?"
+)
 _FOLDERS = ("", "language_model", "vision_tower", "connector", "checkpoints")
 """Of a repository only these are looked into: a model's own folder, and the parts that published systems put apart."""
 _WORDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -204,9 +206,16 @@ _ADAPTERS, _BESIDE = "adapter_model", ("non_lora_trainables.bin", "mm_projector.
 
 
 def as_id(given: str) -> tuple[str, str | None] | None:
-    """(OWNER/NAME, revision or None) where `given` is written as an id of the hub, `OWNER/NAME[@REVISION]`."""
+    """(OWNER/NAME, or OWNER/NAME/FOLDER of a model in a folder of its repository; revision or None) where `given` is
+    written as an id of the hub, `OWNER/NAME[/FOLDER][@REVISION]`."""
     found = _ID.fullmatch(given)
     return (found["name"], found["revision"]) if found else None
+
+
+def parted(name: str) -> tuple[str, str]:
+    """(OWNER/NAME, the folder in it with a slash behind it, or "") of an id."""
+    owner, repository, *folder = name.split("/")
+    return f"{owner}/{repository}", "".join(f"{step}/" for step in folder)
 
 
 def to_fetch(files: Sequence[str]) -> list[str]:
@@ -233,58 +242,87 @@ def to_fetch(files: Sequence[str]) -> list[str]:
 
 
 def fetch(name: str, revision: str | None = None, *, words_only: bool = False) -> Path:
-    """The folder of a repository on this machine, in the hub's own cache; what is lacking there is downloaded.
+    """The folder of an id on this machine, in the hub's own cache; what is lacking there is downloaded.
 
-    Only files of `to_fetch`; words_only: without weights. With HF_HUB_OFFLINE set, or without a connection, what an
-    earlier download left is taken.
+    Only files of `to_fetch`, and of OWNER/NAME/FOLDER only those in there; words_only: without weights. With
+    HF_HUB_OFFLINE set, or without a connection, what an earlier download left is taken.
 
-    DataError where the hub has no such repository or revision; EnvironmentFault where it is gated, or the hub cannot be
-    asked and the cache does not hold it whole.
+    DataError where the hub has no such repository, folder or revision; EnvironmentFault where it is gated, or the hub
+    cannot be asked and the cache does not hold it whole.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
+    repository, inside = parted(name)
     try:
-        told_files = HfApi().model_info(name, revision=revision).siblings or []  # one question, asked once
-        files = to_fetch([file.rfilename for file in told_files])
+        files = _files_in(name, revision)
         if words_only:
             files = [file for file in files if file.endswith(_WORDS)]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in files]))
+        wanted = [glob.escape(inside + file) for file in files]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside
+    except DataError:
+        raise
     except Exception as fault:  # offline, unknown, gated, away: each has a class of its own, and of two libraries
         said = fault
-    safe = [f"*{ending}" for ending in (_WORDS if words_only else _SAFE)]
-    for patterns, weights in ((safe, "*.safetensors"), ([*safe, "*.bin"], "*.bin"), (safe, "*.pt")):
+    top = glob.escape(inside)
+    safe = [f"{top}*{ending}" for ending in (_WORDS if words_only else _SAFE)]
+    for patterns, weights in ((safe, "*.safetensors"), ([*safe, f"{top}*.bin"], "*.bin"), (safe, "*.pt")):
         try:  # whole as far as its top goes: what of its folders was never wanted is not known here
-            told: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
-            found = Path(snapshot_download(name, revision=revision, local_files_only=True, **told))
+            told: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": [f"{top}*/*", f"{top}consolidated*"]}
+            found = Path(snapshot_download(repository, revision=revision, local_files_only=True, **told)) / inside
         except Exception:  # not there, or not whole
             continue
-        if words_only or any(found.rglob(weights)):
+        if (words_only and found.is_dir()) or any(found.rglob(weights)):
             return found
     raise hub_fault(said, name, revision) from said
 
 
+def _files_in(name: str, revision: str | None) -> list[str]:
+    """Files of `to_fetch` in an id's folder, without its name. One question, asked once. DataError where there is no
+    such folder; else whatever the hub's library raises."""
+    from huggingface_hub import HfApi
+
+    repository, inside = parted(name)
+    told = [file.rfilename for file in HfApi().model_info(repository, revision=revision).siblings or []]
+    files = to_fetch([file.removeprefix(inside) for file in told if file.startswith(inside)])
+    if {"config.json", "adapter_config.json"} & {*files}:
+        return files
+    holding = {path.removesuffix("/config.json") for path in told if path.endswith("/config.json")}
+    folders = sorted(
+        path.removeprefix(inside) for path in holding
+        if path.startswith(inside) and path.removeprefix(inside) not in _FOLDERS
+        and not any(str(parent) in holding for parent in PurePosixPath(path).parents)  # onnx/ of another, say
+    )  # fmt: skip
+    if folders:
+        more = f" (or another of {len(folders)}: {', '.join(folders[1:9])})" if len(folders) > 1 else ""
+        raise DataError(f"{name} holds no model itself, but in folders: give {name}/{folders[0]}{more}")
+    if inside and not files:
+        raise DataError(f"{name}: the hub has {repository}, but no folder {inside[:-1]!r} with a model in it")
+    return files
+
+
 def remote_outline(name: str, revision: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a repository's weights on the meta device: only the heads of its safetensors are downloaded.
+    """The tensors of an id's weights on the meta device: only the heads of its safetensors are downloaded.
 
     RecipeError where it has none; DataError and EnvironmentFault as for `fetch`.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import NotASafetensorsRepoError
 
+    (repository, inside), hub = parted(name), HfApi()
     try:
-        told = HfApi().get_safetensors_metadata(name, revision=revision)
-    except NotASafetensorsRepoError:
-        raise RecipeError(
-            f"{name}: its weights are pickles, or adapters, and what they hold is not told before they are downloaded: "
-            f"`hf download {name} --local-dir DIR`, then give DIR"
-        ) from None
+        files = _files_in(name, revision)
+        whole = [file for file in files if file == "model.safetensors"]
+        shards = whole or [file for file in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", file)]
+        told = [hub.parse_safetensors_file_metadata(repository, inside + file, revision=revision) for file in shards]
+    except DataError:
+        raise
     except Exception as fault:  # as in `fetch`
         raise hub_fault(fault, name, revision) from fault
-    return {
-        tensor: told_tensor(about.dtype, about.shape)
-        for file in told.files_metadata.values()
-        for tensor, about in file.tensors.items()
-    }
+    if not told:
+        raise RecipeError(
+            f"{name}: its weights are pickles, or adapters, and what they hold is not told before they are downloaded: "
+            f"`hf download {repository} --local-dir DIR`, then give DIR"
+        )
+    return {tensor: told_tensor(about.dtype, about.shape) for file in told for tensor, about in file.tensors.items()}
 
 
 def hub_fault(fault: Exception, name: str, revision: str | None = None) -> DataError | EnvironmentFault:

@@ -223,7 +223,7 @@ def add_adapters(
         shapes = _shapes(file)
         language = {name.removeprefix("language."): x for name, x in shapes.items() if name.startswith("language.")}
         tensors = read_adapters(folder)
-        prefix = _prefix(tensors, language)
+        prefix = language_prefix(tensors, language)
         try:
             found = adapter_changes(language, tensors, settings, prefix)
         except DataError as fault:
@@ -289,7 +289,7 @@ def _base(path: Path, settings: Mapping[str, Any], base: str | None, hub: str | 
         ) from None
 
 
-def _prefix(tensors: Mapping[str, Any], language: Mapping[str, Any]) -> str:
+def language_prefix(tensors: Mapping[str, Any], language: Mapping[str, Any]) -> str:
     """What stands before the names of layers: under which of PREFIXES most of them are the language model's."""
 
     def fitting(prefix: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model import checkpoint
-from leveret.model.hub import as_id, hub_fault, outline_tensors, to_fetch
+from leveret.model.hub import as_id, hub_fault, outline_tensors, parted, to_fetch
 from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def push(model: str | Path, name: str, *, private: bool = False, dry_run: bool =
         EnvironmentFault: the hub cannot be asked, or does not let this account write there.
     """
     asked = as_id(name)
-    if asked is None or asked[1] is not None:
+    if asked is None or asked[1] is not None or parted(asked[0])[1]:
         raise RecipeError(f"{name}: not a name of the hub; give OWNER/NAME, OWNER being your account or organisation")
     files = to_upload(Path(model).expanduser(), name)
     sizes = {path: len(file) if isinstance(file, bytes) else file.stat().st_size for path, file in files.items()}

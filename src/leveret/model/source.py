@@ -1,4 +1,4 @@
-"""From what a person names (our folder, a run, another tool's folder, or `OWNER/NAME[@REVISION]`) to a model.
+"""From what a person names (our folder, a run, another tool's folder, or `OWNER/NAME[/FOLDER][@REVISION]`) to a model.
 
 What lies on this machine wins over an id. A model of another tool is read as it is, by `peers`; nothing is converted.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,58 +119,6 @@ def open_given(
         return (vlm.cast(dtype) if dtype is not None else vlm), OURS, []
     foreign = peers.read(given.folder, hub=hub, base=base)
     return assemble(foreign, given.folder, dtype).to(device).eval(), foreign.tool, foreign.notes
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """What a model is, without its weights.
-
-    vlm     on torch's meta device, without a tokenizer. tool: whose it is, in words. notes: as of peers.
-    stored  name of a tensor in `vlm` -> its type in the files.
-    """
-
-    vlm: VLM
-    tool: str
-    stored: dict[str, torch.dtype]
-    notes: list[str] = field(default_factory=list)
-
-
-def sketch(given: str | Path) -> Sketch:
-    """What the model that `given` means would be. Of an id only settings, tokenizer and the heads of the weights are
-    downloaded.
-
-    RecipeError where it is no whole model by itself (adapters, a projector), or its weights, on the hub, are pickles;
-    DataError and EnvironmentFault as for `locate`.
-    """
-    from leveret.model import checkpoint, peers
-    from leveret.model.peers.assemble import outline, saved_as
-    from leveret.model.peers.files import Outline
-
-    name = None if Path(given).expanduser().exists() else hubs.as_id(str(given))
-    if name is None:
-        found, told = locate(given), None
-    else:
-        path = hubs.fetch(*name, words_only=True)
-        ours = "format" in peers.Folder(path).config
-        tool = OURS if ours else peers.recognise(peers.Folder(path))
-        if tool is None:
-            raise peers.unknown(peers.Folder(path))
-        found = Given(str(given), path, tool)
-        here = any(file.suffix in (".safetensors", ".bin", ".pt") for file in path.rglob("*"))
-        told = None if here else hubs.remote_outline(*name)
-    if found.ours:
-        vlm = checkpoint.outline(found.folder)
-        tensors = hubs.outline_tensors(found.folder / "model.safetensors") if told is None else told
-        tensors = checkpoint.our_names(tensors) if found.with_code else tensors
-        return Sketch(vlm, OURS, {key: tensor.dtype for key, tensor in tensors.items()})
-    folder = Outline(found.folder, told)
-    if folder.has("adapter_config.json") or (found.tool == "merged" and not folder.weights()):
-        raise RecipeError(
-            f"{given} holds adapters, or a projector alone: make it a whole model first, `leveret convert {given} OUT`"
-        )
-    foreign = peers.PEERS[found.tool].read(folder, peers.Hub(words_only=True), None, None)
-    vlm, kind = outline(foreign), saved_as(foreign)
-    return Sketch(vlm, foreign.tool, {key: kind for key, _ in checkpoint.stored(vlm)}, foreign.notes)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Family:
     """One architecture.
 
     model_class  transformers' class ("" for our own).
-    blocks       where the list of transformer blocks lies.
+    blocks       where the list of transformer blocks lies; "" where the whole is one block.
     short        what a tower of it is called among several.
     norm, head   what follows the last block.
     pre          a norm between the embeddings and the first block.
@@ -90,7 +90,8 @@ class Family:
                  they do so by themselves (or have no stored positions), "fixed" it cannot be.
     resize, resample, mean, std  what the published models were trained with, for folders that do not say.
     build        (config) -> module, where no class of transformers is built: pixels [N, 3, S, S] -> `prefix` and
-                 (S / patch_size)^2 tokens [N, n, hidden_size]. It runs whole: `depth` is its number of blocks.
+                 (S / patch_size)^2 tokens [N, n, hidden_size], or without leading tokens a map [N, hidden_size, g, g].
+                 It runs whole: `depth` is its number of blocks.
     """
 
     model_class: str = ""

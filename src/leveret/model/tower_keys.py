@@ -4,7 +4,7 @@ A table row holds their name and ours: `*` is the number of a block, `?` stands 
 tensors. Several theirs are joined, several ours are cut, along the first dimension (timm's qkv is our q, k, v). A third
 entry says how many leading dimensions of size 1 theirs has and ours has not.
 
-Layouts, recognised by the names alone: "transformers" (also the names before its version 5), "timm" (plain or under
+Layouts, recognised by the names alone: "transformers" (also the names it had before), "timm" (plain or under
 open_clip's `visual.trunk.`), "openai" (open_clip's `visual.`), "eva" (QuanSun's EVA-CLIP files), "apple" (AIMv2 as
 first published).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Literal
 
@@ -139,7 +140,8 @@ _APPLE_AIMV2: Rows = (
     ("trunk.blocks.*.mlp.fc2.weight", "encoder.layers.*.ffn.down_proj.weight"),
     ("trunk.post_trunk_norm.weight", "rms_norm.weight"),
 )
-# transformers before its version 5 wrote these; what a row does not name is called the same on both sides
+# transformers wrote these before it changed its mind (ViT's with version 5, DINOv2's after 5.16); what a row does not
+# name is called the same on both sides
 _HF_DINOV2: Rows = (
     ("encoder.layer.*.attention.attention.{query,key,value}.?", "encoder.layer.*.attention.{q,k,v}_proj.?"),
     ("encoder.layer.*.attention.output.dense.?", "encoder.layer.*.attention.o_proj.?"),
@@ -240,17 +242,7 @@ def to_ours(state: Mapping[str, Tensor], family: str, *, under: str = "", where:
     layout, prefix = recognise(state, family, under, where)
     how = LAYOUTS[family][layout]
     theirs = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    ours: dict[str, Tensor] = {}
-    for their_names, our_names, lead in _expand(how.rows, _blocks(theirs)):
-        if not all(name in theirs for name in their_names):
-            continue
-        joined = (
-            torch.cat([theirs.pop(name) for name in their_names])
-            if len(their_names) > 1
-            else theirs.pop(their_names[0])
-        )
-        pieces = joined.reshape(joined.shape[lead:]) if lead else joined
-        ours.update(zip(our_names, pieces.chunk(len(our_names)) if len(our_names) > 1 else [pieces], strict=True))
+    ours = _take(theirs, how.rows)
     rest = {
         name: tensor
         for name, tensor in theirs.items()
@@ -264,7 +256,43 @@ def to_ours(state: Mapping[str, Tensor], family: str, *, under: str = "", where:
         )
     if layout == "timm" and family.startswith("dinov2"):
         _mend_dinov2(ours)
-    return ours
+    return as_installed(ours, family)
+
+
+def as_installed(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """The weights of a `family` tower of transformers' under the names that the installed transformers gives them,
+    whichever it has: those of `Tower.model`. transformers named DINOv2's anew after 5.16, and others' before."""
+    ours = _newest(state, family)
+    return _put(ours, _formerly(family)) | ours if _installs_former(family) else ours
+
+
+def _formerly(family: str) -> Rows:
+    """What transformers called weights before, and what it calls them now."""
+    how = LAYOUTS.get(family, {}).get("transformers")
+    return how.rows if how is not None else ()
+
+
+def _newest(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Under the names of the newest transformers, which the key tables have."""
+    rest = dict(state)
+    return _take(rest, _formerly(family)) | rest
+
+
+@cache
+def _installs_former(family: str) -> bool:
+    """Whether the installed transformers builds a family under its former names; seen on a small model of it."""
+    if not (rows := _formerly(family)):
+        return False
+    import transformers
+
+    from leveret.model.tower_facts import TOWER_FAMILIES
+
+    sizes = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 2,
+             "image_size": 2, "patch_size": 1}  # fmt: skip
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    with torch.device("meta"):
+        built = getattr(transformers, TOWER_FAMILIES[family].model_class)(config).state_dict()
+    return any(name in built for names, _, _ in _expand(rows, 1) for name in names)
 
 
 def to_theirs(state: Mapping[str, Tensor], family: str, layout: str, prefix: str = "") -> dict[str, Tensor]:
@@ -272,15 +300,39 @@ def to_theirs(state: Mapping[str, Tensor], family: str, layout: str, prefix: str
     `to_ours` but for position embeddings, which keep the grid they have, and DINOv2's class position, which timm's
     models with registers add to the class token."""
     how = LAYOUTS[family][layout]
-    ours = dict(state)
+    ours = _newest(state, family)
     if layout == "timm" and family == "dinov2_with_registers":
         position = ours["embeddings.position_embeddings"]
         ours["embeddings.cls_token"] = ours["embeddings.cls_token"] + position[:, :1]
         ours["embeddings.position_embeddings"] = position[:, 1:]
     if layout == "timm":
         ours.pop("embeddings.mask_token", None)
+    theirs = _put(ours, how.rows)
+    if how.strict and ours:
+        raise DataError(f"the {layout} layout has no name for {', '.join(sorted(ours)[:8])}")
+    return {prefix + name: tensor.contiguous() for name, tensor in {**theirs, **ours}.items()}
+
+
+def _take(theirs: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    """Ours of what `theirs` holds; it is taken out of there."""
+    ours: dict[str, Tensor] = {}
+    for their_names, our_names, lead in _expand(rows, _blocks(theirs)):
+        if not all(name in theirs for name in their_names):
+            continue
+        joined = (
+            torch.cat([theirs.pop(name) for name in their_names])
+            if len(their_names) > 1
+            else theirs.pop(their_names[0])
+        )
+        pieces = joined.reshape(joined.shape[lead:]) if lead else joined
+        ours.update(zip(our_names, pieces.chunk(len(our_names)) if len(our_names) > 1 else [pieces], strict=True))
+    return ours
+
+
+def _put(ours: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    """Theirs of what `ours` holds; it is taken out of there."""
     theirs: dict[str, Tensor] = {}
-    for their_names, our_names, lead in _expand(how.rows, _blocks(ours)):
+    for their_names, our_names, lead in _expand(rows, _blocks(ours)):
         if not all(name in ours for name in our_names):
             continue
         joined = torch.cat([ours.pop(name) for name in our_names]) if len(our_names) > 1 else ours.pop(our_names[0])
@@ -292,9 +344,7 @@ def to_theirs(state: Mapping[str, Tensor], family: str, layout: str, prefix: str
             theirs.update(zip(their_names, joined.split([query, len(joined) - query]), strict=True))
         else:
             theirs.update(zip(their_names, joined.chunk(len(their_names)), strict=True))
-    if how.strict and ours:
-        raise DataError(f"the {layout} layout has no name for {', '.join(sorted(ours)[:8])}")
-    return {prefix + name: tensor.contiguous() for name, tensor in {**theirs, **ours}.items()}
+    return theirs
 
 
 def their_names(names: Iterable[str], family: str, layout: str) -> dict[str, tuple[str, ...]]:
@@ -329,6 +379,26 @@ def resample(position: Tensor, shape: torch.Size, how: Positions = "antialias") 
         scaled = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
     patches = scaled.permute(0, 2, 3, 1).reshape(new * new, -1).to(position.dtype)
     return torch.cat([flat[:prefix], patches]).reshape(shape)
+
+
+def spread(position: Tensor, near: Tensor) -> Tensor:
+    """Position embeddings [1, 1 + g * g, W] that `resample(.., how="dino")` brings to `position` [1, 1 + G * G, W]: of
+    all that do so, those nearest to `near`, in its type. DataError where G > g, for then there are none.
+
+    The rule is linear and the same for rows and columns, [G, g] each, so the difference goes back by pseudo-inverses.
+    """
+    new, old = (round((x.shape[1] - 1) ** 0.5) for x in (position, near))
+    if new > old:
+        raise DataError(f"positions of a grid of {new} cannot be those of a grid of {old}, brought to a larger one")
+    rule = F.interpolate(
+        torch.eye(old, dtype=torch.float64)[:, None, :, None], scale_factor=((new + 0.1) / old, 1.0), mode="bicubic"
+    )[:, 0, :, 0].T
+    there = position[0, 1:].double().reshape(new, new, -1)
+    here = near[0, 1:].double().reshape(old, old, -1)
+    back = torch.linalg.pinv(rule)
+    lacking = there - torch.einsum("Gg,Hh,ghw->GHw", rule, rule, here)
+    found = here + torch.einsum("gG,hH,GHw->ghw", back, back, lacking)
+    return torch.cat([position[:, :1].to(near.dtype), found.reshape(1, old * old, -1).to(near.dtype)], dim=1)
 
 
 def _mend_dinov2(ours: dict[str, Tensor]) -> None:

@@ -8,10 +8,11 @@ anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from leveret.model.recipe import TowerRecipe, VisionRecipe
 from leveret.model.tables import unknown
 from leveret.model.tower_facts import TOWER_FAMILIES, Family, TowerFacts, family_of, is_whole, patch
 from leveret.model.tower_files import eva_config, is_timm, timm_config
+from leveret.model.trial import shape_of
 from leveret.records import Resize
 from leveret.runs import RecipeError, read_json
 
@@ -41,6 +43,8 @@ class TowerRow:
     file    their file there; "" for the usual names. Without `repo` it is a file beside the user's own.
     resize  what Prismatic gives its timm towers, where not the family's.
     family  an architecture of the user's own, which `change` configures.
+    build   the same in short, () -> module: a plain module that takes images of `size` pixels. Its width and its grid
+            are found by trying it; it counts as one block, and takes no other size. What else `family` says holds.
     crop    share of the scaled image that is cut out of its middle (timm's crop_pct), where it is not all.
     """
 
@@ -54,6 +58,12 @@ class TowerRow:
     resize: Resize | None = None
     family: Family | None = None
     crop: float = 1.0
+    build: Callable[[], nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        if (build := self.build) is not None:
+            plain = replace(self.family or Family(), build=lambda _: build(), blocks="", sizes="fixed")
+            object.__setattr__(self, "family", plain)
 
 
 def _timm(
@@ -267,11 +277,30 @@ def _own(tower: str, where: str) -> tuple[TowerRow, TowerFacts, bool]:
     if row.family is None:
         config, extra = _known(config, f"{where}: {tower}"), entry
     else:
-        _complete(config, row, f"{where}: {tower}")
-        config, extra, row = {**config, "model_type": tower}, {}, replace(row, layer=-1)
+        config, extra = {**_complete(config, row, tower, where), "model_type": tower}, {}
+        row = replace(row, layer=-1)
     if not 0 < row.crop <= 1:
         raise RecipeError(f"{where}: {tower}: `crop` is {row.crop}; it must be more than 0 and at most 1")
     return row, _prepared_by(row, _facts(config, tower, row.size, extra, row.family)), False
+
+
+def _measured(row: TowerRow, tower: str, where: str) -> dict[str, int]:
+    """The sizes of a row's plain module, by trying it. RecipeError where they are no tower's."""
+    side, build, prefix = row.size, row.build, row.family.prefix if row.family else 0
+    assert build is not None
+    if not isinstance(side, int) or side < 1:
+        raise RecipeError(f"{where}: {tower}: `build` needs `size`, the side in pixels of the images that it takes")
+    shape = shape_of(tower, where, build, [1, 3, side, side])
+    said = f"{where}: {tower} makes {shape} of {[1, 3, side, side]}"
+    if len(shape) not in (3, 4) or shape[0] != 1:
+        raise RecipeError(f"{said}; a tower makes tokens [N, n, width], or a map [N, width, g, g]")
+    tokens, wide = (shape[1], shape[2]) if len(shape) == 3 else (shape[2] * shape[3], shape[1])
+    grid = isqrt(max(0, tokens - prefix))
+    square = grid * grid == tokens - prefix and (len(shape) == 3 or (not prefix and shape[2] == shape[3]))
+    if not grid or not square or side // (side // grid or side) != grid:
+        leading = f" after {prefix} that lead (Family.prefix)" if prefix else ""
+        raise RecipeError(f"{said}; {tokens} tokens{leading} are no square grid over {side} x {side} pixels")
+    return {"hidden_size": wide, "num_hidden_layers": 1, "patch_size": side // grid, "image_size": side}
 
 
 def _known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -287,16 +316,19 @@ def _known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return AutoConfig.for_model(**config).to_dict()
 
 
-def _complete(config: Mapping[str, Any], row: TowerRow, where: str) -> None:
-    """RecipeError where a row with an architecture of its own does not say what everybody must know of it."""
+def _complete(config: Mapping[str, Any], row: TowerRow, tower: str, where: str) -> dict[str, Any]:
+    """The configuration of an architecture of the user's own, with what can be found out about it. RecipeError where
+    the row does not say what everybody must know of it."""
     if row.like or row.package or row.repo or row.family is None or row.family.build is None:
+        what = "`build`" if row.build else "`family` needs its `build`, and"
         raise RecipeError(
-            f"{where}: `family` needs its `build`, and goes with `change` and `file`, not with `like`, `package` or "
-            "`repo`"
+            f"{where}: {tower}: {what} goes with `change` and `file`, not with `like`, `package` or `repo`"
         )
+    full = {**config, **(_measured(row, tower, where) if row.build else {})}
     needed = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
-    if lacking := [name for name in needed if not isinstance(config.get(name), int) or config[name] < 1]:
-        raise RecipeError(f"{where}: `change` must say {', '.join(lacking)}, each a whole number from 1")
+    if lacking := [name for name in needed if not isinstance(full.get(name), int) or full[name] < 1]:
+        raise RecipeError(f"{where}: {tower}: `change` must say {', '.join(lacking)}, each a whole number from 1")
+    return full
 
 
 def _facts(

@@ -67,6 +67,8 @@ class Tower(nn.Module):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks that run, first to last."""
+        if not self._family.blocks:
+            return [self.model]
         return list(self.model.get_submodule(self._family.blocks))[: self.facts.depth]
 
     @property
@@ -125,11 +127,13 @@ class Tower(nn.Module):
         """One scale: [N, 3, s, s] -> [N, tokens, W]."""
         first = {"patch": prefix(self.facts), "cls_patch": 0, "drop_first": 1}[self.facts.tokens]
         if self._whole:
-            return self.model(pixels)[:, first:]
+            return as_tokens(self.model(pixels))[:, first:]
         hidden = self._embed(pixels)  # [N, prefix + grid * grid, W]
         if self._family.pre:
             hidden = self.model.get_submodule(self._family.pre)(hidden)
         place: tuple[Any, ...] = (None,)  # no attention mask
+        if self.facts.family.startswith("dinov2"):
+            place = ()  # transformers 5.16 has no place for a mask there, later ones need none
         if self.facts.family == "dinov3_vit":
             place = (None, self.model.rope_embeddings(pixels))
         elif self.facts.family == "eva02_clip":
@@ -150,6 +154,11 @@ class Tower(nn.Module):
         return self.model.embeddings(pixels)
 
 
+def as_tokens(seen: Tensor) -> Tensor:
+    """A convolution's map [N, W, g, g] as tokens [N, g * g, W], row by row; tokens stay as they are."""
+    return seen.flatten(2).mT if seen.dim() == 4 else seen
+
+
 def cut(pixels: Tensor, patch: int) -> Tensor:
     """A square as NaFlex eats it: [N, 3, S, S] -> [N, n, patch * patch * 3], patches row by row; in a patch the rows,
     in a row the columns, in a column the channels (transformers' convert_image_to_patches)."""
@@ -160,7 +169,8 @@ def cut(pixels: Tensor, patch: int) -> Tensor:
 
 
 def build_tower(facts: TowerFacts) -> Tower:
-    """The tower that `facts` describe, with fresh weights on the current default device."""
+    """The tower that `facts` describe, with fresh weights on the current default device, in torch's default type
+    (float32, but where transformers loads a published model in another) whatever its configuration says."""
     if facts.family == "tiny":
         return Tower(facts, TinyVisionTower(dict(facts.config)))
     if is_own(facts):
@@ -171,7 +181,9 @@ def build_tower(facts: TowerFacts) -> Tower:
     import transformers
 
     model_class = getattr(transformers, TOWER_FAMILIES[facts.family].model_class)
-    return Tower(facts, _strip(model_class._from_config(_config(facts), **_options(facts)), facts))
+    # a folder's config may say float16, which is how it was saved and not how it is to learn
+    model = model_class._from_config(_config(facts), dtype=torch.get_default_dtype(), **_options(facts))
+    return Tower(facts, _strip(model, facts))
 
 
 def _build_own(facts: TowerFacts) -> Tower:
@@ -181,7 +193,9 @@ def _build_own(facts: TowerFacts) -> Tower:
     due = [1, grid(facts) ** 2 + prefix(facts), width(facts)]
     assert family.build is not None, "looked at when the facts were found"
     build = family.build
-    module = build_own(facts.family, where, lambda: build(dict(config)), [1, 3, facts.side, facts.side], due)
+    module = build_own(facts.family, where, lambda: build(dict(config)), [1, 3, facts.side, facts.side], due, as_tokens)
+    if not family.blocks:
+        return Tower(facts, module)
     try:
         blocks = list(module.get_submodule(family.blocks))  # type: ignore[call-overload]
     except (AttributeError, TypeError):

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.model.hub import outline_tensors, read_tensors, shards_of
+from leveret.model.hub import as_id, outline_tensors, read_tensors, remote_outline, shards_of
 from leveret.runs import DataError
 
 if TYPE_CHECKING:
@@ -87,6 +87,10 @@ class Folder:
         """The tensors of a file in here."""
         return read_tensors(file)
 
+    def base(self, path: Path, name: str) -> Folder:
+        """The folder of what this one stands on, which it calls `name`, read in the same way."""
+        return Folder(path)
+
 
 @dataclass(frozen=True)
 class Outline(Folder):
@@ -102,6 +106,10 @@ class Outline(Folder):
 
     def tensors(self, file: Path) -> State:
         return dict(self.told) if self.told is not None else outline_tensors(file)
+
+    def base(self, path: Path, name: str) -> Folder:
+        found = Outline(path)
+        return found if found.weights() or as_id(name) is None else Outline(path, remote_outline(name))
 
 
 def renamed(state: Mapping[str, Any], *pairs: tuple[str, str]) -> State:
@@ -205,7 +213,7 @@ def read_adapters(folder: Folder) -> State:
     """A folder's adapters in PEFT's format. DataError where there are none."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if folder.has(name):
-            return read_tensors(folder.path / name)
+            return folder.tensors(folder.path / name)
     raise DataError(f"{folder.path}: adapter_config.json is there, but no adapter_model.safetensors or .bin")
 
 

@@ -30,6 +30,8 @@ class Hub:
 
     def find(self, name: str) -> Path | None:
         """The folder or file of an id on this machine, without asking anyone; None where there is none."""
+        if not name:
+            return None
         for path in (*([self.place / name] if self.place is not None else []), Path(name)):
             if path.exists():
                 return path

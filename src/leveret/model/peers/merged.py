@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leveret.model.language import LanguageFacts
-from leveret.model.peers.files import Folder, State, merge_adapters, read_adapters, read_tensors, renamed
+from leveret.model.peers.files import Folder, State, merge_adapters, read_adapters, renamed
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, written_as
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import tiles_of, tower_of
@@ -97,7 +97,13 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     if folder.weights():
         home, whole = folder, folder.state()
     else:
-        home = Folder(hub.get(base or str(config.get("_name_or_path", "")), f"{folder.path}: the base language model"))
+        named = base or str(config.get("_name_or_path", ""))
+        if not named:
+            raise DataError(
+                f"{folder.path}: these are adapters, or a projector alone, and config.json names no language model "
+                "that they stand on (_name_or_path); say which with --base"
+            )
+        home = folder.base(hub.get(named, f"{folder.path}: the base language model"), named)
         whole = home.state() | beside(folder)
         if folder.has("adapter_config.json"):
             whole = merge_adapters(whole, read_adapters(folder), folder.settings("adapter_config.json"), ADAPTED)
@@ -162,7 +168,7 @@ def beside(folder: Folder) -> State:
     """What learned besides adapters: the projector, and the tower where that learned too."""
     for name in ("non_lora_trainables.bin", "mm_projector.bin"):
         if folder.has(name):
-            return renamed(read_tensors(folder.path / name), (ADAPTED, ""), ("", ""))
+            return renamed(folder.tensors(folder.path / name), (ADAPTED, ""), ("", ""))
     raise DataError(
         f"{folder.path}: no weights of a model, and neither non_lora_trainables.bin (of a LoRA folder) nor "
         "mm_projector.bin (of a projector alone)"

@@ -15,12 +15,13 @@ from typing import Any
 
 from leveret.inputs.formats import published
 from leveret.model.language import LanguageFacts
-from leveret.model.peers.files import Folder, State, merge_adapters, read_tensors, renamed
+from leveret.model.peers.files import Folder, State, merge_adapters, renamed
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
 from leveret.model.peers.languages import language_config
-from leveret.model.peers.towers import fused, tower_of
+from leveret.model.peers.towers import fused, source_of, tower_of
 from leveret.model.published import of_factory, read_state, times
-from leveret.model.recipe import LanguageRecipe, ModelRecipe
+from leveret.model.recipe import LanguageRecipe, ModelRecipe, TowerRecipe
+from leveret.model.tower_table import describe
 from leveret.runs import DataError
 
 LANGUAGE, TOWER, CONNECTOR = "language_model.", "vision_tower._vision_tower.", "connector._connector."
@@ -58,8 +59,10 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     }
     if names[0].startswith(MOF):
         # Both get the pixels that CLIP's processor makes (tinyllava/model/vision_tower/mof.py).
+        eye = describe(TowerRecipe(tower=source_of(names[0].removeprefix(MOF), hub)[0]), f"{folder.path}: CLIP")
+        same = {"normalise": "clip", "crop": 1.0, "size": size or eye.size}
         both = [
-            (name.removeprefix(MOF), renamed(seen, (f"{view}.", "")), {"name": view, "normalise": "clip", "crop": 1.0})
+            (name.removeprefix(MOF), renamed(seen, (f"{view}.", "")), {"name": view, **same})
             for name, view in zip(names, ("clip", "dinov2"), strict=True)
         ]
         vision, towers = fused(both, hub, **choices)
@@ -107,7 +110,7 @@ def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if folder.has(name):
             settings = folder.settings("adapter_config.json")
-            language = merge_adapters(language, read_tensors(folder.path / name), settings, ADAPTED)
+            language = merge_adapters(language, folder.tensors(folder.path / name), settings, ADAPTED)
             notes.append("the adapters are merged into the language model")
     return language, seen, read_state(connector)
 

@@ -44,11 +44,11 @@ def fused(
     """(the recipe of several towers side by side, {place: its tensors} of those that the checkpoint holds).
 
     towers   (name as the checkpoint says it, its tensors in the checkpoint, choices of its own).
-    choices  of all of them: fields of TowerRecipe.
+    choices  of all of them that do not choose for themselves: fields of TowerRecipe.
     """
     recipes, seen = [], {}
     for place, (name, own, more) in enumerate(towers):
-        recipes.append(TowerRecipe(tower=source_of(name, hub)[0], **choices, **more))
+        recipes.append(TowerRecipe(tower=source_of(name, hub)[0], **{**choices, **more}))
         if own:
             seen[place] = dict(own)
     return VisionRecipe(towers=recipes), seen

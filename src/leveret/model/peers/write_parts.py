@@ -1,0 +1,93 @@
+"""The parts of a model of ours as other tools' layouts ask for them; RecipeError names what one cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from leveret.model import tower_keys
+from leveret.model.checkpoint import stored
+from leveret.model.towers import Tower
+from leveret.model.vlm import VLM
+from leveret.records import Tiling
+from leveret.runs import RecipeError
+
+State = dict[str, Tensor]
+Written = tuple[dict[str, Any], State, dict[str, Any]]
+"""(config.json, tensors, other files by name: JSON or text; under "tokenizer" another tokenizer than the model's)."""
+
+
+def eye(vlm: VLM, layout: str, families: Mapping[str, str], tiles: Sequence[str] = ()) -> Tower:
+    """The model's one tower. families: those that the layout knows -> a layout of tower_keys. tiles: the ways in which
+    it puts tiles together."""
+    check_tiles(vlm, layout, tiles)
+    towers = list(vlm.towers.values())
+    if len(towers) > 1:
+        names = ", ".join(str(tower.facts.source) for tower in towers if isinstance(tower, Tower))
+        raise RecipeError(f"{layout} holds one tower, and this model has {len(towers)}: {names}")
+    tower = towers[0]
+    assert isinstance(tower, Tower)
+    if tower.facts.family not in families:
+        raise RecipeError(
+            f"{layout} has no name for the tower {tower.facts.source} ({tower.facts.family}); it knows "
+            f"{', '.join(families)}"
+        )
+    return tower
+
+
+def check_tiles(vlm: VLM, layout: str, tiles: Sequence[str] = ()) -> None:
+    """RecipeError where the model sees tiles, and the layout does not put them together in that way."""
+    tiling = vlm.spec.tiling
+    merge = tiling.merge if isinstance(tiling, Tiling) else "split, each with a token before it"
+    if tiling is not None and merge not in tiles:
+        known = f"puts tiles together as {', '.join(tiles)}" if tiles else "sees every image as one picture"
+        raise RecipeError(f"{layout} {known}, and this model sees tiles (merge {merge})")
+    for tower in vlm.towers.values():
+        if isinstance(tower, Tower) and tower.facts.norm:
+            raise RecipeError(f"{layout} runs no norm behind the tower's last block, as {tower.facts.source} does here")
+
+
+def newline(vlm: VLM, name: str) -> State:
+    """The newline of tiles under its name in the layout; nothing where the model has none."""
+    return {name: vlm.tiles.newline} if vlm.tiles is not None and vlm.tiles.newline is not None else {}
+
+
+def seen(tower: Tower, layout: str, prefix: str) -> State:
+    """The tower's tensors under the names of a layout of tower_keys, `prefix` before them."""
+    return tower_keys.to_theirs(tower.model.state_dict(), tower.facts.family, layout, prefix)
+
+
+def language(vlm: VLM, prefix: str = "") -> State:
+    """The language model's tensors, a tied one once."""
+    own = [(name, tensor) for name, tensor in stored(vlm) if name.startswith("language.")]
+    return {prefix + name.removeprefix("language."): tensor for name, tensor in own}
+
+
+def language_config(vlm: VLM) -> dict[str, Any]:
+    """transformers' configuration of the language model as it is held: its rows and its type."""
+    config: dict[str, Any] = vlm.language.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    rows = vlm.language.get_input_embeddings().weight.shape[0]
+    kind = str(next(vlm.language.parameters()).dtype).removeprefix("torch.")
+    return config | {"vocab_size": rows, "dtype": kind, "architectures": [type(vlm.language).__name__]}
+
+
+def layer(tower: Tower) -> int:
+    """The layer that is taken, counted from the end of the published tower."""
+    return tower.facts.depth - tower.published_depth - 1
+
+
+def kind(vlm: VLM, layout: str, known: Callable[[str], bool]) -> str:
+    """The connector's kind, where the layout knows it."""
+    kind = vlm.recipe.connector.kind
+    if not known(kind):
+        raise RecipeError(f"{layout} has no name for the connector {kind}")
+    return kind
+
+
+def is_mlp(kind: str) -> bool:
+    """Whether a kind of connector is a chain of linear layers as LLaVA names them."""
+    return kind in ("linear", "identity") or (kind.startswith("mlp") and kind.endswith("x_gelu"))
