@@ -41,7 +41,7 @@ from leveret.train import state
 from leveret.train.data import Failed, Order, Prepared
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
-from leveret.train.sharing import Sharing
+from leveret.train.sharing import Sharing, held
 from leveret.train.stages import StageRecipe, TrainRecipe
 from leveret.train.strategy import Model, Replicated, Sharded, idle
 
@@ -170,9 +170,9 @@ class Teacher:
         if missing:
             raise DataError(f"the saved state {saved} does not fit this stage: {', '.join(sorted(missing)[:10])}")
         self.optimiser.restore(self.strategy.share(tensors), facts["updates"])
-        there, now = ({key: told.get(key) for key in ("ranks", "sharing")} for told in (facts["facts"], self.job.facts))
+        there, now = held(facts["facts"]), held(self.job.facts)
         if there != now:
-            self.resumed = {"resumed": {"from": there, "with": now}}
+            self.resumed = {"resumed": {"from": there, "now": now}}
         self.step, self.skipped = facts["step"], facts["skipped"]
         self.failed, self.seen = facts["failed"], facts["seen"]
 

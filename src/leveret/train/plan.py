@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from leveret.model.parts import PartRow, parts_table, render, tokens_of
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
-from leveret.train.sharing import Sharing, decide, units
+from leveret.train.sharing import Sharing, decide, held, units
 from leveret.train.stages import StageRecipe, TrainRecipe, total_steps
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def describe(
     sharing = sharing or Sharing(**(job.sharing if job is not None else {}))
     lines.append(("batch", _geometry(stage, world, job)))
     if world > 1 or sharing.sharded:
-        lines.append(("ranks", in_share(sharing, world)))
+        lines.append(("ranks", sharing.words(world)))
     lines.append(("schedule", _schedule(stage, total)))
     square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
     seen = square if vlm.spec.tiling is None else "cut into tiles"
@@ -202,27 +202,14 @@ def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]
     return count, round(sum(lengths) / len(lengths)) if lengths else None, looked
 
 
-def in_share(sharing: Sharing, world: int) -> str:
-    """How ranks hold the model, in words."""
-    if not sharing.sharded:
-        return f"{world}, each with the whole model (ddp)"
-    copies = "one copy" if sharing.shard == world else f"{world // sharing.shard} copies, each"
-    told = f"{world} that share {copies} among {sharing.shard} (fsdp)"
-    told += ", shares in the host's memory" if sharing.offload else ""
-    return told + ("" if sharing.reshard else ", layers kept gathered until the way back")
-
-
 def _other_ranks(job: Job) -> list[str]:
     """What to know of a state that other ranks saved."""
     from leveret.runs import read_json
 
     there = read_json(Path(job.resume) / "state.json")["facts"] if job.resume else job.facts
-    old, new = (
-        in_share(Sharing(**(facts.get("sharing") or {})), facts.get("ranks", 1)) for facts in (there, job.facts)
-    )
-    if old == new:
+    if (old := held(there)) == (new := held(job.facts)):
         return []
-    return [f"saved by ranks {old}; now {new}: the same batches and steps, equal up to rounding and dropout's draws"]
+    return [f"saved by {old}; now {new}: the same batches and steps, equal up to rounding and dropout's draws"]
 
 
 def _geometry(stage: StageRecipe, world: int, job: Job | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,18 @@ class Sharing:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def words(self, world: int) -> str:
+        if not self.sharded:
+            return "1 rank" if world == 1 else f"{world} ranks, each with the whole model (ddp)"
+        copies = "one copy" if self.shard == world else f"{world // self.shard} copies, {self.shard} ranks to each"
+        told = f"{world} rank(s) that share {copies} (fsdp)" + (", in the host's memory" if self.offload else "")
+        return told + ("" if self.reshard else "; layers stay gathered until the way back")
+
+
+def held(facts: Mapping[str, Any]) -> str:
+    """How the ranks held the model, in words, by the facts of a state; an older leveret's says nothing of sharing."""
+    return Sharing(**(facts.get("sharing") or {})).words(facts.get("ranks", 1))
 
 
 def decide(recipe: TrainRecipe, world: int, device: str, needed: int = 0, room: int | None = None) -> Sharing:

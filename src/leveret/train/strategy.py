@@ -179,10 +179,7 @@ class Sharded(Replicated):
         )
 
     def pieces(self, rows: Sequence[int], size: int | None) -> list[Sequence[int]]:
-        world = self.ranks.world
-        most = max(len(list(micro_batches(rows, rank, world, size))) for rank in range(world))
-        mine = super().pieces(rows, size)
-        return [*mine, *[()] * (most - len(mine))]
+        return even_pieces(rows, self.ranks.rank, self.ranks.world, size)
 
     def loss(self, batch: Batch) -> Tensor:
         with self.ranks.watched():
@@ -242,6 +239,13 @@ class Sharded(Replicated):
     def looked(self) -> None:
         if self._copy is not None:
             self._copy[0].to("cpu")
+
+
+def even_pieces(rows: Sequence[int], rank: int, world: int, size: int | None) -> list[Sequence[int]]:
+    """`micro_batches` of one rank, and empty ones behind them, so that all ranks make as many passes."""
+    most = max(len(list(micro_batches(rows, one, world, size))) for one in range(world))
+    mine = list(micro_batches(rows, rank, world, size))
+    return [*mine, *[()] * (most - len(mine))]
 
 
 def blank_image(data: Prepared, vlm: VLM) -> Batch | None:
