@@ -6,18 +6,24 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fakes
 import train_fakes
 from leveret.model import checkpoint
+from leveret.model.recipe import ModelRecipe, VisionRecipe
 from leveret.model.vlm import VLM
 from leveret.runs import EnvironmentFault, Interrupted, RecipeError, read_jsonl
 from leveret.train import TrainRecipe, loop, train
@@ -237,6 +243,28 @@ def test_a_stage_follows_a_stage_and_a_connector_alone_learns(groups: Groups, da
     alike(tmp_path / "two", tmp_path / "one")
 
 
+def composed(what: str) -> ModelRecipe:
+    """The tiny model with parts that are put together otherwise."""
+    plain = fakes.tiny_recipe(connector=what if what in ("resampler", "ldp") else "mlp2x_gelu")
+    tower = plain.vision.tower
+    vision: dict[str, Any] = {
+        "s2": {"tower": tower, "s2": [32, 64]},
+        "tiles": {"tower": tower, "tiles": {}},
+        "towers": {"towers": [{"tower": tower, "name": "one"}, {"tower": tower, "name": "two"}]},
+    }
+    return plain.model_copy(update={"vision": VisionRecipe.model_validate(vision[what])} if what in vision else {})
+
+
+@pytest.mark.parametrize("what", ["s2", "tiles", "towers", "resampler", "ldp"])
+def test_every_composition_can_be_shared(groups: Groups, data: Path, tmp_path: Path, what: str) -> None:
+    """A tower that sees twice in one pass, a newline of its own, several towers, connectors of several modules."""
+    recipe = train_fakes.recipe(data, learn=ALL, steps=4, batch=5, micro_batch=2, max_tokens=256)
+    recipe = recipe.model_copy(update={"model": composed(what)})
+    train(recipe, tmp_path / "one")
+    train(way(recipe, 2, "fsdp"), tmp_path / "two")
+    alike(tmp_path / "two", tmp_path / "one")
+
+
 def test_a_look_at_shares_sees_the_whole_model(groups: Groups, recipe: TrainRecipe, tmp_path: Path) -> None:
     seen: dict[tuple[str, int], float] = {}
 
@@ -364,3 +392,29 @@ def test_a_dry_run_counts_a_share_of_the_model(capsys: pytest.CaptureFixture[str
     assert "parallel.shard: 3 ranks" in capsys.readouterr().err
     assert run(["train", "bunny/v1.0-3b", "--dry-run", "parallel.kind=fsd"]) == 2
     assert "parallel.kind" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_torchrun_stops_when_it_is_told_to_and_goes_on(recipe: TrainRecipe, tmp_path: Path, kind: str) -> None:
+    """Through the command, as on a cluster: SIGTERM to torchrun saves a state, the same command goes on."""
+    plain = recipe.model_dump(mode="json", exclude={"ranks"})
+    plain["stages"]["tune"]["steps"] = 40
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(plain), "utf-8")
+    words = ["train", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "run"), f"parallel.kind={kind}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", "leveret.cli", *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    metrics = tmp_path / "run" / "tune" / "metrics.jsonl"
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not (metrics.exists() and len(read_jsonl(metrics)) >= 3):
+        time.sleep(0.01)
+    child.terminate()
+    said = child.communicate()[1]
+    assert "which is saved" in said, said
+    steps = len(read_jsonl(metrics))
+    assert 3 <= steps < 40
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"going on from step-{steps:08d}" in done.stderr, done.stderr
+    assert [row["step"] for row in read_jsonl(metrics)] == list(range(1, 41))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -257,6 +257,13 @@ def _loopback() -> str | None:
     return next((name for name in ("lo", "lo0") if name in names), None)
 
 
+def _leave_signals_to_the_leader() -> None:
+    """A terminal sends Ctrl-C to all of its processes, torchrun and a scheduler send SIGTERM to all of theirs; whether
+    to stop, and after which step, the leader decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def under_torchrun() -> bool:
     """Whether this process is a follower that torchrun started."""
     return _TORCHRUN in os.environ and int(os.environ["RANK"]) > 0
@@ -266,15 +273,14 @@ def follow_torchrun() -> None:
     """Do the leader's jobs until the run is over."""
     import torch.distributed as dist
 
+    _leave_signals_to_the_leader()
     store, rank, world = next(iter(dist.rendezvous("env://")))
     Ranks(rank, world).follow(store)
 
 
 def _main() -> None:
     port, rank, world = (int(word) for word in sys.argv[1:4])
-    # The terminal sends Ctrl-C to the whole group; whether to stop, and after which step, the leader decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _leave_signals_to_the_leader()
 
     def end_with_leader() -> None:
         os.read(0, 1)  # returns at the end of the pipe; a buffered read would hold a lock at shutdown
