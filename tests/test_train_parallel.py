@@ -26,11 +26,11 @@ from leveret.model import checkpoint
 from leveret.model.recipe import ModelRecipe, VisionRecipe
 from leveret.model.vlm import VLM
 from leveret.runs import EnvironmentFault, Interrupted, RecipeError, read_jsonl
-from leveret.train import TrainRecipe, loop, train
+from leveret.train import TrainRecipe, loop, plan, train
 from leveret.train.data import Order, Prepared, micro_batches
 from leveret.train.ranks import Ranks
 from leveret.train.sharing import Sharing, decide
-from leveret.train.strategy import even_pieces
+from leveret.train.strategy import Sharded, even_pieces
 
 ALL = {"vision": {"lr": 1e-3}, "connector": {"lr": 5e-3}, "language": {"lr": 5e-3}}
 LORA = {"connector": {"lr": 5e-3}, "language": {"lr": 5e-3, "lora": {"rank": 3, "alpha": 8, "dropout": 0.2}}}
@@ -241,6 +241,23 @@ def test_a_stage_follows_a_stage_and_a_connector_alone_learns(groups: Groups, da
     train(recipe, tmp_path / "one")
     train(way(recipe, 2, "fsdp"), tmp_path / "two")
     alike(tmp_path / "two", tmp_path / "one")
+
+
+def test_what_gpus_compute_in_runs_on_a_cpu_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Groups
+) -> None:
+    """Weights gathered in bfloat16 beside frozen ones that are held in it, on a group of one: near autocast's losses."""
+    groups.close()
+    recipe = train_fakes.recipe(data, learn=LORA, steps=3, batch=5, precision="bf16", cache_features=False)
+    train(recipe, tmp_path / "auto")
+    arrange, gpu = loop.arrange, "cuda"
+    monkeypatch.setattr(loop, "arrange", lambda *args: arrange(*args[:4], gpu, args[5]))
+    monkeypatch.setattr(loop, "Sharded", lambda *args: Sharded(*args[:-1], half=True))
+    monkeypatch.setattr(plan, "decide", lambda *args: Sharing("fsdp", 1))
+    train(recipe, tmp_path / "half")
+    assert flat(tmp_path / "half", "loss") == pytest.approx(flat(tmp_path / "auto", "loss"), rel=0.03)
+    said = {value.dtype for value in weights(tmp_path / "half").values()}
+    assert said == {torch.float32, torch.bfloat16}, "what is frozen was held in bfloat16"
 
 
 def composed(what: str) -> ModelRecipe:

@@ -124,6 +124,8 @@ class Sharded(Replicated):
             self.blank = self.blank.to(device)
         self.root = _Root(vlm, self.blank)
         self._cut(trainables, half)
+        for t in trainables:  # the model has let go of the whole ones; the caller still holds them
+            t.value.data = t.value.data.new_empty(0)
         cut: dict[str, Any] = dict(vlm.named_parameters())
         self._whole: dict[str, Any] = {t.name: cut[t.name] for t in trainables}
         # The same memory as FSDP's shares, as plain parameters: what the optimiser does to these, it does to those.
