@@ -246,7 +246,7 @@ def test_a_stage_follows_a_stage_and_a_connector_alone_learns(groups: Groups, da
 def test_what_gpus_compute_in_runs_on_a_cpu_too(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Groups
 ) -> None:
-    """Weights gathered in bfloat16 beside frozen ones that are held in it, on a group of one: near autocast's losses."""
+    """Weights gathered in bfloat16 beside frozen ones held in it, on a group of one: near autocast's losses."""
     groups.close()
     recipe = train_fakes.recipe(data, learn=LORA, steps=3, batch=5, precision="bf16", cache_features=False)
     train(recipe, tmp_path / "auto")
