@@ -27,7 +27,8 @@ from leveret.model.recipe import ModelRecipe, VisionRecipe
 from leveret.model.vlm import VLM
 from leveret.runs import EnvironmentFault, Interrupted, RecipeError, read_jsonl
 from leveret.train import TrainRecipe, loop, plan, train
-from leveret.train.data import Order, Prepared, micro_batches
+from leveret.train.data import Prepared
+from leveret.train.order import micro_batches, order_of
 from leveret.train.ranks import Ranks
 from leveret.train.sharing import Sharing, decide
 from leveret.train.strategy import Sharded, even_pieces
@@ -46,7 +47,7 @@ class Groups:
 
     def lead(self, world: int) -> Ranks:
         if world == 1:
-            return self.start(1)
+            return Ranks()  # one that ends with its training
         if world not in self.made:
             self.close()
             self.made[world] = self.start(world)
@@ -156,7 +157,7 @@ def test_the_toy_run_has_ranks_without_images_and_without_rows(recipe: TrainReci
     stage = recipe.stages["tune"]
     stop_after(recipe, tmp_path, 1)
     data = Prepared(tmp_path / "tune" / "cache")
-    order = Order(data.lengths, stage.batch, 0)
+    order = order_of(data, stage, "tune", 0)
     shown, shares = (data.image_offsets[1:] > data.image_offsets[:-1]), []
     for step in range(order.per_epoch):
         shares += [even_pieces(order.rows(step), rank, 2, stage.micro_batch) for rank in range(2)]
@@ -277,6 +278,16 @@ def test_every_composition_can_be_shared(groups: Groups, data: Path, tmp_path: P
     """A tower that sees twice in one pass, a newline of its own, several towers, connectors of several modules."""
     recipe = train_fakes.recipe(data, learn=ALL, steps=4, batch=5, micro_batch=2, max_tokens=256)
     recipe = recipe.model_copy(update={"model": composed(what)})
+    train(recipe, tmp_path / "one")
+    train(way(recipe, 2, "fsdp"), tmp_path / "two")
+    alike(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("how", [{"pack": True}, {"recompute": True}])
+def test_how_a_pass_is_computed_goes_with_shares(
+    groups: Groups, data: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    recipe = train_fakes.recipe(data, learn=ALL, steps=4, batch=5, micro_batch=2, **how)
     train(recipe, tmp_path / "one")
     train(way(recipe, 2, "fsdp"), tmp_path / "two")
     alike(tmp_path / "two", tmp_path / "one")

@@ -11,6 +11,7 @@ on from a saved step does what it would have done.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import sys
 import time
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leveret.model.attention import trained_in_blocks
+from leveret.model.attention import packs, trained_in_blocks
 from leveret.model.threads import torch_threads
 from leveret.records import Batch
 from leveret.runs import (
@@ -38,9 +39,10 @@ from leveret.runs import (
     stop_requested,
 )
 from leveret.train import state
-from leveret.train.data import Failed, Order, Prepared
+from leveret.train.data import Failed, Prepared
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
+from leveret.train.order import order_of
 from leveret.train.sharing import Sharing, held
 from leveret.train.stages import StageRecipe, TrainRecipe
 from leveret.train.strategy import Model, Replicated, Sharded, idle
@@ -110,6 +112,15 @@ def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[A
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
+def packed(vlm: VLM, stage: StageRecipe, device: str, precision: str) -> bool:
+    """Whether the samples of a pass lie in one row: where the recipe says so, or where attention then costs no more
+    than theirs. On a CPU rows of like length do as well as one row, with products of fewer shapes."""
+    if stage.pack != "auto":
+        return stage.pack
+    there = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return device != "cpu" and precision == "bf16" and there and packs(vlm.language)
+
+
 def follow(job: Job, ranks: Ranks) -> None:
     """A follower's share of a stage: the same model, the same arrays, its own rows."""
     recipe = TrainRecipe.model_validate(job.recipe)
@@ -140,13 +151,14 @@ class Teacher:
         self.validators = validators
         self.folder = Path(job.folder)
         self.leads = ranks.rank == 0
+        self.packed = packed(vlm, stage, job.device, job.precision)
         self.strategy = self._strategy(trainables)
         self.optimiser = Optimiser(self.strategy.trainables, stage, EXTRA)
         self.strategy.bind(self.optimiser)
         self.finished: Model | None = None
         """The model that was taught, when `run` is over; on the leader."""
         self.resumed: dict[str, Any] = {}
-        self.order = Order(data.lengths, stage.batch, state.random_seed(job.seed, job.stage, -2, 0) & 0x7FFFFFFF)
+        self.order = order_of(data, stage, job.stage, job.seed)
         self.step = self.skipped = self.failed = self.seen = 0
         if job.resume is not None:
             self._restore(Path(job.resume))
@@ -181,7 +193,7 @@ class Teacher:
     def _batches(self, step: int) -> list[tuple[Batch, Failed]]:
         rows = self.order.rows(step)
         pieces = self.strategy.pieces(rows, self.stage.micro_batch)
-        return [self.data.batch(piece, self.vlm.spec) if len(piece) else (idle(), []) for piece in pieces]
+        return [self.data.batch(piece, self.vlm.spec, self.packed) if len(piece) else (idle(), []) for piece in pieces]
 
     def _ahead(self) -> Iterator[list[tuple[Batch, Failed]]]:
         """Batches in order. Where images must be decoded, the next step's are made while this one is computed."""
@@ -202,11 +214,13 @@ class Teacher:
         optimiser.zero()
         torch.manual_seed(state.random_seed(self.job.seed, self.job.stage, self.step, self.ranks.rank))
         for batch, _ in batches:
-            with autocast(self.job.device, self.job.precision), trained_in_blocks(self.vlm.language):
-                total = self.strategy.loss(batch.to(self.job.device) if self.job.device != "cpu" else batch)
-            loss = total * weight
-            if loss.requires_grad:  # not so when only the connector learns and no sample of the pass has an image
-                self.strategy.backward(loss)
+            # The way back too: layers that are computed again there must find the attention they had.
+            with trained_in_blocks(self.vlm.language, self.packed):
+                with autocast(self.job.device, self.job.precision):
+                    total = self.strategy.loss(batch.to(self.job.device) if self.job.device != "cpu" else batch)
+                loss = total * weight
+                if loss.requires_grad:  # not so when only the connector learns and no sample of the pass has an image
+                    self.strategy.backward(loss)
             optimiser.extra[LOSS] += loss.detach().to(optimiser.extra.device)
 
     def _one(self, batches: Sequence[tuple[Batch, Failed]]) -> dict[str, Any]:

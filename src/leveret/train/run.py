@@ -184,6 +184,7 @@ def _stage(
     from leveret.model.threads import torch_threads
     from leveret.train import learning, lora, plan, state
     from leveret.train.loop import Job, Teacher, arrange, as_json, begin
+    from leveret.train.order import order_of
 
     stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +219,7 @@ def _stage(
             f"stages.{name}.learn: {' and '.join(sorted(learns_from_images))} would get no gradient, "
             f"because no sample of {stage.data} has an image"
         )
-    total = total_steps(stage, len(data))
+    total = total_steps(stage, order_of(data, stage, name, seed).per_epoch)
     assert resumed_total in (None, total), "the data and the recipe are the same, so the steps are"
     job = Job(
         recipe=recipe.model_dump(mode="json"), stage=name, folder=str(folder), start=str(start) if start else None,

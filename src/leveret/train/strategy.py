@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from leveret.records import IGNORE, Batch
 from leveret.runs import RecipeError
-from leveret.train.data import MULTIPLE, micro_batches, pictures_of
+from leveret.train.data import MULTIPLE, pictures_of
 from leveret.train.optim import Optimiser, Trainable
+from leveret.train.order import micro_batches
 from leveret.train.sharing import Sharing, units
 
 if TYPE_CHECKING:
