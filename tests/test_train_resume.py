@@ -181,8 +181,6 @@ def test_what_moves_no_bit_may_change(recipe: TrainRecipe, whole: Path, stopped:
 def test_another_recipe_is_refused_by_the_name_of_the_field(recipe: TrainRecipe, stopped: Path) -> None:
     with pytest.raises(RecipeError, match=r"stages\.tune\.clip"):
         train(changed(recipe, clip=0.5), stopped)
-    with pytest.raises(RecipeError, match="ranks"):
-        train(recipe.model_copy(update={"ranks": 2}), stopped)
 
 
 def test_other_data_is_refused_also_when_the_stage_is_done(recipe: TrainRecipe, stopped: Path, data: Path) -> None:

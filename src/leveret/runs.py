@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, ClassVar
@@ -431,8 +431,10 @@ class RunFolder:
         self.kind = kind
 
     @classmethod
-    def open(cls, path: str | Path, kind: str, recipe: Mapping[str, Any]) -> RunFolder:
+    def open(cls, path: str | Path, kind: str, recipe: Mapping[str, Any], free: Collection[str] = ()) -> RunFolder:
         """Make the folder, or open it again to go on with the same `kind` of run under the same recipe.
+
+        free  fields of the recipe (of its top) that may be others than the folder was begun with; it keeps those.
 
         Raises:
             RecipeError: the folder holds another kind of run, another recipe (the text names every field that
@@ -448,7 +450,9 @@ class RunFolder:
         wanted = json.loads(_dumps(recipe))
         recipe_file = path / "recipe.yaml"
         if recipe_file.exists():
-            cls._check_same(path, kind, yaml.safe_load(recipe_file.read_text("utf-8")), wanted)
+            there = yaml.safe_load(recipe_file.read_text("utf-8"))
+            fixed = [{key: value for key, value in one.items() if key not in free} for one in (there, wanted)]
+            cls._check_same(path, kind, *fixed)
         else:
             # environment.json alone is what a kill between the two writes below leaves: no stranger.
             known = {"environment.json"}

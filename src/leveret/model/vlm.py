@@ -122,21 +122,32 @@ class VLM(nn.Module):
             raise ValueError(f"no pixels for {missing}: the model's towers are {list(self.towers)}, got {list(pixels)}")
         return fuse([tower(pixels[name]) for name, tower in self.towers.items()], self.recipe.vision.fusion)
 
-    def embed(self, batch: Batch) -> Tensor:
+    def visual(self, batch: Batch) -> tuple[Tensor | None, int]:
+        """What stands in the text for the images of a batch, [N, m, D] or, of tiles, [M, D], and how many it saw."""
+        features = batch.features if batch.features is not None else self.see(batch.pixels) if batch.pixels else None
+        if features is None or not len(features):
+            return None, 0
+        dropped = F.dropout(features.to(self.dtype), self.recipe.connector.dropout, self.connector.training)
+        visual = self.connector(dropped)  # [N, m, D]
+        if self.tiles is not None:
+            visual = self.tiles(visual, batch.tile_image, batch.image_sizes)  # [M, D]
+        return visual, len(features)
+
+    def embed(self, batch: Batch, blank: Batch | None = None) -> Tensor:
         """Input embeddings [B, T, D]: the table's rows, with the images' tokens written over `image_mask`.
 
         Ids at image positions may be anything valid, because their rows are replaced. Raises ValueError naming both
         counts when there are not as many image positions as image tokens.
+
+        blank  shows an image that goes through tower and connector with weight zero where `batch` shows none: ranks
+               that hold a share of the model each must all run the same modules (train/strategy.py).
         """
         embeddings = self.language.get_input_embeddings()(batch.input_ids)
-        features = batch.features if batch.features is not None else self.see(batch.pixels) if batch.pixels else None
-        seen = 0 if features is None else len(features)
-        visual = None
-        if features is not None and seen:
-            dropped = F.dropout(features.to(self.dtype), self.recipe.connector.dropout, self.connector.training)
-            visual = self.connector(dropped)  # [N, m, D]
-            if self.tiles is not None:
-                visual = self.tiles(visual, batch.tile_image, batch.image_sizes)  # [M, D]
+        visual, seen = self.visual(batch)
+        if visual is None and blank is not None:
+            unseen, _ = self.visual(blank)
+            assert unseen is not None, "a blank batch shows an image"
+            embeddings = embeddings + 0 * unseen.sum().to(embeddings.dtype)
         tokens = 0 if visual is None else visual.shape[:-1].numel()
         if (marked := int(batch.image_mask.sum())) != tokens:
             what = "image" if self.tiles is None else "tile"
@@ -148,14 +159,14 @@ class VLM(nn.Module):
             return embeddings
         return embeddings.masked_scatter(batch.image_mask.unsqueeze(-1), visual.to(embeddings.dtype))
 
-    def forward(self, batch: Batch, *, logits: Logits = "supervised") -> VLMOutput:
+    def forward(self, batch: Batch, *, logits: Logits = "supervised", blank: Batch | None = None) -> VLMOutput:
         """Summed loss and logits of a batch.
 
         The output layer, and what only it reads (rows.py), runs on the rows asked for: "supervised" (training), "last"
         (the next token of every row) or "all". Labels are shifted here, never across a segment; padding is masked on
-        either side.
+        either side. `blank` as in `embed`.
         """
-        embeddings = self.embed(batch)  # [B, T, D]
+        embeddings = self.embed(batch, blank)  # [B, T, D]
         targets = next_labels(batch)  # [B, T]; IGNORE where the next token is not supervised
         rows = {"supervised": targets != IGNORE, "last": last_real(batch.attention_mask), "all": None}[logits]
         told = attention_inputs(batch, self.language)

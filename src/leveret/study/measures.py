@@ -164,11 +164,11 @@ def aligned(site: Site, plan: Plan, arm: str, pairs: Path) -> Path:
 def tuned(site: Site, plan: Plan, cell: Cell, pairs: Path) -> Path:
     """The model of the arm after a tune stage of the cell's length. All lengths start from the one aligned model."""
     from leveret.train import train
-    from leveret.train.stages import binding
+    from leveret.train.stages import FREE, binding
 
     recipe, folder = _recipe(site, plan, pairs, cell.length), site.arm(cell.arm) / f"tune-x{cell.length}"
     begun = aligned(site, plan, cell.arm, pairs) / "align"
-    RunFolder.open(folder, "train", binding(recipe.model_dump(mode="json")))
+    RunFolder.open(folder, "train", binding(recipe.model_dump(mode="json")), FREE)
     if not (folder / "align").exists():
         half = folder / ".align"
         shutil.rmtree(half, ignore_errors=True)

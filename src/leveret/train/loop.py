@@ -16,9 +16,9 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,11 @@ from leveret.train import state
 from leveret.train.data import Failed, Prepared
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
-from leveret.train.order import micro_batches, order_of
+from leveret.train.order import order_of
+from leveret.train.sharing import Sharing, held
 from leveret.train.stages import StageRecipe, TrainRecipe
 from leveret.train.starts import begin
+from leveret.train.strategy import Model, Replicated, Sharded, idle
 
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
@@ -64,6 +66,8 @@ class Job:
     total      steps of the stage.
     resume     folder of the state to go on from.
     precision  bf16 or fp32; device as torch spells it; threads per rank.
+    sharing    how the ranks hold the model (strategy.Sharing).
+    validates  whether the leader looks at the model on the way: with shares all ranks take part in that.
     """
 
     recipe: dict[str, Any]
@@ -76,6 +80,8 @@ class Job:
     device: str
     threads: int
     facts: dict[str, Any] = field(default_factory=dict)
+    sharing: dict[str, Any] = field(default_factory=dict)
+    validates: bool = False
 
     @property
     def seed(self) -> int:
@@ -110,8 +116,10 @@ def follow(job: Job, ranks: Ranks) -> None:
     """A follower's share of a stage: the same model, the same arrays, its own rows."""
     recipe = TrainRecipe.model_validate(job.recipe)
     stage = recipe.stages[job.stage]
+    job = replace(job, device=ranks.device(job.device))
     with torch_threads(job.threads):
-        vlm = begin(recipe, job.start, job.device, job.stage)
+        # To be cut, the model comes to the device a layer at a time.
+        vlm = begin(recipe, job.start, "cpu" if Sharing(**job.sharing).sharded else job.device, job.stage)
         trainables = arrange(vlm, stage, job.seed, job.stage, job.device, job.precision)
         with contextlib.suppress(Interrupted):
             Teacher(job, stage, vlm, trainables, Prepared(Path(job.folder) / "cache"), ranks).run()
@@ -135,18 +143,39 @@ class Teacher:
         self.folder = Path(job.folder)
         self.leads = ranks.rank == 0
         self.packed = packed(vlm, stage, job.device, job.precision)
-        self.optimiser = Optimiser(trainables, stage, EXTRA)
+        self.strategy = self._strategy(trainables)
+        self.optimiser = Optimiser(self.strategy.trainables, stage, EXTRA)
+        self.strategy.bind(self.optimiser)
+        self.finished: Model | None = None
+        """The model that was taught, when `run` is over; on the leader."""
+        self.resumed: dict[str, Any] = {}
         self.order = order_of(data, stage, job.stage, job.seed)
         self.step = self.skipped = self.failed = self.seen = 0
         if job.resume is not None:
             self._restore(Path(job.resume))
+
+    def _strategy(self, trainables: Sequence[Trainable]) -> Replicated:
+        job, sharing = self.job, Sharing(**self.job.sharing)
+        if not sharing.sharded:
+            return Replicated(self.vlm, trainables, self.ranks)
+        recipe = TrainRecipe.model_validate(job.recipe)
+
+        def again() -> Model:
+            vlm = begin(recipe, job.start, "cpu")
+            return vlm, arrange(vlm, self.stage, job.seed, job.stage, job.device, job.precision)
+
+        half = job.device != "cpu" and job.precision == "bf16"
+        return Sharded(self.vlm, trainables, self.ranks, sharing, self.data, again, job.device, half)
 
     def _restore(self, saved: Path) -> None:
         tensors, facts = state.load(saved)
         missing = self.optimiser.names(facts["updates"]) ^ set(tensors)
         if missing:
             raise DataError(f"the saved state {saved} does not fit this stage: {', '.join(sorted(missing)[:10])}")
-        self.optimiser.restore(tensors, facts["updates"])
+        self.optimiser.restore(self.strategy.share(tensors), facts["updates"])
+        there, now = held(facts["facts"]), held(self.job.facts)
+        if there != now:
+            self.resumed = {"resumed": {"from": there, "now": now}}
         self.step, self.skipped = facts["step"], facts["skipped"]
         self.failed, self.seen = facts["failed"], facts["seen"]
 
@@ -154,8 +183,8 @@ class Teacher:
 
     def _batches(self, step: int) -> list[tuple[Batch, Failed]]:
         rows = self.order.rows(step)
-        pieces = micro_batches(rows, self.ranks.rank, self.ranks.world, self.stage.micro_batch)
-        return [self.data.batch(piece, self.vlm.spec, self.packed) for piece in pieces]
+        pieces = self.strategy.pieces(rows, self.stage.micro_batch)
+        return [self.data.batch(piece, self.vlm.spec, self.packed) if len(piece) else (idle(), []) for piece in pieces]
 
     def _ahead(self) -> Iterator[list[tuple[Batch, Failed]]]:
         """Batches in order. Where images must be decoded, the next step's are made while this one is computed."""
@@ -179,11 +208,11 @@ class Teacher:
             # The way back too: layers that are computed again there must find the attention they had.
             with trained_in_blocks(self.vlm.language, self.packed):
                 with autocast(self.job.device, self.job.precision):
-                    out = self.vlm(batch.to(self.job.device) if self.job.device != "cpu" else batch)
-                loss = out.loss_sum * weight
+                    total = self.strategy.loss(batch.to(self.job.device) if self.job.device != "cpu" else batch)
+                loss = total * weight
                 if loss.requires_grad:  # not so when only the connector learns and no sample of the pass has an image
-                    loss.backward()
-            optimiser.extra[LOSS] += loss.detach()
+                    self.strategy.backward(loss)
+            optimiser.extra[LOSS] += loss.detach().to(optimiser.extra.device)
 
     def _one(self, batches: Sequence[tuple[Batch, Failed]]) -> dict[str, Any]:
         """One step of all ranks; returns what metrics.jsonl gets."""
@@ -196,8 +225,7 @@ class Teacher:
         optimiser.extra[FAILED] += len(failed)
         if self.leads and stop_requested():
             optimiser.extra[STOP] += 1
-        self.ranks.all_reduce(optimiser.buffer)
-        norm = float(optimiser.clip())
+        norm = float(optimiser.clip(self.strategy.exchange(optimiser)))
         loss, stop, bad = optimiser.extra.tolist()
         row: dict[str, Any] = {"step": self.step + 1, "loss": loss, "lr": optimiser.rates(self.step, self.job.total)}
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -217,7 +245,7 @@ class Teacher:
     def _check_parts(self, rows: Sequence[int]) -> None:
         """A part that learns must get a gradient; with images in the batch, all of them do."""
         shown = any(self.data.image_offsets[row + 1] > self.data.image_offsets[row] for row in rows)
-        still = [part for part, size in self.optimiser.part_norms().items() if size == 0]
+        still = [part for part, size in self.strategy.part_norms(self.optimiser).items() if size == 0]
         if still and (shown or "language" in still):
             raise RecipeError(
                 f"stage {self.job.stage!r}: {' and '.join(still)} should learn but got no gradient in the first step; "
@@ -229,6 +257,7 @@ class Teacher:
     def run(self) -> None:
         """All steps that are left. Interrupted after a state was saved; DataError when too much of the data is bad."""
         with contextlib.ExitStack() as stack:
+            validation: state.Metrics | None = None
             if self.leads:
                 stack.enter_context(graceful_stop())
                 metrics = state.Metrics(self.folder / "metrics.jsonl", self.step)
@@ -238,7 +267,8 @@ class Teacher:
                 progress = stack.enter_context(Progress(total, self.job.stage, "samples"))
             saved, began = self.step, time.perf_counter()
             for batches in self._ahead():
-                row = self._one(batches)
+                row = self._one(batches) | self.resumed
+                self.resumed = {}
                 if self.leads:
                     now = time.perf_counter()
                     row["seconds"], began = round(now - began, 4), now
@@ -251,19 +281,25 @@ class Teacher:
                     )  # fmt: skip
                 self._judge(row)
                 last = self.step == self.job.total
-                if self.leads:
-                    every = self.stage.validate_every
-                    if validation is not None and (last or (every and self.step % every == 0)):
-                        self._validate(validation)
-                    if self.stop or last or self.step % self.stage.save_every == 0:
+                every = self.stage.validate_every
+                if self.job.validates and (last or (every and self.step % every == 0)):
+                    model = self.strategy.whole()
+                    if validation is not None and model is not None:
+                        self._validate(validation, model[0])
+                    self.strategy.looked()
+                if self.stop or last or self.step % self.stage.save_every == 0:
+                    tensors = self.strategy.gather(self.optimiser.tensors())
+                    if self.leads:
                         metrics.flush()
-                        self._save()
+                        self._save(tensors)
                         saved = self.step
                 if self.stop and not last:
                     raise Interrupted(
                         f"stage {self.job.stage!r} stopped after step {saved} of {self.job.total}, which is saved; "
                         f"run the same command again to go on"
                     )
+        self.finished = self.strategy.whole()
+        self.strategy.looked()
         if self.leads and self.failed:
             print(f"{self.job.stage}: {self._failures()}", file=sys.stderr, flush=True)
 
@@ -286,21 +322,21 @@ class Teacher:
                 f"{self.stage.bad_share} allows. {self._failures()}"
             )
 
-    def _validate(self, log: state.Metrics) -> None:
-        self.vlm.eval()
+    def _validate(self, log: state.Metrics, vlm: VLM) -> None:
+        vlm.eval()
         found: dict[str, Any] = {}
         for validator in self.validators:
-            found |= validator(self.vlm, self.step)
-        teach_mode(self.vlm, self.stage)
+            found |= validator(vlm, self.step)
+        teach_mode(vlm, self.stage)
         log.log(step=self.step, **found)
         log.flush()
 
-    def _save(self) -> None:
+    def _save(self, tensors: Mapping[str, torch.Tensor]) -> None:
         facts = {
             "updates": self.optimiser.updates, "skipped": self.skipped, "failed": self.failed, "seen": self.seen,
             "total": self.job.total, "facts": self.job.facts,
         }  # fmt: skip
-        state.save(self.folder / "state", self.step, self.optimiser.tensors(), facts)
+        state.save(self.folder / "state", self.step, tensors, facts)
 
 
 def as_json(job: Job) -> dict[str, Any]:

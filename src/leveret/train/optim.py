@@ -90,7 +90,8 @@ class Optimiser:
         largest: dict[str, float] = {}
         for t in self.trainables:
             assert t.value.grad is not None
-            largest[t.part] = max(largest.get(t.part, 0.0), float(t.value.grad.abs().max()))
+            size = float(t.value.grad.abs().max()) if t.value.numel() else 0.0  # a small parameter has empty shares
+            largest[t.part] = max(largest.get(t.part, 0.0), size)
         return largest
 
     def rates(self, step: int, total: int) -> dict[str, float]:
@@ -98,9 +99,13 @@ class Optimiser:
         factor = rate(self.stage.schedule, step, total, self.stage.warmup, self.stage.decay)
         return {t.part: t.lr * factor for t in self.trainables}
 
-    def clip(self) -> Tensor:
-        """Norm of the whole gradient (a scalar tensor), scaled down to the stage's `clip` where it passes it."""
-        norm = torch.linalg.vector_norm(self.gradient)
+    def clip(self, norm: Tensor | None = None) -> Tensor:
+        """Norm of the whole gradient (a scalar tensor), scaled down to the stage's `clip` where it passes it.
+
+        norm  given where the buffer holds a share of the gradient only.
+        """
+        if norm is None:
+            norm = torch.linalg.vector_norm(self.gradient)
         if self.stage.clip is not None:
             # No branch on the value: a GPU would have to wait for it.
             self.gradient.mul_(torch.clamp(self.stage.clip / (norm + 1e-6), max=1.0))

@@ -18,6 +18,7 @@ from leveret.model.parts import PartRow, adapted, parts_table, render, tokens_of
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
 from leveret.train.quantised import BYTES
+from leveret.train.sharing import Sharing, decide, held, units
 from leveret.train.stages import Learn, StageRecipe, TrainRecipe, averaged, total_steps
 
 if TYPE_CHECKING:
@@ -33,16 +34,21 @@ SAMPLED = 256
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device; the activations are an estimate, the rest is arithmetic."""
+    """Bytes on one device; the activations are an estimate, the rest is arithmetic.
+
+    gathered  what a rank that holds a share has whole for a while. host: bytes in the host's memory instead.
+    """
 
     weights: int
     gradients: int
     optimiser: int
     activations: int
+    gathered: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimiser + self.activations
+        return self.weights + self.gradients + self.optimiser + self.activations + self.gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +78,27 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
         raise RecipeError("\n".join(faults))
     starts.look(recipe, chosen, strict=False)
     plans = []
+    world = recipe.ranks if isinstance(recipe.ranks, int) else 1
     for name in chosen:
         learning.set_resize(vlm, recipe.stages[name].resize)
-        found = describe(vlm, name, recipe.stages[name])
+        sharing = decide(recipe, world, "cpu" if recipe.device == "cpu" else "cuda")
+        found = describe(vlm, name, recipe.stages[name], world=world, sharing=sharing)
         found.lines[:0] = [("start", starts.in_words(how)) for how in starts.of_stage(recipe, name).values()]
         if name == list(recipe.stages)[-1] and (words := averaged(recipe)):
             found.lines.append(("average", words))
         plans.append(found)
     return plans
+
+
+def sharing(recipe: TrainRecipe, stage: StageRecipe, vlm: VLM, world: int, device: str) -> Sharing:
+    """How the ranks of a run hold the model in this stage (strategy.decide)."""
+    if recipe.parallel.kind != "auto" or world == 1 or device.startswith("cpu"):
+        return decide(recipe, world, device)
+    import torch
+
+    parts = parts_table(vlm, {str(part): how for part, how in stage.learn.items()})
+    needed = estimate(vlm, parts, stage, stage.max_tokens, world, frozen=4 if stage.precision == "fp32" else 2).total
+    return decide(recipe, world, device, needed, torch.cuda.get_device_properties(device).total_memory)
 
 
 def facts(recipe: str | Path | TrainRecipe, overrides: Sequence[str], stages: Sequence[str] | None) -> dict[str, Any]:
@@ -108,6 +127,7 @@ def describe(
     total: int | None = None,
     job: Job | None = None,
     world: int = 1,
+    sharing: Sharing | None = None,
 ) -> StagePlan:
     """Facts of one stage. Without `data` the lengths come from a few samples, where the data is there at all."""
     parts = parts_table(vlm, {str(part): how for part, how in stage.learn.items()})
@@ -131,7 +151,10 @@ def describe(
         image = f"{vlm.spec.tokens} per image" if vlm.spec.tiling is None else tokens_of(vlm)
         lines.append(("tokens", f"{average}{image}, at most {stage.max_tokens} per sample"))
         tokens, total = mean or tokens, total_steps(stage, -(-count // stage.batch)) if count else None
+    sharing = sharing or Sharing(**(job.sharing if job is not None else {}))
     lines.append(("batch", _geometry(stage, world, job)))
+    if world > 1 or sharing.sharded:
+        lines.append(("ranks", sharing.words(world)))
     lines.append(("schedule", _schedule(stage, total)))
     square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
     seen = square if vlm.spec.tiling is None else "cut into tiles"
@@ -139,16 +162,20 @@ def describe(
     if job is not None:
         begun = f", going on from {Path(job.resume).name}" if job.resume else ""
         lines.append(("precision", f"{job.precision} on {job.device}, {job.threads} thread(s) per rank{begun}"))
+        lines += [("resumed", words) for words in _other_ranks(job)]
     gpu = job is None or not str(job.device).startswith("cpu")
     half = gpu and stage.precision != "fp32"
-    memory = estimate(vlm, parts, stage, tokens, world, frozen=2 if half else 4)
+    memory = estimate(vlm, parts, stage, tokens, world, frozen=2 if half else 4, sharing=sharing)
     words = ", ".join(
         f"{label} {in_bytes(value)}"
         for label, value in (
             ("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimiser),
-            ("activations about", memory.activations),
+            ("activations about", memory.activations), ("gathered about", memory.gathered),
         )
+        if value or label != "gathered about"
     )  # fmt: skip
+    if memory.host:
+        words += f"; and {in_bytes(memory.host)} of the host's memory"
     counted = ", what is frozen counted in bf16, as on a GPU" if half and job is None else ""
     lines.append(("memory", f"{in_bytes(memory.total)} per rank: {words}{counted}"))
     return StagePlan(name, parts, memory, lines, vlm)
@@ -181,6 +208,16 @@ def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]
     return count, round(sum(lengths) / len(lengths)) if lengths else None, looked
 
 
+def _other_ranks(job: Job) -> list[str]:
+    """What to know of a state that other ranks saved."""
+    from leveret.runs import read_json
+
+    there = read_json(Path(job.resume) / "state.json")["facts"] if job.resume else job.facts
+    if (old := held(there)) == (new := held(job.facts)):
+        return []
+    return [f"saved by {old}; now {new}: the same batches and steps, equal up to rounding and dropout's draws"]
+
+
 def _geometry(stage: StageRecipe, world: int, job: Job | None) -> str:
     each = -(-stage.batch // world)
     size = min(stage.micro_batch or each, each)
@@ -198,14 +235,23 @@ def _schedule(stage: StageRecipe, total: int | None) -> str:
 
 
 def estimate(
-    vlm: VLM, parts: Sequence[PartRow], stage: StageRecipe, tokens: int, world: int = 1, frozen: int = 2
+    vlm: VLM,
+    parts: Sequence[PartRow],
+    stage: StageRecipe,
+    tokens: int,
+    world: int = 1,
+    frozen: int = 2,
+    sharing: Sharing | None = None,
 ) -> Memory:
     """Memory of one rank.
 
-    frozen  bytes of a frozen weight: 2 in bf16 on a GPU, 4 in float32 and on a CPU.
+    frozen   bytes of a frozen weight: 2 in bf16 on a GPU, 4 in float32 and on a CPU.
+    sharing  how the ranks hold the model; each the whole of it when left out.
 
     Trainable weights, gradients and AdamW's two moments are float32. Activations: 34 bytes per token, width and layer
     (Korthikanti et al. 2022, with attention recomputed or fused), plus float32 logits at half of the positions.
+    A rank with a share gathers embeddings and output layer for the whole pass and two layers at a time (the next one
+    comes while one computes), and holds the gradient of the largest of these whole, in float32, until it is summed.
     """
     trainable = sum(row.trainable for row in parts)
     added = {part for part, how in stage.learn.items() if how.lora is not None}
@@ -216,12 +262,28 @@ def estimate(
     width, layers = int(config.hidden_size), int(config.num_hidden_layers)
     vocab = int(vlm.language.get_input_embeddings().weight.shape[0])
     few = sum(_saved(vlm, part, how, frozen) for part, how in stage.learn.items())
-    return Memory(
-        weights=still * frozen + trainable * 4 - few,
-        gradients=trainable * 4,
-        optimiser=trainable * 8,
-        activations=rows * tokens * (34 * width * layers + 3 * vocab),
-    )
+    activations = rows * tokens * (34 * width * layers + 3 * vocab)
+    weights, gradients, optimiser = still * frozen + trainable * 4 - few, trainable * 4, trainable * 8
+    if sharing is None or not sharing.sharded:
+        return Memory(weights, gradients, optimiser, activations)
+    rest, largest = _units(vlm)
+    gathered = (rest + 2 * largest) * frozen + (4 * max(rest, largest) if trainable else 0)
+    weights, gradients, optimiser = (-(-size // sharing.shard) for size in (weights, gradients, optimiser))
+    if sharing.offload:
+        return Memory(0, 0, 0, activations, gathered, host=weights + gradients + optimiser)
+    return Memory(weights, gradients, optimiser, activations, gathered)
+
+
+def _units(vlm: VLM) -> tuple[int, int]:
+    """Parameters that stay gathered through a pass, and those of the largest unit that is gathered at a time."""
+    seen: set[int] = set()
+    sizes = []
+    for unit in units(vlm):
+        own = {id(value): value.numel() for value in unit.parameters() if id(value) not in seen}
+        seen |= own.keys()
+        sizes.append(sum(own.values()))
+    rest = sum(value.numel() for value in vlm.parameters() if id(value) not in seen)
+    return rest, max(sizes, default=0)
 
 
 def _saved(vlm: VLM, part: str, how: Learn, frozen: int) -> int:

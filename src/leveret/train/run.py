@@ -31,7 +31,7 @@ from leveret.runs import (
     sync_folder,
     write_json,
 )
-from leveret.train.stages import StageRecipe, TrainRecipe, binding, given, total_steps
+from leveret.train.stages import FREE, StageRecipe, TrainRecipe, binding, given, total_steps
 
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
@@ -90,7 +90,7 @@ def train(
         return final
     sources = open_sources(recipe, chosen)
     starts.look(recipe, chosen)
-    run = RunFolder.open(out, "train", binding(recipe.model_dump(mode="json")))
+    run = RunFolder.open(out, "train", binding(recipe.model_dump(mode="json")), FREE)
     for name in chosen:
         _still_same(run.path, recipe, name, sources[name])
     todo = [name for name in chosen if not (run.path / name / "done").exists()]
@@ -202,7 +202,11 @@ def _stage(
 
     stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
     folder.mkdir(parents=True, exist_ok=True)
-    vlm = begin(recipe, start, device, name)
+    # A model that may be cut must not lie on one GPU whole before; `plan.sharing` looks at how large it is.
+    vlm = begin(recipe, start, device if ranks.world == 1 and not recipe.parallel.offload else "cpu", name)
+    sharing = plan.sharing(recipe, stage, vlm, ranks.world, device)
+    if not sharing.sharded:
+        vlm.to(device)
     if faults := [
         f"stages.{key}.{fault}" for key in recipe.stages for fault in learning.faults(vlm, recipe.stages[key])
     ]:
@@ -214,6 +218,7 @@ def _stage(
         "recipe": binding(recipe.model_dump(mode="json"))["stages"][name],
         "precision": precision,
         "ranks": ranks.world,
+        "sharing": sharing.to_dict(),
     }
     resume = state.latest(folder / "state")
     if resume is not None:
@@ -233,12 +238,15 @@ def _stage(
     job = Job(
         recipe=recipe.model_dump(mode="json"), stage=name, folder=str(folder), start=str(start) if start else None,
         total=total, resume=str(resume) if resume else None, precision=precision, device=device, threads=share,
-        facts=facts,
+        facts=facts, sharing=sharing.to_dict(), validates=bool(validators),
     )  # fmt: skip
     plan.show_stage(plan.describe(vlm, name, stage, data=data, total=total, job=job, world=ranks.world))
     ranks.tell(as_json(job))
     with torch_threads(share):
-        Teacher(job, stage, vlm, trainables, data, ranks, validators).run()
+        teacher = Teacher(job, stage, vlm, trainables, data, ranks, validators)
+        teacher.run()
+        assert teacher.finished is not None, "this rank leads"
+        vlm, trainables = teacher.finished
         vlm.eval()
         lora.finish(vlm, stage, trainables, folder, *starts.base_of(recipe, name, start))
         checkpoint.save(vlm, folder / "model")
@@ -262,6 +270,8 @@ def _data(
         return seen.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
     cached = stage.cache_features and "vision" not in stage.learn
+    if cached:
+        vlm.towers.to(device)
     bound = {key: facts[key] for key in ("data", "tokenizer", "start", "precision")}
     chat = stage.chat or vlm.chat
     bound |= {"chat": chat, "max_tokens": stage.max_tokens, "spec": vlm.spec.to_dict(), "cached": cached}

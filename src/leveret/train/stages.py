@@ -183,6 +183,23 @@ class Averaged(_Strict):
     weight: float = Field(gt=0, lt=1, description="Its share.")
 
 
+class Parallel(_Strict):
+    """How several processes hold the model: each of them whole (ddp), or each a share of it (fsdp)."""
+
+    kind: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="auto shares the model only between GPUs that it would not fit on whole."
+    )
+    shard: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        "all", description="fsdp: ranks that hold one copy together; a divisor of the ranks, which then hold several."
+    )
+    offload: bool = Field(
+        False, description="fsdp on GPUs: shares, gradients and moments lie in the host's memory, and AdamW runs there."
+    )
+    reshard: bool = Field(
+        True, description="fsdp: give a layer's weights up after the forward pass, gather them again on the way back."
+    )
+
+
 class TrainRecipe(_Strict):
     """A model and the stages that teach it, in order."""
 
@@ -201,6 +218,9 @@ class TrainRecipe(_Strict):
     )
     ranks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         "auto", description="Processes on this machine; auto is 2 on a CPU with 2 cores or more, else 1."
+    )
+    parallel: Parallel = Field(
+        default_factory=lambda: Parallel.model_validate({}), description="How these processes hold the model."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU when there is one.")
 
@@ -236,6 +256,10 @@ RESERVED = ("model", "done", "recipe", "metrics")
 
 HARMLESS = ("save_every", "validate_every", "bad_steps", "bad_share")
 """Stage fields that may change between a stop and a resume: they do not move a single bit of the result."""
+
+FREE = ("ranks", "parallel")
+"""Fields of a recipe that may change between a stop and a resume, though sums are then rounded in another order and
+dropout draws other numbers: states are whole, so they fit any number of ranks."""
 
 
 def binding(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _refuse(vlm: VLM, brought: Brought, how: Start, where: str, empty: Collectio
 
 def _outline(how: Start, where: str) -> Brought | None:
     """What a start would bring, without reading the weights of a whole model; None where that takes reading them."""
-    from leveret.model.source import sketch
+    from leveret.model.sketch import sketch
 
     alone = parts_of(how) == ("connector",)
     if (place := _place(how, where)).is_file():

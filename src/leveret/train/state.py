@@ -80,7 +80,6 @@ NAMES = {
     "start": (RecipeError, "the model this stage starts from changed"),
     "recipe": (RecipeError, "the recipe changed"),
     "precision": (RecipeError, "the precision changed (another machine?)"),
-    "ranks": (RecipeError, "the number of ranks changed"),
 }
 """Facts that bind a run; the error to raise and the words for it."""
 
