@@ -88,6 +88,7 @@ class _Text:
     ids: np.ndarray
     labels: np.ndarray
     visual: np.ndarray
+    source: str = ""
 
 
 def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: ImageSpec, max_tokens: int) -> _Text:
@@ -105,7 +106,7 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
     visual = np.asarray(encoded.image_mask, dtype=bool)
     if not (labels[1:] != IGNORE).any():
         raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
-    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual)
+    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, sample.source)
 
 
 def _size_of(ref: ImageRef, source: Source, index: int, id: str) -> tuple[int, int]:
@@ -309,7 +310,10 @@ def _write(
         np.save(folder / f"{name}.npy", array)
         flush(folder / f"{name}.npy")
     refs = [asdict(ref) for ref in sorted(rows, key=rows.__getitem__)]
-    write_json(folder / "meta.json", {**more, "ids": [text.id for text in texts], "refs": refs})
+    names = sorted({text.source for text in texts})
+    of = {name: number for number, name in enumerate(names)}
+    told = {"sources": names, "source": [of[text.source] for text in texts] if len(names) > 1 else []}
+    write_json(folder / "meta.json", {**more, **told, "ids": [text.id for text in texts], "refs": refs})
 
 
 class Prepared:
@@ -334,6 +338,12 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def shares(self, rows: Sequence[int]) -> dict[str, int]:
+        """How many of the samples come from which source; nothing where all data have one."""
+        numbers = self.meta.get("source") or ()
+        names = self.meta.get("sources", ())
+        return dict(sorted(Counter(names[numbers[row]] for row in rows).items())) if numbers else {}
 
     def batch(self, rows: Sequence[int], spec: ImageSpec) -> tuple[Batch, Failed]:
         """A right-padded batch of samples; features where they are cached, else pixels decoded now.
