@@ -17,6 +17,7 @@ RUN/model/                                  the last stage's model
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ def _train(
     changes = Changes(out, allow_change)
     changes.recipe(binding(whole))
     run = RunFolder.open(out, "train", binding(whole))
+    _sweep(run.path)
     write_json(run.path / "command.json", {"recipe": whole, "stages": stages, "folder": str(Path.cwd())})
     for name in chosen:
         _still_same(run.path / name, sources[name], changes)
@@ -168,6 +170,16 @@ def _still_same(folder: Path, source: Source, changes: Changes) -> None:
     if (folder / "done").exists():
         old = read_json(folder / "done")["facts"]
         changes.stage(folder, old, {**old, "data": source.fingerprint()}, None)
+
+
+_HALF_DONE = re.compile(r"\.writing-.*|\..*\.(tmp|new|old)|\..*-(writing|linking)")
+
+
+def _sweep(run: Path) -> None:
+    """Remove what a killed process was writing under temporary names. The folder is this process's own by now."""
+    for path in sorted(run.rglob(".*"), reverse=True):
+        if _HALF_DONE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def resolve_device(recipe: TrainRecipe) -> str:
