@@ -257,9 +257,7 @@ def test_whatever_call_of_a_model_s_writing_fails_the_old_one_stays(tmp_path: Pa
 
 
 @pytest.mark.parametrize("act", [FULL, BROKEN], ids=["full", "broken"])
-def test_whatever_call_of_adapters_writing_fails_no_file_is_torn(
-    recipe: TrainRecipe, tmp_path: Path, act: Act
-) -> None:
+def test_whatever_call_of_adapters_writing_fails_no_file_is_torn(recipe: TrainRecipe, tmp_path: Path, act: Act) -> None:
     stage = recipe.stages["tune"]
     vlm = fakes.tiny_vlm()
     rest = {one.name: one.value for one in ready(vlm, stage, seed=0) if ".lora_" not in one.name}

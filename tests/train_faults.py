@@ -34,7 +34,7 @@ FULL, BROKEN = fails(errno.ENOSPC), fails(errno.EIO)
 
 
 class Disk:
-    """What was called, in order: (what, path). At call number `at` (from 1) `act` happens; a write is half done then."""
+    """What was called, in order: (what, path). At call number `at` (from 1) `act` happens; a write is half done."""
 
     def __init__(self, folder: Path, at: int = 0, act: Act = dies) -> None:
         self.folder, self.at, self.act = str(folder.resolve()), at, act

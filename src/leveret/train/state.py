@@ -96,11 +96,11 @@ def fault(state: Path) -> str:
         if not (state / SUMS).is_file():
             kind = json.loads((state / "state.json").read_bytes()).get("format")
             return "" if kind is None else f"{SUMS} is not there"  # an older leveret wrote none
-        lines = (state / SUMS).read_text("utf-8", "replace").splitlines()
+        *lines, last = (state / SUMS).read_bytes().decode("utf-8", "replace").split("\n")
         said = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         there = {file.name for file in state.iterdir() if file.name[0] != "."} - {SUMS}
-        if said.keys() != there:
-            return f"{SUMS} does not list {', '.join(sorted(said.keys() ^ there))}"
+        if said.keys() != there or last:
+            return f"{SUMS} does not list the files that are there"
         wrong = [name for name in sorted(there) if sha256_of(state / name) != said[name]]
     except (OSError, ValueError) as error:
         return str(error)

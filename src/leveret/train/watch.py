@@ -11,13 +11,14 @@ A stage that goes on from an older state cuts all three back to it. Two runs of 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from leveret.runs import Progress, in_bytes
+from leveret.runs import Progress, atomic_write, in_bytes, read_jsonl
 from leveret.train import best, state
 from leveret.train.track import Tracking
 
@@ -38,6 +39,15 @@ def peak_memory(device: str) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def _cut(quarantine: Path, step: int) -> None:
+    """Take out what later steps named: they come again. Lines of the data's preparation have no step."""
+    if quarantine.exists():
+        rows = read_jsonl(quarantine)
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        if len(kept) < len(rows):
+            atomic_write(quarantine, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
 class Watch:
     """The files, dashboards and progress of one stage."""
 
@@ -45,6 +55,7 @@ class Watch:
         """step: the one the stage goes on from. samples: those that are left. validates: whether anything will."""
         self.job, self.stage, self.folder, self.step = job, stage, folder, step
         self._stack = contextlib.ExitStack()
+        _cut(folder / "quarantine.jsonl", step)
         self.metrics = self._open("metrics.jsonl")
         self.validation = self._open("validation.jsonl") if validates else None
         self.texts = self._open("samples.jsonl") if (folder / "samples.jsonl").exists() else None
