@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from leveret.runs import RunFolder, append_jsonl, repair_jsonl
+from leveret.runs import RecipeError, RunFolder, append_jsonl, repair_jsonl
 from leveret.train import state
 
 
@@ -23,8 +23,16 @@ class Changes:
 
     def recipe(self, bound: Mapping[str, Any]) -> None:
         """Hold the run's recipe against that of its folder; where allowed, it becomes the folder's own."""
-        if self.allowed and (lines := RunFolder.adopt(self.run, "train", bound)):
-            self._note("the recipe changed", lines, None, None)
+        if self.allowed:
+            if lines := RunFolder.adopt(self.run, "train", bound):
+                self._note("the recipe changed", lines, None, None)
+            return
+        try:
+            RunFolder.peek(self.run, "train", bound)
+        except RecipeError as error:
+            if "was made with" not in str(error):
+                raise
+            raise RecipeError(f"{error} --allow-change goes on all the same, and notes every change.") from None
 
     def stage(self, folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], step: int | None) -> None:
         """Hold the facts of a stage against those it was begun with. step: where it goes on; None when it is done.

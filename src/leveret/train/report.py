@@ -267,12 +267,18 @@ def _validations(stage: StageStory, title: str) -> pages.Section:
     for name in names[:8] if len(stage.validations) > 1 else []:
         found = [(float(row["step"]), value_of(row, name)) for row in stage.validations]
         charts.append(pages.lines({name: thin([(x, y) for x, y in found if y is not None])}, "step", name))
-    last = stage.validations[-12:]
-    rows = [[f"{row['step']:,}", *(value_of(row, name) for name in names[:8])] for row in last]
-    body: list[Any] = [pages.beside(charts)] if charts else []
+    last = stage.validations[-1]
+    body: list[Any] = [
+        pages.tiles([(name, _figure(value_of(last, name)), f"step {last['step']:,}") for name in names[:8]])
+    ]
+    body += [pages.beside(charts)] if charts else []
     if stage.best:
-        body.append(f"The {_best(stage)}.".replace("in ", "in `").replace("/model.", "/model`."))
-    body.append(pages.table(rows, ["step", *names[:8]], "The last validations" if len(last) > 1 else ""))
+        best = stage.best
+        words = f"The best by `{best['metric']}` is that of step {best['step']:,}, with {best['value']:.4g}:"
+        body.append(f"{words} `{stage.folder / best['model']}`.")
+    if len(names) > 1 and charts:
+        rows = [[f"{row['step']:,}", *(value_of(row, name) for name in names[:8])] for row in stage.validations[-12:]]
+        body.append(pages.table(rows, ["step", *names[:8]], "The last validations"))
     return pages.Section(f"{title}: validations", body)
 
 
