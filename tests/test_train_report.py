@@ -71,7 +71,8 @@ def test_the_page_tells_what_was_taught_and_how_it_went(run: Path, tmp_path: Pat
     for words in (
         "Finished", "Align", "Tune: curves", "Tune: validations", "Tune: what it says", "mlp2x_gelu", "image missing",
         "no turns", "40\xa0of\xa040", "learning rate", "gradient norm", "tokens/s", "GiB", "waiting for data",
-        "captions", "questions", "what colour is it ?", "right: the colour is red", "step 40:", "best/model", "keep_best:",
+        "captions", "questions", "what colour is it ?", "right: the colour is red", "step 40:", "best/model",
+        "keep_best:",
     ):  # fmt: skip
         assert words in read.text, words
     assert "Align: validations" not in read.text, "it had none"
