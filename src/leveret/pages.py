@@ -391,7 +391,8 @@ def _axes(
     for value in _ticks(*y, about=4):
         at = height * (1 - (value - y[0]) / ((y[1] - y[0]) or 1))
         grid.append(Markup('<line class="grid" x1="0" x2="100%" y1="{a:.1f}" y2="{a:.1f}"/>').format(a=at))
-        labels.append(Markup('<text x="0" y="{:.1f}">{}</text>').format(at - 4, _number(value)))
+        # On its line; that of a line at the very top below it, where the axis' name does not stand.
+        labels.append(Markup('<text x="0" y="{:.1f}">{}</text>').format(at - 4 if at > 12 else at + 13, _number(value)))
     labels.append(Markup('<line class="axis" x1="0" x2="100%" y1="{h}" y2="{h}"/>').format(h=height))
     for value in _ticks(*x, about=6):
         share = (value - x[0]) / ((x[1] - x[0]) or 1)
