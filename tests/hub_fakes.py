@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def look(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = unquote(urlsplit(self.path).path).removeprefix("/datasets")
         self.standin.asked.append((self.command, path))
         found = re.match(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?$", path)
         found = found or re.match(r"/([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)$", path)

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leveret.inputs import Encoded, Item, collate, padding_share, plan
+from leveret.inputs import ORDERS, Encoded, Item, collate, padding_share, plan
 from leveret.pool.order import order
 from leveret.records import IGNORE
+from leveret.runs import RecipeError
 
 PAD = 99
 
@@ -113,6 +114,38 @@ def test_every_index_once_in_full_batches(lengths: list[int], batch: int, seed: 
     sizes = sorted((len(rows) for rows in batches), reverse=True)
     assert all(size == batch for size in sizes[:-1]) and len(batches) == -(-len(lengths) // batch)
     assert batches == plan(np.asarray(lengths), batch, seed, epoch)
+
+
+@given(
+    st.lists(st.integers(-50, 50).filter(bool), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 2**31),
+    st.integers(0, 5), st.sampled_from(sorted(ORDERS)),
+)  # fmt: skip
+def test_every_order_is_a_pure_function_that_leaves_no_row_out(
+    lengths: list[int], batch: int, seed: int, epoch: int, by: str
+) -> None:
+    try:
+        batches = plan(lengths, batch, seed, epoch, by=by)
+    except RecipeError as error:
+        assert by in ("tinyllava", "prismatic") and len({length > 0 for length in lengths}) == 1, error
+        return
+    assert batches == plan(np.asarray(lengths), batch, seed, epoch, by=by)
+    assert len(batches) == len(plan(lengths, batch, seed + 1, epoch + 1, by=by)), "every epoch has as many steps"
+    counts = Counter(index for rows in batches for index in rows)
+    assert set(counts) == set(range(len(lengths)))
+    if by == "prismatic":
+        kinds = Counter(length > 0 for length in lengths)
+        # A kind smaller than its batch cannot be filled up from itself without coming twice.
+        assert all(len(rows) <= batch for rows in batches) and max(counts.values()) <= 2
+        assert len(batches) == sum(-(-many // batch) for many in kinds.values())
+    else:
+        assert set(counts.values()) == {1} and all(0 < len(rows) <= batch for rows in batches)
+    if by in ("modality", "prismatic"):
+        assert all(len({lengths[row] > 0 for row in rows}) == 1 for rows in batches)
+
+
+def test_an_unknown_order_is_named_with_those_there_are() -> None:
+    with pytest.raises(RecipeError, match="order: 'longest' given; allowed are length, modality"):
+        plan([1], 1, 0, 0, by="longest")
 
 
 def test_epochs_and_seeds_differ() -> None:

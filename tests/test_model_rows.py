@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leveret.model.attention import causal_blocks, trained_in_blocks
+from leveret.model.attention import causal_blocks, lay, packs, trained_in_blocks, varlen
 from leveret.model.rows import last_of, only_rows
 
 SMALL = {
@@ -131,10 +131,74 @@ def test_training_in_blocks_is_training(family: str, kind: str) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [("llama", {"attn_implementation": "sdpa"}), ("gemma2", {}), ("gpt_neox", {}), ("gpt_oss", {})],
-)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4), heads=st.sampled_from([(4, 4), (4, 2)]))
+@settings(max_examples=20)
+def test_samples_of_a_packed_row_do_not_see_each_other(lengths: list[int], heads: tuple[int, int]) -> None:
+    torch.manual_seed(sum(lengths))
+    many, few = heads
+    made = [torch.randn(1, n, sum(lengths), 8, dtype=torch.float64, requires_grad=True) for n in (many, few, few)]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    out = causal_blocks(*made, 0.3, ends)
+    apart = [[x[:, :, end - n : end] for x in made] for n, end in zip(lengths, ends, strict=True)]
+    want = torch.cat([causal_blocks(*one, 0.3) for one in apart], 2)
+    assert torch.equal(out, want)
+    to = torch.randn_like(out)
+    for a, b in zip(torch.autograd.grad(out, made, to), torch.autograd.grad(want, made, to), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi", "olmo2", "stablelm", "cohere"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_packed_row_gives_what_its_samples_give(family: str, attention: str) -> None:
+    model = language(family, attn_implementation=attention)
+    inputs = torch.randn(1, 160, 32)
+    lengths, begins = [70, 80], (0, 80, 160)
+    positions, real = torch.zeros(1, 160, dtype=torch.long), torch.zeros(1, 160, dtype=torch.bool)
+    for begin, length in zip(begins[:2], lengths, strict=True):
+        positions[0, begin : begin + length] = torch.arange(length)
+        real[0, begin : begin + length] = True
+    rows = real & (torch.rand(1, 160) < 0.3)
+    assert packs(model)
+    for begin, length in zip(begins[:2], lengths, strict=True):
+        alone, chosen = inputs[:, begin : begin + length], rows[:, begin : begin + length]
+        want = told(model, alone, chosen, True, attention_mask=torch.ones(1, length, dtype=torch.long))
+        only = torch.zeros_like(rows)
+        only[:, begin : begin + length] = chosen
+        with trained_in_blocks(model, packed=True):
+            lay(begins)
+            ones = torch.ones(1, 160, dtype=torch.long)
+            found = told(model, inputs, only, True, attention_mask=ones, position_ids=positions)
+        assert found[1][:, : begin].abs().max() == 0 if begin else True
+        found[1] = found[1][:, begin : begin + length]
+        alike(found, want)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "gpt_oss", "gpt_neox"])
+def test_families_with_windows_or_attention_of_their_own_do_not_pack(family: str) -> None:
+    assert not packs(language(family))
+
+
+def test_on_a_gpu_a_packed_row_goes_to_attention_for_lengths_that_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed: a stand-in takes what torch's kernel takes, and computes it sample by sample."""
+    asked: list[dict[str, Any]] = []
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Tensor, *longest: int, **options: Any) -> Tensor:
+        asked.append({"longest": longest, **options})
+        pieces = []
+        for begin, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+            one = [x[begin:end].transpose(0, 1)[None] for x in (q, k, v)]
+            options = {"is_causal": True, "scale": asked[-1]["scale"], "enable_gqa": asked[-1]["enable_gqa"]}
+            pieces.append(torch.nn.functional.scaled_dot_product_attention(*one, **options)[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    made = [torch.randn(1, heads, 90, 8) for heads in (4, 2, 2)]
+    found = varlen(*made, 0.25, (0, 40, 90))
+    assert torch.allclose(found, causal_blocks(*made, 0.25, [40, 90]), atol=1e-6)
+    assert asked == [{"longest": (50, 50), "scale": 0.25, "window_size": (-1, 0), "enable_gqa": True}]
+
+
+@pytest.mark.parametrize(("family", "changes"), [("gemma2", {}), ("gpt_neox", {}), ("gpt_oss", {})])
 def test_other_attention_stays_as_it_is(family: str, changes: dict[str, Any]) -> None:
     model = language(family, **changes)
     before = model.config._attn_implementation

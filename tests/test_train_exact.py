@@ -39,7 +39,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> TrainRecipe:
     data, held = train_fakes.toy_set(folder / "learn", 20), train_fakes.toy_set(folder / "held", 5)
     made = train_fakes.recipe(
         data, learn=LEARN, steps=8, batch=6, micro_batch=4, save_every=3, validate_every=2,
-        held_out={"data": str(held), "answers": 2, "max_answer": 4}, keep_best={"metric": "loss"},
+        held_out={"data": str(held), "answers": 2, "max_answer": 4}, keep_best={"metric": "loss"}, pack=True,
     )  # fmt: skip
     connector = made.model.connector.model_copy(update={"dropout": 0.1})
     return made.model_copy(update={"model": made.model.model_copy(update={"connector": connector})})

@@ -106,6 +106,63 @@ def test_gradients_do_not_depend_on_ranks_or_micro_batches(
     torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"pack": True}, {"pack": True, "micro_batch": 3}, {"pack": True, "recompute": True}, {"recompute": True},
+        {"pack": True, "cache_features": False}, {"fused": False},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("adapted", [False, True])
+def test_how_a_step_is_computed_changes_no_gradient(
+    data: Path, tmp_path: Path, how: dict[str, Any], adapted: bool
+) -> None:
+    lora = {"lora": {"rank": 4, "alpha": 8}} if adapted else {}
+    learn = {"connector": {"lr": 5e-3}, "language": {"lr": 5e-3, **lora}}
+    whole = share_of_gradient(teacher(train_fakes.recipe(data, learn=learn), tmp_path, 0, 1))
+    other = share_of_gradient(teacher(train_fakes.recipe(data, learn=learn, **how), tmp_path / "other", 0, 1))
+    torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_language_model_has_the_same_gradient(data: Path, tmp_path: Path) -> None:
+    whole = share_of_gradient(teacher(train_fakes.recipe(data), tmp_path, 0, 1))
+    for packed in (False, True):
+        made = train_fakes.recipe(data, compile=True, pack=packed)
+        compiled = share_of_gradient(teacher(made, tmp_path / f"compiled-{packed}", 0, 1))
+        torch.testing.assert_close(compiled, whole, rtol=1e-4, atol=1e-6)
+
+
+def mixed(data: Path, folder: Path) -> Path:
+    """The toy set, every third of its records without its image."""
+    records = json.loads(data.read_text("utf-8"))
+    for record in records[::3]:
+        record.pop("image")
+        record["conversations"][0]["value"] = "what colour is it ?"
+    (folder / "mixed.json").write_text(json.dumps(records), "utf-8")
+    return folder / "mixed.json"
+
+
+@pytest.mark.parametrize("order", ["modality", "random", "llava", "tinyllava", "prismatic"])
+def test_every_order_teaches_every_sample(data: Path, tmp_path: Path, order: str) -> None:
+    recipe = train_fakes.recipe(mixed(data, tmp_path), order=order, steps=None, epochs=1.0, images=str(data.parent))
+    train(recipe, tmp_path / "run")
+    one = teacher(recipe, tmp_path / "again", 0, 1)
+    steps = [one.order.rows(step) for step in range(one.order.per_epoch)]
+    assert len(losses(tmp_path / "run")) == len(steps)
+    assert {row for rows in steps for row in rows} == set(range(24))
+    assert one.order.seen(len(steps)) == sum(map(len, steps))
+    shown = [[bool(one.data.image_offsets[row + 1] - one.data.image_offsets[row]) for row in rows] for rows in steps]
+    pure = sum(len(set(kinds)) == 1 for kinds in shown)
+    # The originals let a kind's last batch, whole or not, join the other kind's.
+    assert pure >= {"random": 0, "llava": len(steps) - 2, "tinyllava": len(steps) - 2}.get(order, len(steps))
+
+
+def test_an_order_that_needs_two_kinds_says_so(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="order: 'tinyllava' cannot be used here: .* all 24 are of one kind"):
+        train(train_fakes.recipe(data, order="tinyllava"), tmp_path / "run")
+
+
 def test_two_processes_learn_what_one_learns(data: Path, tmp_path: Path) -> None:
     recipe = train_fakes.recipe(data)
     train(recipe, tmp_path / "one")

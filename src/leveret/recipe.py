@@ -430,7 +430,7 @@ def _fields_at(schema: type[BaseModel], path: KeyPath, data: Any) -> list[str]:
                 if (fields := getattr(arm, "model_fields", None)) is not None:
                     below += [info.annotation for name, info in fields.items() if step in (name, info.alias)]
                 else:
-                    below += [inner for inner in get_args(arm)[-1:] if inner is not Ellipsis]
+                    below += [inner for inner in get_args(arm) if inner is not Ellipsis][-1:]
         here = below
     found: dict[str, None] = {}
     for annotation in here:

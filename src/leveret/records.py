@@ -8,6 +8,7 @@ Nothing heavy is imported here; tensors are named in annotations only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,6 +164,11 @@ class Tiling:
             raise ValueError(f"mm_patch_merge_type is {merge!r}; allowed: {', '.join(kinds)}")
         return cls(size, cells, tuple((height, width) for width, height in pinpoints), kinds[merge])
 
+    @property
+    def most(self) -> int:
+        """Tokens of an image at most."""
+        return max(self.count(*grid) for grid in self.grids)
+
     def best(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the grid for an image: most pixels of it kept, then least left over, then the first.
 
@@ -218,6 +224,78 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """nanoVLM's tiles: an image keeps its shape, is scaled until `size` divides both sides, and cut there.
+
+    size    side of a tile, in pixels; the towers' own.
+    tokens  of a tile, after the connector.
+    side    longest side of the scaled image, a multiple of `size`; smaller images come to it where `grow` says so.
+    whole   token before the whole image, squashed to one tile, which comes first; "" for no token, None where the whole
+            is not shown. Of an image of one tile this is the whole.
+    tile    token before every tile, in which {row} and {column} count from 1; "" for none.
+
+    From data/custom_transforms.py (DynamicResize, GlobalAndSplitImages) and data/processors.py (get_image_string).
+    """
+
+    size: int
+    tokens: int
+    side: int
+    grow: bool = False
+    whole: str | None = ""
+    tile: str = ""
+
+    def __post_init__(self) -> None:
+        if self.side < self.size or self.side % self.size:
+            raise ValueError(f"side is {self.side}; it must be a multiple of the tile's {self.size}")
+        try:
+            self.tile.format(row=1, column=1)
+        except (IndexError, KeyError, ValueError):
+            raise ValueError(f"tile is {self.tile!r}; only {{row}} and {{column}} may stand in braces") from None
+
+    @property
+    def most(self) -> int:
+        """Tokens of the largest image."""
+        return self.count(self.side, self.side)
+
+    def best(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image is scaled to. ValueError where it has no pixels."""
+        if height < 1 or width < 1:
+            raise ValueError(f"an image of {height} x {width} pixels has no tiles")
+        size, long, short = self.size, max(height, width), min(height, width)
+        # in floats, as the original: a side may come out one tile longer than exact fractions make it
+        longest = self.side if self.grow else min(self.side, math.ceil(long / size) * size)
+        shortest = max(math.ceil(short * (longest / long) / size) * size, size)
+        return (shortest, longest) if width >= height else (longest, shortest)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self.best(height, width)
+        return rows // self.size, columns // self.size
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many pictures the tower sees of an image."""
+        rows, columns = self._grid(height, width)
+        return rows * columns + (self.whole is not None and rows * columns > 1)
+
+    def count(self, height: int, width: int) -> int:
+        """Image tokens of an image of (height, width) pixels; the tokens before them do not count."""
+        return self.tiles(height, width) * self.tokens
+
+    def layout(self, height: int, width: int) -> list[int]:
+        """Which of the tower's tokens stands at each image position: all of them, as they come."""
+        return list(range(self.count(height, width)))
+
+    def runs(self, height: int, width: int) -> list[tuple[str, int]]:
+        """(the token before, image tokens) of every picture, in order."""
+        rows, columns = self._grid(height, width)
+        tiles = [
+            self.tile.format(row=row, column=column) for row in range(1, rows + 1) for column in range(1, columns + 1)
+        ]
+        if self.whole is not None:
+            tiles = [self.whole, *tiles] if len(tiles) > 1 else [self.whole]
+        return [(mark, self.tokens) for mark in tiles]
+
+
+@dataclass(frozen=True, slots=True)
 class ImageSpec:
     """Everything inputs must know about a model's eyes; pure data, saved in config.json.
 
@@ -229,11 +307,18 @@ class ImageSpec:
 
     towers: tuple[TowerView, ...]
     tokens: int
-    tiling: Tiling | None = None
+    tiling: Tiling | Split | None = None
 
     def count(self, height: int, width: int) -> int:
         """Positions that an image of (height, width) pixels fills; with tiles they depend on its size."""
         return self.tokens if self.tiling is None else self.tiling.count(height, width)
+
+    def runs(self, height: int, width: int) -> list[tuple[str, int]]:
+        """What stands for an image of (height, width) pixels: (text of one token, or "", and the image positions that
+        follow it), in order; together `count` positions."""
+        if isinstance(self.tiling, Split):
+            return self.tiling.runs(height, width)
+        return [("", self.count(height, width))]
 
     def to_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
@@ -246,7 +331,9 @@ class ImageSpec:
             TowerView(**{**view, "mean": tuple(view["mean"]), "std": tuple(view["std"])}) for view in data["towers"]
         )
         tiling = data.get("tiling")
-        if tiling is not None:
+        if tiling is not None and "side" in tiling:
+            tiling = Split(**tiling)
+        elif tiling is not None:
             tiling = Tiling(**{**tiling, "grids": tuple(tuple(grid) for grid in tiling["grids"])})
         return cls(towers=views, tokens=int(data["tokens"]), tiling=tiling)
 
@@ -267,6 +354,8 @@ class Batch:
     ids            sample ids, for messages.
     image_sizes    [images, 2] int64; (height, width) in pixels of every image, upright, in reading order. Only models
                    that see images in tiles need it.
+    bounds         where the samples of one packed row begin, each with the padding behind it, and the row's end; empty
+                   where every row is one sample.
     """
 
     input_ids: Tensor
@@ -280,6 +369,7 @@ class Batch:
     features: Tensor | None = None
     ids: tuple[str, ...] = ()
     image_sizes: Tensor | None = None
+    bounds: tuple[int, ...] = ()
 
     def to(self, device: Any) -> Batch:
         """The same batch with every tensor on `device`."""

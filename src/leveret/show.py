@@ -218,8 +218,10 @@ def _views(image: Image, vlm: VLM) -> Iterator[tuple[str, Image]]:
             yield f"{view.name} sees it ({view.resize}, {view.size} x {view.size})", fit(image, view)
             continue
         rows, columns = (side // tiling.size for side in tiling.best(image.height, image.width))
-        whole, *tiles = cut(image, tiling, view.resample)
-        yield f"{view.name} sees it ({view.size} x {view.size}, before its {rows} x {columns} tiles)", whole
+        tiles = cut(image, tiling, view.resample)
+        if len(tiles) > rows * columns:
+            whole, *tiles = tiles
+            yield f"{view.name} sees it ({view.size} x {view.size}, before its {rows} x {columns} tiles)", whole
         for place, tile in enumerate(tiles):
             yield f"{view.name} sees its tile in row {place // columns + 1}, column {place % columns + 1}", tile
 

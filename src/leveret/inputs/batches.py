@@ -1,4 +1,4 @@
-"""Rows become batches: which rows go together (`plan`), and how they are laid side by side (`collate`)."""
+"""Rows become batches: how they are laid side by side (`collate`)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leveret.inputs.chat import Encoded
-from leveret.pool.order import order
 from leveret.records import IGNORE, Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-WINDOW = 64
-"""Batches whose rows are drawn together and then sorted by length. Wider means less padding, but company that is less
-random: on log-normal lengths and batches of 32, random batches are 75 % padding, windows of 8 batches 39 %, of 64 10 %
-and of the whole epoch 2 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,31 +103,3 @@ def _images(items: Sequence[Item]) -> tuple[dict[str, Tensor], Tensor | None, li
     stacked = {name: torch.from_numpy(np.concatenate(images)) for name, images in tiled.items()}
     return stacked, None, counts[0] if counts else []
 
-
-def plan(lengths: Sequence[int] | NDArray[np.int64], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Which rows form the batches of one epoch: a pure function, every index exactly once.
-
-    The epoch's random order (`pool.order`) is cut into windows of `WINDOW` batches; inside a window rows are sorted by
-    length and cut into batches, so that a batch needs little padding; then the batches are put in random order.
-    All hold `batch` rows but one, which holds what is left over.
-
-    Raises ValueError when `batch` is below 1 or a seed or epoch is negative.
-    """
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be 1 or more")
-    sizes = np.asarray(lengths, dtype=np.int64)
-    shuffled = order(len(sizes), seed, epoch)
-    batches: list[list[int]] = []
-    for start in range(0, len(sizes), WINDOW * batch):
-        window = shuffled[start : start + WINDOW * batch]
-        window = window[np.argsort(sizes[window], kind="stable")]
-        batches += [window[at : at + batch].tolist() for at in range(0, len(window), batch)]
-    # Another key than the rows' own order, so that the two shuffles have nothing to do with each other.
-    return [batches[place] for place in order(len(batches), seed ^ 0x5EED_BA7C, epoch)]
-
-
-def padding_share(lengths: Sequence[int] | NDArray[np.int64], batches: Sequence[Sequence[int]]) -> float:
-    """Share of all positions that is padding when each batch is padded to its longest row; 0 for no batches."""
-    sizes = np.asarray(lengths, dtype=np.int64)
-    laid = sum(len(rows) * int(sizes[list(rows)].max()) for rows in batches)
-    return 1 - sum(int(sizes[list(rows)].sum()) for rows in batches) / laid if laid else 0.0

@@ -28,7 +28,7 @@ from leveret.inputs.faithful import encode_faithfully
 from leveret.inputs.formats import CHATS, ChatFormat, find_chat, published
 from leveret.inputs.reader import Chunk, Encoded, Reader, reader_of
 from leveret.inputs.template import BEGIN, END, ESCAPED, Said, render
-from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Turn
+from leveret.records import IGNORE, IMAGE_MARK, ImageSpec, Split, Turn
 from leveret.runs import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def encode(
     """One conversation as ids, labels and image positions.
 
     turns        as in a Sample. A user turn's image marks go to its front, each followed by a newline (LLaVA's habit).
-    image_sizes  (height, width) of every image, in reading order; each fills `spec.count(height, width)` positions.
+    image_sizes  (height, width) of every image, in reading order; each fills `spec.count(height, width)` positions,
+                 before which tokens of the model's own may stand (`spec.runs`).
     generate     write the beginning of the assistant's turn at the end; nothing is supervised then.
     max_tokens   longest row; what is over is cut from the right and counted in `Encoded.cut`.
     faithful     as the system the format comes from makes ids and labels, its faults included (`faithful.py`);
@@ -73,6 +74,8 @@ def encode(
     _check(form, reader)
     _check_turns(turns, generate)
     if faithful or form.faithful:
+        if isinstance(spec.tiling, Split) and (spec.tiling.tile or spec.tiling.whole):
+            raise RecipeError(f"chat: {form.name} faithfully: no system it comes from has tokens before tiles")
         return encode_faithfully(turns, form, tokenizer, spec, image_sizes, generate=generate, max_tokens=max_tokens)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") if image_sizes else 0
     if marks != len(image_sizes):
@@ -91,10 +94,11 @@ def encode(
     ends_of_images = []
     for number, chunk in enumerate(chunks):
         if number:
-            count = spec.count(*image_sizes[number - 1])
-            ids += [reader.image_id] * count
-            labels += [IGNORE] * count
-            seen += [True] * count
+            for mark, count in spec.runs(*image_sizes[number - 1]):
+                before = [reader.token(mark)] if mark else []
+                ids += before + [reader.image_id] * count
+                labels += [IGNORE] * (len(before) + count)
+                seen += [False] * len(before) + [True] * count
             ends_of_images.append(len(ids))
         new_ids, new_labels = reader.read(chunk, supervise=not generate)
         ids += new_ids

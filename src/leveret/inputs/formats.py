@@ -7,7 +7,8 @@ A format of another system has a twin, `NAME/faithful`, for models that system t
 ids and labels that system makes (`faithful.py`).
 
 Sources: Bunny bunny/conversation.py, LLaVA llava/conversation.py, TinyLLaVA Factory tinyllava/data/template/, Prismatic
-prismatic/models/backbones/llm/prompting/. `docs/chat-formats.md` shows each, and where we write it otherwise.
+prismatic/models/backbones/llm/prompting/, nanoVLM models/config.py and data/. `docs/chat-formats.md` shows each, and
+where we write it otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ChatFormat:
               an original's text, faults included, is wanted; elsewhere it is not defined.
     stop      texts at which an answer ends. Each must be one token of the tokenizer, unless it is blank.
     original  the row of `faithful.ORIGINALS` that says how the system it comes from makes ids and labels; "" where
-              there is none: formats of our own, and LLaVA's ChatML.
+              there is none: formats of our own, LLaVA's ChatML, and nanoVLM's.
     faithful  ids and labels are made as that system makes them, its faults included.
     """
 
@@ -232,6 +233,50 @@ _ALIGN = """\
 {%- endfor -%}
 """
 
+# nanoVLM: all images before the first question, several each with its number; turns are written as they are.
+_NANOVLM = """\
+{%- set seen = namespace(images=0) -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {%- set seen.images = seen.images + message['content'].count('<image>') -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    <|im_start|>{{ message['role'] }}{{ '\\n' }}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+        {{ message['content'] }}<|im_end|>{{ '\\n' }}
+        {%- endgeneration -%}
+    {%- else -%}
+        {%- if message['role'] == 'user' -%}
+            {%- for place in range(seen.images) -%}
+                {%- if seen.images > 1 -%}<image:{{ ' ' }}{{ place }}>{%- endif -%}
+                {{ '<image>' }}
+            {%- endfor -%}
+            {%- set seen.images = 0 -%}
+        {%- endif -%}
+        {{ message['content'].replace('<image>\\n', '').replace('<image>', '') }}<|im_end|>{{ '\\n' }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    <|im_start|>assistant{{ '\\n' }}
+{%- endif -%}
+"""
+
+# Its first version, which knew one question and no system text.
+_QUESTION = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {{ '<image>' * message['content'].count('<image>') }}Question:{{ ' ' }}
+        {{- message['content'].replace('<image>\\n', '').replace('<image>', '') }}{{ ' ' }}Answer:
+    {%- elif message['role'] == 'assistant' -%}
+        {%- generation -%}
+        {{ message['content'] }}<|endoftext|>
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
 
 def _written(template: str, **words: str) -> str:
     """The template with its words in capitals replaced."""
@@ -297,6 +342,8 @@ _ROWS = (
         ("<|endoftext|>",),
         "prismatic_align",
     ),
+    ChatFormat("nanovlm", _NANOVLM, ("<|im_end|>",)),
+    ChatFormat("nanovlm_question", _QUESTION, ("<|endoftext|>",)),
 )
 
 

@@ -94,6 +94,14 @@ class Reader:
         """Is each of `texts` one token?"""
         return all(self.backend.token_to_id(text) is not None for text in texts)
 
+    def token(self, text: str) -> int:
+        """The id of a token that the model puts before its images. RecipeError where `text` is not one token."""
+        if (found := self.backend.token_to_id(text)) is None:
+            raise RecipeError(
+                f"the model puts {text!r} before what it sees, which is no token of this tokenizer; add it"
+            )
+        return found
+
     def read(self, chunk: Chunk, supervise: bool) -> tuple[list[int], list[int]]:
         """Ids and labels of one chunk."""
         if not chunk.text:

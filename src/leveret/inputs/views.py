@@ -20,7 +20,8 @@ Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
 _CLIP: Moments = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF: Moments = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET: Moments = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-MOMENTS = {"half": _HALF, "clip": _CLIP, "imagenet": _IMAGENET}
+_NONE: Moments = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+MOMENTS = {"half": _HALF, "clip": _CLIP, "imagenet": _IMAGENET, "none": _NONE}
 """Mean and std of the pixels, by the name that a recipe's `normalise` has."""
 
 RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}

@@ -152,8 +152,7 @@ def tokens_of(vlm: VLM) -> str:
     tiling = vlm.spec.tiling
     if tiling is None:
         return f"{vlm.spec.tokens} tokens"
-    most = max(tiling.count(*grid) for grid in tiling.grids)
-    return f"{vlm.spec.tokens} tokens a tile, at most {most:,} an image"
+    return f"{vlm.spec.tokens} tokens a tile, at most {tiling.most:,} an image"
 
 
 def _seen(tower: Tower) -> str:

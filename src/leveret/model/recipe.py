@@ -18,7 +18,7 @@ from leveret.runs import RecipeError
 Kept = Literal["layers", "norm", "head"]
 Tokens = Literal["patch", "cls_patch", "drop_first"]
 Fusion = Literal["channel", "interleave"]
-Moments = Literal["half", "clip", "imagenet"]
+Moments = Literal["half", "clip", "imagenet", "none"]
 
 _OWN = "my.py:NAME, a row in a file of your own"
 _TOWER = f"A row of TOWERS, a path (a Hugging Face folder, a timm folder, or an EVA-CLIP `.pt` file), or {_OWN}."
@@ -63,7 +63,11 @@ class _TowerChoices(_Strict):
     normalise: Moments | None = Field(
         default=None,
         description="Mean and std of the pixels, where not the tower's own (the Factory's MoF gives both its towers "
-        "CLIP's).",
+        "CLIP's). none: values from 0 to 1, as nanoVLM has them.",
+    )
+    norm: bool = Field(
+        default=False,
+        description="The norm behind the last block runs too (nanoVLM); it goes with `layer: -1`.",
     )
     activation: str | None = Field(
         default=None,
@@ -103,6 +107,22 @@ class TilesRecipe(_Strict):
     )
 
 
+class SplitRecipe(_Strict):
+    """nanoVLM's tiles: an image keeps its shape, is scaled until the tower's size divides both sides, and cut there."""
+
+    side: int = Field(gt=0, description="Longest side of the scaled image; a multiple of the tower's size.")
+    grow: bool = Field(default=False, description="Smaller images are scaled up to `side` too.")
+    whole: str | None = Field(
+        default="",
+        description="The token before the whole image, squashed to one tile, which comes first; an image of one tile "
+        "is the whole. Empty for no token; null where the whole is not shown.",
+    )
+    tile: str = Field(
+        default="",
+        description="The token before every tile, in which {row} and {column} count from 1. Empty for none.",
+    )
+
+
 class VisionRecipe(_TowerChoices):
     """The model's eyes: one `tower`, or several `towers` and how they are joined."""
 
@@ -122,12 +142,17 @@ class VisionRecipe(_TowerChoices):
         default=None,
         description="Images are seen in tiles too; `tiles: {}` is as LLaVA-1.6 does. Default: one picture an image.",
     )
+    split: SplitRecipe | None = Field(
+        default=None, description="Images are cut into tiles as nanoVLM does, instead of `tiles`."
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> VisionRecipe:
         if (self.tower is None) == (not self.towers):
             given = "both" if self.towers else "neither"
             raise ValueError(f"{given} of `tower` and `towers` given; give one tower, or a list of towers")
+        if self.tiles is not None and self.split is not None:
+            raise ValueError("both of `tiles` and `split` given; an image is cut in one way")
         if self.towers:
             alone = TowerRecipe(tower="")
             stray = [name for name in _TowerChoices.model_fields if getattr(self, name) != getattr(alone, name)]

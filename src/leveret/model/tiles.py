@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leveret.model.recipe import TilesRecipe, VisionRecipe
 from leveret.model.towers import Tower
-from leveret.records import Tiling
+from leveret.records import Split, Tiling
 from leveret.runs import RecipeError
 
 GRIDLESS = ("resampler", "resampler_paper", "qformer", "mof_mlp", "minigpt", "vanilla")
@@ -28,11 +28,12 @@ class Tiles(nn.Module):
     newline  [D], learned: what stands at the end of every row of tokens. None but for merge "unpad".
     """
 
-    def __init__(self, tiling: Tiling, width: int) -> None:
+    def __init__(self, tiling: Tiling | Split, width: int) -> None:
         super().__init__()
         self.tiling = tiling
         # drawn as LLaVA draws it (llava/model/llava_arch.py, initialize_vision_modules)
-        self.newline = nn.Parameter(torch.randn(width) / width**0.5) if tiling.merge == "unpad" else None
+        rows = isinstance(tiling, Tiling) and tiling.merge == "unpad"
+        self.newline = nn.Parameter(torch.randn(width) / width**0.5) if rows else None
         self._layouts: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, tokens: Tensor, tile_image: Tensor, image_sizes: Tensor | None) -> Tensor:
@@ -67,19 +68,26 @@ class Tiles(nn.Module):
         return self._layouts[size]
 
 
-def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: int) -> Tiling | None:
+def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: int) -> Tiling | Split | None:
     """The tiling that a recipe asks for; None where it asks for none.
 
     kind, tokens  the connector's, and how many come out of it for one tile.
-    RecipeError when towers or connector do not leave a square grid of tokens, which is what is put together.
+    RecipeError when towers or connector do not leave a square grid of tokens, which is what `tiles` puts together, or
+    the tiles are none of the towers'.
     """
-    if vision.tiles is None:
+    if vision.tiles is None and vision.split is None:
         return None
-    where = "model.vision.tiles"
+    where = "model.vision.tiles" if vision.split is None else "model.vision.split"
     sizes = sorted({eye.view.size for eye in eyes})
     if len(sizes) > 1:
         said = " and ".join(map(str, sizes))
         raise RecipeError(f"{where}: towers of {said} pixels cannot see the same tiles; set `size` of one")
+    if vision.split is not None:
+        try:
+            return Split(sizes[0], tokens, **vision.split.model_dump())
+        except ValueError as fault:
+            raise RecipeError(f"{where}: {fault}") from None
+    assert vision.tiles is not None
     if len(eyes) > 1 and vision.fusion == "interleave":
         raise RecipeError(f"{where}: interleaved towers leave no grid of tokens; choose fusion: channel")
     if odd := next((eye for eye in eyes if eye.facts.tokens != "patch"), None):

@@ -37,6 +37,7 @@ class TowerFacts:
     tokens  which tokens are taken: a choice of TowerRecipe.
     s2      sides of the scales in rising order; () for one scale.
     short   what the short side is scaled to before the centre is cut, where not `size` (TowerView.short).
+    norm    whether the norm behind the last block runs.
     """
 
     family: str
@@ -53,6 +54,7 @@ class TowerFacts:
     s2: tuple[int, ...] = ()
     resample: Resample = "bicubic"
     short: int = 0
+    norm: bool = False
 
     @property
     def view(self) -> TowerView:

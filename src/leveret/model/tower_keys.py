@@ -49,6 +49,17 @@ _TIMM_SIGLIP: Rows = (
     ("attn_pool.mlp.fc1.?", "head.mlp.fc1.?"),
     ("attn_pool.mlp.fc2.?", "head.mlp.fc2.?"),
 )
+_NANOVLM: Rows = (
+    ("patch_embedding.position_embedding", "embeddings.position_embedding.weight", 1),
+    ("patch_embedding.conv.?", "embeddings.patch_embedding.?"),
+    ("blocks.*.ln1.?", "encoder.layers.*.layer_norm1.?"),
+    ("blocks.*.attn.qkv_proj.?", "encoder.layers.*.self_attn.{q,k,v}_proj.?"),
+    ("blocks.*.attn.out_proj.?", "encoder.layers.*.self_attn.out_proj.?"),
+    ("blocks.*.ln2.?", "encoder.layers.*.layer_norm2.?"),
+    ("blocks.*.mlp.fc1.?", "encoder.layers.*.mlp.fc1.?"),
+    ("blocks.*.mlp.fc2.?", "encoder.layers.*.mlp.fc2.?"),
+    ("layer_norm.?", "post_layernorm.?"),
+)
 _TIMM_CLIP: Rows = (
     *_TIMM_VIT,
     ("cls_token", "embeddings.class_embedding", 2),
@@ -169,6 +180,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     "siglip_vision_model": {
         "transformers": _hf("patch_embedding"),
         "timm": Layout("patch_embed.proj.weight", _TIMM_SIGLIP),
+        "nanovlm": Layout("patch_embedding.conv.weight", _NANOVLM),
     },
     "siglip2_vision_model": {"transformers": _hf("patch_embedding")},
     "clip_vision_model": {

@@ -149,13 +149,16 @@ def describe(recipe: VisionRecipe | TowerRecipe, where: str = "model.vision") ->
     if not 1 <= depth <= blocks or (whole and depth != blocks):
         allowed = f"-1 or {blocks}" if whole else f"1 to {blocks}, or -1 to -{blocks}"
         raise RecipeError(f"{where}.layer: {layer} given, but {one.tower} has {blocks} blocks; allowed: {allowed}")
+    if one.norm and (whole or depth != blocks):
+        why = "it runs whole, its norm with it" if whole else f"the norm stands behind block {blocks}"
+        raise RecipeError(f"{where}.norm: true given with layer {layer} of {one.tower}, but {why}")
     mean, std = MOMENTS[one.normalise] if one.normalise else (facts.mean, facts.std)
     config = dict(facts.config)
     if one.activation is not None:
         config["hidden_act"] = _activation(one.activation, config, where)
     facts = replace(
         facts, depth=depth, keep=tuple(one.keep), resize=one.resize or facts.resize, mean=mean, std=std, config=config,
-        tokens=one.tokens, name=one.name or family_of(facts).short,
+        tokens=one.tokens, name=one.name or family_of(facts).short, norm=one.norm,
     )  # fmt: skip
     return _sized(facts, one, fixed, where)
 

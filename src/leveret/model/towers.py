@@ -2,7 +2,7 @@
 
 What towers there are stands in tower_table.py, their architectures in tower_facts.py; this is how one is built, filled
 and run. A tower is built exactly as deep as the layer that is taken, without the norm and the head that follow it,
-unless the recipe's `keep` asks for them.
+unless the recipe's `keep` asks for them, or its `norm` for the norm.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ class Tower(nn.Module):
         if self._whole:
             return
         first_idle = len(self.blocks)
+        idle = {self._family.head} if self.facts.norm else {self._family.norm, self._family.head}
         for name, parameter in self.model.named_parameters():
             block = self._block_of(name)
-            after = name.split(".")[0] in {self._family.norm, self._family.head}
+            after = name.split(".")[0] in idle
             # DINO's mask token serves its pretraining only
             if after or (block is not None and block >= first_idle) or name.endswith("mask_token"):
                 yield f"model.{name}", parameter
@@ -96,7 +97,7 @@ class Tower(nn.Module):
             )
         for name, _ in self.model.named_parameters():
             block = self._block_of(name)
-            after = self._whole and name.startswith(self._family.norm)
+            after = (self._whole or self.facts.norm) and name.startswith(self._family.norm)
             if layer and not after and (block is None or block < layer):
                 yield f"model.{name}"
 
@@ -135,6 +136,8 @@ class Tower(nn.Module):
             place = (self.model.angles(pixels.device),)
         for block in self.blocks:
             hidden = block(hidden, *place)
+        if self.facts.norm:
+            hidden = self.model.get_submodule(self._family.norm)(hidden)
         return hidden[:, first:]
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -317,7 +320,7 @@ def _options(facts: TowerFacts) -> dict[str, Any]:
 
 def _strip(model: nn.Module, facts: TowerFacts) -> nn.Module:
     family = TOWER_FAMILIES[facts.family]
-    if "norm" not in facts.keep:
+    if not facts.norm and "norm" not in facts.keep:
         delattr(model, family.norm)
     if facts.family == "eva02_clip" and "head" not in facts.keep:
         delattr(model, family.head)

@@ -25,12 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leveret.model.attention import lay, told_bounds
 from leveret.model.fusion import fuse
 from leveret.model.recipe import ModelRecipe
 from leveret.model.rows import only_rows
@@ -156,8 +158,9 @@ class VLM(nn.Module):
         embeddings = self.embed(batch)  # [B, T, D]
         targets = next_labels(batch)  # [B, T]; IGNORE where the next token is not supervised
         rows = {"supervised": targets != IGNORE, "last": last_real(batch.attention_mask), "all": None}[logits]
+        told = attention_inputs(batch, self.language)
         with only_rows(self.language, rows):
-            scores = self.language(inputs_embeds=embeddings, use_cache=False, **attention_inputs(batch)).logits
+            scores = self.language(inputs_embeds=embeddings, use_cache=False, **told).logits
         if rows is not None:
             scores = scores.squeeze(0)  # [K, V]
         if logits == "last":
@@ -193,13 +196,29 @@ def last_real(attention_mask: Tensor) -> Tensor:
     return place == last.clamp(min=0)
 
 
-def attention_inputs(batch: Batch) -> dict[str, Tensor | None]:
+def attention_inputs(batch: Batch, language: Any) -> dict[str, Any]:
     """How the language model is told who may attend to whom.
 
-    One sample a row: the usual mask and positions. Several samples packed in a row: transformers derives the block
-    mask from positions that restart, but only if it gets no attention mask and no cache; otherwise samples leak into
-    each other without a warning. Padding then gets position 0 and is a segment of its own.
+    One sample a row: the usual mask and positions. Several samples packed in one row: where they begin, to attention
+    that takes it (`attention.py`, FlashAttention); the plain causal mask is then all it needs besides. For any other
+    attention transformers derives a mask of blocks from positions that restart, but only if it gets no attention mask
+    and no cache; otherwise samples leak into each other without a warning. Padding then gets position 0 and is a segment
+    of its own.
     """
     positions = batch.position_ids.masked_fill(~batch.attention_mask.bool(), 0)
-    packed = bool((batch.segments > 0).any())
-    return {"position_ids": positions, "attention_mask": None if packed else batch.attention_mask}
+    ours = bool(batch.bounds) and told_bounds(language)
+    lay(batch.bounds if ours else ())
+    if ours:
+        return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
+    if not (batch.segments > 0).any():
+        return {"position_ids": positions, "attention_mask": batch.attention_mask}
+    return {"position_ids": positions, "attention_mask": None} | flash_bounds(batch, language)
+
+
+def flash_bounds(batch: Batch, language: Any) -> dict[str, Any]:
+    """Where the samples of a packed row begin, as transformers' FlashAttention is told it."""
+    if not batch.bounds or "flash" not in str(language.config._attn_implementation):
+        return {}
+    begins = torch.tensor(batch.bounds, dtype=torch.int32, device=batch.input_ids.device)
+    longest = max(end - begin for begin, end in pairwise(batch.bounds))
+    return {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}

@@ -184,8 +184,13 @@ def look(source: Source, index: int, unpack: bool = True) -> Look:
     try:
         sample = source.sample(index)
     except SampleFault as fault:
-        entry = _entry(index, fault.id, fault.image, fault.reason, fault.detail)
+        entry = entry_of(index, fault)
         return Look(None, [], [_row(index, fault.id, 0, fault.image or None, ok=False)], [entry])
+    return look_at(source, index, sample, unpack)
+
+
+def look_at(source: Source, index: int, sample: Sample, unpack: bool = True) -> Look:
+    """Judge the images of a sample whose record is good."""
     if not sample.images:
         return Look(sample, [], [_row(index, sample.id, 0, None, modality="text")], [])
     rows, refused, whole = [], [], []
@@ -213,6 +218,11 @@ def look(source: Source, index: int, unpack: bool = True) -> Look:
 def _row(index: int, id: str, position: int, image: str | None, **facts: Any) -> _Row:
     row = {"index": index, "id": _printable(id), "position": position, "image": image and _printable(image)}
     return row | {"sha256": None, "modality": "image", "width": None, "height": None, "ok": True} | facts
+
+
+def entry_of(index: int, fault: SampleFault) -> dict[str, Any]:
+    """A line of the quarantine."""
+    return _entry(index, fault.id, fault.image, fault.reason, fault.detail)
 
 
 def _entry(index: int, id: str, image: str, reason: str, detail: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class LlavaSource(Source):
             return SampleFault(index, id, image, reason, detail, self.name)
 
         id = image = ""
-        record = parsed(jsonfile.read(self.path, self._spans[index]), refuse)
+        record = self._record(jsonfile.read(self.path, self._spans[index]), refuse)
         id = named(record, str(index), refuse)
         names = _names(record)
         image = ", ".join(str(name)[:200] for name in names)
@@ -79,13 +80,17 @@ class LlavaSource(Source):
         meta = {key: value for key, value in record.items() if key not in own}
         return Sample(id=id, images=images, turns=turns, source=self.name, meta=meta)
 
+    def _record(self, recorded: bytes, refuse: Refuse) -> dict[str, Any]:
+        """The record as LLaVA has it."""
+        return parsed(recorded, refuse)
+
     def _trace(self, index: int) -> tuple[bytes, Sequence[str]]:
         recorded = jsonfile.read(self.path, self._spans[index]).strip()
         try:
-            record = json.loads(recorded)
-        except (ValueError, RecursionError):
+            record = self._record(recorded, partial(SampleFault, index, "", ""))
+        except SampleFault:
             return recorded, ()
-        return recorded, [name for name in _names(record) if isinstance(name, str)] if isinstance(record, dict) else ()
+        return recorded, [name for name in _names(record) if isinstance(name, str)]
 
 
 def _is_chat(record: Mapping[str, Any]) -> bool:

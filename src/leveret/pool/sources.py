@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from leveret.pool import arrow, jsonfile
+from leveret.pool import arrow, jsonfile, mixed
 from leveret.pool.base import Source
 from leveret.pool.folder import ENDINGS, TABLES, FolderSource
 from leveret.pool.llava import LlavaSource
@@ -55,6 +55,12 @@ SOURCES: tuple[SourceRow, ...] = (
         lambda path: path.is_file() and path.suffix.lower() in (".json", *jsonfile.LINES),
         LlavaSource,
         "a LLaVA list (.json, or .jsonl with one record a line), with the folder of its images",
+    ),
+    SourceRow(
+        "mixture",
+        mixed.is_mixture,
+        mixed.open_mixture,
+        "a folder that `leveret pool mix` wrote",
     ),
     SourceRow(
         "webdataset",

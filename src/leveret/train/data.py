@@ -4,6 +4,7 @@
       meta.json                         sample ids, image references, and the facts the cache was made from
       ids.npy labels.npy visual.npy     [all positions] int32, int32, bool; sample i is offsets[i]:offsets[i+1]
       offsets.npy                       [samples + 1] int64
+      words.npy                         [samples] int64: words of its turns, image marks left out
       images.npy image_offsets.npy      which distinct images sample i shows, in order
       sizes.npy                         [distinct images, 2] int64: (height, width), where they are seen in tiles
       features.npy                      [distinct images, tokens, width] float32, or bfloat16 as int16; in tiles
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,12 +29,11 @@ import torch
 
 from leveret import images
 from leveret.images import ImageFault
-from leveret.inputs.batches import plan
 from leveret.inputs.chat import encode
 from leveret.inputs.tiles import prepare_all
 from leveret.model.threads import torch_threads
 from leveret.pool.base import SampleFault
-from leveret.records import IGNORE, Batch, ImageRef, ImageSpec, Tiling
+from leveret.records import IGNORE, IMAGE_MARK, Batch, ImageRef, ImageSpec, Split, Tiling
 from leveret.runs import (
     DataError,
     EnvironmentFault,
@@ -70,7 +70,7 @@ def pixels_of(ref: ImageRef, spec: ImageSpec) -> Pixels:
     return {name: array.reshape(-1, *array.shape[-3:]) for name, array in seen.items()}
 
 
-def pictures_of(tiling: Tiling | None, sizes: np.ndarray) -> np.ndarray:
+def pictures_of(tiling: Tiling | Split | None, sizes: np.ndarray) -> np.ndarray:
     """How many pictures the towers see of images of these (height, width): int64 [images]."""
     if tiling is None:
         return np.ones(len(sizes), np.int64)
@@ -88,6 +88,7 @@ class _Text:
     ids: np.ndarray
     labels: np.ndarray
     visual: np.ndarray
+    words: int
     source: str = ""
 
 
@@ -106,7 +107,8 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
     visual = np.asarray(encoded.image_mask, dtype=bool)
     if not (labels[1:] != IGNORE).any():
         raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
-    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, sample.source)
+    words = sum(len(turn.text.replace(IMAGE_MARK, "").split()) for turn in sample.turns)
+    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words, sample.source)
 
 
 def _size_of(ref: ImageRef, source: Source, index: int, id: str) -> tuple[int, int]:
@@ -237,7 +239,7 @@ def prepare(
     `bad_share`, or nothing is left.
     """
     facts = json.loads(json.dumps(dict(facts)))
-    if (folder / "meta.json").exists() and (folder / "sizes.npy").exists():
+    if (folder / "meta.json").exists() and (folder / "words.npy").exists():
         found = Prepared(folder)
         if found.meta["facts"] == facts:
             return found
@@ -302,6 +304,7 @@ def _write(
         "labels": np.concatenate([text.labels for text in texts]),
         "visual": np.concatenate([text.visual for text in texts]),
         "offsets": ends([len(text.ids) for text in texts]),
+        "words": np.asarray([text.words for text in texts], np.int64),
         "images": np.asarray([rows[ref] for text in texts for ref in text.refs], dtype=np.int64),
         "image_offsets": ends([len(text.refs) for text in texts]),
         "sizes": np.asarray([sizes[ref] for ref in sorted(rows, key=rows.__getitem__)], np.int64).reshape(-1, 2),
@@ -323,9 +326,9 @@ class Prepared:
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.names: list[str] = self.meta["ids"]
-        self.ids, self.labels, self.visual, self.offsets, self.images, self.image_offsets, self.sizes = (
+        self.ids, self.labels, self.visual, self.offsets, self.words, self.images, self.image_offsets, self.sizes = (
             np.load(folder / f"{name}.npy")
-            for name in ("ids", "labels", "visual", "offsets", "images", "image_offsets", "sizes")
+            for name in ("ids", "labels", "visual", "offsets", "words", "images", "image_offsets", "sizes")
         )
         kept = folder / "features.npy"
         self.features: np.ndarray | None = np.load(kept, mmap_mode="r") if kept.exists() else None
@@ -345,48 +348,54 @@ class Prepared:
         names = self.meta.get("sources", ())
         return dict(sorted(Counter(names[numbers[row]] for row in rows).items())) if numbers else {}
 
-    def batch(self, rows: Sequence[int], spec: ImageSpec) -> tuple[Batch, Failed]:
-        """A right-padded batch of samples; features where they are cached, else pixels decoded now.
+    def batch(self, rows: Sequence[int], spec: ImageSpec, packed: bool = False) -> tuple[Batch, Failed]:
+        """A batch of samples, one a row and padded on the right, or all in one row; features where they are cached,
+        else pixels decoded now.
 
         A sample whose image fails now is not supervised, its pixels are zero, and it is named in the second result.
         """
-        size, width = len(rows), -(-int(self.lengths[list(rows)].max()) // MULTIPLE) * MULTIPLE
-        ids = np.zeros((size, width), np.int64)
-        labels = np.full((size, width), IGNORE, np.int64)
-        visual = np.zeros((size, width), bool)
-        real = np.arange(width) < self.lengths[list(rows)][:, None]
+        lengths = self.lengths[list(rows)]
+        whole = -(-lengths // MULTIPLE) * MULTIPLE  # with the padding behind each
+        shape = (1, int(whole.sum())) if packed else (len(rows), int(whole.max()))
+        begins = np.concatenate([[0], np.cumsum(whole)]) if packed else np.arange(len(rows) + 1) * shape[1]
+        ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        visual, segments, positions = np.zeros(shape, bool), np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         shown: list[int] = []
         for place, row in enumerate(rows):
             start, end = self.offsets[row], self.offsets[row + 1]
-            ids[place, : end - start] = self.ids[start:end]
-            labels[place, : end - start] = self.labels[start:end]
-            visual[place, : end - start] = self.visual[start:end]
+            laid = slice(begins[place], begins[place] + end - start)
+            ids.flat[laid], labels.flat[laid] = self.ids[start:end], self.labels[start:end]
+            visual.flat[laid], positions.flat[laid] = self.visual[start:end], np.arange(end - start)
+            segments.flat[laid] = place if packed else 0
             shown += self.images[self.image_offsets[row] : self.image_offsets[row + 1]].tolist()
         features: torch.Tensor | None = None
         pixels: dict[str, torch.Tensor] = {}
-        failed: Failed = []
+        bad: dict[int, str] = {}
         tiles = pictures_of(spec.tiling, self.sizes[shown])
         if shown and self.features is not None:
             chosen = torch.from_numpy(self.features[self._tiles(shown, spec.tiling)])
             features = chosen.view(torch.bfloat16) if chosen.dtype == torch.int16 else chosen
         elif shown:
-            pixels, failed = self._decode(rows, labels, spec)
+            pixels, bad = self._decode(rows, spec)
+        for place in bad:
+            labels.flat[begins[place] : begins[place] + lengths[place]] = IGNORE
         batch = Batch(
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            attention_mask=torch.from_numpy(real),
-            position_ids=torch.from_numpy(np.where(real, np.arange(width), 0)),
-            segments=torch.from_numpy(np.where(real, 0, -1)),
+            attention_mask=torch.from_numpy(segments >= 0),
+            position_ids=torch.from_numpy(positions),
+            segments=torch.from_numpy(segments),
             image_mask=torch.from_numpy(visual),
             pixels=pixels,
             tile_image=torch.from_numpy(np.repeat(np.arange(len(shown)), tiles)),
             features=features,
             ids=tuple(self.names[row] for row in rows),
             image_sizes=torch.from_numpy(self.sizes[shown]) if shown else None,
+            bounds=tuple(begins.tolist()) if packed else (),
         )
-        return batch, failed
+        return batch, [(self.names[rows[place]], reason) for place, reason in bad.items()]
 
-    def _tiles(self, shown: Sequence[int], tiling: Tiling | None) -> np.ndarray:
+    def _tiles(self, shown: Sequence[int], tiling: Tiling | Split | None) -> np.ndarray:
         """Rows of `features` of images, in their order."""
         if tiling is None:
             return np.asarray(shown)
@@ -394,10 +403,9 @@ class Prepared:
             self._first = np.concatenate([[0], np.cumsum(pictures_of(tiling, self.sizes))])
         return np.concatenate([np.arange(self._first[image], self._first[image + 1]) for image in shown])
 
-    def _decode(
-        self, rows: Sequence[int], labels: np.ndarray, spec: ImageSpec
-    ) -> tuple[dict[str, torch.Tensor], Failed]:
-        failed: Failed = []
+    def _decode(self, rows: Sequence[int], spec: ImageSpec) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+        """Pixels of all images of the rows, and for the places of rows that have a bad one, why."""
+        bad: dict[int, str] = {}
         found: dict[str, list[np.ndarray]] = {view.name: [] for view in spec.towers}
         for place, row in enumerate(rows):
             for image in self.images[self.image_offsets[row] : self.image_offsets[row + 1]]:
@@ -407,40 +415,8 @@ class Prepared:
                     if any(len(array) != count for array in pixels.values()):
                         raise ImageFault("damaged", "it is no longer as large as it was when the data was prepared")
                 except ImageFault as fault:
-                    labels[place] = IGNORE
-                    failed.append((self.names[row], reason_of(fault)))
+                    bad.setdefault(place, reason_of(fault))
                     pixels = {view.name: np.zeros((count, 3, view.size, view.size), np.float32) for view in spec.towers}
                 for name, array in pixels.items():
                     found[name].append(array)
-        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, failed
-
-
-class Order:
-    """Which samples make up which step: a pure function of (lengths, batch, seed, step), the same on every rank."""
-
-    def __init__(self, lengths: np.ndarray, batch: int, seed: int) -> None:
-        self.lengths, self.size, self.seed = lengths.tolist(), batch, seed
-        self.per_epoch = -(-len(self.lengths) // batch)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-
-    def rows(self, step: int) -> list[int]:
-        """The samples of `step` (from 0), long ones first, so that ranks and micro-batches get rows alike in length."""
-        epoch, place = divmod(step, self.per_epoch)
-        if self._epoch[0] != epoch:
-            batches = plan(self.lengths, self.size, self.seed, epoch)
-            assert len(batches) == self.per_epoch, "plan keeps every index once per epoch"
-            self._epoch = (epoch, batches)
-        return sorted(self._epoch[1][place], key=lambda row: (-self.lengths[row], row))
-
-    def seen(self, step: int) -> int:
-        """Samples in all steps before `step`: an epoch's last batch may be short."""
-        epoch, place = divmod(step, self.per_epoch)
-        batches = plan(self.lengths, self.size, self.seed, epoch)[:place] if place else []
-        return epoch * len(self.lengths) + sum(map(len, batches))
-
-
-def micro_batches(rows: Sequence[int], rank: int, world: int, size: int | None) -> Iterator[Sequence[int]]:
-    """This rank's rows of a global batch, in passes of at most `size`."""
-    mine = rows[rank::world]
-    size = size or max(1, len(mine))
-    yield from (mine[at : at + size] for at in range(0, len(mine), size))
+        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, bad

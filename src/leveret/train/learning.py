@@ -71,6 +71,13 @@ def ready(vlm: VLM, stage: StageRecipe, *, seed: int, half_frozen: bool = False)
             value.data = value.data.float()
         elif half_frozen:
             value.data = value.data.to(torch.bfloat16)
+    if stage.recompute:
+        vlm.language.gradient_checkpointing_enable({"use_reentrant": False})
+    if stage.compile:
+        # In place, so that names stay. Not the last layer: its rows are picked by hooks, which the compiler would meet
+        # anew with every batch (model/rows.py).
+        for layer in list(vlm.language.get_decoder().layers)[:-1]:
+            layer.compile(dynamic=True)
     teach_mode(vlm, stage)
     return trainables
 

@@ -82,7 +82,7 @@ class Optimiser:
             [{"params": values, "lr": lr, "weight_decay": decay} for (lr, decay), values in groups.items()],
             betas=stage.betas,
             eps=stage.eps,
-            fused=device.type in ("cpu", "cuda"),
+            fused=stage.fused and device.type in ("cpu", "cuda"),
         )
         self.updates = 0
 

@@ -124,7 +124,7 @@ def describe(
         average = f"{mean} per sample on average, " if mean else ""
         image = f"{vlm.spec.tokens} per image" if vlm.spec.tiling is None else tokens_of(vlm)
         lines.append(("tokens", f"{average}{image}, at most {stage.max_tokens} per sample"))
-        tokens, total = mean or tokens, total_steps(stage, count) if count else None
+        tokens, total = mean or tokens, total_steps(stage, -(-count // stage.batch)) if count else None
     lines.append(("batch", _geometry(stage, world, job)))
     lines.append(("schedule", _schedule(stage, total)))
     square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))

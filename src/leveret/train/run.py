@@ -227,6 +227,7 @@ def _stage(
     from leveret.model.threads import torch_threads
     from leveret.train import best, learning, lora, plan, state
     from leveret.train.loop import Job, Teacher, arrange, as_json, begin
+    from leveret.train.order import order_of
 
     stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +257,7 @@ def _stage(
             f"stages.{name}.learn: {' and '.join(sorted(learns_from_images))} would get no gradient, "
             f"because no sample of {stage.data} has an image"
         )
-    total = total_steps(stage, len(data))
+    total = total_steps(stage, order_of(data, stage, name, seed).per_epoch)
     assert begun.get("total", total) == total or changes.allowed, (
         "the data and the recipe are the same, so are the steps"
     )

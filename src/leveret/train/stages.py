@@ -88,6 +88,11 @@ class StageRecipe(_Strict):
         ge=1,
         description="Samples in one pass on one rank; gradients add up to the batch. All at once when left out.",
     )
+    order: Literal["length", "modality", "random", "llava", "tinyllava", "prismatic"] = Field(
+        "length",
+        description="Which samples make a step: alike in length; the same and each step with images or without; as they "
+        "fall; or as LLaVA and Bunny, TinyLLaVA Factory or Prismatic group them.",
+    )
     schedule: Literal["cosine", "wsd", "constant", "linear"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
     )
@@ -100,6 +105,16 @@ class StageRecipe(_Strict):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null never clips.")
     max_tokens: int = Field(2048, ge=8, description="Longer samples are cut at the right end.")
+    pack: bool | Literal["auto"] = Field(
+        "auto",
+        description="All samples of a pass in one row, none seeing another, instead of one a row with padding. auto: on a "
+        "GPU, where the language model's attention takes such rows as they are.",
+    )
+    recompute: bool = Field(
+        False, description="Gradient checkpointing: the language model's layers are computed again on the way back."
+    )
+    compile: bool = Field(False, description="The language model's layers through torch.compile.")
+    fused: bool = Field(True, description="AdamW in one kernel.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto is bf16 autocast where the hardware computes bf16 natively, else fp32."
     )
@@ -211,6 +226,6 @@ def given(recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"model": model, "stages": stages})
 
 
-def total_steps(stage: StageRecipe, samples: int) -> int:
-    """Optimiser steps of a stage over so many samples."""
-    return stage.steps or math.ceil((stage.epochs or 0) * math.ceil(samples / stage.batch))
+def total_steps(stage: StageRecipe, per_epoch: int) -> int:
+    """Optimiser steps of a stage whose order makes so many of one pass over the data."""
+    return stage.steps or math.ceil((stage.epochs or 0) * per_epoch)

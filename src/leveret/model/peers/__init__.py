@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leveret.model.peers import hfllava, merged, prismatic, tinyllava
+from leveret.model.peers import hfllava, merged, nanovlm, prismatic, tinyllava
 from leveret.model.peers.files import Folder
 from leveret.model.peers.foreign import Foreign, Hub
 from leveret.runs import DataError
@@ -37,6 +37,7 @@ PEERS: dict[str, Peer] = {
     "tinyllava": Peer("TinyLLaVA Factory: tuned, after a stage, or adapters", tinyllava.recognise, tinyllava.read),
     "prismatic": Peer("Prismatic", prismatic.recognise, prismatic.read),
     "hf-llava": Peer("LLaVA as transformers saves it", hfllava.recognise, hfllava.read),
+    "nanovlm": Peer("nanoVLM", nanovlm.recognise, nanovlm.read),
 }
 
 

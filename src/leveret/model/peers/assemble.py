@@ -33,7 +33,7 @@ def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -
     from transformers.initialization import no_init_weights
 
     with quiet():  # about a model type that transformers does not know
-        tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=str(source))
+        tokenizer = _tokenizer(foreign, str(source))
     described, recipe, spoken = _settled(foreign, len(tokenizer))
     tables = dict(foreign.language)
     for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
@@ -70,13 +70,20 @@ def outline(foreign: Foreign) -> VLM:
     """The same on torch's meta device, where the tensors of `foreign` may be too; it has no tokenizer."""
     rows = foreign.facts.vocab
     with suppress(EnvironmentFault), quiet():  # without one the rows are those that were saved
-        rows = len(languages.load_tokenizer(str(foreign.tokenizer)))
+        rows = len(_tokenizer(foreign))
     described, recipe, spoken = _settled(foreign, rows)
     with torch.device("meta"):
         eyes = [towers.build_tower(facts) for facts in described]
         vlm = join(recipe, eyes, languages.build_language(spoken), tokenizer=None)
     _call(vlm, foreign.names)
     return vlm.eval()
+
+
+def _tokenizer(foreign: Foreign, where: str = "model.language.name") -> Any:
+    """The tokenizer, with the tokens that the tool adds; those that it has keep their ids."""
+    tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=where)
+    tokenizer.add_tokens(list(foreign.extra), special_tokens=True)
+    return tokenizer
 
 
 def saved_as(foreign: Foreign) -> torch.dtype:
@@ -126,7 +133,7 @@ def parts_of(facts: TowerFacts, state: State) -> list[Kept]:
     names = tower_keys.to_ours(state, facts.family)
     blocks = {name.removeprefix(family.blocks + ".").split(".")[0] for name in names if name.startswith(family.blocks)}
     found: list[Kept] = ["layers"] if len(blocks) == int(facts.config["num_hidden_layers"]) > facts.depth else []
-    found += ["norm"] if any(name.startswith(family.norm + ".") for name in names) else []
+    found += ["norm"] if not facts.norm and any(name.startswith(family.norm + ".") for name in names) else []
     return found + (["head"] if family.head and any(name.startswith(family.head + ".") for name in names) else [])
 
 

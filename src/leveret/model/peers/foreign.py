@@ -69,6 +69,7 @@ class Foreign:
     cut        whether the tool cuts the token tables to the tokenizer's length when it loads them.
     notes      what was done otherwise than names say, for people.
     eyes       facts of the towers, where the folder itself has them; else they follow from the recipe.
+    extra      special tokens that the tool adds behind the tokenizer's own, in this order.
     newline    [D] what stands at the end of every row of an image's tiles, where there is one.
     """
 
@@ -85,6 +86,7 @@ class Foreign:
     cut: bool = False
     eyes: tuple[TowerFacts, ...] = ()
     newline: Tensor | None = None
+    extra: tuple[str, ...] = ()
 
 
 def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:

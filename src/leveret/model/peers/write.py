@@ -26,6 +26,7 @@ from leveret.model.peers.hfllava import SCALED
 from leveret.model.published import times, write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
+from leveret.records import Tiling
 from leveret.runs import RecipeError
 
 State = dict[str, Tensor]
@@ -97,9 +98,14 @@ def _eye(vlm: VLM, layout: str, families: Mapping[str, str], tiles: Sequence[str
 
 def _check_tiles(vlm: VLM, layout: str, tiles: Sequence[str] = ()) -> None:
     """RecipeError where the model sees tiles, and the layout does not put them together in that way."""
-    if vlm.spec.tiling is not None and vlm.spec.tiling.merge not in tiles:
+    tiling = vlm.spec.tiling
+    merge = tiling.merge if isinstance(tiling, Tiling) else "split, each with a token before it"
+    if tiling is not None and merge not in tiles:
         known = f"puts tiles together as {', '.join(tiles)}" if tiles else "sees every image as one picture"
-        raise RecipeError(f"{layout} {known}, and this model sees tiles (merge {vlm.spec.tiling.merge})")
+        raise RecipeError(f"{layout} {known}, and this model sees tiles (merge {merge})")
+    for tower in vlm.towers.values():
+        if isinstance(tower, Tower) and tower.facts.norm:
+            raise RecipeError(f"{layout} runs no norm behind the tower's last block, as {tower.facts.source} does here")
 
 
 def _newline(vlm: VLM, name: str) -> State:
@@ -185,7 +191,7 @@ def _merged(name: str, types: Mapping[str, str], trained: str) -> Callable[[VLM]
         }
         if tower.facts.s2:
             config["s2_scales"] = ",".join(map(str, tower.facts.s2))
-        if (tiling := vlm.spec.tiling) is not None:
+        if isinstance(tiling := vlm.spec.tiling, Tiling):
             config |= {
                 "image_aspect_ratio": "anyres",
                 "image_grid_pinpoints": [[width, height] for height, width in tiling.grids],
@@ -274,7 +280,7 @@ RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 def _hf_llava(vlm: VLM) -> Written:
     """The spelling that vLLM reads too: `vision_tower.vision_model.*`, `language_model.model.*`, and `architectures` in
     text_config but not in vision_config (ecosystem: llama.cpp would route by it)."""
-    name, tiling = "HF LLaVA", vlm.spec.tiling
+    name, tiling = "HF LLaVA", vlm.spec.tiling if isinstance(vlm.spec.tiling, Tiling) else None
     eyes = {"siglip_vision_model": "transformers", "clip_vision_model": "transformers"}
     tower = _eye(vlm, name, eyes, ("unpad",))
     facts, text = tower.facts, _language_config(vlm)
