@@ -108,7 +108,10 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
     if not (labels[1:] != IGNORE).any():
         raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
     words = sum(len(turn.text.replace(IMAGE_MARK, "").split()) for turn in sample.turns)
-    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words, sample.source)
+    # A record of a mixture may say where it is from.
+    told = sample.meta.get("source")
+    name = told if isinstance(told, str) and 0 < len(told) <= 80 else sample.source
+    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words, name)
 
 
 def _size_of(ref: ImageRef, source: Source, index: int, id: str) -> tuple[int, int]:
