@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_fakes
 from leveret.model.vlm import VLM
 from leveret.runs import DataError, EnvironmentFault, Interrupted, RecipeError, read_jsonl
 from leveret.train import TrainRecipe, state, train
+from train_faults import killed
+
+pytestmark = pytest.mark.resume
 
 LEARN = {
     "connector": {"lr": 5e-3},
@@ -52,7 +56,7 @@ def look(vlm: VLM, step: int) -> dict[str, Any]:
 
 def told(run: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(run / "tune" / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in state.MEASURED} for row in rows]
 
 
 def same(run: Path, whole: Path) -> bool:
@@ -63,17 +67,6 @@ def same(run: Path, whole: Path) -> bool:
         and told(run) == told(whole)
         and read_jsonl(run / "tune" / "validation.jsonl") == read_jsonl(whole / "tune" / "validation.jsonl")
     )
-
-
-def killed(work: Callable[[], Any]) -> int:
-    """Run `work` in a child of this process; the signal it died of, or 0."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
 
 
 def die(*_: Any) -> None:
@@ -90,56 +83,6 @@ def test_kill_9_between_steps_changes_nothing(recipe: TrainRecipe, whole: Path, 
     assert killed(lambda: train(recipe, tmp_path, validators=[look_and_die])) == signal.SIGKILL
     train(recipe, tmp_path, validators=[look])
     assert same(tmp_path, whole)
-
-
-def test_kill_9_at_any_moment_of_a_state_s_writing_leaves_one_to_go_on_from(
-    recipe: TrainRecipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every call that touches the disk while the second state is written, in turn, is the last one of the process."""
-    real = {name: getattr(state, name) for name in ("flush", "write_json", "sync_folder")}
-    real |= {"rmtree": state.shutil.rmtree, "rename": Path.rename, "mkdir": Path.mkdir}
-    moment = 0
-    while True:
-        moment += 1
-        run = tmp_path / str(moment)
-
-        def doomed(moment: int = moment, run: Path = run) -> None:
-            saves, calls, save = [0], [0], state.save
-
-            def counting(name: str) -> Callable[..., Any]:
-                def call(*args: Any, **options: Any) -> Any:
-                    if saves[0] == 2:
-                        calls[0] += 1
-                        if calls[0] == moment:
-                            die()
-                    return real[name](*args, **options)
-
-                return call
-
-            def saving(*args: Any) -> Any:
-                saves[0] += 1
-                done = save(*args)
-                if saves[0] == 2:
-                    die()
-                return done
-
-            for name in ("flush", "write_json", "sync_folder"):
-                setattr(state, name, counting(name))
-            state.shutil.rmtree = counting("rmtree")  # type: ignore[assignment]
-            Path.rename = counting("rename")  # type: ignore[method-assign,assignment]
-            Path.mkdir = counting("mkdir")  # type: ignore[method-assign,assignment]
-            state.save = saving  # type: ignore[assignment]
-            train(recipe, run, validators=[look])
-
-        assert killed(doomed) == signal.SIGKILL
-        left = state.latest(run / "tune" / "state")
-        assert left is not None and state.load(left)[1]["step"] in (3, 6)
-        if moment in (1, 3, 6):  # all are loadable; going on is shown for some
-            train(recipe, run, validators=[look])
-            assert same(run, whole)
-        if left.name == "step-00000006" and not (run / "tune" / "state" / "step-00000003").exists():
-            break  # the old state is gone: the write was over
-    assert moment >= 6
 
 
 def test_sigterm_saves_and_the_same_call_goes_on(recipe: TrainRecipe, whole: Path, tmp_path: Path) -> None:
@@ -208,12 +151,82 @@ def test_another_tokenizer_is_refused(recipe: TrainRecipe, stopped: Path, monkey
         train(recipe, stopped)
 
 
-def test_a_state_that_cannot_be_read_says_so(recipe: TrainRecipe, stopped: Path) -> None:
-    saved = state.latest(stopped / "tune" / "state")
-    assert saved is not None
-    (saved / "state.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(DataError, match=r"cannot be read.*remove it"):
+def test_a_damaged_state_is_named_and_the_one_before_is_used(
+    recipe: TrainRecipe, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def look_and_die(vlm: VLM, step: int) -> dict[str, Any]:
+        if step == 8:
+            die()
+        return look(vlm, step)
+
+    assert killed(lambda: train(recipe, tmp_path, validators=[look_and_die])) == signal.SIGKILL
+    saved = tmp_path / "tune" / "state"
+    assert state.steps(saved) == [3, 6]
+    flip(saved / "step-00000006" / "state.safetensors", -1)
+    train(recipe, tmp_path, validators=[look])
+    said = capfd.readouterr().err
+    assert "step-00000006 is damaged: state.safetensors is not as it was written" in said
+    assert "going on from step-00000003, the one before" in said
+    assert same(tmp_path, whole)
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def test_where_all_states_are_damaged_a_clear_error_says_so(recipe: TrainRecipe, stopped: Path) -> None:
+    flip(stopped / "tune/state/step-00000003/state.safetensors", 50)
+    with pytest.raises(DataError, match=r"step-00000003 is damaged.*no other to go on from: remove .*state"):
         train(recipe, stopped)
+
+
+@given(st.data())
+def test_no_change_of_a_state_s_files_goes_unseen(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Torn, truncated, flipped, longer, emptied, missing, one more: all of it is seen."""
+    folder = tmp_path_factory.mktemp("state")
+    saved = state.save(folder, 1, {"weight.a": torch.arange(5.0)}, {"facts": {"data": "x"}})
+    assert state.fault(saved) == "" and state.latest(folder) == saved
+    file = saved / data.draw(st.sampled_from(["state.safetensors", "state.json", state.SUMS]))
+    how = data.draw(st.sampled_from(["flip", "cut", "longer", "missing", "another"]))
+    content = bytearray(file.read_bytes())
+    if how == "flip":
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    elif how == "cut":
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    elif how == "longer":
+        content += b"\0"
+    file.write_bytes(content)
+    if how == "missing":
+        file.unlink()
+    elif how == "another":
+        (saved / "state-2.safetensors").write_bytes(b"")
+    assert state.fault(saved)
+    with pytest.raises(DataError, match="damaged"):
+        state.latest(folder)
+
+
+def test_a_state_of_an_older_leveret_has_no_hashes_and_is_read(tmp_path: Path) -> None:
+    saved = state.save(tmp_path, 1, {"weight.a": torch.arange(5.0)}, {"facts": {}})
+    facts = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps({key: value for key, value in facts.items() if key != "format"}))
+    (saved / state.SUMS).unlink()
+    assert state.latest(tmp_path) == saved
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_states_are_kept(recipe: TrainRecipe, tmp_path: Path, keep: int) -> None:
+    kept = []
+
+    def count(vlm: VLM, step: int) -> dict[str, Any]:
+        kept.append(state.steps(tmp_path / "tune" / "state"))
+        return {}
+
+    train(changed(recipe, save_every=1, keep_last=keep, validate_every=1), tmp_path, validators=[count])
+    assert kept[1:] == [list(range(max(1, step - keep), step)) for step in range(2, 9)]
 
 
 def test_metrics_are_cut_back_to_the_state(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ app = typer.Typer(
 pool = typer.Typer(help="Look after pools of image-text pairs.", **_OPTIONS)
 world = typer.Typer(help="The drawn world and its tiny backbones.", **_OPTIONS)
 coreset = typer.Typer(help="Coresets that were made.", **_OPTIONS)
+runs = typer.Typer(help="Training runs: finished, stopped, or still going.", **_OPTIONS)
 
 MAKE, LOOK, NOUNS = "Make", "Look and ask", "Look after"
 
@@ -54,6 +55,10 @@ Own = Annotated[
     list[Path] | None,
     typer.Option("--own", help="A Python file that a part of the model is built by: it may run. Also LEVERET_OWN."),
 ]
+AllowChange = Annotated[
+    bool, typer.Option("--allow-change", help="Go on although recipe, data or tokenizer changed; each is noted.")
+]
+Run = Annotated[Path, typer.Argument(help="The folder of a training run.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 EmbedPrecision = Annotated[
     str, typer.Option("--precision", help="Of the encoder: auto (bf16 where native), fp32, bf16.")
@@ -330,6 +335,8 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The run's folder; by default runs/RECIPE.")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be given again.")] = None,
+    track: Annotated[list[str] | None, typer.Option(help="Also tell a dashboard: tensorboard, wandb.")] = None,
+    allow_change: AllowChange = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -338,12 +345,13 @@ def train(
 
     name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
     folder = out or Path("runs", name)
+    given = [*(overrides or []), *([f"track=[{','.join(track)}]"] if track else [])]
     if dry_run and json:
         from leveret.train.plan import facts
 
-        return _report(json, {"out": str(folder), "dry_run": True, "stages": facts(recipe, overrides or [], stage)})
+        return _report(json, {"out": str(folder), "dry_run": True, "stages": facts(recipe, given, stage)})
     with _reporting(json):
-        model = station(recipe, folder, overrides or [], dry_run=dry_run, stages=stage)
+        model = station(recipe, folder, given, dry_run=dry_run, stages=stage, allow_change=allow_change)
     _report(json, {"model": str(model)}, "" if dry_run else f"the model is in {model}")
 
 
@@ -840,6 +848,35 @@ def coreset_verify(
         raise typer.Exit(1)
 
 
+@_verb("report", "leveret.train.report", group=runs)
+def run_report(
+    path: Run,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The page to write; by default report.html in the run's folder.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What is taught, how it goes, and a page with the curves."""
+    from leveret.train.report import show, write_page
+    from leveret.train.story import read
+
+    story = read(path)
+    page = write_page(story, out or path / "report.html")
+    if not json:
+        show(story)
+    _report(json, {"page": str(page), **story.facts()}, f"the page is {page}")
+
+
+@_verb("resume", "leveret.train", group=runs)
+def run_resume(path: Run, allow_change: AllowChange = False, json: Json = False) -> None:
+    """Go on with a run: its own command again, in the folder it was given in."""
+    from leveret.train.story import again
+
+    with _reporting(json):
+        model = again(path, allow_change=allow_change)
+    _report(json, {"model": str(model)}, f"the model is in {model}")
+
+
 @_verb("draw", "leveret.world.write", group=world)
 def world_draw(
     out: Out,
@@ -888,7 +925,7 @@ def world_backbones(
     _report(json, {"out": str(folder), "seed": seed}, f"the backbones are in {folder}")
 
 
-for _group, _name in ((pool, "pool"), (coreset, "coreset"), (world, "world")):
+for _group, _name in ((pool, "pool"), (coreset, "coreset"), (runs, "run"), (world, "world")):
     if _group.registered_commands:
         app.add_typer(_group, name=_name, rich_help_panel=NOUNS)
 

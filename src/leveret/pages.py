@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -264,6 +264,11 @@ def gallery(items: Sequence[tuple[Picture, str, str]], side: int = 240) -> Marku
     return Markup('<ul class="gallery">{}</ul>').format(_join(out, "\n"))
 
 
+def beside(items: Sequence[Markup]) -> Markup:
+    """Charts two beside each other where there is room, one under the other where there is not."""
+    return Markup('<div class="beside">{}</div>').format(_join(items, "\n"))
+
+
 # --- charts ---------------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +391,8 @@ def _axes(
     for value in _ticks(*y, about=4):
         at = height * (1 - (value - y[0]) / ((y[1] - y[0]) or 1))
         grid.append(Markup('<line class="grid" x1="0" x2="100%" y1="{a:.1f}" y2="{a:.1f}"/>').format(a=at))
-        labels.append(Markup('<text x="0" y="{:.1f}">{}</text>').format(at - 4, _number(value)))
+        # On its line; that of a line at the very top below it, where the axis' name does not stand.
+        labels.append(Markup('<text x="0" y="{:.1f}">{}</text>').format(at - 4 if at > 12 else at + 13, _number(value)))
     labels.append(Markup('<line class="axis" x1="0" x2="100%" y1="{h}" y2="{h}"/>').format(h=height))
     for value in _ticks(*x, about=6):
         share = (value - x[0]) / ((x[1] - x[0]) or 1)
@@ -526,14 +532,26 @@ def scatter(
 
 
 def lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], x_name: str = "", y_name: str = "", caption: str = ""
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_name: str = "",
+    y_name: str = "",
+    caption: str = "",
+    faint: Collection[str] = (),
+    zero: bool = False,
 ) -> Markup:
-    """Curves over one axis: name -> [(x, y), ...]. Values that are not finite break a curve."""
+    """Curves over one axis: name -> [(x, y), ...]. Values that are not finite break a curve.
+
+    faint  names of curves that lie thin behind the one after them, in its colour: what that one smooths.
+    zero   the axis begins at 0, for amounts whose changes should not look larger than they are.
+    """
     every = [point for curve in series.values() for point in curve]
     x, y = _spread((p[0] for p in every), 0.0), _spread((p[1] for p in every), 0.06)
+    y = (min(0.0, min((p[1] for p in every), default=0.0)), y[1]) if zero else y
     height = 240
-    curves = []
-    for index, curve in enumerate(series.values()):
+    curves, kinds, colour = [], [], 0
+    for name, curve in series.items():
+        kinds.append(f"l{colour % 8}{' faint' if name in faint else ''}")
+        colour += name not in faint
         path, pen = [], "M"
         for px, py in curve:
             if not (math.isfinite(px) and math.isfinite(py)):
@@ -541,12 +559,13 @@ def lines(
                 continue
             path.append(f"{pen}{1000 * (px - x[0]) / (x[1] - x[0]):.1f} {1000 * (y[1] - py) / (y[1] - y[0]):.1f}")
             pen = "L"
-        curves.append(Markup('<path class="curve l{}" d="{}"/>').format(index % 8, "".join(path)))
+        curves.append(Markup('<path class="curve {}" d="{}"/>').format(kinds[-1], "".join(path)))
     plot = Markup('<svg width="100%" height="{}" viewBox="0 0 1000 1000" preserveAspectRatio="none">{}</svg>').format(
         height, _join(curves)
     )
-    key = '<svg aria-hidden="true"><line class="curve l{i}" x1="0" x2="16" y1="6" y2="6"/></svg>'
-    legend = _legend(list(series), key) if len(series) > 1 else ""
+    key = Markup('<li><svg aria-hidden="true"><line class="curve {}" x1="0" x2="16" y1="6" y2="6"/></svg>{}</li>')
+    keys = _join(key.format(kind, name) for kind, name in zip(kinds, series, strict=True))
+    legend = Markup('<ul class="legend">{}</ul>').format(keys) if len(series) > 1 else ""
     last = [
         [name, len(curve), curve[0][1] if curve else None, curve[-1][1] if curve else None]
         for name, curve in series.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -146,6 +147,36 @@ def sync_folder(folder: str | Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+_DISK = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENODEV", "ENXIO", "ESTALE")
+    if hasattr(errno, name)
+}
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+
+
+@contextlib.contextmanager
+def disk_faults(where: str | Path, mend: str) -> Iterator[None]:
+    """Turn a disk that is full, read-only or broken into an EnvironmentFault that names the file and how to go on.
+
+    Also where a library written in Rust says so in words alone. Other errors pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+        if number is None and (found := _IN_WORDS.search(str(error))):
+            number = int(found[1])
+        if number is None or number not in _DISK:
+            raise
+        told = os.strerror(number).lower()
+        file = getattr(error, "filename", None)
+        words = f"{told}: {file}" if file else told
+        raise EnvironmentFault(f"{where}: the disk failed ({words}). {mend}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -417,6 +448,30 @@ def claim(path: Path) -> None:
     _LOCKS[key] = file
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process, this one too, has claimed the folder. Asking takes no lock, so it disturbs nobody."""
+    if str(path.resolve()) in _LOCKS:
+        return True
+    try:
+        import fcntl
+        import struct
+
+        with open(path / ".lock", "rb+") as file:
+            # struct flock: (type, whence, start, length, pid) on Linux, (start, length, pid, type, whence) on macOS
+            form, place = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi", 0)
+            asked = [0, 0, 0, 0, 0]
+            asked[place] = fcntl.F_WRLCK
+            told = struct.unpack(form, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(form, *asked)))
+            return told[place] != fcntl.F_UNLCK
+    except (ImportError, OSError):
+        return False
+
+
+def _fixed(free: Collection[str], *recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Recipes without the fields that may differ."""
+    return [{key: value for key, value in recipe.items() if key not in free} for recipe in recipes]
+
+
 class RunFolder:
     """A folder that one command fills: its resolved recipe, what it ran on, its metrics, and which steps are done.
 
@@ -451,8 +506,7 @@ class RunFolder:
         recipe_file = path / "recipe.yaml"
         if recipe_file.exists():
             there = yaml.safe_load(recipe_file.read_text("utf-8"))
-            fixed = [{key: value for key, value in one.items() if key not in free} for one in (there, wanted)]
-            cls._check_same(path, kind, *fixed)
+            cls._check_same(path, kind, *_fixed(free, there, wanted))
         else:
             # environment.json alone is what a kill between the two writes below leaves: no stranger.
             known = {"environment.json"}
@@ -468,7 +522,7 @@ class RunFolder:
         return cls(path, kind)
 
     @classmethod
-    def peek(cls, path: str | Path, kind: str, recipe: Mapping[str, Any]) -> list[str]:
+    def peek(cls, path: str | Path, kind: str, recipe: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
         """Which steps are done in a folder, without opening it. RecipeError where `open` would refuse the recipe."""
         import yaml
 
@@ -476,8 +530,24 @@ class RunFolder:
         if not (path / "recipe.yaml").exists():
             return []
         there = yaml.safe_load((path / "recipe.yaml").read_text("utf-8"))
-        cls._check_same(path, kind, there, json.loads(_dumps(recipe)), look=True)
+        cls._check_same(path, kind, *_fixed(free, there, json.loads(_dumps(recipe))), look=True)
         return sorted(mark.stem for mark in (path / "done").glob("*.json"))
+
+    @classmethod
+    def adopt(cls, path: str | Path, kind: str, recipe: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+        """Make another recipe the folder's own, so that `open` takes it; the lines say what differs. For those who were
+        told to go on all the same. Another kind of run is refused as ever."""
+        import yaml
+
+        path = Path(path)
+        if not (path / "recipe.yaml").exists():
+            return []
+        claim(path)
+        there, wanted = yaml.safe_load((path / "recipe.yaml").read_text("utf-8")), json.loads(_dumps(recipe))
+        cls._check_same(path, kind, there, there, look=True)
+        if lines := differences(*_fixed(free, there, wanted)):
+            atomic_write(path / "recipe.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True, width=120))
+        return lines
 
     @staticmethod
     def _check_same(path: Path, kind: str, there: Any, wanted: Any, *, look: bool = False) -> None:

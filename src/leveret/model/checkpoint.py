@@ -30,7 +30,7 @@ from leveret import own
 from leveret.inputs.formats import ChatFormat, bring, find_chat
 from leveret.inputs.reader import end_ids
 from leveret.model import language as languages
-from leveret.model import tower_keys, towers
+from leveret.model import tensors, tower_keys, towers
 from leveret.model.build import join
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
@@ -49,10 +49,9 @@ def save(vlm: VLM, folder: str | Path) -> Path:
     """Writes the model as a folder, replacing one that stands there; returns its path.
 
     Weights keep their type. A reader of `folder` finds the old model or the new one; between two renames, for an
-    instant, none. Adapters must be merged before: ValueError when peft still wraps the language model.
+    instant, none. Adapters must be merged before: ValueError when peft still wraps the language model. OSError when
+    the disk fails; what stood there stays.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if adapters := [name for name in vlm.state_dict() if "lora_" in name]:
         raise ValueError(f"the language model still carries adapters ({adapters[0]}, ..): merge them before saving")
@@ -62,8 +61,7 @@ def save(vlm: VLM, folder: str | Path) -> Path:
         (fresh / "chat_template.jinja").write_text(find_chat(vlm.chat).template, "utf-8")
         for name, reference in own_files(config := config_of(vlm)).items():
             (fresh / name).write_bytes(own.source_of(reference)[1])
-        tensors = {name: tensor.detach().contiguous() for name, tensor in stored(vlm)}
-        save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
+        tensors.write(fresh / "model.safetensors", dict(stored(vlm)), {"format": "pt"})
         (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     return folder
 
@@ -353,5 +351,7 @@ def _replace(folder: Path, fresh: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-    _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

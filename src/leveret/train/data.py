@@ -89,6 +89,7 @@ class _Text:
     labels: np.ndarray
     visual: np.ndarray
     words: int
+    source: str = ""
 
 
 def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: ImageSpec, max_tokens: int) -> _Text:
@@ -107,7 +108,10 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
     if not (labels[1:] != IGNORE).any():
         raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
     words = sum(len(turn.text.replace(IMAGE_MARK, "").split()) for turn in sample.turns)
-    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words)
+    # A record of a mixture may say where it is from.
+    told = sample.meta.get("source")
+    name = told if isinstance(told, str) and 0 < len(told) <= 80 else sample.source
+    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words, name)
 
 
 def _size_of(ref: ImageRef, source: Source, index: int, id: str) -> tuple[int, int]:
@@ -312,7 +316,10 @@ def _write(
         np.save(folder / f"{name}.npy", array)
         flush(folder / f"{name}.npy")
     refs = [asdict(ref) for ref in sorted(rows, key=rows.__getitem__)]
-    write_json(folder / "meta.json", {**more, "ids": [text.id for text in texts], "refs": refs})
+    names = sorted({text.source for text in texts})
+    of = {name: number for number, name in enumerate(names)}
+    told = {"sources": names, "source": [of[text.source] for text in texts] if len(names) > 1 else []}
+    write_json(folder / "meta.json", {**more, **told, "ids": [text.id for text in texts], "refs": refs})
 
 
 class Prepared:
@@ -337,6 +344,12 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def shares(self, rows: Sequence[int]) -> dict[str, int]:
+        """How many of the samples come from which source; nothing where all data have one."""
+        numbers = self.meta.get("source") or ()
+        names = self.meta.get("sources", ())
+        return dict(sorted(Counter(names[numbers[row]] for row in rows).items())) if numbers else {}
 
     def batch(self, rows: Sequence[int], spec: ImageSpec, packed: bool = False) -> tuple[Batch, Failed]:
         """A batch of samples, one a row and padded on the right, or all in one row; features where they are cached,

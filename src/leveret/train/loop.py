@@ -30,7 +30,6 @@ from leveret.records import Batch
 from leveret.runs import (
     DataError,
     Interrupted,
-    Progress,
     RecipeError,
     append_jsonl,
     graceful_stop,
@@ -38,7 +37,7 @@ from leveret.runs import (
     read_jsonl,
     stop_requested,
 )
-from leveret.train import state
+from leveret.train import best, state
 from leveret.train.data import Failed, Prepared
 from leveret.train.learning import ready, set_resize, teach_mode
 from leveret.train.optim import Optimiser, Trainable
@@ -47,6 +46,7 @@ from leveret.train.sharing import Sharing, held
 from leveret.train.stages import StageRecipe, TrainRecipe
 from leveret.train.starts import begin
 from leveret.train.strategy import Model, Replicated, Sharded, idle
+from leveret.train.watch import Watch, peak_memory
 
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 Validator = Callable[["VLM", int], dict[str, Any]]
 
-LOSS, STOP, FAILED, EXTRA = 0, 1, 2, 3
+LOSS, STOP, FAILED, POSITIONS, EXTRA = 0, 1, 2, 3, 4
 """Places behind the gradients in the flat buffer, and how many there are."""
 
 
@@ -151,6 +151,7 @@ class Teacher:
         self.resumed: dict[str, Any] = {}
         self.order = order_of(data, stage, job.stage, job.seed)
         self.step = self.skipped = self.failed = self.seen = 0
+        self.waited = 0.0
         if job.resume is not None:
             self._restore(Path(job.resume))
 
@@ -172,7 +173,11 @@ class Teacher:
         missing = self.optimiser.names(facts["updates"]) ^ set(tensors)
         if missing:
             raise DataError(f"the saved state {saved} does not fit this stage: {', '.join(sorted(missing)[:10])}")
-        self.optimiser.restore(self.strategy.share(tensors), facts["updates"])
+        shares = self.strategy.share(tensors)
+        odd = [t.name for t in self.optimiser.trainables if shares[f"weight.{t.name}"].shape != t.value.shape]
+        if odd:
+            raise DataError(f"the saved state {saved} does not fit this stage: of another shape {', '.join(odd[:10])}")
+        self.optimiser.restore(shares, facts["updates"])
         there, now = held(facts["facts"]), held(self.job.facts)
         if there != now:
             self.resumed = {"resumed": {"from": there, "now": now}}
@@ -199,6 +204,16 @@ class Teacher:
                 coming = pool.submit(self._batches, step + 1) if step + 1 < self.job.total else None
                 yield batches
 
+    def _timed(self, batches: Iterator[list[tuple[Batch, Failed]]]) -> Iterator[list[tuple[Batch, Failed]]]:
+        """The same batches; `waited` tells how long the last one was waited for."""
+        while True:
+            began = time.perf_counter()
+            found = next(batches, None)
+            if found is None:
+                return
+            self.waited = time.perf_counter() - began
+            yield found
+
     def _gradients(self, batches: Sequence[tuple[Batch, Failed]], weight: float) -> None:
         """Gradients of this rank's share, into the flat buffer."""
         optimiser = self.optimiser
@@ -213,6 +228,7 @@ class Teacher:
                 if loss.requires_grad:  # not so when only the connector learns and no sample of the pass has an image
                     self.strategy.backward(loss)
             optimiser.extra[LOSS] += loss.detach().to(optimiser.extra.device)
+            optimiser.extra[POSITIONS] += batch.input_ids.numel()
 
     def _one(self, batches: Sequence[tuple[Batch, Failed]]) -> dict[str, Any]:
         """One step of all ranks; returns what metrics.jsonl gets."""
@@ -226,7 +242,7 @@ class Teacher:
         if self.leads and stop_requested():
             optimiser.extra[STOP] += 1
         norm = float(optimiser.clip(self.strategy.exchange(optimiser)))
-        loss, stop, bad = optimiser.extra.tolist()
+        loss, stop, bad, positions = optimiser.extra.tolist()
         row: dict[str, Any] = {"step": self.step + 1, "loss": loss, "lr": optimiser.rates(self.step, self.job.total)}
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped += 1
@@ -240,7 +256,9 @@ class Teacher:
         self.failed += int(bad)
         self.seen += len(rows)
         self.stop = stop > 0
-        return row | {"samples": len(rows), "tokens": int(self.data.lengths[rows].sum()), "supervised": supervised}
+        row |= {"samples": len(rows), "tokens": int(self.data.lengths[rows].sum()), "positions": int(positions)}
+        sources = self.data.shares(rows)
+        return row | {"supervised": supervised, **({"sources": sources} if sources else {})}
 
     def _check_parts(self, rows: Sequence[int]) -> None:
         """A part that learns must get a gradient; with images in the batch, all of them do."""
@@ -257,42 +275,37 @@ class Teacher:
     def run(self) -> None:
         """All steps that are left. Interrupted after a state was saved; DataError when too much of the data is bad."""
         with contextlib.ExitStack() as stack:
-            validation: state.Metrics | None = None
             if self.leads:
                 stack.enter_context(graceful_stop())
-                metrics = state.Metrics(self.folder / "metrics.jsonl", self.step)
-                stack.callback(metrics.close)
-                validation = state.Metrics(self.folder / "validation.jsonl", self.step) if self.validators else None
-                total = self.order.seen(self.job.total) - self.order.seen(self.step)
-                progress = stack.enter_context(Progress(total, self.job.stage, "samples"))
+                left = self.order.seen(self.job.total) - self.order.seen(self.step)
+                validates = bool(self.validators)
+                watch = stack.enter_context(Watch(self.job, self.stage, self.folder, self.step, left, validates))
+                best.settle(self.folder, self.stage.keep_best, state.steps(self.folder / "state"))
             saved, began = self.step, time.perf_counter()
-            for batches in self._ahead():
+            for batches in self._timed(self._ahead()):
                 row = self._one(batches) | self.resumed
                 self.resumed = {}
                 if self.leads:
-                    now = time.perf_counter()
-                    row["seconds"], began = round(now - began, 4), now
-                    metrics.log(**row)
-                    progress.advance(
-                        row["samples"], step=f"{self.step}/{self.job.total}", loss=row["loss"],
-                        **{"tokens/s": row["tokens"] / row["seconds"] if row["seconds"] else 0.0},
-                        **({"skipped": self.skipped} if self.skipped else {}),
-                        **({"failed": self.failed} if self.failed else {}),
-                    )  # fmt: skip
+                    row["seconds"], row["waiting"] = round(time.perf_counter() - began, 4), round(self.waited, 4)
+                    watch.log(row | {"memory": peak_memory(self.job.device)}, skipped=self.skipped, failed=self.failed)
                 self._judge(row)
                 last = self.step == self.job.total
                 every = self.stage.validate_every
-                if self.job.validates and (last or (every and self.step % every == 0)):
+                validates = self.job.validates and (last or bool(every and self.step % every == 0))
+                if validates:
                     model = self.strategy.whole()
-                    if validation is not None and model is not None:
-                        self._validate(validation, model[0])
+                    if self.leads and model is not None:
+                        watch.validated(self.step, self._validate(model[0]))
                     self.strategy.looked()
-                if self.stop or last or self.step % self.stage.save_every == 0:
+                # The best model is one of the saved states, so that there is one at every validation.
+                saves = self.step % self.stage.save_every == 0 or (validates and self.stage.keep_best is not None)
+                if self.stop or last or saves:
                     tensors = self.strategy.gather(self.optimiser.tensors())
                     if self.leads:
-                        metrics.flush()
+                        watch.flush()
                         self._save(tensors)
-                        saved = self.step
+                    saved = self.step
+                began = time.perf_counter()
                 if self.stop and not last:
                     raise Interrupted(
                         f"stage {self.job.stage!r} stopped after step {saved} of {self.job.total}, which is saved; "
@@ -322,21 +335,29 @@ class Teacher:
                 f"{self.stage.bad_share} allows. {self._failures()}"
             )
 
-    def _validate(self, log: state.Metrics, vlm: VLM) -> None:
+    def _validate(self, vlm: VLM) -> dict[str, Any]:
+        """What all validators give; of texts all of them."""
         vlm.eval()
         found: dict[str, Any] = {}
         for validator in self.validators:
-            found |= validator(vlm, self.step)
+            given = validator(vlm, self.step)
+            texts = [*found.get("texts", ()), *given.get("texts", ())]
+            found |= given | ({"texts": texts} if texts else {})
         teach_mode(vlm, self.stage)
-        log.log(step=self.step, **found)
-        log.flush()
+        return found
 
     def _save(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the state of this step; of the others the last few stay, and what is best as they know it."""
         facts = {
             "updates": self.optimiser.updates, "skipped": self.skipped, "failed": self.failed, "seen": self.seen,
             "total": self.job.total, "facts": self.job.facts,
         }  # fmt: skip
-        state.save(self.folder / "state", self.step, tensors, facts)
+        folder = self.folder / "state"
+        state.save(folder, self.step, tensors, facts)
+        # Those of later steps are of a way that was left when the run went on from before them.
+        kept = [step for step in state.steps(folder) if step <= self.step][-self.stage.keep_last :]
+        best.settle(self.folder, self.stage.keep_best, kept)
+        state.prune(folder, kept)
 
 
 def as_json(job: Job) -> dict[str, Any]:

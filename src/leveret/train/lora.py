@@ -110,6 +110,12 @@ def merge(module: nn.Module) -> None:
                 delattr(part, leftover)
 
 
+def merge_all(vlm: VLM) -> None:
+    """The same in every part of a model."""
+    for module in (vlm.towers, vlm.connector, vlm.language):
+        merge(module)
+
+
 def finish(
     vlm: VLM, stage: StageRecipe, trainables: Sequence[Trainable], folder: Path, base: str, laid: Collection[str] = ()
 ) -> None:
@@ -137,8 +143,7 @@ def finish(
         save(vlm.connector, lora["connector"], folder / "adapter-connector", base)
     if "language" in lora:
         save(vlm.language, lora["language"], folder / "adapter", base, "CAUSAL_LM")
-    for module in (vlm.towers, vlm.connector, vlm.language):
-        merge(module)
+    merge_all(vlm)
     if "language" in lora and (rest or stage.resize):
         _save_rest({name: x for name, x in vlm.named_parameters() if name in rest}, folder / "adapter", stage.resize)
 

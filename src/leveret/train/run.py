@@ -2,10 +2,14 @@
 
 What lies in a run folder:
 RUN/recipe.yaml environment.json            what is done, and on what
+RUN/command.json changes.jsonl              the last command; what changed under the run (changes.py)
+RUN/STAGE/stage.json                        what is taught, on which data: the table of parts, refused samples
 RUN/STAGE/cache/                            the stage's data, prepared (removed when the stage is done)
 RUN/STAGE/quarantine.jsonl                  samples that cannot be used, with reasons
-RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation
+RUN/STAGE/metrics.jsonl validation.jsonl    one line per step; one line per validation (watch.py)
+RUN/STAGE/samples.jsonl held-out/           answers to held-out questions at each validation (held_out.py)
 RUN/STAGE/state/step-N/                     weights that learn, moments, step (removed when the stage is done)
+RUN/STAGE/best/                             the best model by `keep_best` (best.py)
 RUN/STAGE/model/ adapter/ done              the stage's model; adapters in PEFT's format, and what else learned; facts
 RUN/STAGE/adapter-NAME/                     adapters of a tower, or of the connector
 RUN/model/                                  the last stage's model
@@ -14,8 +18,9 @@ RUN/model/                                  the last stage's model
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +30,7 @@ from leveret.runs import (
     RecipeError,
     RunFolder,
     closest,
+    disk_faults,
     graceful_stop,
     read_json,
     sha256_of,
@@ -36,6 +42,8 @@ from leveret.train.stages import FREE, StageRecipe, TrainRecipe, binding, given,
 if TYPE_CHECKING:
     from leveret.model.vlm import VLM
     from leveret.pool.base import Source
+    from leveret.train.changes import Changes
+    from leveret.train.held_out import Some
     from leveret.train.loop import Validator
     from leveret.train.ranks import Ranks
 
@@ -59,6 +67,7 @@ def train(
     dry_run: bool = False,
     validators: Sequence[Validator] = (),
     stages: Sequence[str] | None = None,
+    allow_change: bool = False,
 ) -> Path:
     """Teach a model as the recipe says, in the run folder `out`; returns the folder of the final model.
 
@@ -68,31 +77,51 @@ def train(
     dry_run     print what would be done, with real sizes but without weights, and return `out`; data may be missing.
     validators  called as `validator(vlm, step) -> dict` at every stage's end, and every `validate_every` steps.
     stages      only these (in the recipe's order); those before them must be done.
+    allow_change  go on although the recipe, data or tokenizer changed; each change is told and kept in changes.jsonl.
 
     Raises RecipeError (also when the recipe, tokenizer or starting model changed since the run was begun), DataError
     (data missing, changed, or too much of it bad; loss not finite too often), Interrupted after SIGTERM or Ctrl-C
     with the state saved, EnvironmentFault when a worker process or the disk fails.
     """
-    recipe = read(recipe, overrides)
+    mend = "What was saved before stands: mend the disk or free some space, and run the same command again to go on."
+    with disk_faults(out, mend):
+        return _train(read(recipe, overrides), Path(out), dry_run, validators, stages, allow_change)
+
+
+def _train(
+    recipe: TrainRecipe,
+    out: Path,
+    dry_run: bool,
+    validators: Sequence[Validator],
+    stages: Sequence[str] | None,
+    allow_change: bool,
+) -> Path:
     chosen = choose(recipe, stages)
     if dry_run:
         from leveret.train.plan import plan, show
 
         show(plan(recipe, chosen))
-        return Path(out)
+        return out
+    from leveret.train import held_out, starts, track
     from leveret.train import ranks as members
-    from leveret.train import starts
+    from leveret.train.changes import Changes
 
-    out = Path(out)
     final = out / "model" if chosen[-1] == list(recipe.stages)[-1] else out / chosen[-1] / "model"
     if members.under_torchrun():
         members.follow_torchrun()
         return final
+    track.check(recipe.track)
     sources = open_sources(recipe, chosen)
     starts.look(recipe, chosen)
-    run = RunFolder.open(out, "train", binding(recipe.model_dump(mode="json")), FREE)
+    others = {name: held_out.open_held_out(recipe.stages[name], name, sources[name]) for name in chosen}
+    whole = recipe.model_dump(mode="json")
+    changes = Changes(out, allow_change)
+    changes.recipe(binding(whole))
+    run = RunFolder.open(out, "train", binding(whole), FREE)
+    _sweep(run.path)
+    write_json(run.path / "command.json", {"recipe": whole, "stages": stages, "folder": str(Path.cwd())})
     for name in chosen:
-        _still_same(run.path, recipe, name, sources[name])
+        _still_same(run.path, recipe, name, sources[name], changes)
     todo = [name for name in chosen if not (run.path / name / "done").exists()]
     if todo:
         import torch
@@ -105,7 +134,10 @@ def train(
         share = max(1, torch.get_num_threads() // world) if "TORCHELASTIC_RUN_ID" not in os.environ else 1
         with graceful_stop(), members.Ranks.lead(world) as ranks:
             for name in todo:
-                _stage(run.path, recipe, name, sources[name], ranks, device, precision[name], share, validators)
+                _stage(
+                    run.path, recipe, name, sources[name], others[name], ranks, device, precision[name], share,
+                    validators, changes,
+                )  # fmt: skip
     if final.parent == out:
         _link(out / chosen[-1] / "model", final)
     return final
@@ -135,17 +167,16 @@ def open_sources(recipe: TrainRecipe, chosen: Sequence[str]) -> dict[str, Source
     return sources
 
 
-def _still_same(run: Path, recipe: TrainRecipe, name: str, source: Source) -> None:
+def _still_same(run: Path, recipe: TrainRecipe, name: str, source: Source, changes: Changes) -> None:
     """A finished stage stands only while its data does, and what it was started from."""
     from leveret.train.starts import of_stage
-    from leveret.train.state import refuse_change
 
     if (run / name / "done").exists():
         old = read_json(run / name / "done")["facts"]
         now = {**old, "data": source.fingerprint()}
         if of_stage(recipe, name):
             now["start"] = _begun_from(recipe, name, _start(run, recipe, name))
-        refuse_change(run / name, old, now)
+        changes.stage(run / name, old, now, None)
 
 
 def _begun_from(recipe: TrainRecipe, name: str, start: Path | None) -> str:
@@ -153,6 +184,16 @@ def _begun_from(recipe: TrainRecipe, name: str, start: Path | None) -> str:
     from leveret.train.starts import fingerprint
 
     return fingerprint(recipe, name, sha256_of(start / "model.safetensors") if start else "backbones")
+
+
+_HALF_DONE = re.compile(r"\.writing-.*|\..*\.(tmp|new|old)|\..*-(writing|linking)")
+
+
+def _sweep(run: Path) -> None:
+    """Remove what a killed process was writing under temporary names. The folder is this process's own by now."""
+    for path in sorted(run.rglob(".*"), reverse=True):
+        if _HALF_DONE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def resolve_device(recipe: TrainRecipe) -> str:
@@ -187,16 +228,18 @@ def _stage(
     recipe: TrainRecipe,
     name: str,
     source: Source,
+    other: Some | None,
     ranks: Ranks,
     device: str,
     precision: str,
     share: int,
     validators: Sequence[Validator],
+    changes: Changes,
 ) -> None:
-    """One stage from wherever it stands to its end."""
+    """One stage from wherever it stands to its end. other: its held-out samples."""
     from leveret.model import checkpoint
     from leveret.model.threads import torch_threads
-    from leveret.train import learning, lora, plan, starts, state
+    from leveret.train import best, learning, lora, plan, starts, state
     from leveret.train.loop import Job, Teacher, arrange, as_json, begin
     from leveret.train.order import order_of
 
@@ -221,9 +264,9 @@ def _stage(
         "sharing": sharing.to_dict(),
     }
     resume = state.latest(folder / "state")
-    if resume is not None:
-        state.refuse_change(folder, read_json(resume / "state.json")["facts"], facts)
-    resumed_total = None if resume is None else read_json(resume / "state.json")["total"]
+    begun = {} if resume is None else read_json(resume / "state.json")
+    if begun:
+        changes.stage(folder, begun["facts"], facts, begun["step"])
     seed = recipe.seed if stage.seed is None else stage.seed
     trainables = arrange(vlm, stage, seed, name, device, precision)
     data = _data(vlm, stage, folder, source, device, precision, facts)
@@ -234,13 +277,23 @@ def _stage(
             f"because no sample of {stage.data} has an image"
         )
     total = total_steps(stage, order_of(data, stage, name, seed).per_epoch)
-    assert resumed_total in (None, total), "the data and the recipe are the same, so the steps are"
+    assert begun.get("total", total) == total or changes.allowed, (
+        "the data and the recipe are the same, so are the steps"
+    )
+    if other is not None:
+        validators = [*validators, _held_out(vlm, stage, folder, other, device, precision, facts)]
+    if stage.keep_best is not None and not validators:
+        raise RecipeError(
+            f"stages.{name}.keep_best: nothing validates this stage, so no model is the best; give it `held_out` data"
+        )
     job = Job(
         recipe=recipe.model_dump(mode="json"), stage=name, folder=str(folder), start=str(start) if start else None,
         total=total, resume=str(resume) if resume else None, precision=precision, device=device, threads=share,
         facts=facts, sharing=sharing.to_dict(), validates=bool(validators),
     )  # fmt: skip
-    plan.show_stage(plan.describe(vlm, name, stage, data=data, total=total, job=job, world=ranks.world))
+    told = plan.describe(vlm, name, stage, data=data, total=total, job=job, world=ranks.world)
+    plan.show_stage(told)
+    write_json(folder / "stage.json", _facts(told, data, source, total))
     ranks.tell(as_json(job))
     with torch_threads(share):
         teacher = Teacher(job, stage, vlm, trainables, data, ranks, validators)
@@ -250,9 +303,48 @@ def _stage(
         vlm.eval()
         lora.finish(vlm, stage, trainables, folder, *starts.base_of(recipe, name, start))
         checkpoint.save(vlm, folder / "model")
-    write_json(folder / "done", {"stage": name, "steps": total, "facts": facts})
-    shutil.rmtree(folder / "state", ignore_errors=True)
-    shutil.rmtree(folder / "cache", ignore_errors=True)
+        done: dict[str, Any] = {"stage": name, "steps": total, "facts": facts}
+        if stage.keep_best is not None:
+            del vlm, trainables, told  # the best model takes their place in memory
+
+            def again() -> Any:
+                fresh = begin(recipe, start, device, name)
+                return fresh, arrange(fresh, stage, seed, name, device, precision), lambda: lora.merge_all(fresh)
+
+            done["best"] = best.finish(folder, stage.keep_best, total, again)
+    write_json(folder / "done", done)
+    for spent in (folder / "state", folder / "cache", folder / "held-out" / "cache"):
+        shutil.rmtree(spent, ignore_errors=True)
+    state.prune(folder / "best", ())
+
+
+def _facts(told: Any, data: Any, source: Source, total: int) -> dict[str, Any]:
+    """What a run's page says of a stage: the table of parts, the notes under it, and what the data came to."""
+    from dataclasses import asdict
+
+    return {
+        "steps": total,
+        "parts": [asdict(part) for part in told.parts],
+        "notes": dict(told.lines),
+        "samples": len(data),
+        "refused": data.meta.get("reasons", {}),
+        "source": source.name,
+    }
+
+
+def _held_out(
+    vlm: VLM, stage: StageRecipe, folder: Path, other: Some, device: str, precision: str, facts: Mapping[str, Any]
+) -> Validator:
+    """The validator of the stage's held-out samples."""
+    from leveret.train.held_out import HeldOut
+    from leveret.train.loop import autocast
+
+    here = folder / "held-out"
+    bound = {**facts, "data": other.fingerprint()}
+    return HeldOut(
+        stage, other, _data(vlm, stage, here, other, device, precision, bound), here,
+        lambda: autocast(device, precision),
+    )  # fmt: skip
 
 
 def _data(

@@ -80,6 +80,26 @@ class Learn(_Strict):
     )
 
 
+class KeepBest(_Strict):
+    """Which of a stage's models is the best one."""
+
+    metric: str = Field(
+        min_length=1,
+        description="What a validation gives; `loss` with held_out. a.b means b in a.",
+    )
+    mode: Literal["min", "max"] = Field("min", description="Whether a small or a large value is good.")
+
+
+class HeldOut(_Strict):
+    """Samples the stage does not learn from: their loss and the answers to a few of them, at each validation."""
+
+    data: str = Field(description="As the stage's data; it must hold none of that.")
+    images: str | None = Field(None, description="Root of the images; the folder of the data when left out.")
+    count: int = Field(64, ge=1, description="Samples the loss is taken over, spread evenly over the data.")
+    answers: int = Field(4, ge=0, description="So many of them are answered, into samples.jsonl.")
+    max_answer: int = Field(64, ge=1, description="Longest answer, in tokens.")
+
+
 class StageRecipe(_Strict):
     """One stage: its data, what learns, and how long."""
 
@@ -143,6 +163,11 @@ class StageRecipe(_Strict):
         description="A frozen tower sees each image once and its features stay on disk. No effect when vision learns.",
     )
     save_every: int = Field(200, ge=1, description="Steps between saved states.")
+    keep_last: int = Field(2, ge=1, description="Saved states that are kept: a damaged one is passed over.")
+    keep_best: KeepBest | None = Field(
+        None, description="Also keep the model of the best validation, in STAGE/best/model."
+    )
+    held_out: HeldOut | None = Field(None, description="Samples to validate with; nothing is learned from them.")
     validate_every: int | None = Field(
         None, ge=1, description="Steps between validations; at the end only when left out."
     )
@@ -224,6 +249,10 @@ class TrainRecipe(_Strict):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU when there is one.")
 
+    track: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="Dashboards that get what metrics.jsonl gets (pip install 'leveret[track]')."
+    )
+
     @field_validator("stages", mode="before")
     @classmethod
     def _left_out(cls, stages: Any) -> Any:
@@ -254,7 +283,7 @@ def averaged(recipe: TrainRecipe) -> str | None:
 RESERVED = ("model", "done", "recipe", "metrics")
 """Names a run folder already uses."""
 
-HARMLESS = ("save_every", "validate_every", "bad_steps", "bad_share")
+HARMLESS = ("save_every", "keep_last", "keep_best", "held_out", "validate_every", "bad_steps", "bad_share")
 """Stage fields that may change between a stop and a resume: they do not move a single bit of the result."""
 
 FREE = ("ranks", "parallel")
@@ -268,7 +297,7 @@ def binding(recipe: dict[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in stage.items() if key not in HARMLESS}
         for name, stage in recipe["stages"].items()
     }
-    return {**{key: value for key, value in recipe.items() if key != "average"}, "stages": stages}
+    return {key: value for key, value in recipe.items() if key not in ("average", "track")} | {"stages": stages}
 
 
 def given(recipe: TrainRecipe) -> TrainRecipe:
