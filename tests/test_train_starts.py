@@ -169,8 +169,8 @@ def test_backbones_of_other_settings_are_refused_though_their_shapes_fit(
 
 def test_a_start_that_is_not_there_is_told_before_anything_is_computed(data: Path, tmp_path: Path) -> None:
     stages: dict[str, Any] = {
-        "one": {"start": {"from": "nowhere/at/all"}},
-        "two": {"start": {"from": "nor/there/either", "parts": ["vision"]}},
+        "one": {"start": {"from": "./nowhere/at/all"}},
+        "two": {"start": {"from": "./nor/there/either", "parts": ["vision"]}},
     }
     with pytest.raises(DataError, match=r"(?s)stages\.one\.start\.from: .*nowhere.*stages\.two\.start\.from: .*nor/th"):
         train(train_fakes.recipe(data, stages), tmp_path / "run")
