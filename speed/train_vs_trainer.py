@@ -7,6 +7,7 @@ The Trainer is given its images as tensors in memory; leveret decodes its own fr
 Each further arm is leveret with one of its tricks switched off. The first steps of a run are not counted.
 
     python speed/train_vs_trainer.py [--stage tune align] [--rounds 5] [--precision bf16] [--arms leveret trainer ...]
+    python speed/train_vs_trainer.py --memory
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +33,9 @@ TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "
 LANGUAGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
 WORDS, SIZE, PATCH, BATCH, WARM = 16_384, 224, 16, 16, 3
 LEARNS = {"tune": ("connector", "language"), "align": ("connector",)}
-RATE = 1e-3
+RATE, CHAT = 1e-3, "vicuna_v1"
+TEMPLATE = 29
+"""Tokens that the chat format adds to what is said."""
 
 
 def write_parts(folder: Path, samples: int) -> None:
@@ -57,8 +61,9 @@ def write_parts(folder: Path, samples: int) -> None:
         picture = noise.integers(0, 255, (14, 14, 3), dtype=np.uint8)
         Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
         length = rng.randint(40, 180)
-        answer = max(4, round(length * 0.55))
-        said = [" ".join(f"w{rng.randint(0, 9999)}" for _ in range(many)) for many in (length - answer, answer)]
+        answer = max(4, round(length * 0.5))
+        many = (max(1, length - answer - TEMPLATE), answer)
+        said = [" ".join(f"w{rng.randint(0, 9999)}" for _ in range(words)) for words in many]
         turns = [{"from": "human", "value": "<image>\n" + said[0]}, {"from": "gpt", "value": said[1]}]
         records.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records), "utf-8")
@@ -70,10 +75,10 @@ def ours(folder: Path, stage: str, steps: int, precision: str, **changes: Any) -
     from leveret.train.stages import TrainRecipe
 
     recipe = TrainRecipe.model_validate({
-        "name": "speed", "ranks": 1, "device": "cpu",
+        "name": "speed", "ranks": changes.pop("_ranks", 1), "device": "cpu",
         "model": {
             "vision": {"tower": str(folder / "tower"), "layer": -1}, "connector": {"kind": "mlp2x_gelu"},
-            "language": {"name": str(folder / "language")}, "chat": "vicuna_v1",
+            "language": {"name": str(folder / "language")}, "chat": CHAT,
         },
         "stages": {stage: {
             "data": str(folder / "data.json"), "learn": {part: {"lr": RATE} for part in LEARNS[stage]}, "steps": steps,
@@ -132,23 +137,31 @@ _MEMORY: list[dict[str, Any]] = []
 
 
 def in_memory(folder: Path) -> Any:
-    """The same samples for the Trainer: ids and labels as the vicuna template makes them, pixels ready."""
+    """The same samples for the Trainer, id for id, their pixels ready."""
     from transformers import AutoTokenizer
 
     from leveret.images import load
-    from leveret.inputs.resize import prepare
-    from leveret.records import ImageRef, TowerView
+    from leveret.inputs import encode, prepare
+    from leveret.pool import open_source
+    from leveret.records import ImageSpec, TowerView
 
     if not _MEMORY:
         tokenizer = AutoTokenizer.from_pretrained(folder / "language")
-        view = TowerView("tower", SIZE, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-        for record in json.loads((folder / "data.json").read_text("utf-8")):
-            asked, said = (turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
-            image = load(ImageRef(str(folder / record["image"])))
-            head = [1, 5] + [4] * (SIZE // PATCH) ** 2 + tokenizer.encode(asked + " ASSISTANT:")
-            tail = [*tokenizer.encode(said), 2]
-            pixels = torch.from_numpy(prepare(image, view))
-            _MEMORY.append({"ids": head + tail, "labels": [-100] * len(head) + tail, "pixels": pixels})
+        view = TowerView("tower", SIZE)
+        spec = ImageSpec((view,), (SIZE // PATCH) ** 2)
+        source = open_source(folder / "data.json")
+        for number in range(len(source)):
+            sample = source.sample(number)
+            encoded = encode(sample.turns, CHAT, tokenizer, spec, [(SIZE, SIZE)])
+            ids = [4 if image else token for token, image in zip(encoded.input_ids, encoded.image_mask, strict=True)]
+            pixels = torch.from_numpy(prepare(load(sample.images[0]), view))
+            _MEMORY.append({"ids": ids, "labels": encoded.labels, "pixels": pixels})
+        texts = [len(row["ids"]) - spec.tokens for row in _MEMORY]
+        learned = sum(label != -100 for row in _MEMORY for label in row["labels"])
+        print(
+            f"texts of {min(texts)} to {max(texts)} tokens; {learned / sum(len(row['ids']) for row in _MEMORY):.0%} of "
+            "all positions are learned from", file=sys.stderr,
+        )  # fmt: skip
     return _MEMORY
 
 
@@ -185,7 +198,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--arms", nargs="+")
+    parser.add_argument("--memory", action="store_true", help="peak memory of either, in a process of its own")
     given = parser.parse_args()
+    if given.memory:
+        for stage, arm in ((stage, arm) for stage in given.stage for arm in ("trainer", "leveret")):
+            alone = ["--stage", stage, "--arms", arm, "--rounds", "1", "--precision", given.precision]
+            out = subprocess.run([sys.executable, __file__, *alone], capture_output=True, text=True, check=True).stdout
+            print(f"{stage}, {arm}: {out.strip().splitlines()[-1].strip()}")
+        return
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -212,15 +232,8 @@ def every_row(language: Any, rows: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_attention(language: Any) -> Iterator[bool]:
+def own_attention(language: Any, packed: bool = False) -> Iterator[bool]:
     yield False
-
-
-def random_batches(lengths: Any, batch: int, seed: int, epoch: int) -> list[list[int]]:
-    from leveret.pool.order import order
-
-    drawn = order(len(lengths), seed, epoch).tolist()
-    return [drawn[at : at + batch] for at in range(0, len(drawn), batch)]
 
 
 def compare(folder: Path, stage: str, given: Any) -> None:
@@ -240,10 +253,12 @@ def compare(folder: Path, stage: str, given: Any) -> None:
     arms: dict[str, Callable[[], float]] = {
         "trainer": lambda: theirs(folder, stage, steps, precision),
         "leveret": run,
+        "leveret, two ranks of one thread": lambda: run(_ranks=2),
         "- kept features": lambda: run(cache_features=False),
         "- output only where supervised": off("leveret.model.vlm", "only_rows", every_row),
         "- last layer only there": off("leveret.model.rows", "last_of", lambda language: []),
-        "- rows of like length": off("leveret.train.data", "plan", random_batches),
+        "- rows of like length": lambda: run(order="random"),
+        "- AdamW in one kernel": lambda: run(fused=False),
         "- attention in blocks": off("leveret.train.loop", "trained_in_blocks", own_attention),
     }
     chosen = {name: arm for name, arm in arms.items() if not given.arms or name.strip("- ") in given.arms}
