@@ -93,7 +93,7 @@ class _Text:
 
 
 def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: ImageSpec, max_tokens: int) -> _Text:
-    """Encode one sample. Raises DataError with the reason when there would be nothing to learn from it."""
+    """Encode one sample. SampleFault with the reason when there would be nothing to learn from it."""
     sample = source.sample(index)
     if spec.tiling is None:
         # A square of the tower's size stands for the image: what it fills does not depend on its own size here, and its
@@ -101,12 +101,18 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
         sizes = [(spec.towers[0].size,) * 2] * len(sample.images)
     else:
         sizes = [_size_of(ref, source, index, sample.id) for ref in sample.images]
-    encoded = encode(sample.turns, chat, tokenizer, spec, sizes, max_tokens=max_tokens)
+    try:
+        encoded = encode(sample.turns, chat, tokenizer, spec, sizes, max_tokens=max_tokens)
+    except DataError as error:
+        reason, _, detail = str(error).partition(": ")
+        raise SampleFault(index, sample.id, "", reason, detail, source.name) from None
     ids = np.asarray(encoded.input_ids, dtype=np.int32)
     labels = np.asarray(encoded.labels, dtype=np.int32)
     visual = np.asarray(encoded.image_mask, dtype=bool)
     if not (labels[1:] != IGNORE).any():
-        raise DataError(f"no answer within max_tokens={max_tokens}: nothing to learn")
+        raise SampleFault(
+            index, sample.id, "", "no answer within max_tokens", f"{max_tokens}; nothing to learn", source.name
+        )
     words = sum(len(turn.text.replace(IMAGE_MARK, "").split()) for turn in sample.turns)
     # A record of a mixture may say where it is from.
     told = sample.meta.get("source")
