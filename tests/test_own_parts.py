@@ -137,6 +137,7 @@ def test_what_a_page_shows_learns_is_saved_loaded_and_answers(
     assert answers[0] == answers[1] != ""
 
 
+@pytest.mark.slow
 def test_the_whole_recipe_of_the_page_runs_from_the_command_line(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All four rows in one file; ranks and processes of their own get it too."""
     pages = [page for page, _, _ in PAGES.values()]
