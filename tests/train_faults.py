@@ -47,7 +47,7 @@ class Disk:
 
     def call(self, what: str, path: Any, half: Callable[[], Any] = lambda: None) -> None:
         where = self.names.get(path, "") if isinstance(path, int) else os.path.abspath(os.fspath(path))
-        if not where.startswith(self.folder):
+        if where != self.folder and not where.startswith(self.folder + os.sep):
             return
         self.calls.append((what, where[len(self.folder) :]))
         if len(self.calls) == self.at:
