@@ -164,7 +164,7 @@ class StageRecipe(_Strict):
     )
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         "auto",
-        description="Threads of a rank that decode images for the next step; auto is this rank's cores, up to 8, beside "
+        description="Threads of a rank that decode images for the next step; auto is its cores, up to 8, beside "
         "a GPU, and 1 beside a CPU, which computes meanwhile.",
     )
     save_every: int = Field(200, ge=1, description="Steps between saved states.")
