@@ -110,7 +110,7 @@ def test_gradients_do_not_depend_on_ranks_or_micro_batches(
     "how",
     [
         {"pack": True}, {"pack": True, "micro_batch": 3}, {"pack": True, "recompute": True}, {"recompute": True},
-        {"pack": True, "cache_features": False}, {"fused": False},
+        {"pack": True, "cache_features": False}, {"cache_features": False, "workers": 3}, {"fused": False},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("adapted", [False, True])

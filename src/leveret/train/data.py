@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -331,8 +331,10 @@ def _write(
 class Prepared:
     """The arrays of a prepared stage, mapped from disk, and batches made of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, workers: int = 1) -> None:
+        """workers: threads that decode images, where features are not kept."""
+        self.folder, self.workers = folder, workers
+        self._pool: ThreadPoolExecutor | None = None
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.names: list[str] = self.meta["ids"]
         self.ids, self.labels, self.visual, self.offsets, self.words, self.images, self.image_offsets, self.sizes = (
@@ -414,18 +416,37 @@ class Prepared:
 
     def _decode(self, rows: Sequence[int], spec: ImageSpec) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
         """Pixels of all images of the rows, and for the places of rows that have a bad one, why."""
+        shown = [
+            (place, image)
+            for place, row in enumerate(rows)
+            for image in self.images[self.image_offsets[row] : self.image_offsets[row + 1]]
+        ]
+
+        def see(image: int) -> Pixels | ImageFault:
+            try:
+                pixels = pixels_of(ImageRef(**self.meta["refs"][image]), spec)
+                if any(len(array) != pictures_of(spec.tiling, self.sizes[[image]])[0] for array in pixels.values()):
+                    raise ImageFault("damaged", "it is no longer as large as it was when the data was prepared")
+            except ImageFault as fault:
+                return fault
+            return pixels
+
         bad: dict[int, str] = {}
         found: dict[str, list[np.ndarray]] = {view.name: [] for view in spec.towers}
-        for place, row in enumerate(rows):
-            for image in self.images[self.image_offsets[row] : self.image_offsets[row + 1]]:
+        # In order, whoever is ready first: which worker saw an image changes nothing.
+        for (place, image), pixels in zip(shown, self._map(see, [image for _, image in shown]), strict=True):
+            if isinstance(pixels, ImageFault):
+                bad.setdefault(place, reason_of(pixels))
                 count = int(pictures_of(spec.tiling, self.sizes[[image]])[0])
-                try:
-                    pixels = pixels_of(ImageRef(**self.meta["refs"][image]), spec)
-                    if any(len(array) != count for array in pixels.values()):
-                        raise ImageFault("damaged", "it is no longer as large as it was when the data was prepared")
-                except ImageFault as fault:
-                    bad.setdefault(place, reason_of(fault))
-                    pixels = {view.name: np.zeros((count, 3, view.size, view.size), np.float32) for view in spec.towers}
-                for name, array in pixels.items():
-                    found[name].append(array)
+                pixels = {view.name: np.zeros((count, 3, view.size, view.size), np.float32) for view in spec.towers}
+            for name, array in pixels.items():
+                found[name].append(array)
         return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, bad
+
+    def _map(self, work: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+        """`work` of every item, in order, by as many threads as `workers` says: decoding lets others run meanwhile."""
+        if self.workers == 1:
+            return map(work, items)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.workers)
+        return self._pool.map(work, items)

@@ -32,6 +32,7 @@ from leveret.runs import (
     Interrupted,
     RecipeError,
     append_jsonl,
+    cores,
     graceful_stop,
     in_words,
     read_jsonl,
@@ -103,6 +104,13 @@ def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[A
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
+def workers(stage: StageRecipe, device: str, world: int) -> int:
+    """Threads of one rank that decode images."""
+    if stage.workers != "auto":
+        return stage.workers
+    return 1 if device == "cpu" else max(1, min(8, cores() // world))
+
+
 def packed(vlm: VLM, stage: StageRecipe, device: str, precision: str) -> bool:
     """Whether the samples of a pass lie in one row: where the recipe says so, or where attention then costs no more
     than theirs. On a CPU rows of like length do as well as one row, with products of fewer shapes."""
@@ -142,6 +150,7 @@ class Teacher:
         self.validators = validators
         self.folder = Path(job.folder)
         self.leads = ranks.rank == 0
+        data.workers = workers(stage, job.device, ranks.world)
         self.packed = packed(vlm, stage, job.device, job.precision)
         self.strategy = self._strategy(trainables)
         self.optimiser = Optimiser(self.strategy.trainables, stage, EXTRA)

@@ -162,6 +162,11 @@ class StageRecipe(_Strict):
         True,
         description="A frozen tower sees each image once and its features stay on disk. No effect when vision learns.",
     )
+    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        "auto",
+        description="Threads of a rank that decode images for the next step; auto is its cores, up to 8, beside "
+        "a GPU, and 1 beside a CPU, which computes meanwhile.",
+    )
     save_every: int = Field(200, ge=1, description="Steps between saved states.")
     keep_last: int = Field(2, ge=1, description="Saved states that are kept: a damaged one is passed over.")
     keep_best: KeepBest | None = Field(
@@ -283,7 +288,7 @@ def averaged(recipe: TrainRecipe) -> str | None:
 RESERVED = ("model", "done", "recipe", "metrics")
 """Names a run folder already uses."""
 
-HARMLESS = ("save_every", "keep_last", "keep_best", "held_out", "validate_every", "bad_steps", "bad_share")
+HARMLESS = ("workers", "save_every", "keep_last", "keep_best", "held_out", "validate_every", "bad_steps", "bad_share")
 """Stage fields that may change between a stop and a resume: they do not move a single bit of the result."""
 
 FREE = ("ranks", "parallel")
