@@ -19,6 +19,7 @@ from fakes import tiny_batch, tiny_vlm
 from leveret.cli import run
 from leveret.model import checkpoint
 from leveret.model.merge import add_adapters, average
+from leveret.model.source import refuse_place
 from leveret.runs import DataError, RecipeError
 from train_fakes import recipe, toy_set
 
@@ -362,3 +363,18 @@ def test_a_model_published_with_its_code_is_averaged_and_told_like_ours(tmp_path
     told = [doctor.examine(str(place)) for place in (model(1), published)]
     sizes = [{name: part["stored"] for name, part in one["parts"].items()} for one in told]
     assert sizes[0] == sizes[1] and told[0]["parameters"] == told[1]["parameters"]
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", ".git/HEAD", "photos/a", "env.sh"])
+def test_what_is_no_part_of_a_model_is_never_deleted(tmp_path: Path, stranger: str) -> None:
+    kept = tmp_path / "kept" / stranger
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    (tmp_path / "kept" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"holds more than a model .* would delete"):
+        refuse_place(tmp_path / "kept")
+    assert kept.read_text() == "mine"
+    kept.unlink()
+    if kept.parent != tmp_path / "kept":
+        kept.parent.rmdir()
+    refuse_place(tmp_path / "kept")

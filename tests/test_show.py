@@ -95,6 +95,15 @@ def test_what_is_shown_is_what_training_makes(source: Path, model: Path, capsys:
     assert json.loads(capsys.readouterr().out)["tokens"]["runs"] == runs
 
 
+def test_a_model_in_halves_is_shown_on_a_cpu(source: Path, model: Path, tmp_path: Path) -> None:
+    import torch
+
+    from leveret.model import checkpoint
+
+    halves = checkpoint.save(checkpoint.load(model).cast(torch.float16), tmp_path / "halves")
+    assert show(source, model=halves)["loss"]["mean"] > 0
+
+
 def test_a_typed_escape_does_not_reach_the_terminal(
     source: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

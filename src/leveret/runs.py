@@ -154,14 +154,14 @@ _DISK = {
     for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENODEV", "ENXIO", "ESTALE")
     if hasattr(errno, name)
 }
-_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+_IN_WORDS = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 @contextlib.contextmanager
 def disk_faults(where: str | Path, mend: str) -> Iterator[None]:
     """Turn a disk that is full, read-only or broken into an EnvironmentFault that names the file and how to go on.
 
-    Also where a library written in Rust says so in words alone. Other errors pass.
+    Also where a library written in Rust, or the copying of a folder, says so in words alone. Other errors pass.
     """
     try:
         yield
@@ -170,7 +170,7 @@ def disk_faults(where: str | Path, mend: str) -> Iterator[None]:
     except Exception as error:
         number = getattr(error, "errno", None) if isinstance(error, OSError) else None
         if number is None and (found := _IN_WORDS.search(str(error))):
-            number = int(found[1])
+            number = int(found[1] or found[2])
         if number is None or number not in _DISK:
             raise
         told = os.strerror(number).lower()

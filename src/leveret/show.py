@@ -177,6 +177,8 @@ def _through(trace: Trace, sample: Sample, encoded: Encoded, decoded: Sequence[I
 
     from leveret.inputs import Item, collate, prepare_all
 
+    if vlm.device.type == "cpu":
+        vlm.cast(torch.float32)  # as answering does: half of what a layer needs is not there in halves
     pixels = [prepare_all(image, vlm.spec) for image in decoded]
     trace.pictures = [
         (f"{ref} as {name}", picture)

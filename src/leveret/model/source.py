@@ -142,7 +142,26 @@ def refuse_place(out: Path, *read: Path) -> None:
     for source in read:
         if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
             raise RecipeError(f"{out} lies in the folder that is read ({source}); give another place for the result")
-    if out.is_file() or (
-        out.is_dir() and any(out.iterdir()) and not ((out / "config.json").is_file() or any(out.glob("*.gguf")))
-    ):
+    if out.is_file():
+        raise RecipeError(f"{out} is a file; give a folder for the result")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not ((out / "config.json").is_file() or any(out.glob("*.gguf"))):
         raise RecipeError(f"{out} is there already and is no model; give another place for the result")
+    if strangers := sorted(str(path.relative_to(out)) for path in out.rglob("*") if not _of_a_model(path)):
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        raise RecipeError(
+            f"{out} holds more than a model ({', '.join(strangers[:3])}{more}), which writing there would delete; "
+            "give another place for the result"
+        )
+
+
+_KINDS = {".json", ".safetensors", ".jinja", ".model", ".gguf", ".py", ".pyc", ".yaml"}
+_NAMES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", ".gitattributes"}
+
+
+def _of_a_model(path: Path) -> bool:
+    """Whether something in a model's folder is what models are made of, whoever wrote it."""
+    if path.name in _NAMES:
+        return True
+    return not path.name.startswith(".") and (path.is_dir() or path.suffix in _KINDS)

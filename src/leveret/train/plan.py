@@ -155,7 +155,10 @@ def describe(
     lines.append(("batch", _geometry(stage, world, job)))
     if world > 1 or sharing.sharded:
         lines.append(("ranks", sharing.words(world)))
+    lines.append(("order", f"by {stage.order}; {_computed(stage)}"))
     lines.append(("schedule", _schedule(stage, total)))
+    if stage.held_out is not None or stage.keep_best is not None:
+        lines.append(("validation", _validation(stage)))
     square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
     seen = square if vlm.spec.tiling is None else "cut into tiles"
     lines.append(("chat", f"{stage.chat or vlm.chat}; images are {seen}"))
@@ -223,6 +226,25 @@ def _geometry(stage: StageRecipe, world: int, job: Job | None) -> str:
     size = min(stage.micro_batch or each, each)
     ranks = f"{world} rank(s)" if job is not None else "each rank"
     return f"{stage.batch} samples a step; {ranks}, {each} samples each, {size} at a time"
+
+
+def _computed(stage: StageRecipe) -> str:
+    """How a pass is laid out and computed, in words."""
+    packed = {True: "samples packed in one row", False: "a sample a row", "auto": "packed where that is faster"}
+    ways = {
+        "layers computed again on the way back": stage.recompute,
+        "layers compiled": stage.compile,
+        "AdamW unfused": not stage.fused,
+    }
+    more = [words for words, on in ways.items() if on]
+    return ", ".join([packed[stage.pack], *more])
+
+
+def _validation(stage: StageRecipe) -> str:
+    held, best = stage.held_out, stage.keep_best
+    when = f"every {stage.validate_every:,} steps" if stage.validate_every else "at the end"
+    words = [f"{when}, on {held.count:,} samples of {held.data}, answering {held.answers}" if held else when]
+    return "; ".join(words + ([f"the model with the {best.mode} {best.metric} is kept"] if best else []))
 
 
 def _schedule(stage: StageRecipe, total: int | None) -> str:

@@ -119,6 +119,9 @@ def _train(
     changes.recipe(binding(whole))
     run = RunFolder.open(out, "train", binding(whole), FREE)
     _sweep(run.path)
+    for name in chosen:
+        if (run.path / name / "done").exists():
+            _tidy(run.path / name)  # a run may have ended between its last mark and this
     write_json(run.path / "command.json", {"recipe": whole, "stages": stages, "folder": str(Path.cwd())})
     for name in chosen:
         _still_same(run.path, recipe, name, sources[name], changes)
@@ -313,6 +316,13 @@ def _stage(
 
             done["best"] = best.finish(folder, stage.keep_best, total, again)
     write_json(folder / "done", done)
+    _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a finished stage no longer needs."""
+    from leveret.train import state
+
     for spent in (folder / "state", folder / "cache", folder / "held-out" / "cache"):
         shutil.rmtree(spent, ignore_errors=True)
     state.prune(folder / "best", ())
