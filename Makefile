@@ -41,7 +41,7 @@ test: style types
 
 # One process: each of these already uses every core.
 test-slow: venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
