@@ -271,7 +271,8 @@ def estimate(
     sharing  how the ranks hold the model; each the whole of it when left out.
 
     Trainable weights, gradients and AdamW's two moments are float32. Activations: 34 bytes per token, width and layer
-    (Korthikanti et al. 2022, with attention recomputed or fused), plus float32 logits at half of the positions.
+    (Korthikanti et al. 2022, with attention recomputed or fused), plus float32 logits at half of the positions. Where
+    layers are computed again, what goes into each stays (2 bytes), and one layer is whole at a time.
     A rank with a share gathers embeddings and output layer for the whole pass and two layers at a time (the next one
     comes while one computes), and holds the gradient of the largest of these whole, in float32, until it is summed.
     """
@@ -284,7 +285,8 @@ def estimate(
     width, layers = int(config.hidden_size), int(config.num_hidden_layers)
     vocab = int(vlm.language.get_input_embeddings().weight.shape[0])
     few = sum(_saved(vlm, part, how, frozen) for part, how in stage.learn.items())
-    activations = rows * tokens * (34 * width * layers + 3 * vocab)
+    kept = 2 * layers + 34 if stage.recompute else 34 * layers  # what goes into each layer, and one layer whole
+    activations = rows * tokens * (kept * width + 3 * vocab)
     weights, gradients, optimiser = still * frozen + trainable * 4 - few, trainable * 4, trainable * 8
     if sharing is None or not sharing.sharded:
         return Memory(weights, gradients, optimiser, activations)
