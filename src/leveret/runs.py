@@ -15,6 +15,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -147,6 +148,24 @@ def sync_folder(folder: str | Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """The folder `source` once more as `target`, in place of what is there, whole or not at all; its files are hard
+    links, which take no room, or copies where the file system has none."""
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+
+    writing = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    shutil.copytree(source, writing, copy_function=link)
+    shutil.rmtree(target, ignore_errors=True)
+    writing.rename(target)
+    sync_folder(target.parent)
 
 
 _DISK = {

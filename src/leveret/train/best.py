@@ -10,14 +10,13 @@ goes on from an older state finds the best as it stood then.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.runs import RecipeError, closest, read_jsonl, sync_folder
+from leveret.runs import RecipeError, closest, link_folder, read_jsonl
 from leveret.train import state
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def settle(folder: Path, how: KeepBest | None, kept: Collection[int]) -> None:
     rows = [row for row in _validations(folder) if row["step"] in there]
     wanted = {found[0] for step in kept if (found := of(rows, how, step)) is not None}
     for step in wanted - set(state.steps(best)):
-        _link(states / f"step-{step:08d}", best)
+        link_folder(states / f"step-{step:08d}", best / f"step-{step:08d}")
     if best.exists():
         state.prune(best, wanted)
 
@@ -86,22 +85,6 @@ def settle(folder: Path, how: KeepBest | None, kept: Collection[int]) -> None:
 def _validations(folder: Path) -> list[dict[str, Any]]:
     path = folder / "validation.jsonl"
     return read_jsonl(path) if path.exists() else []
-
-
-def _link(saved: Path, best: Path) -> None:
-    writing = best / f".writing-{saved.name}"
-    shutil.rmtree(writing, ignore_errors=True)
-    shutil.copytree(saved, writing, copy_function=link_or_copy)
-    writing.rename(best / saved.name)
-    sync_folder(best)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """The same file under another name; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def finish(
@@ -125,12 +108,7 @@ def finish(
     step, value = found
     facts = {"metric": how.metric, "mode": how.mode, "value": value, "step": step, "model": "best/model"}
     if step == total:
-        writing = best / ".writing-model"
-        shutil.rmtree(writing, ignore_errors=True)
-        shutil.copytree(folder / "model", writing, copy_function=link_or_copy)
-        shutil.rmtree(best / "model", ignore_errors=True)
-        writing.rename(best / "model")
-        sync_folder(best)
+        link_folder(folder / "model", best / "model")
         return facts
     vlm, trainables, merge = again()
     tensors, _ = state.load(best / f"step-{step:08d}")

@@ -32,9 +32,9 @@ from leveret.runs import (
     closest,
     disk_faults,
     graceful_stop,
+    link_folder,
     read_json,
     sha256_of,
-    sync_folder,
     write_json,
 )
 from leveret.train.stages import FREE, StageRecipe, TrainRecipe, binding, given, total_steps
@@ -142,7 +142,7 @@ def _train(
                     validators, changes,
                 )  # fmt: skip
     if final.parent == out:
-        _link(out / chosen[-1] / "model", final)
+        _show_last(out / chosen[-1] / "model", final)
     return final
 
 
@@ -189,7 +189,7 @@ def _begun_from(recipe: TrainRecipe, name: str, start: Path | None) -> str:
     return fingerprint(recipe, name, sha256_of(start / "model.safetensors") if start else "backbones")
 
 
-_HALF_DONE = re.compile(r"\.writing-.*|\..*\.(tmp|new|old)|\..*-(writing|linking)")
+_HALF_DONE = re.compile(r"\.writing-.*|\..*\.(tmp|new|old)|\..*-writing")
 
 
 def _sweep(run: Path) -> None:
@@ -383,21 +383,8 @@ def _data(
     )  # fmt: skip
 
 
-def _link(model: Path, final: Path) -> None:
-    """The last stage's model once more under the run's own name; hard links, so that it takes no room."""
+def _show_last(model: Path, final: Path) -> None:
+    """The last stage's model once more under the run's own name."""
     weights = "model.safetensors"
-    if (final / weights).exists() and os.path.samefile(final / weights, model / weights):
-        return
-    writing = final.with_name(f".{final.name}-linking")
-    shutil.rmtree(writing, ignore_errors=True)
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:  # a file system without links
-            shutil.copy2(source, target)
-
-    shutil.copytree(model, writing, copy_function=link)
-    shutil.rmtree(final, ignore_errors=True)
-    writing.rename(final)
-    sync_folder(final.parent)
+    if not ((final / weights).exists() and os.path.samefile(final / weights, model / weights)):
+        link_folder(model, final)
