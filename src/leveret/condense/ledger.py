@@ -16,6 +16,7 @@ from leveret.condense.against import MET
 from leveret.condense.columns import Ids, load
 from leveret.condense.engine import kept
 from leveret.condense.given import Given
+from leveret.condense.lloyd import Map, finish
 from leveret.condense.ranks import cut_at, hash_keys
 from leveret.condense.rows import Array, Ints
 from leveret.condense.steps import State
@@ -158,20 +159,22 @@ LINES = 65_536
 # --- on disk -------------------------------------------------------------------------------------------------------
 
 
-def write_ledger(state: State, refused: Iterable[Mapping[str, Any]], folder: Path) -> None:
-    """`folder/*.parquet`: one row per sample of the source, refused ones too, in parts.
+def write_ledger(state: State, refused: Iterable[Mapping[str, Any]], folder: Path, run: Map) -> None:
+    """`folder/*.parquet`: one row per sample of the source, refused ones too, in parts, which `run` writes.
 
     index (position in the source), id; cluster, component (id of its member whose id comes first), component_size,
     keeper (id of the member that stays), score, centroid_similarity: null where no step made them; verdict: the label
     of the step that dropped it, `read`, or `kept`; reason: more about it, or empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    generations = (*state.earlier, state.rows)
-    for rows in generations:
-        for part in rows.parts:
-            path = folder / f"{rows.generation:02d}-{part.number:06d}.parquet"
-            if not path.exists():
-                _write_part(rows, part, path, whole=rows is state.rows)
+
+    def write(job: tuple[Rows, Part, bool]) -> None:
+        rows, part, last = job
+        path = folder / f"{rows.generation:02d}-{part.number:06d}.parquet"
+        if not path.exists():
+            _write_part(rows, part, path, whole=last)
+
+    finish(run(write, [(rows, part, rows is state.rows) for rows in _generations(state) for part in rows.parts]))
     left = iter(refused)
     for number, lines in enumerate(iter(lambda: list(islice(left, LINES)), [])):
         _write_refused(lines, folder / f"refused-{number:06d}.parquet")

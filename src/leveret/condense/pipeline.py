@@ -154,7 +154,7 @@ def condense(
         state, stages = _run_steps(run, chosen, given, execute, memory, workers, clock, benchmarks)
         with clock("write"):
             refused = Refused.of(given)
-            write_ledger(state, refused, run.path / "ledger")
+            write_ledger(state, refused, run.path / "ledger", execute)
             write_ids(state, run.path / "coreset.parquet")
             if benchmarks:
                 write_contaminated(state, [one.name for one in benchmarks], run.path / "contaminated.parquet")
