@@ -271,3 +271,4 @@ def test_text_alone_teaches_the_language_but_no_connector(data: Path, tmp_path: 
     train(train_fakes.recipe(path, learn={"language": {"lr": 1e-3}}), tmp_path / "run")
     with pytest.raises(RecipeError, match="connector would get no gradient"):
         train(train_fakes.recipe(path), tmp_path / "refused")
+    train(train_fakes.recipe(path, learn={"language": {"lr": 1e-3}}), tmp_path / "refused")

@@ -244,6 +244,18 @@ def test_a_stage_follows_a_stage_and_a_connector_alone_learns(groups: Groups, da
     alike(tmp_path / "two", tmp_path / "one")
 
 
+def test_what_a_stage_starts_from_and_does_not_teach_is_in_its_model(
+    groups: Groups, recipe: TrainRecipe, one: Path, data: Path, tmp_path: Path
+) -> None:
+    """Rank 0 makes the model once more to save it: with what was laid over it, frozen parts too."""
+    told = train_fakes.recipe(data, learn={"connector": {"lr": 1e-2}}, steps=2).model_dump(mode="json")
+    told["start"] = {"from": str(one / "model"), "parts": ["vision", "language"]}
+    train(way(TrainRecipe.model_validate(told), 2, "fsdp"), tmp_path / "two")
+    taught, found = weights(one), weights(tmp_path / "two")
+    frozen = [name for name in taught if not name.startswith("connector.")]
+    assert frozen and all(torch.equal(found[name], taught[name]) for name in frozen)
+
+
 def test_what_gpus_compute_in_runs_on_a_cpu_too(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Groups
 ) -> None:

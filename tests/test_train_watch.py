@@ -106,6 +106,7 @@ def test_what_cannot_be_held_out_is_refused_by_name(data: Path, tmp_path: Path) 
         train(recipe(data, held_out={"data": str(tmp_path / "none.json")}), tmp_path)
     with pytest.raises(RecipeError, match=r"stages\.tune\.keep_best: nothing validates"):
         train(recipe(data, keep_best={"metric": "loss"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nothing was computed"
 
 
 # --- the best model -----------------------------------------------------------------------------------------------

@@ -500,9 +500,11 @@ class RunFolder:
     done/<step>.json   one file per finished step, for resume
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, kind: str, *, fresh: bool = False) -> None:
+        """fresh: whether the folder was empty until now, so that all in it is this run's."""
         self.path = path
         self.kind = kind
+        self.fresh = fresh
 
     @classmethod
     def open(cls, path: str | Path, kind: str, recipe: Mapping[str, Any], free: Collection[str] = ()) -> RunFolder:
@@ -523,6 +525,7 @@ class RunFolder:
         claim(path)
         wanted = json.loads(_dumps(recipe))
         recipe_file = path / "recipe.yaml"
+        fresh = not any(item.name != ".lock" for item in path.iterdir())
         if recipe_file.exists():
             there = yaml.safe_load(recipe_file.read_text("utf-8"))
             cls._check_same(path, kind, *_fixed(free, there, wanted))
@@ -538,7 +541,7 @@ class RunFolder:
             # The recipe comes last: a folder that has it is whole.
             atomic_write(recipe_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True, width=120))
         repair_jsonl(path / "metrics.jsonl")
-        return cls(path, kind)
+        return cls(path, kind, fresh=fresh)
 
     @classmethod
     def peek(cls, path: str | Path, kind: str, recipe: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:

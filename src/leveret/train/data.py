@@ -331,9 +331,11 @@ def _write(
 class Prepared:
     """The arrays of a prepared stage, mapped from disk, and batches made of them."""
 
-    def __init__(self, folder: Path, workers: int = 1) -> None:
-        """workers: threads that decode images, where features are not kept."""
-        self.folder, self.workers = folder, workers
+    workers = 1
+    """Threads that decode images, where features are not kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._pool: ThreadPoolExecutor | None = None
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.names: list[str] = self.meta["ids"]

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,13 @@ def arrange(vlm: VLM, stage: StageRecipe, job_seed: int, name: str, device: str,
     return ready(vlm, stage, seed=seed, half_frozen=device != "cpu" and precision == "bf16")
 
 
+def beginning(job: Job, device: str) -> Model:
+    """The model that a stage begins with, on `device`, and what of it learns."""
+    recipe = TrainRecipe.model_validate(job.recipe)
+    vlm = begin(recipe, job.start, device, job.stage)
+    return vlm, arrange(vlm, recipe.stages[job.stage], job.seed, job.stage, job.device, job.precision)
+
+
 def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast, or nothing for fp32."""
     if precision == "fp32":
@@ -122,13 +130,11 @@ def packed(vlm: VLM, stage: StageRecipe, device: str, precision: str) -> bool:
 
 def follow(job: Job, ranks: Ranks) -> None:
     """A follower's share of a stage: the same model, the same arrays, its own rows."""
-    recipe = TrainRecipe.model_validate(job.recipe)
-    stage = recipe.stages[job.stage]
+    stage = TrainRecipe.model_validate(job.recipe).stages[job.stage]
     job = replace(job, device=ranks.device(job.device))
     with torch_threads(job.threads):
         # To be cut, the model comes to the device a layer at a time.
-        vlm = begin(recipe, job.start, "cpu" if Sharing(**job.sharing).sharded else job.device, job.stage)
-        trainables = arrange(vlm, stage, job.seed, job.stage, job.device, job.precision)
+        vlm, trainables = beginning(job, "cpu" if Sharing(**job.sharing).sharded else job.device)
         with contextlib.suppress(Interrupted):
             Teacher(job, stage, vlm, trainables, Prepared(Path(job.folder) / "cache"), ranks).run()
 
@@ -150,7 +156,7 @@ class Teacher:
         self.validators = validators
         self.folder = Path(job.folder)
         self.leads = ranks.rank == 0
-        data.workers = workers(stage, job.device, ranks.world)
+        data.workers = workers(stage, job.device, ranks.world)  # of this rank; whoever prepared it did not know
         self.packed = packed(vlm, stage, job.device, job.precision)
         self.strategy = self._strategy(trainables)
         self.optimiser = Optimiser(self.strategy.trainables, stage, EXTRA)
@@ -168,13 +174,8 @@ class Teacher:
         job, sharing = self.job, Sharing(**self.job.sharing)
         if not sharing.sharded:
             return Replicated(self.vlm, trainables, self.ranks)
-        recipe = TrainRecipe.model_validate(job.recipe)
-
-        def again() -> Model:
-            vlm = begin(recipe, job.start, "cpu")
-            return vlm, arrange(vlm, self.stage, job.seed, job.stage, job.device, job.precision)
-
         half = job.device != "cpu" and job.precision == "bf16"
+        again = partial(beginning, job, "cpu")
         return Sharded(self.vlm, trainables, self.ranks, sharing, self.data, again, job.device, half)
 
     def _restore(self, saved: Path) -> None:

@@ -152,7 +152,7 @@ def describe(
         lines.append(("tokens", f"{average}{image}, at most {stage.max_tokens} per sample"))
         tokens, total = mean or tokens, total_steps(stage, -(-count // stage.batch)) if count else None
     sharing = sharing or Sharing(**(job.sharing if job is not None else {}))
-    lines.append(("batch", _geometry(stage, world, job)))
+    lines.append(("batch", _geometry(stage, world)))
     if world > 1 or sharing.sharded:
         lines.append(("ranks", sharing.words(world)))
     lines.append(("order", f"by {stage.order}; {_computed(stage)}"))
@@ -221,11 +221,12 @@ def _other_ranks(job: Job) -> list[str]:
     return [f"saved by {old}; now {new}: the same batches and steps, equal up to rounding and dropout's draws"]
 
 
-def _geometry(stage: StageRecipe, world: int, job: Job | None) -> str:
+def _geometry(stage: StageRecipe, world: int) -> str:
     each = -(-stage.batch // world)
     size = min(stage.micro_batch or each, each)
-    ranks = f"{world} rank(s)" if job is not None else "each rank"
-    return f"{stage.batch} samples a step; {ranks}, {each} samples each, {size} at a time"
+    if world == 1:
+        return f"{stage.batch} samples a step, {size} at a time"
+    return f"{stage.batch} samples a step; {world} ranks, {each} samples each, {size} at a time"
 
 
 def _computed(stage: StageRecipe) -> str:

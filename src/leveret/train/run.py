@@ -17,10 +17,11 @@ RUN/model/                                  the last stage's model
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,9 @@ def _train(
     track.check(recipe.track)
     sources = open_sources(recipe, chosen)
     starts.look(recipe, chosen)
+    if not validators and (blind := [name for name in chosen if _keeps_blindly(recipe.stages[name])]):
+        why = "nothing validates this stage, so no model is the best; give it `held_out` data"
+        raise RecipeError("\n".join(f"stages.{name}.keep_best: {why}" for name in blind))
     others = {name: held_out.open_held_out(recipe.stages[name], name, sources[name]) for name in chosen}
     whole = recipe.model_dump(mode="json")
     changes = Changes(out, allow_change)
@@ -135,7 +139,7 @@ def _train(
 
         precision = {name: resolve_precision(recipe.stages[name].precision, device) for name in todo}
         share = max(1, torch.get_num_threads() // world) if "TORCHELASTIC_RUN_ID" not in os.environ else 1
-        with graceful_stop(), members.Ranks.lead(world) as ranks:
+        with _unless_refused(run), graceful_stop(), members.Ranks.lead(world) as ranks:
             for name in todo:
                 _stage(
                     run.path, recipe, name, sources[name], others[name], ranks, device, precision[name], share,
@@ -144,6 +148,21 @@ def _train(
     if final.parent == out:
         _show_last(out / chosen[-1] / "model", final)
     return final
+
+
+@contextlib.contextmanager
+def _unless_refused(run: RunFolder) -> Iterator[None]:
+    """Leaves no folder behind where a fresh run is refused before its first step: it would refuse the mended run."""
+    try:
+        yield
+    except RecipeError:
+        if run.fresh and not any(run.path.glob("*/metrics.jsonl")):
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def _keeps_blindly(stage: StageRecipe) -> bool:
+    return stage.keep_best is not None and stage.held_out is None
 
 
 def choose(recipe: TrainRecipe, stages: Sequence[str] | None) -> list[str]:
@@ -243,7 +262,7 @@ def _stage(
     from leveret.model import checkpoint
     from leveret.model.threads import torch_threads
     from leveret.train import best, learning, lora, plan, starts, state
-    from leveret.train.loop import Job, Teacher, arrange, as_json, begin
+    from leveret.train.loop import Job, Teacher, arrange, as_json, begin, beginning
     from leveret.train.order import order_of
 
     stage, folder, start = recipe.stages[name], run / name, _start(run, recipe, name)
@@ -285,10 +304,6 @@ def _stage(
     )
     if other is not None:
         validators = [*validators, _held_out(vlm, stage, folder, other, device, precision, facts)]
-    if stage.keep_best is not None and not validators:
-        raise RecipeError(
-            f"stages.{name}.keep_best: nothing validates this stage, so no model is the best; give it `held_out` data"
-        )
     job = Job(
         recipe=recipe.model_dump(mode="json"), stage=name, folder=str(folder), start=str(start) if start else None,
         total=total, resume=str(resume) if resume else None, precision=precision, device=device, threads=share,
@@ -311,8 +326,8 @@ def _stage(
             del vlm, trainables, told  # the best model takes their place in memory
 
             def again() -> Any:
-                fresh = begin(recipe, start, device, name)
-                return fresh, arrange(fresh, stage, seed, name, device, precision), lambda: lora.merge_all(fresh)
+                fresh, learns = beginning(job, device)
+                return fresh, learns, lambda: lora.merge_all(fresh)
 
             done["best"] = best.finish(folder, stage.keep_best, total, again)
     write_json(folder / "done", done)
