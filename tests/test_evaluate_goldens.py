@@ -89,7 +89,7 @@ def test_textvqa(goldens: Path) -> None:
 
 def test_vizwiz(goldens: Path) -> None:
     root, expected = golden(goldens, "vizwiz")
-    found = score("vizwiz", root / "predictions.jsonl", root)
+    found = score("vizwiz", root / "predictions.jsonl", root, rule="lmms_eval")
     assert found["score"] * 100 == pytest.approx(expected["lmms_eval"]["overall"], abs=1e-9)
 
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from leveret.runs import DataError, EnvironmentFault, UserError
+from leveret.runs import DataError, EnvironmentFault, RecipeError, UserError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -365,12 +365,16 @@ def evaluate(
     split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
     n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
     blind: Annotated[bool, typer.Option(help="Ask every question with another picture too.")] = True,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
+    ] = None,
     own: Own = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Examine a model: scores, intervals, baselines, a page."""
     _allow(own)
+    rules = dict(_pair(given) for given in rule or ())
     if dry_run:
         from leveret.evaluate import SUITES, load_items
 
@@ -379,10 +383,18 @@ def evaluate(
     from leveret.evaluate import evaluate as station
 
     with _reporting(json):
-        results = station(model, data, suite, out=out, blind=blind, n=n, split=split)
+        results = station(model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules)
     if not json:
         _print_scores(results)
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
+
+
+def _pair(given: str) -> tuple[str, str]:
+    """`pope=lmms_eval` -> its two sides."""
+    task, equals, name = given.partition("=")
+    if not (task and equals and name):
+        raise RecipeError(f"--rule {given}: give TASK=RULE, such as pope=lmms_eval")
+    return task, name
 
 
 def _print_scores(results: dict[str, Any]) -> None:
@@ -404,9 +416,9 @@ def _print_scores(results: dict[str, Any]) -> None:
 def score(
     task: Annotated[str, typer.Argument(help="The task whose rule applies.")],
     answers: Annotated[Path, typer.Argument(help="Answers: JSON lines or one JSON list.")],
-    data: Annotated[Path, typer.Argument(help="The folder with the official files.")],
+    data: Annotated[Path, typer.Option(help="The folder with the official files.")],
     split: Annotated[str, typer.Option(help="The part that was asked about.")] = "test",
-    scorer: Annotated[str | None, typer.Option(help="Another rule over the same form.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Another of the task's rules, by its lineage: lmms_eval.")] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Missing answers are wrong, not a fault.")
     ] = False,
@@ -416,7 +428,7 @@ def score(
     from leveret.evaluate import score as station
 
     with _reporting(json):
-        result = station(task, answers, data, split=split, scorer=scorer, allow_missing=allow_missing)
+        result = station(task, answers, data, split=split, rule=rule, allow_missing=allow_missing)
     low, high = result["ci95"]
     lines = [f"{task}: {result['score']:.4f}  (95 % interval {low:.4f} - {high:.4f}, n = {result['n']:,})"]
     odd = {name: result.get(name) for name in ("unparsable", "missing") if result.get(name)}
@@ -685,7 +697,6 @@ def pool_get(
 ) -> None:
     """Fetch a published data set, after telling its size and licences."""
     from leveret.pool import get as station
-    from leveret.runs import RecipeError
 
     one, rows = station.plan(name, root, pictures)
     facts = station.facts_of(name, root, one, rows)

@@ -9,6 +9,6 @@ from __future__ import annotations
 from leveret.evaluate.forms import Item
 from leveret.evaluate.run import evaluate
 from leveret.evaluate.scoring import score
-from leveret.evaluate.tasks import SUITES, TASKS, TaskRow, load_items, task_row
+from leveret.evaluate.tasks import SUITES, TASKS, TaskRow, load_items, rule_of, task_row
 
-__all__ = ["SUITES", "TASKS", "Item", "TaskRow", "evaluate", "load_items", "score", "task_row"]
+__all__ = ["SUITES", "TASKS", "Item", "TaskRow", "evaluate", "load_items", "rule_of", "score", "task_row"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from leveret.evaluate import text as rules
 from leveret.evaluate.forms import Item
-from leveret.evaluate.scorers import SCORERS, Verdict
+from leveret.evaluate.scorers import Verdict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ def examples(task: Examined, failures: int = 8, successes: int = 4) -> tuple[lis
 
     What is not wholly right is a failure, where the rule is soft (TextVQA's) what most people's answers earn is right.
     """
-    rule = SCORERS[task.row.scorer]
+    rule = task.scorer
     found: tuple[list[Example], list[Example]] = ([], [])
     for item, verdict in zip(task.items, task.verdicts, strict=True):
         if item.image is None:
@@ -95,7 +95,7 @@ def picture(example: Example) -> Image:
 
 def confusion(task: Examined) -> tuple[list[str], list[list[Any]]] | None:
     """Header and rows of right answers against said ones, commonest first; None where there are too many kinds."""
-    rule = SCORERS[task.row.scorer]
+    rule = task.scorer
     spelling = {rule.gold(item).lower(): rule.gold(item) for item in task.items}
     if not 2 <= len(spelling) <= KINDS_SHOWN:
         return None
@@ -120,7 +120,7 @@ def said(verdict: Verdict) -> str:
 
 def mistakes(task: Examined, n: int = 8) -> list[list[Any]]:
     """The commonest (right answer, said instead, how often)."""
-    rule = SCORERS[task.row.scorer]
+    rule = task.scorer
     wrong = Counter(
         (rule.gold(item), said(verdict))
         for item, verdict in zip(task.items, task.verdicts, strict=True)

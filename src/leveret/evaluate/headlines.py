@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from leveret.evaluate.forms import Item
-from leveret.evaluate.scorers import Verdict, pope_counts
+from leveret.evaluate.scorers import Verdict
+from leveret.evaluate.scorers.yes_no import pope_counts
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -49,7 +49,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in _rows(results)]
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())
     notes = "\n".join(f"- **{name}**: {meaning}" for name, meaning in MEANING)
-    rules = "\n".join(f"- {name}: {facts['headline']}; {facts['rule']}" for name, facts in results["tasks"].items())
+    rules = "\n".join(
+        f"- {name}: {facts['headline']}; {facts['rule_says']}" for name, facts in results["tasks"].items()
+    )
     return "\n".join([*lines, "", f"Time: {spent}.", "", notes, "", "Rules:", rules]) + "\n"
 
 
@@ -155,7 +157,7 @@ def _task(task: Examined) -> pages.Section:
     shown = [_shown(example, "partly" if example.verdict.score else "wrong") for example in failures]
     shown += [_shown(example, "right") for example in successes]
     blocks.append(pages.gallery(shown))
-    lead = f"{task.row.about} {facts['headline'].capitalize()} {facts['score']:.3f}. Rule: {facts['rule']}."
+    lead = f"{task.row.about} {facts['headline'].capitalize()} {facts['score']:.3f}. Rule: {facts['rule_says']}."
     return pages.Section(task.row.id, blocks, lead=lead)
 
 

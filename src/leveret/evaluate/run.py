@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from leveret.evaluate.forms import Item
-from leveret.evaluate.scorers import SCORERS, Verdict
+from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scoring import figures, judge_all, write_items
 from leveret.evaluate.stats import best_constants, deranged, headline
-from leveret.evaluate.tasks import SUITES, TaskRow, load_items, subset, task_row
+from leveret.evaluate.tasks import SUITES, TaskRow, load_items, rule_of, subset, task_row
 from leveret.generate.helpers import Helpers
 from leveret.records import IMAGE_MARK, Prediction, Turn
 from leveret.runs import (
@@ -65,6 +66,7 @@ class Examined:
     """
 
     row: TaskRow
+    scorer: Scorer
     items: list[Item]
     texts: dict[str, str]
     verdicts: list[Verdict]
@@ -84,6 +86,7 @@ def evaluate(
     helpers: Helpers | None = None,
     n: int | None = None,
     split: str = "test",
+    rules: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
 
@@ -95,6 +98,7 @@ def evaluate(
             are many questions. They change no answer.
     n       at most so many questions a task (always the same ones; more later continues).
     split   the part that is asked about; the best constant answer is chosen on `train`.
+    rules   task -> another of its rules, by the name of its lineage.
 
     Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
     `majority` and `blind` are None where there is no train twin, or nothing to swap.
@@ -105,6 +109,11 @@ def evaluate(
         Interrupted: stopped by Ctrl-C or SIGTERM; the same command continues.
     """
     rows = [task_row(task) for task in _suite(suite)]
+    by = {task_row(task).id: rule for task, rule in rules.items()}
+    if strange := by.keys() - {row.id for row in rows}:
+        raise RecipeError(f"A rule is given for {', '.join(sorted(strange))}, which {suite!r} does not ask.")
+    for row in rows:
+        rule_of(row, by.get(row.id))
     if isinstance(model, (str, Path)):
         from leveret.model.source import locate
 
@@ -136,11 +145,14 @@ def evaluate(
 
     start = time.perf_counter()
     texts = {(desk.row.id, desk.blind): desk.texts() for desk in desks}
-    examined = [_examine(row, root, asked[row.id], texts[row.id, False], texts.get((row.id, True))) for row in rows]
+    examined = [
+        _examine(row, by.get(row.id), root, asked[row.id], texts[row.id, False], texts.get((row.id, True)))
+        for row in rows
+    ]
     seconds = _seconds(folder)
     results: dict[str, Any] = {"tasks": {task.row.id: task.facts for task in examined}, "seconds": seconds}
     for task in examined:
-        write_items(folder.path / "items" / f"{task.row.id}.jsonl", task.row, task.items, task.texts, task.verdicts)
+        write_items(folder.path / "items" / f"{task.row.id}.jsonl", task.scorer, task.items, task.texts, task.verdicts)
     from leveret.evaluate.report import markdown, report
 
     seconds["score"] = round(time.perf_counter() - start, 3)
@@ -332,36 +344,42 @@ def _seconds(folder: RunFolder) -> dict[str, float]:
 
 
 def _examine(
-    row: TaskRow, root: str | Path, items: list[Item], texts: dict[str, str] | None, blind: dict[str, str] | None
+    row: TaskRow,
+    rule: str | None,
+    root: str | Path,
+    items: list[Item],
+    texts: dict[str, str] | None,
+    blind: dict[str, str] | None,
 ) -> Examined:
     assert texts is not None
-    verdicts = judge_all(row, items, texts)
-    facts = figures(row, items, verdicts)
+    name, scorer = rule_of(row, rule)
+    verdicts = judge_all(scorer, items, texts)
+    facts = figures(row, name, items, verdicts)
     head = {name: facts.pop(name) for name in ("score", "n", "ci95")}
 
     constants: dict[str, str] = {}
     why: str | None = None
     try:
-        constants = best_constants(load_items(row, root, "train"), SCORERS[row.scorer])
+        constants = best_constants(load_items(row, root, "train"), scorer)
     except DataError as fault:
         why = str(fault)
     guesses = {i.question_id: constants.get(i.template, constants[""]) for i in items} if constants else {}
-    guessed = judge_all(row, items, guesses) if constants else None
+    guessed = judge_all(scorer, items, guesses) if constants else None
 
     blind_verdicts = None
     if blind is not None:
         # A question without a picture was not asked again: it has no eyes to lose.
-        blind_verdicts = judge_all(row, items, {**{n: t for n, t in texts.items() if n not in blind}, **blind})
+        blind_verdicts = judge_all(scorer, items, {**{n: t for n, t in texts.items() if n not in blind}, **blind})
     facts = {
         **head,
-        "majority": headline(row.headline, items, guessed) if guessed else None,
-        "blind": headline(row.headline, items, blind_verdicts) if blind_verdicts else None,
+        "majority": headline(facts["headline"], items, guessed) if guessed else None,
+        "blind": headline(facts["headline"], items, blind_verdicts) if blind_verdicts else None,
         **facts,
         "templates": _by_template(items, verdicts, guessed, blind_verdicts, constants),
     }
     if why is not None:
         facts["majority_absent"] = why
-    return Examined(row, items, texts, verdicts, blind_verdicts, constants, facts)
+    return Examined(row, scorer, items, texts, verdicts, blind_verdicts, constants, facts)
 
 
 def _by_template(

@@ -4,44 +4,41 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from leveret.evaluate.forms import FORMS, Form, Item
-from leveret.evaluate.scorers import MISSING, SCORERS, Verdict
+from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.stats import headline, interval
-from leveret.evaluate.tasks import TaskRow, load_items, task_row
-from leveret.runs import DataError, RecipeError, atomic_write, read_json, read_jsonl
+from leveret.evaluate.tasks import TaskRow, load_items, rule_of, task_row
+from leveret.runs import DataError, atomic_write, read_json, read_jsonl
 
 
-def judge_all(
-    row: TaskRow, items: Sequence[Item], texts: Mapping[str, str], scorer: str | None = None
-) -> list[Verdict]:
-    """One verdict per item; an item without a text is missing, and wrong."""
-    rule = SCORERS[scorer or row.scorer]
-    return [rule.judge(item, texts[item.question_id]) if item.question_id in texts else MISSING for item in items]
+def judge_all(scorer: Scorer, items: Sequence[Item], answers: Mapping[str, str]) -> list[Verdict]:
+    """One verdict per item; an item without an answer is missing, and wrong."""
+    return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
 
 
-def figures(
-    row: TaskRow, items: Sequence[Item], verdicts: Sequence[Verdict], scorer: str | None = None
-) -> dict[str, Any]:
+def figures(row: TaskRow, rule: str, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """What is said about one set of answers: the score, its interval, counts, the official figures and the rule."""
-    rule = SCORERS[scorer or row.scorer]
-    low, high = interval(row.headline, items, verdicts)
+    scorer = SCORERS[row.rules[rule]]
+    name = scorer.headline or row.headline
+    low, high = interval(name, items, verdicts)
     missing = sum(verdict.missing for verdict in verdicts)
     readable = sum(verdict.readable for verdict in verdicts)
     return {
-        "score": headline(row.headline, items, verdicts),
+        "score": headline(name, items, verdicts),
         "n": len(items),
         "ci95": [low, high],
-        "headline": row.headline,
+        "headline": name,
         "images": len({item.meta["image_id"] for item in items}),
         "parsed": readable,
         "unparsable": len(items) - readable - missing,
         "missing": missing,
-        "rule": rule.rule,
-        "metrics": rule.summary(items, verdicts),
+        "rule": rule,
+        "rule_says": scorer.rule,
+        "metrics": scorer.summary(items, verdicts),
     }
 
 
@@ -51,59 +48,58 @@ def score(
     data_root: str | Path,
     *,
     split: str = "test",
-    scorer: str | None = None,
+    rule: str | None = None,
     allow_missing: bool = False,
     items_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score an answer file against the official files, by the official rule. Needs no model and imports no torch.
 
     answers        a file of JSON lines or one JSON list (or the records themselves), each with an id (`question_id`,
-                   `example_id` or `questionId`) and a `text` (or `prediction`): LLaVA's, Prismatic's and GQA's files
-                   fit, and so do those that `evaluate` writes. The order does not matter.
-    scorer         another rule of SCORERS over the same form (`vsr_true_false` for `vsr`).
+                   `example_id` or `questionId`) and a `text` (or `prediction`), or the `probabilities` of the options:
+                   LLaVA's, Prismatic's and GQA's files fit, and so do those that `evaluate` writes. The order does not
+                   matter.
+    rule           another of the task's rules, by the name of its lineage (`lmms_eval`).
     allow_missing  score questions without an answer as wrong instead of refusing the file.
     items_path     where to write one JSON line per question: what was said, how it was read, what it earned.
 
-    Returns `{"task", "score" (0..1), "n", "ci95", "headline", "images", "parsed", "unparsable", "missing", "rule",
-    "metrics" (official names and scale)}`.
+    Returns `{"task", "items" (how many), "score" (0..1), "n", "ci95", "headline", "images", "parsed", "unparsable",
+    "missing", "rule", "rule_says", "metrics" (official names and scale)}`.
 
     Raises:
-        RecipeError: unknown task or scorer, or a scorer of other forms than the task's.
+        RecipeError: unknown task, or a rule that the task does not have.
         DataError: missing, repeated or foreign ids, with counts; files that are not what they should be.
     """
-    row = task_row(task)
-    if scorer is not None and scorer not in SCORERS:
-        raise RecipeError(f"There is no scorer {scorer!r}; known: {', '.join(SCORERS)}.")
-    fit = [name for name, rule in SCORERS.items() if row.form in rule.forms]
-    if scorer is not None and scorer not in fit:
-        raise RecipeError(
-            f"The scorer {scorer!r} judges {', '.join(SCORERS[scorer].forms)}, and {row.id} has the form {row.form!r}: "
-            f"allowed for it are {', '.join(fit)}."
-        )
+    row, records = task_row(task), _read_answers(answers)
+    name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record)} or {"text"})
     items = load_items(row, data_root, split)
-    texts = join(row, items, answers, allow_missing=allow_missing)
-    verdicts = judge_all(row, items, texts, scorer)
+    where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
+    found = join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
+    verdicts = judge_all(scorer, items, found)
     if items_path is not None:
-        write_items(items_path, row, items, texts, verdicts, scorer)
-    return {"task": row.id, **figures(row, items, verdicts, scorer)}
+        write_items(items_path, scorer, items, found, verdicts)
+    return {"task": row.id, "items": len(items), **figures(row, name, items, verdicts)}
 
 
 def join(
     row: TaskRow,
     items: Sequence[Item],
-    answers: str | Path | Iterable[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    where: str,
     *,
+    reads: str = "text",
     allow_missing: bool = False,
 ) -> dict[str, str]:
-    """question_id -> text. DataError counts all foreign, repeated and missing ids at once."""
+    """question_id -> what the rule reads of its answer. DataError counts all foreign, repeated and missing ids at once.
+
+    where  the answers' file, for messages."""
     form = FORMS[row.form]
     names = _names(form, items)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     texts: dict[str, str] = {}
     foreign: list[str] = []
     repeated: list[str] = []
-    for number, answer in enumerate(_read_answers(answers)):
-        name, text = _name_and_text(answer, where, number)
+    for number, answer in enumerate(answers):
+        name, text = _name_and_value(answer, reads, where, number)
         # Our own answer files carry the task and the exact id, which needs no second look.
         keys = (name,) if "task" in answer else form.answer_keys(answer, name)
         found = next((names[key] for key in keys if key in names), None)
@@ -152,27 +148,41 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Map
     return list(read_jsonl(path))
 
 
-def _name_and_text(answer: Mapping[str, Any], where: str, number: int) -> tuple[str, str]:
-    names = [answer[key] for key in ("question_id", "example_id", "questionId") if key in answer]
-    texts = [answer[key] for key in ("text", "prediction") if key in answer]
-    if not names or not texts or not isinstance(texts[0], (str, int)):
+ID_KEYS = ("question_id", "example_id", "questionId")
+TEXT_KEYS = ("text", "prediction")
+
+
+def _held(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Which of the fields that rules read an answer has."""
+    if any(key in answer for key in TEXT_KEYS):
+        yield "text"
+    if any(key.endswith("probabilities") for key in answer):
+        yield "probabilities"
+
+
+def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int) -> tuple[str, str]:
+    names = [answer[key] for key in ID_KEYS if key in answer]
+    if reads == "probabilities":
+        values = [json.dumps(answer[key]) for key in answer if key.endswith("probabilities")]
+    else:
+        values = [str(answer[key]) for key in TEXT_KEYS if isinstance(answer.get(key), str | int)]
+    if not names or not values:
+        wanted = "the probabilities of its options" if reads == "probabilities" else "a text (text or prediction)"
         raise DataError(
-            f"{where}, answer {number + 1}: needs an id (question_id, example_id or questionId) and a text (text or "
-            f"prediction); it has {', '.join(answer)}."
+            f"{where}, answer {number + 1}: needs an id ({', '.join(ID_KEYS)}) and {wanted}; it has "
+            f"{', '.join(answer)}."
         )
-    return str(names[0]), str(texts[0])
+    return str(names[0]), values[0]
 
 
 def write_items(
     path: str | Path,
-    row: TaskRow,
+    scorer: Scorer,
     items: Sequence[Item],
     texts: Mapping[str, str],
     verdicts: Sequence[Verdict],
-    scorer: str | None = None,
 ) -> None:
     """One JSON line per question, atomically: id, picture, template, prompt, gold, text, parsed, score, details."""
-    rule = SCORERS[scorer or row.scorer]
     lines = []
     for item, verdict in zip(items, verdicts, strict=True):
         record = {
@@ -180,7 +190,7 @@ def write_items(
             "image": item.meta["image_id"],
             "template": item.template,
             "prompt": item.prompt,
-            "gold": rule.gold(item),
+            "gold": scorer.gold(item),
             "text": texts.get(item.question_id),
             "parsed": verdict.parsed,
             "readable": verdict.readable,

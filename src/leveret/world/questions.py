@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from leveret.evaluate.tasks import INSUFFICIENT
+from leveret.evaluate.tasks.base import INSUFFICIENT
 from leveret.world.scenes import (
     ALL_PAIRS,
     COLOUR_WEIGHTS,

@@ -1,0 +1,79 @@
+"""Questions whose answer is one of two words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from leveret.evaluate.forms.base import Form, Item, Place, read_lines
+from leveret.runs import DataError
+
+POPE_CATEGORIES = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+"""What LLaVA's and Bunny's question files add to the ids, which restart in each of POPE's three files."""
+
+
+def _pope(place: Place) -> list[Item]:
+    """POPE: JSON lines `question_id, image, text, label`, one file per category (RUCAIBox/POPE, commit e3e39262)."""
+    items = []
+    for path in place.files:
+        category = path.stem.rsplit("_", 1)[-1]
+        if category not in POPE_CATEGORIES:
+            raise DataError(
+                f"{path}: POPE has the categories {', '.join(POPE_CATEGORIES)}, the file's name ends in {category!r}."
+            )
+        for record in read_lines(path):
+            raw = int(record["question_id"])
+            items.append(
+                Item(
+                    question_id=str(raw + POPE_CATEGORIES[category]),
+                    image=place.image(record["image"]),
+                    prompt=place.prompt.format(question=record["text"]),
+                    # The official script reads every label that is not "no" as yes.
+                    gold="no" if record["label"] == "no" else "yes",
+                    template=record.get("template", ""),
+                    meta={"image_id": record["image"], "group": category, "raw_id": str(raw)},
+                )
+            )
+    missing = [category for category in POPE_CATEGORIES if not any(i.meta["group"] == category for i in items)]
+    if missing:
+        raise DataError(
+            f"{place.files[0].parent}: POPE's score is over its three files; missing coco_pope_"
+            f"{', coco_pope_'.join(f'{category}.json' for category in missing)}."
+        )
+    return items
+
+
+def _pope_keys(item: Item) -> tuple[str, ...]:
+    return item.question_id, f"{item.meta['group']}/{item.meta['raw_id']}", f"raw/{item.meta['raw_id']}"
+
+
+def _pope_answer_keys(answer: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    category = answer.get("category")
+    return ((f"{category}/{name}",) if category else ()) + (name, f"raw/{name}")
+
+
+def _vsr(place: Place) -> list[Item]:
+    """VSR: JSON lines `image, caption, label`; the id is the line's number from 0 (as in Prismatic's index)."""
+    records = [record for path in place.files for record in read_lines(path)]
+    return [
+        Item(
+            question_id=str(number),
+            image=place.image(record["image"]),
+            prompt=place.prompt.format(caption=record["caption"]),
+            gold=bool(record["label"]),
+            template=record.get("template", ""),
+            meta={"image_id": record["image"], "relation": record.get("relation", "")},
+        )
+        for number, record in enumerate(records)
+    ]
+
+
+YES_NO = {
+    "pope": Form(
+        _pope,
+        _pope_keys,
+        _pope_answer_keys,
+        "question_id (random + 10000000, popular + 20000000, as in LLaVA's question file), or category and question_id",
+    ),
+    "vsr": Form(_vsr, identity="example_id (the line's number from 0)"),
+}

@@ -1,0 +1,54 @@
+"""What all rules share: what is made of one answer, and what a rule must say of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from leveret.evaluate.forms.base import Item
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the rule made of one answer.
+
+    score     0..1.
+    parsed    the answer as the rule read it, as text; None where it read nothing.
+    readable  False where the text holds nothing the rule looks for (the rule may still count it as an answer).
+    missing   there was no answer at all.
+    detail    more of the rule's findings (`iou`).
+    """
+
+    score: float
+    parsed: str | None
+    readable: bool
+    missing: bool = False
+    detail: Mapping[str, float] = field(default_factory=dict)
+
+
+MISSING = Verdict(0.0, None, readable=False, missing=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """One rule.
+
+    rule     where it comes from, in words; printed beside every score.
+    judge    (item, the model's text) -> Verdict.
+    gold     the right answer as a text that `judge` would accept: shown to people, and a candidate constant answer.
+    summary  the official figures under their official names and in their official scale.
+    reads    what of an answer it judges: its `text`, or its `probabilities` (of the options, in their order, as JSON).
+    headline row of HEADLINES, where its one figure is another than the task's.
+    """
+
+    rule: str
+    judge: Callable[[Item, str], Verdict]
+    gold: Callable[[Item], str]
+    summary: Callable[[Sequence[Item], Sequence[Verdict]], dict[str, Any]]
+    reads: str = "text"
+    headline: str = ""
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,113 @@
+"""The tasks, one row each: which files of which form, how it is asked, by which rules it may be scored.
+
+A benchmark's row reads its official files under `root`; a row of the drawn world reads the same forms under
+`root/eval/<task>/`. Adding a benchmark of a known form is adding a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from leveret.evaluate.forms import FORMS, Item, Place, check_ids
+from leveret.evaluate.scorers import SCORERS, Scorer
+from leveret.evaluate.tasks.base import TaskRow
+from leveret.evaluate.tasks.field import FIELD
+from leveret.evaluate.tasks.world import WORLD
+from leveret.runs import DataError, RecipeError, closest
+
+TASKS: dict[str, TaskRow] = {row.id: row for row in (*FIELD, *WORLD)}
+SUITES: dict[str, tuple[str, ...]] = {
+    "world": ("existence", "colour", "shape", "count", "relation", "choice", "box", "word"),
+    "world-more": ("caption", "reading", "unanswerable", "double", "text", "refusal"),
+}
+
+
+def task_row(task: str | TaskRow) -> TaskRow:
+    """The row of an id (`tally_qa`, `tally-qa` and `tallyqa` are the same); RecipeError names the closest ids."""
+    if isinstance(task, TaskRow):
+        return task
+    row = {_plain(name): row for name, row in TASKS.items()}.get(_plain(task))
+    if row is None:
+        near = closest(task, TASKS)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise RecipeError(f"There is no task {task!r}.{hint} Known tasks: {', '.join(TASKS)}.")
+    return row
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def rule_of(row: TaskRow, rule: str | None = None, fields: Collection[str] = ("text",)) -> tuple[str, Scorer]:
+    """A task's rule of that name (`lmms-eval` is `lmms_eval`); without one its first that reads one of `fields`.
+
+    RecipeError names the rules that the task has."""
+    if rule is None:
+        named = [name for name, scorer in row.rules.items() if SCORERS[scorer].reads in fields] or list(row.rules)
+        return named[0], SCORERS[row.rules[named[0]]]
+    found = {_plain(name): name for name in row.rules}.get(_plain(rule))
+    if found is None:
+        known = "; ".join(f"{name} ({SCORERS[scorer].rule})" for name, scorer in row.rules.items())
+        raise RecipeError(f"The task {row.id!r} has no rule {rule!r}; it has: {known}.")
+    return found, SCORERS[row.rules[found]]
+
+
+def splits_there(row: TaskRow, root: Path) -> list[str]:
+    """The splits that a task's files in `root` are of, by our names; nothing where no file name tells the split."""
+    ours = {official: name for name, official in row.splits.items()}
+    found = set()
+    for pattern in row.files:
+        if "{split}" in pattern:
+            name = re.escape(pattern).replace(re.escape("{split}"), "([^/]+?)").replace(re.escape("*"), "[^/]*")
+            for path in root.glob(pattern.format(split="*")):
+                match = re.fullmatch(name, path.relative_to(root).as_posix())
+                if match:
+                    found.add(ours.get(match[1], match[1]))
+    return sorted(found)
+
+
+def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> list[Item]:
+    """Every question of a task's split, in the order of its files.
+
+    Raises:
+        RecipeError: the task is unknown.
+        DataError: files are missing or malformed, or ids repeat.
+    """
+    row, root = task_row(task), Path(root)
+    official = row.splits.get(split, split)
+    patterns = [pattern.format(split=official) for pattern in row.files]
+    files = next((found for pattern in patterns if (found := tuple(sorted(root.glob(pattern))))), ())
+    if not files:
+        pickled = " (the pickled refs*.p are not read: save their list as JSON beside them)" * (row.form == "refcoco")
+        own = "your questions in LLaVA's form, and the pictures as they name them"
+        wanted = own if row.form == "own" else "the task's official files (for your own questions: --suite own)"
+        there = splits_there(row, root)
+        mend = f"There are the splits {', '.join(there)}." if there else f"Give the folder that holds {wanted}."
+        raise DataError(f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}{pickled}. {mend}")
+    place = Place(files=files, root=root, images=row.images, split=official, prompt=row.prompt)
+    try:
+        items = FORMS[row.form].load(place)
+    except (KeyError, TypeError, AttributeError, IndexError) as fault:
+        raise DataError(
+            f"Task {row.id!r}: {', '.join(map(str, files))} is not in the form {row.form!r} ({fault!r}). "
+            f"The form is: {(FORMS[row.form].load.__doc__ or '').splitlines()[0]}"
+        ) from fault
+    where = f"Task {row.id!r}, {', '.join(path.name for path in files)}"
+    if not items:
+        raise DataError(f"{where}: no question in split {official!r}.")
+    check_ids(items, where)
+    return items
+
+
+def subset(items: Sequence[Item], n: int | None) -> list[Item]:
+    """The first `n` by a hash of the id, in file order: always the same ones, and n = 100 lies within n = 500."""
+    if n is None or n >= len(items):
+        return list(items)
+    if n < 1:
+        raise RecipeError(f"n = {n}: at least one question a task is needed.")
+    chosen = sorted(items, key=lambda item: hashlib.sha256(item.question_id.encode()).digest())[:n]
+    ids = {item.question_id for item in chosen}
+    return [item for item in items if item.question_id in ids]
