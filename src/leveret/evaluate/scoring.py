@@ -16,7 +16,17 @@ from leveret.runs import DataError, atomic_write, read_json, read_jsonl
 
 
 def judge_all(scorer: Scorer, items: Sequence[Item], answers: Mapping[str, str]) -> list[Verdict]:
-    """One verdict per item; an item without an answer is missing, and wrong."""
+    """One verdict per item; an item without an answer is missing, and wrong.
+
+    DataError where the right answers are not public."""
+    unknown = [item.question_id for item in items if item.gold is None]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(items)} questions (first {unknown[0]!r}) have no right answer in the official "
+            "files: it is not public. Write the file that the benchmark's server takes instead."
+        )
+    if scorer.together is not None:
+        return scorer.together(items, answers)
     return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
 
 
@@ -69,7 +79,8 @@ def score(
         RecipeError: unknown task, or a rule that the task does not have.
         DataError: missing, repeated or foreign ids, with counts; files that are not what they should be.
     """
-    row, records = task_row(task), _read_answers(answers)
+    row = task_row(task)
+    records = _read_answers(answers, FORMS[row.form])
     name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record)} or {"text"})
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
@@ -136,10 +147,12 @@ def _names(form: Form, items: Sequence[Item]) -> dict[str, str]:
     return {alias: name for alias, name in aliases if uses[alias] == 1} | {i.question_id: i.question_id for i in items}
 
 
-def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form) -> list[Mapping[str, Any]]:
     if not isinstance(answers, (str, Path)):
         return list(answers)
     path = Path(answers)
+    if form.read is not None and (own := form.read(path)) is not None:
+        return list(own)
     if path.suffix == ".json":
         records = read_json(path)
         if isinstance(records, list):
@@ -148,8 +161,8 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Map
     return list(read_jsonl(path))
 
 
-ID_KEYS = ("question_id", "example_id", "questionId")
-TEXT_KEYS = ("text", "prediction")
+ID_KEYS = ("question_id", "example_id", "questionId", "id", "index")
+TEXT_KEYS = ("text", "prediction", "response")
 
 
 def _held(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -158,12 +171,16 @@ def _held(answer: Mapping[str, Any]) -> Iterator[str]:
         yield "text"
     if any(key.endswith("probabilities") for key in answer):
         yield "probabilities"
+    if "answer" in answer:
+        yield "answer"
 
 
 def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int) -> tuple[str, str]:
     names = [answer[key] for key in ID_KEYS if key in answer]
     if reads == "probabilities":
         values = [json.dumps(answer[key]) for key in answer if key.endswith("probabilities")]
+    elif reads == "answer":
+        values = [str(answer["answer"])] if "answer" in answer else []
     else:
         values = [str(answer[key]) for key in TEXT_KEYS if isinstance(answer.get(key), str | int)]
     if not names or not values:

@@ -23,7 +23,8 @@ class Item:
     gold         the right answer in the form's own terms (text, integer, letter, box, ten texts).
     template     the wording's name, for the best constant answer per wording; "" where the file names none.
     meta         `image_id` (questions of one picture are one cluster), `group` (the part a headline averages over),
-                 and what the official summary needs.
+                 `whole` (items that only count together: the rotations of a question), and what the official summary
+                 needs.
     """
 
     question_id: str
@@ -92,12 +93,14 @@ class Form:
     keys         names a question goes by, its own id first; a name that two questions share names neither.
     answer_keys  names an answer may mean, the likeliest first.
     identity     the key of an answer in words, for messages.
+    read         answers that are not JSON lines or one list (a folder, one mapping) -> records; None: it is no such.
     """
 
     load: Callable[[Place], list[Item]]
     keys: Callable[[Item], tuple[str, ...]] = _id
     answer_keys: Callable[[Mapping[str, Any], str], tuple[str, ...]] = _answer_id
     identity: str = "question_id"
+    read: Callable[[Path], list[dict[str, Any]] | None] | None = None
 
 
 def check_ids(items: Iterable[Item], where: str) -> None:

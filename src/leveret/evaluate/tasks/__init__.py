@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -103,11 +104,18 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
 
 
 def subset(items: Sequence[Item], n: int | None) -> list[Item]:
-    """The first `n` by a hash of the id, in file order: always the same ones, and n = 100 lies within n = 500."""
+    """The first `n` by a hash of the id, in file order: always the same ones, and n = 100 lies within n = 500.
+
+    Items that only count together (`whole`) are taken together, so there may be some more than `n`."""
     if n is None or n >= len(items):
         return list(items)
     if n < 1:
         raise RecipeError(f"n = {n}: at least one question a task is needed.")
-    chosen = sorted(items, key=lambda item: hashlib.sha256(item.question_id.encode()).digest())[:n]
-    ids = {item.question_id for item in chosen}
-    return [item for item in items if item.question_id in ids]
+    sizes = Counter(item.meta.get("whole", item.question_id) for item in items)
+    chosen: set[str] = set()
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if n <= 0:
+            break
+        chosen.add(name)
+        n -= sizes[name]
+    return [item for item in items if item.meta.get("whole", item.question_id) in chosen]
