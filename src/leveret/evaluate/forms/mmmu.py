@@ -98,12 +98,13 @@ def _mmmu_item(place: Place, path: Path, record: Mapping[str, Any]) -> Item:
         raise DataError(f"{path}: MMMU's ids are <split>_<Subject>_<number>; this one is {name!r}.")
     choice = kind == MULTIPLE
     shown = "".join(f"({letter}) {option}\n" for letter, option in options.items())
+    prompt = place.prompt.format(
+        question=record.get("question"), options=f"\n{shown}" if choice else "", ask=ASKS[choice]
+    )
     return Item(
         question_id=name,
         image=ImageRef(str(path), "parquet", record["row"], member="image_1") if record.get("image_1 there") else None,
-        prompt=place.prompt.format(
-            question=record.get("question", ""), options=f"\n{shown}" if choice else "", ask=ASKS[choice]
-        ),
+        prompt=prompt if record.get("question") else "",
         gold=record["answer"],
         meta={"image_id": name, "subject": subject[1], "choice": choice, "texts": dict(options)},
     )
