@@ -31,7 +31,8 @@ def _mmmu(place: Place) -> list[Item]:
     The last two hold neither questions nor pictures, and the last no options: they serve to score, not to ask. Only the
     first picture is shown, as in Bunny; marks such as `<image 1>` stay in the question.
     """
-    return [_mmmu_item(place, path, record) for path in place.files for record in _mmmu_records(path)]
+    items = [_mmmu_item(place, path, record) for path in place.files for record in _mmmu_records(path)]
+    return [item for item in items if item.question_id.startswith(f"{place.split}_")]
 
 
 def _mmmu_records(path: Path) -> Iterator[dict[str, Any]]:
