@@ -157,6 +157,8 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form)
         records = read_json(path)
         if isinstance(records, list):
             return records
+        if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
+            return [{"question_id": name, **record} for name, record in records.items()]  # Prismatic's results
         raise DataError(f"{path}: one JSON list of answers is expected, not a {type(records).__name__}.")
     return list(read_jsonl(path))
 

@@ -91,7 +91,7 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
     place = Place(files=files, root=root, images=row.images, split=official, prompt=row.prompt)
     try:
         items = FORMS[row.form].load(place)
-    except (KeyError, TypeError, AttributeError, IndexError) as fault:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as fault:
         raise DataError(
             f"Task {row.id!r}: {', '.join(map(str, files))} is not in the form {row.form!r} ({fault!r}). "
             f"The form is: {(FORMS[row.form].load.__doc__ or '').splitlines()[0]}"
