@@ -12,7 +12,7 @@ A new folder usually needs nothing here. Where it does, add one line to one of t
     NO_RULE     (folder, lineage) that is not a rule, and why: a file, a defect on files made to show it.
     ELSEWHERE   (folder, lineage) whose answers are more than one file of them (a judge's replies, folders): the test
                 that compares them.
-    SHAPE       (folder, lineage) whose golden `metrics` are no table of names (a list, one number): our metrics -> that.
+    SHAPE       (folder, lineage) whose golden `metrics` are no table of names (a list, a number): our metrics -> that.
     PER_ITEM    (folder, lineage) -> [(column of per_item.jsonl, how ours reads)]: our line of the items file, and
                 theirs, to what must equal the column. A column that is named as the lineage and holds numbers is
                 compared with `score` (times 100 where the column is in percent) without a line here.

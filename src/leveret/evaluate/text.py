@@ -8,7 +8,10 @@ import re
 import string
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
+REMEMBERED = 1 << 16
+"""Answers whose normal form is remembered: VQAv2 has ten to a question, and mostly the same few words."""
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {
     word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
@@ -51,6 +54,7 @@ _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD_ASCII = re.compile(_PERIOD.pattern, re.ASCII)
 _DIGIT_COMMA_DIGIT_ASCII = re.compile(_DIGIT_COMMA_DIGIT.pattern, re.ASCII)
 _NO_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_DIGIT_COMMAS_DIGIT = re.compile(r"\d,+\d")
 _PERIOD_ALONE = re.compile(r"(?<!\d)\.(?!\d)")
 
 
@@ -82,30 +86,42 @@ def plain_words(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> st
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
+@lru_cache(maxsize=REMEMBERED)
 def vqa(text: str) -> str:
     """All steps of the VQA evaluation on a text that is already one line (vqaEval.py under Python 2)."""
     return plain_words(strip_punctuation(text, period=_PERIOD_ASCII, comma=_DIGIT_COMMA_DIGIT_ASCII))
 
 
+@lru_cache(maxsize=REMEMBERED)
 def lavis(text: str) -> str:
     """What the LAVIS lineage (Qwen-VL, TRI-ML) makes of a prediction: the same steps under Python 3."""
     return plain_words(strip_punctuation(one_line(text)))
 
 
+@lru_cache(maxsize=REMEMBERED)
 def vizwiz_api(text: str) -> str:
     """What VizWiz's own evaluation makes of a prediction (vizwiz/eval.py): contractions come out with back-ticks."""
     return plain_words(strip_punctuation(one_line(text)), VIZWIZ_CONTRACTIONS)
 
 
+@lru_cache(maxsize=REMEMBERED)
 def vlmevalkit(text: str) -> str:
     """VLMEvalKit's process_answer: as LAVIS, but a period after a digit stays ("2." is not "2")."""
     return plain_words(strip_punctuation(one_line(text), period=_PERIOD_ALONE))
 
 
+@lru_cache(maxsize=REMEMBERED)
 def m4c(text: str) -> str:
     """TextVQA's normaliser (EvalAIAnswerProcessor of m4c_evaluator.py, as LLaVA, Bunny and lmms-eval ship it)."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return plain_words(strip_punctuation(one_line(text)))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def lmms_vqa(text: str) -> str:
+    """The VQA evaluation's steps as lmms-eval's vqav2 takes them on a text that is already one line: several commas
+    between two digits delete all marks too."""
+    return plain_words(strip_punctuation(text, comma=_DIGIT_COMMAS_DIGIT))
 
 
 def no_punctuation(text: str) -> str:
