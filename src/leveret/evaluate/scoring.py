@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from leveret.evaluate.forms import FORMS, Form, Item
+from leveret.evaluate.forms.base import read_lines, read_whole
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.stats import headline, interval
 from leveret.evaluate.tasks import TaskRow, load_items, rule_of, task_row
-from leveret.runs import DataError, atomic_write, read_json, read_jsonl
+from leveret.runs import DataError, atomic_write
 
 
 def judge_all(scorer: Scorer, items: Sequence[Item], answers: Mapping[str, str]) -> list[Verdict]:
-    """One verdict per item; an item without an answer is missing, and wrong."""
+    """One verdict per item; an item without an answer is missing, and wrong.
+
+    DataError where the right answers are not public."""
+    unknown = [item.question_id for item in items if item.gold is None]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(items)} questions (first {unknown[0]!r}) have no right answer in the official "
+            "files: it is not public. Write the file that the benchmark's server takes instead."
+        )
     return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
 
 
@@ -70,7 +79,8 @@ def score(
         DataError: missing, repeated or foreign ids, with counts; files that are not what they should be.
     """
     row, records = task_row(task), _read_answers(answers)
-    name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record)} or {"text"})
+    form = FORMS[row.form]
+    name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record, form)} or {"text"})
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     found = join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
@@ -99,7 +109,7 @@ def join(
     foreign: list[str] = []
     repeated: list[str] = []
     for number, answer in enumerate(answers):
-        name, text = _name_and_value(answer, reads, where, number)
+        name, text = _name_and_value(answer, reads, where, number, form)
         # Our own answer files carry the task and the exact id, which needs no second look.
         keys = (name,) if "task" in answer else form.answer_keys(answer, name)
         found = next((names[key] for key in keys if key in names), None)
@@ -140,37 +150,42 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Map
     if not isinstance(answers, (str, Path)):
         return list(answers)
     path = Path(answers)
-    if path.suffix == ".json":
-        records = read_json(path)
-        if isinstance(records, list):
-            return records
+    records = read_whole(path) if path.suffix == ".json" else read_lines(path, torn=True)
+    if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
+        records = list(records.values())  # Prismatic's results: id -> record
+    if not isinstance(records, list):
         raise DataError(f"{path}: one JSON list of answers is expected, not a {type(records).__name__}.")
-    return list(read_jsonl(path))
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, answer {number}: a table of fields is expected, not {str(record)[:60]!r}.")
+    return records
 
 
 ID_KEYS = ("question_id", "example_id", "questionId")
 TEXT_KEYS = ("text", "prediction")
 
 
-def _held(answer: Mapping[str, Any]) -> Iterator[str]:
+def _held(answer: Mapping[str, Any], form: Form) -> Iterator[str]:
     """Which of the fields that rules read an answer has."""
-    if any(key in answer for key in TEXT_KEYS):
+    if any(key in answer for key in (*TEXT_KEYS, *form.texts)):
         yield "text"
     if any(key.endswith("probabilities") for key in answer):
         yield "probabilities"
 
 
-def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int) -> tuple[str, str]:
-    names = [answer[key] for key in ID_KEYS if key in answer]
+def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int, form: Form) -> tuple[str, str]:
+    ids, texts = (*ID_KEYS, *form.ids), (*TEXT_KEYS, *form.texts)
+    names = [answer[key] for key in ids if key in answer]
     if reads == "probabilities":
         values = [json.dumps(answer[key]) for key in answer if key.endswith("probabilities")]
     else:
-        values = [str(answer[key]) for key in TEXT_KEYS if isinstance(answer.get(key), str | int)]
+        values = [str(answer[key]) for key in texts if isinstance(answer.get(key), str | int | float)]
     if not names or not values:
-        wanted = "the probabilities of its options" if reads == "probabilities" else "a text (text or prediction)"
+        wanted = "the probabilities of its options" if reads == "probabilities" else f"a text ({' or '.join(texts)})"
+        empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and reads == "text"]
         raise DataError(
-            f"{where}, answer {number + 1}: needs an id ({', '.join(ID_KEYS)}) and {wanted}; it has "
-            f"{', '.join(answer)}."
+            f"{where}, answer {number + 1}: needs an id ({', '.join(ids)}) and {wanted}; it has "
+            f"{', '.join(answer) or 'no field'}{''.join(f'; {fault}' for fault in empty)}."
         )
     return str(names[0]), values[0]
 

@@ -17,14 +17,14 @@ class Verdict:
     parsed    the answer as the rule read it, as text; None where it read nothing.
     readable  False where the text holds nothing the rule looks for (the rule may still count it as an answer).
     missing   there was no answer at all.
-    detail    more of the rule's findings (`iou`).
+    detail    more of the rule's findings (`iou`, `probabilities`).
     """
 
     score: float
     parsed: str | None
     readable: bool
     missing: bool = False
-    detail: Mapping[str, float] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 MISSING = Verdict(0.0, None, readable=False, missing=True)

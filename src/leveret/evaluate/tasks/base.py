@@ -23,7 +23,8 @@ class TaskRow:
     prompt          what the model is asked, over the form's fields.
     max_new_tokens  no right answer is longer.
     headline        row of HEADLINES: the one figure called `score`; a rule may have its own.
-    splits          our name of a split -> the files' own.
+    splits          our name of a split -> the files' own; "server" is the part whose answers only a server knows.
+    prompts         lineage -> its own wording, where others than `prompt` are in use (`prismatic`).
     about           what is asked, in words for somebody who knows nothing.
     """
 
@@ -37,3 +38,4 @@ class TaskRow:
     headline: str = "accuracy"
     splits: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    prompts: Mapping[str, str] = field(default_factory=dict)
