@@ -433,7 +433,9 @@ def score(
     lines = [f"{task}: {result['score']:.4f}  (95 % interval {low:.4f} - {high:.4f}, n = {result['n']:,})"]
     odd = {name: result.get(name) for name in ("unparsable", "missing") if result.get(name)}
     lines += [f"  {name}: {count:,} of {result['n']:,}" for name, count in odd.items()]
-    lines += [f"  {name}: {_figure(value)}" for name, value in result.get("metrics", {}).items()]
+    metrics = result.get("metrics", {})
+    named = metrics if isinstance(metrics, dict) else {"metrics": metrics}
+    lines += [f"  {name}: {_figure(value)}" for name, value in named.items()]
     _report(json, result, "\n".join(lines))
 
 
@@ -441,6 +443,8 @@ def _figure(value: Any) -> str:
     """A metric for reading: rounded, and a table of them on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_figure(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_figure(item) for item in value)
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 

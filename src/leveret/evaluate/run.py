@@ -175,13 +175,21 @@ def _suite(name: str) -> tuple[str, ...]:
 
 def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
     """Before a model is loaded: every picture is there."""
-    paths = {item.image.path for items in loaded.values() for item in items if item.image is not None}
+    images = [item.image for items in loaded.values() for item in items if item.image is not None]
+    paths = {image.path for image in images if image.kind != "data"}
     missing = sorted(path for path in paths if not Path(path).is_file())
     if missing:
         raise DataError(
             f"{len(missing)} of {len(paths)} pictures are missing, first {missing[0]}. "
             "Put them there, or give the folder that holds the questions' files and the pictures as they name them."
         )
+
+
+def _name(item: Item) -> str:
+    """The picture's file name; where it lies inside the questions' file, its id there."""
+    if item.image is not None and item.image.kind == "file":
+        return Path(item.image.path).name
+    return str(item.meta["image_id"])
 
 
 def _questions_hash(row: TaskRow, items: Sequence[Item]) -> str:
@@ -267,7 +275,7 @@ class _Desk:
             "text": prediction.text.strip(),  # as the official loops do; some rules compare to the letter
             "answer_id": key,
             "model_id": self.model,
-            "metadata": {**prediction.meta, "image": item.image and Path(item.image.path).name},
+            "metadata": {**prediction.meta, "image": item.image and _name(item)},
             "task": self.row.id,
         }
         append_jsonl(self.path, record)

@@ -26,6 +26,8 @@ def judge_all(scorer: Scorer, items: Sequence[Item], answers: Mapping[str, str])
             f"{len(unknown)} of {len(items)} questions (first {unknown[0]!r}) have no right answer in the official "
             "files: it is not public. Write the file that the benchmark's server takes instead."
         )
+    if scorer.together is not None:
+        return scorer.together(items, answers)
     return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
 
 
@@ -78,8 +80,9 @@ def score(
         RecipeError: unknown task, or a rule that the task does not have.
         DataError: missing, repeated or foreign ids, with counts; files that are not what they should be.
     """
-    row, records = task_row(task), _read_answers(answers)
+    row = task_row(task)
     form = FORMS[row.form]
+    records = _read_answers(answers, form)
     name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record, form)} or {"text"})
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
@@ -146,11 +149,13 @@ def _names(form: Form, items: Sequence[Item]) -> dict[str, str]:
     return {alias: name for alias, name in aliases if uses[alias] == 1} | {i.question_id: i.question_id for i in items}
 
 
-def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form) -> list[Mapping[str, Any]]:
     if not isinstance(answers, (str, Path)):
         return list(answers)
     path = Path(answers)
-    records = read_whole(path) if path.suffix == ".json" else read_lines(path, torn=True)
+    if form.read is not None and (own := form.read(path)) is not None:
+        return list(own)
+    records: Any = read_whole(path) if path.suffix == ".json" else read_lines(path, torn=True)
     if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
         records = list(records.values())  # Prismatic's results: id -> record
     if not isinstance(records, list):
@@ -161,8 +166,8 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Map
     return records
 
 
-ID_KEYS = ("question_id", "example_id", "questionId")
-TEXT_KEYS = ("text", "prediction")
+ID_KEYS = ("question_id", "example_id", "questionId", "id", "index")
+TEXT_KEYS = ("text", "prediction", "response")
 
 
 def _held(answer: Mapping[str, Any], form: Form) -> Iterator[str]:
@@ -171,6 +176,8 @@ def _held(answer: Mapping[str, Any], form: Form) -> Iterator[str]:
         yield "text"
     if any(key.endswith("probabilities") for key in answer):
         yield "probabilities"
+    if "answer" in answer:
+        yield "answer"
 
 
 def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int, form: Form) -> tuple[str, str]:
@@ -178,6 +185,8 @@ def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: i
     names = [answer[key] for key in ids if key in answer]
     if reads == "probabilities":
         values = [json.dumps(answer[key]) for key in answer if key.endswith("probabilities")]
+    elif reads == "answer":
+        values = [str(answer["answer"])] if "answer" in answer else []
     else:
         values = [str(answer[key]) for key in texts if isinstance(answer.get(key), str | int | float)]
     if not names or not values:

@@ -38,16 +38,20 @@ class Scorer:
     judge    (item, the model's text) -> Verdict.
     gold     the right answer as a text that `judge` would accept: shown to people, and a candidate constant answer.
     summary  the official figures under their official names and in their official scale.
-    reads    what of an answer it judges: its `text`, or its `probabilities` (of the options, in their order, as JSON).
+    reads    what of an answer it judges: its `text`, its `probabilities` (of the options, in their order, as JSON), or
+             its `answer`, already parsed.
     headline row of HEADLINES, where its one figure is another than the task's.
+    together (items, question_id -> text in the answers' order) -> verdicts, for rules in which answers depend on each
+             other; `judge` is then what the rule makes of one answer alone.
     """
 
     rule: str
     judge: Callable[[Item, str], Verdict]
     gold: Callable[[Item], str]
-    summary: Callable[[Sequence[Item], Sequence[Verdict]], dict[str, Any]]
+    summary: Callable[[Sequence[Item], Sequence[Verdict]], Any]
     reads: str = "text"
     headline: str = ""
+    together: Callable[[Sequence[Item], Mapping[str, str]], list[Verdict]] | None = None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -121,7 +121,8 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test", promp
 def subset(items: Sequence[Item], n: int | None, how: str = "hash") -> list[Item]:
     """At most `n` of the items, always the same ones; n = 100 lies within n = 500.
 
-    how  "hash": the first `n` by a hash of the id, in file order.
+    how  "hash": the first `n` by a hash of the id, in file order. Items that only count together (`whole`) are taken
+         together, so there may be some more than `n`.
          "prismatic": its slim sets: `random.Random(21)` shuffles all in file order, and the first `n` of each part
          (`meta["group"]`) stay, in the shuffled order. The official files' order, that is: its own index is shuffled.
     """
@@ -141,6 +142,11 @@ def subset(items: Sequence[Item], n: int | None, how: str = "hash") -> list[Item
             taken[part] += 1
             slim += [item] if taken[part] <= n else []
         return slim
-    chosen = sorted(items, key=lambda item: hashlib.sha256(item.question_id.encode()).digest())[:n]
-    ids = {item.question_id for item in chosen}
-    return [item for item in items if item.question_id in ids]
+    sizes = Counter(item.meta.get("whole", item.question_id) for item in items)
+    chosen: set[str] = set()
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if n <= 0:
+            break
+        chosen.add(name)
+        n -= sizes[name]
+    return [item for item in items if item.meta.get("whole", item.question_id) in chosen]

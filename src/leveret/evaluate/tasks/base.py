@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 SHORT = "\nAnswer the question using a single word or phrase."
 INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+LETTER_CN = "\n请直接回答选项字母。"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, SHORT, TaskRow
+from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, SHORT, TaskRow
+
+# Two tasks, one benchmark: the English and the Chinese tables.
+MMBENCH_RULES = {
+    "vlmevalkit_circular_exact_matching": "mmbench_circular",
+    "vlmevalkit_vanilla_exact_matching": "mmbench_vanilla",
+    "lmms_eval_static": "mmbench_static",
+}
 
 REGION = 'Please provide the bounding box coordinate of the region this sentence describes: "{sent}"'
 COUNTS = "".join(f"\n{chr(ord('A') + number)}. {number}" for number in range(16))
@@ -10,9 +17,121 @@ COUNTS = "".join(f"\n{chr(ord('A') + number)}. {number}" for number in range(16)
 
 FIELD = (
     TaskRow(
+        "mme",
+        "mme",
+        {
+            "bunny": "mme",
+            "mme_eval_tool_one_line": "mme_one_line",
+            "lmms_eval": "mme_lmms",
+            "vlmevalkit_exact_matching": "mme_vlmevalkit",
+        },
+        ("MME_Benchmark_release_version/**/*.txt", "*/**/*.txt"),
+        "",
+        "{question}" + SHORT,
+        128,
+        headline="share of MME's points",
+        about="Two opposite questions a picture, on what is seen (perception) and what follows from it (cognition).",
+    ),
+    TaskRow(
+        "mmbench",
+        "mmbench",
+        MMBENCH_RULES,
+        ("MMBench_{split}_legacy.tsv", "MMBench_{split}.tsv", "mmbench_dev_20230712.tsv"),
+        "",
+        "{context}{question}{options}" + LETTER,
+        128,
+        headline="circular accuracy",
+        splits={"test": "DEV_EN", "hidden": "TEST_EN", "v11": "DEV_EN_V11", "hidden-v11": "TEST_EN_V11"},
+        about="Questions with up to four options, right only when they are so in every order of the options.",
+    ),
+    TaskRow(
+        "mmbench_cn",
+        "mmbench",
+        MMBENCH_RULES,
+        ("MMBench_{split}_legacy.tsv", "MMBench_{split}.tsv", "mmbench_dev_cn_20231003.tsv"),
+        "",
+        "{context}{question}{options}" + LETTER_CN,
+        128,
+        headline="circular accuracy",
+        splits={"test": "DEV_CN", "hidden": "TEST_CN", "v11": "DEV_CN_V11", "hidden-v11": "TEST_CN_V11"},
+        about="MMBench in Chinese: right only when answered so in every order of the options.",
+    ),
+    TaskRow(
+        "seed_bench",
+        "seed_bench",
+        {
+            "official": "seed_bench",
+            "lmms_eval": "seed_bench_lmms",
+            "internvl": "seed_bench_internvl",
+            "vlmevalkit_exact_matching": "seed_bench_vlmevalkit",
+        },
+        ("SEED-Bench.json",),
+        "",
+        "{question}\n{options}" + LETTER,
+        128,
+        splits={"test": "all"},
+        about="Questions with four options about pictures and about one frame of videos.",
+    ),
+    TaskRow(
+        "mmmu",
+        "mmmu",
+        {
+            "official_no_fallback": "mmmu",
+            "official_with_fallback": "mmmu_draws",
+            "official_fallback_wrong": "mmmu_strict",
+            "eval_only": "mmmu_eval_only",
+            "lmms_eval_no_fallback": "mmmu_lmms",
+        },
+        ("*/{split}-*.parquet", "*/output.json", "answer_dict_val.json"),
+        "",
+        "{question}{options}{ask}",
+        128,
+        splits={"test": "validation", "hidden": "test"},
+        about="College questions of thirty subjects, most with options.",
+    ),
+    TaskRow(
+        "cmmmu",
+        "cmmmu",
+        {
+            "official": "cmmmu",
+            "official_answer_mode": "cmmmu_answers",
+            "official_with_fallback": "cmmmu_draws",
+            "official_fallback_wrong": "cmmmu_strict",
+            "lmms_eval": "cmmmu_lmms",
+        },
+        ("cmmmu-data-{split}-answer.jsonl", "cmmmu-data-{split}.jsonl", "*/{split}-*.parquet"),
+        "images",
+        "{instruction}\n\n{question}\n{options}{answer}",
+        128,
+        splits={"test": "val", "hidden": "test"},
+        about="College questions in Chinese: options, true or false, blanks to fill.",
+    ),
+    TaskRow(
+        "ai2d",
+        "ai2d",
+        {
+            "prismatic_probabilities": "ai2d_probabilities",
+            "lmms_eval": "ai2d_lmms",
+            "vlmevalkit_exact_matching": "ai2d_vlmevalkit",
+        },
+        ("questions/*.png.json",),
+        "images",
+        "{question}\n{options}" + LETTER,
+        128,
+        splits={"test": "all", "test-only": "test"},
+        about="School diagrams: questions with four options.",
+    ),
+    TaskRow(
         "pope",
         "pope",
-        {"bunny": "pope"},
+        {
+            "bunny": "pope",
+            "llava": "pope",
+            "pope_official": "pope",
+            "lmms_eval": "pope_lmms",
+            "vlmevalkit_exact_matching": "pope_vlmevalkit",
+            "prismatic_probabilities": "pope_probabilities",
+        },
         ("coco/coco_pope_*.json", "coco_pope_*.json"),
         "val2014",
         "{question}" + SHORT,
@@ -51,7 +170,11 @@ FIELD = (
     TaskRow(
         "vsr",
         "vsr",
-        {"vlmevalkit_yes_no": "vsr_yes_no", "vlmevalkit_true_false": "vsr_true_false"},
+        {
+            "prismatic_probabilities": "vsr_probabilities",
+            "vlmevalkit_yes_no": "vsr_yes_no",
+            "vlmevalkit_true_false": "vsr_true_false",
+        },
         ("{split}.jsonl",),
         "images",
         "{caption} Please answer yes or no.",
@@ -61,7 +184,11 @@ FIELD = (
     TaskRow(
         "scienceqa",
         "scienceqa",
-        {"official": "scienceqa"},
+        {
+            "official": "scienceqa",
+            "lmms_eval": "scienceqa_lmms",
+            "vlmevalkit_exact_matching": "scienceqa_vlmevalkit",
+        },
         ("problems.json",),
         "images",
         "{context}{question}\n{options}" + LETTER,
