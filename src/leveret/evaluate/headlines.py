@@ -10,6 +10,7 @@ import numpy as np
 
 from leveret.evaluate.forms import Item
 from leveret.evaluate.scorers import Verdict
+from leveret.evaluate.scorers.judged import points
 from leveret.evaluate.scorers.yes_no import pope_counts
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -65,8 +66,13 @@ def _f1_figure(sums: Array) -> Array:
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0).mean(-1)
 
 
+def _points_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
+    return np.array([points(verdict)[::-1] for verdict in verdicts])
+
+
 HEADLINES: dict[str, Headline] = {
     "accuracy": Headline(_mean_columns, _ratio),
     "accuracy, mean of parts": Headline(_macro_columns, _ratio),
     "F1, mean of parts": Headline(_f1_columns, _f1_figure),
+    "points in relation to the reference's": Headline(_points_columns, _ratio),
 }

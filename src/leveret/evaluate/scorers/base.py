@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.evaluate.forms.base import Item
+
+if TYPE_CHECKING:
+    from leveret.evaluate.scorers.asking import Judging
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Scorer:
     summary  the official figures under their official names and in their official scale.
     reads    what of an answer it judges: its `text`, or its `probabilities` (of the options, in their order, as JSON).
     headline row of HEADLINES, where its one figure is another than the task's.
+    judging  how a language model is asked, where the rule needs one; `judge` works once it is `asking.bound`.
     """
 
     rule: str
@@ -48,6 +52,7 @@ class Scorer:
     summary: Callable[[Sequence[Item], Sequence[Verdict]], dict[str, Any]]
     reads: str = "text"
     headline: str = ""
+    judging: Judging | None = None
 
 
 def mean(values: Sequence[float]) -> float:
