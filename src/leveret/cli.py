@@ -364,7 +364,9 @@ def train(
 
 @_verb("eval", "leveret.evaluate")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
+    model: Annotated[
+        str, typer.Argument(help="A model's folder, a run's, an id of the hub, openai:URL#MODEL, or hf:FOLDER.")
+    ],
     data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
     out: Out,
     suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
@@ -375,6 +377,13 @@ def evaluate(
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
     ] = None,
     own: Own = None,
+    model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
+    judge_cache: JudgeCache = None,
+    replay: Replay = None,
+    at_once: AtOnce = 8,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -387,11 +396,26 @@ def evaluate(
         counts = {task: len(load_items(task, data, split)) for task in SUITES.get(suite, (suite,))}
         return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
     from leveret.evaluate import evaluate as station
+    from leveret.evaluate.judges import open_judge
+    from leveret.generate.others import open_other
 
+    judging = open_judge(
+        out / "answers", url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay,
+        parallel=at_once,
+    )  # fmt: skip
     with _reporting(json):
-        results = station(model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules)
+        other = open_other(model, key_env=model_key, parallel=at_once)
+        results = station(
+            other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
+            judge=judging,
+        )  # fmt: skip
     if not json:
         _print_scores(results)
+    for task, left in results.get("unjudged", {}).items():
+        print(
+            f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
+            file=sys.stderr,
+        )
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
 
 

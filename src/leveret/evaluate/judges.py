@@ -377,8 +377,8 @@ def plan(
     price  of a million tokens, of what is asked and of what is replied, in any currency.
 
     Returns `{"answers", "known", "model", "requests", "requests_at_most", "input_tokens", "output_tokens_at_most",
-    "cost_at_most", "file"}`; tokens are estimates; costs are there with a price. What follows a reply that cannot be read is in
-    `requests_at_most` and in no other figure.
+    "cost_at_most", "file"}`; tokens are estimates; the cost is there with a price. What follows a reply that cannot be
+    read is in `requests_at_most` and in no other figure.
     """
     talks = judge.talks(row, judging, items, texts, send=False)
     lines, read, said, most = [], 0, 0, 0
