@@ -281,7 +281,7 @@ def at_once(jobs: Sequence[Job], work: Callable[[Job], Result], parallel: int) -
     fault: BaseException | None = None
 
     def run() -> None:
-        while True:
+        while not stop_requested():
             try:
                 job = waiting.popleft()
             except IndexError:
