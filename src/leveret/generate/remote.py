@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from leveret.generate.endpoint import Completion, Endpoint, Filtered, at_once
-from leveret.images import decode, form_of, read_bytes
+from leveret.images import ImageFault, decode, form_of, read_bytes
 from leveret.records import IMAGE_MARK, ImageRef, Prediction, Turn
 from leveret.runs import DataError, Interrupted, RecipeError, sha256_of
 
@@ -139,8 +139,10 @@ def data_uri(ref: ImageRef) -> str:
 
     Raises ImageFault, which names the place."""
     data = read_bytes(ref)
-    form = form_of(data)
-    upright = decode(data)  # also the check that it can be read: a server's own words name no file
+    try:
+        form, upright = form_of(data), decode(data)  # here, for a server that cannot read it would name no file
+    except ImageFault as fault:
+        raise fault.at(str(ref)) from None
     from PIL import Image as pil
 
     with pil.open(BytesIO(data)) as opened:
