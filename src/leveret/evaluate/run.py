@@ -20,8 +20,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from leveret.evaluate.forms import Item
+from leveret.evaluate.judges import Judge
 from leveret.evaluate.scorers import Scorer, Verdict
-from leveret.evaluate.scoring import figures, judge_all, write_items
+from leveret.evaluate.scorers.asking import bound
+from leveret.evaluate.scoring import figures, judge_all, judged, write_items
 from leveret.evaluate.stats import best_constants, deranged, headline
 from leveret.evaluate.tasks import SUITES, TaskRow, load_items, rule_of, subset, task_row
 from leveret.generate.helpers import Helpers
@@ -87,10 +89,12 @@ def evaluate(
     n: int | None = None,
     split: str = "test",
     rules: Mapping[str, str] = MappingProxyType({}),
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
 
-    model   a model's folder or run folder, an id of the hub, or a loaded model.
+    model   a model's folder or run folder, an id of the hub, or a loaded model; also what `generate.others` names
+            (`openai:URL#NAME`, `hf:FOLDER`).
     root    the folder with the suite's official files and pictures.
     blind   also ask every question with another scene's picture: what is left of the score needs no eyes.
     engine  what answers; None builds `generate.Engine` on the model.
@@ -99,6 +103,9 @@ def evaluate(
     n       at most so many questions a task (always the same ones; more later continues).
     split   the part that is asked about; the best constant answer is chosen on `train`.
     rules   task -> another of its rules, by the name of its lineage.
+    judge   who judges where a rule asks a language model. Without one such a task is asked and not scored: it stands
+            under `unjudged`. It has neither blind nor constant answers, for each would have to be judged too; answers
+            that the judge would not judge count as wrong, and are named under `judge`.
 
     Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
     `majority` and `blind` are None where there is no train twin, or nothing to swap.
@@ -112,8 +119,12 @@ def evaluate(
     by = {task_row(task).id: rule for task, rule in rules.items()}
     if strange := by.keys() - {row.id for row in rows}:
         raise RecipeError(f"A rule is given for {', '.join(sorted(strange))}, which {suite!r} does not ask.")
-    for row in rows:
-        rule_of(row, by.get(row.id))
+    asking = {row.id for row in rows if rule_of(row, by.get(row.id))[1].judging is not None}
+    if isinstance(model, (str, Path)) and engine is None:
+        from leveret.generate.others import open_other
+
+        if (other := open_other(str(model))) is not None:
+            model = engine = other
     if isinstance(model, (str, Path)):
         from leveret.model.source import locate
 
@@ -136,6 +147,7 @@ def evaluate(
         _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped)
         for swapped in ((False, True) if blind else (False,))
         for row in rows
+        if not (swapped and row.id in asking)
     ]
     with Helpers() if helpers is None else nullcontext(helpers) as crew:
         for swapped in (False, True):
@@ -145,12 +157,19 @@ def evaluate(
 
     start = time.perf_counter()
     texts = {(desk.row.id, desk.blind): desk.texts() for desk in desks}
+    unjudged = [row for row in rows if row.id in asking and judge is None]
     examined = [
-        _examine(row, by.get(row.id), root, asked[row.id], texts[row.id, False], texts.get((row.id, True)))
+        _examine(row, by.get(row.id), root, asked[row.id], texts[row.id, False], texts.get((row.id, True)), judge)
         for row in rows
+        if row not in unjudged
     ]
     seconds = _seconds(folder)
     results: dict[str, Any] = {"tasks": {task.row.id: task.facts for task in examined}, "seconds": seconds}
+    if unjudged:
+        results["unjudged"] = {
+            row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
+            for row in unjudged
+        }
     for task in examined:
         write_items(folder.path / "items" / f"{task.row.id}.jsonl", task.scorer, task.items, task.texts, task.verdicts)
     from leveret.evaluate.report import markdown, report
@@ -358,9 +377,14 @@ def _examine(
     items: list[Item],
     texts: dict[str, str] | None,
     blind: dict[str, str] | None,
+    judge: Judge | None,
 ) -> Examined:
     assert texts is not None
     name, scorer = rule_of(row, rule)
+    told: dict[str, Any] = {}
+    if scorer.judging is not None:
+        replies, told = judged(row, scorer.judging, items, texts, judge, allow_missing=True)
+        scorer = bound(scorer, replies)
     verdicts = judge_all(scorer, items, texts)
     facts = figures(row, name, items, verdicts)
     head = {name: facts.pop(name) for name in ("score", "n", "ci95")}
@@ -368,7 +392,10 @@ def _examine(
     constants: dict[str, str] = {}
     why: str | None = None
     try:
-        constants = best_constants(load_items(row, root, "train"), scorer)
+        if scorer.judging is None:
+            constants = best_constants(load_items(row, root, "train"), scorer)
+        else:
+            why = "a judge would have to be asked about every constant answer"
     except DataError as fault:
         why = str(fault)
     guesses = {i.question_id: constants.get(i.template, constants[""]) for i in items} if constants else {}
@@ -383,6 +410,7 @@ def _examine(
         "majority": headline(facts["headline"], items, guessed) if guessed else None,
         "blind": headline(facts["headline"], items, blind_verdicts) if blind_verdicts else None,
         **facts,
+        **told,
         "templates": _by_template(items, verdicts, guessed, blind_verdicts, constants),
     }
     if why is not None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.evaluate.forms.base import Item
+
+if TYPE_CHECKING:
+    from leveret.evaluate.scorers.asking import Judging
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Scorer:
     headline row of HEADLINES, where its one figure is another than the task's.
     together (items, question_id -> text in the answers' order) -> verdicts, for rules in which answers depend on each
              other; `judge` is then what the rule makes of one answer alone.
+    judging  how a language model is asked, where the rule needs one; `judge` works once it is `asking.bound`.
     """
 
     rule: str
@@ -52,6 +56,7 @@ class Scorer:
     reads: str = "text"
     headline: str = ""
     together: Callable[[Sequence[Item], Mapping[str, str]], list[Verdict]] | None = None
+    judging: Judging | None = None
 
 
 def mean(values: Sequence[float]) -> float:
