@@ -70,3 +70,6 @@ HEADLINES: dict[str, Headline] = {
     "accuracy, mean of parts": Headline(_macro_columns, _ratio),
     "F1, mean of parts": Headline(_f1_columns, _f1_figure),
 }
+
+PLAIN = frozenset({"accuracy", "accuracy, mean of parts"})
+"""Headlines that are shares of right answers, so that only an answer's own score counts."""

@@ -7,71 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from leveret import pages
 from leveret.evaluate.findings import Example, confusion, examples, mistakes, overlaps, picture
+from leveret.evaluate.tables import HEADER, MEANING, rows, share
 
 if TYPE_CHECKING:
     from leveret.evaluate.run import Examined
-
-HEADER = ["task", "score", "95 % interval", "n", "majority", "blind", "unreadable"]
-
-MEANING = (
-    (
-        "score",
-        "The share of questions answered rightly, from 0 to 1 (1.00 is every one). Where the benchmark's own rule says "
-        "otherwise, the rule is named under the task.",
-    ),
-    (
-        "95 % interval",
-        "Another set of as many pictures would give a somewhat different score. The interval is how far it would move: "
-        "two models whose intervals overlap widely may be equally good. Pictures are resampled, not questions, for "
-        "questions about one picture fail together.",
-    ),
-    (
-        "majority",
-        "What a person would score who never looks and always gives the one best answer to each wording of question, "
-        "learnt from the questions of the training side. A score near it shows no skill.",
-    ),
-    (
-        "blind",
-        "The same model and the same questions, but each with the picture of another scene. What is left of the score "
-        "is guessed from the words alone; the distance from blind to score is what the eyes contribute.",
-    ),
-    (
-        "unreadable",
-        "Answers in which the rule found nothing to judge. They count as wrong (in existence, where the official rule "
-        "reads everything that is not a no as yes, they count as yes).",
-    ),
-)
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table of results.md."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in _rows(results)]
-    spent = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())
-    notes = "\n".join(f"- **{name}**: {meaning}" for name, meaning in MEANING)
-    rules = "\n".join(
-        f"- {name}: {facts['headline']}; {facts['rule_says']}" for name, facts in results["tasks"].items()
-    )
-    return "\n".join([*lines, "", f"Time: {spent}.", "", notes, "", "Rules:", rules]) + "\n"
-
-
-def _rows(results: Mapping[str, Any]) -> list[list[str]]:
-    return [
-        [
-            name,
-            f"{facts['score']:.3f}",
-            f"{facts['ci95'][0]:.3f} - {facts['ci95'][1]:.3f}",
-            f"{facts['n']:,}",
-            share(facts["majority"]),
-            share(facts["blind"]),
-            str(facts["unparsable"]),
-        ]
-        for name, facts in results["tasks"].items()
-    ]
-
-
-def share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: str) -> str:
@@ -79,7 +18,7 @@ def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: s
     tasks = results["tasks"]
     n = sum(facts["n"] for facts in tasks.values())
     sections = [
-        pages.Section("Scores", [_bars(tasks), pages.table(_rows(results), HEADER)], lead=in_words(tasks)),
+        pages.Section("Scores", [_bars(tasks), pages.table(rows(results), HEADER)], lead=in_words(tasks)),
         pages.Section("What the numbers mean", [pages.table(MEANING, ["word", "meaning"])]),
         *(_task(task) for task in examined),
     ]
