@@ -190,6 +190,62 @@ def _flip(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "a": a.get("text"), "b": b.get("text")}
 
 
+def lines(found: Mapping[str, Any], flips: int = 3) -> list[str]:
+    """What `compare` found, for a terminal: a table, then per task some of the answers that turned."""
+    told = [f"a: {found['a']}", f"b: {found['b']}", ""]
+    header = ["task", "n", "a", "b", "b - a", "95 % interval", "lost", "won", "p", "p (Holm)", "test", ""]
+    body = [
+        [
+            task,
+            f"{row['n']:,}",
+            f"{row['a']:.3f}",
+            f"{row['b']:.3f}",
+            f"{row['difference']:+.3f}",
+            f"{row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}",
+            str(len(row["flips"]["right_to_wrong"])),
+            str(len(row["flips"]["wrong_to_right"])),
+            p_value(row["p"]),
+            p_value(row["p_holm"]),
+            row["test"],
+            verdict(row),
+        ]
+        for task, row in found["tasks"].items()
+    ]
+    wide = [max(len(row[k]) for row in [header, *body]) for k in range(len(header))]
+    for row in [header, *body]:
+        cells = [cell.ljust(wide[k]) if k in (0, 10, 11) else cell.rjust(wide[k]) for k, cell in enumerate(row)]
+        told.append("  ".join(cells).rstrip())
+    for task, row in found["tasks"].items():
+        for kind, turned in row["flips"].items():
+            if turned:
+                more = f" (of {len(turned):,})" if len(turned) > flips else ""
+                told += ["", f"{task}, {kind.replace('_', ' ')}{more}:"]
+                told += [f"  {_one_line(flip)}" for flip in turned[:flips]]
+    for side in ("a", "b"):
+        if found[f"only_{side}"]:
+            told += ["", f"only in {side}: {', '.join(found[f'only_{side}'])}"]
+    return told
+
+
+def p_value(value: float) -> str:
+    """A p-value for reading."""
+    return f"{value:.4f}" if value >= 0.0001 else f"{value:.0e}"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """One word on a task."""
+    return ("b is better" if row["difference"] > 0 else "a is better") if row["differs"] else "not told apart"
+
+
+def _one_line(flip: Mapping[str, Any]) -> str:
+    def short(text: Any, most: int) -> str:
+        words = " ".join(str(text).split())
+        return words if len(words) <= most else words[: most - 3] + "..."
+
+    said = f"right {short(flip['gold'], 30)!r}, a {short(flip['a'], 30)!r}, b {short(flip['b'], 30)!r}"
+    return f"{flip['question_id']} ({flip['image']}): {short(flip['prompt'], 60)} {said}"
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from leveret import pages
-from leveret.evaluate.findings import Example, confusion, examples, mistakes, overlaps, picture
-from leveret.evaluate.tables import HEADER, MEANING, rows, share
+from leveret.evaluate.findings import RIGHT, Example, confusion, examples, mistakes, overlaps, picture
+from leveret.evaluate.gallery import Card, browse, script
+from leveret.evaluate.radar import radar
+from leveret.evaluate.tables import HEADER, MEANING, OTHER, beside, rows, share
 
 if TYPE_CHECKING:
     from leveret.evaluate.run import Examined
@@ -17,12 +20,74 @@ def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: s
     """The whole page, pictures embedded; nothing is loaded from anywhere."""
     tasks = results["tasks"]
     n = sum(facts["n"] for facts in tasks.values())
+    scores = [_bars(tasks), _radar(tasks), pages.table(_shown_rows(results), HEADER)]
     sections = [
-        pages.Section("Scores", [_bars(tasks), pages.table(rows(results), HEADER)], lead=in_words(tasks)),
+        pages.Section("Scores", [block for block in scores if block], lead=in_words(tasks)),
         pages.Section("What the numbers mean", [pages.table(MEANING, ["word", "meaning"])]),
+        *_published(results),
+        pages.Section("All answers", browse(_cards(examined), KINDS), lead=LOOK),
         *(_task(task) for task in examined),
     ]
-    return pages.page("Examination", sections, subtitle=f"{n:,} questions of {len(tasks)} tasks, split {split}")
+    subtitle = f"{n:,} questions of {len(tasks)} tasks, split {split}"
+    return pages.page("Examination", sections, subtitle=subtitle, script=script())
+
+
+LOOK = (
+    "Filter by task and by how the answer was judged, search in questions and answers. What turned when the question "
+    "was asked with another picture: wrong when blind, the answer needed eyes; right when blind, it was guessed."
+)
+KINDS = {
+    "right": "right",
+    "partly": "partly right",
+    "wrong": "wrong",
+    "unreadable": "unreadable",
+    "flip": "turned when blind",
+    "seen": "wrong when blind",
+    "guessed": "right when blind",
+}
+
+
+def _shown_rows(results: Mapping[str, Any]) -> list[list[str | None]]:
+    """The rows of the table; nothing where there is none, so that columns of numbers stay such."""
+    return [[None if cell == "-" else cell for cell in row] for row in rows(results)]
+
+
+def _cards(examined: Sequence[Examined]) -> Iterator[Card]:
+    """Every answer as a card of the gallery."""
+    for task in examined:
+        blind = task.blind or [None] * len(task.items)
+        for item, verdict, other in zip(task.items, task.verdicts, blind, strict=True):
+            right = verdict.score >= RIGHT
+            kinds = ["right" if right else "partly" if verdict.score else "wrong"]
+            kinds += ["unreadable"] * (not verdict.readable)
+            if other is not None and item.image is not None and right != (other.score >= RIGHT):
+                kinds += ["flip", "seen" if right else "guessed"]
+            example = Example(item, task.texts.get(item.question_id, ""), verdict, task.scorer.gold(item))
+            yield Card(
+                task=task.row.id,
+                kinds=tuple(kinds),
+                words=_words(example),
+                picture=partial(picture, example) if item.image is not None else None,
+                key=item.question_id,
+            )
+
+
+def _radar(tasks: Mapping[str, Mapping[str, Any]]) -> Any:
+    kept = {name: [facts.get(name) for facts in tasks.values()] for name in ("score", "blind", "majority")}
+    series = {name: values for name, values in kept.items() if any(value is not None for value in values)}
+    return radar(
+        list(tasks), series, "The same scores around a circle; a task without a baseline has it at the centre."
+    )
+
+
+def _published(results: Mapping[str, Any]) -> list[pages.Section]:
+    blocks: list[Any] = []
+    for table, header, body in beside(results):
+        marked = f" \u2020: {OTHER}." if any("\u2020" in cell for cell in body[0]) else ""
+        caption = f"{table.name}: {table.source}; scored by {table.scored}.{marked}"
+        blocks.append(pages.table(body, header, caption=caption))
+    lead = "This model in the units of published tables. Read how each was scored before comparing."
+    return [pages.Section("Beside published figures", blocks, lead=lead)] if blocks else []
 
 
 def _bars(tasks: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -101,8 +166,12 @@ def _task(task: Examined) -> pages.Section:
 
 
 def _shown(example: Example, mark: str) -> tuple[Any, str, str]:
-    said = example.text.strip() or "(nothing)"
-    if len(said) > 240:
-        said = said[:237] + "..."
-    caption = f"{example.item.prompt}\nsaid: {said}\nright: {example.gold}"
-    return picture(example), caption, mark
+    return picture(example), _words(example), mark
+
+
+def _words(example: Example) -> str:
+    def short(text: str, most: int = 240) -> str:
+        return text if len(text) <= most else text[: most - 3] + "..."
+
+    said = short(example.text.strip()) or "(nothing)"
+    return f"{short(example.item.prompt, 400)}\nsaid: {said}\nright: {short(str(example.gold))}"

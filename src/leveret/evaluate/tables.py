@@ -18,7 +18,7 @@ MEANING = (
     (
         "95 % interval",
         "Another set of as many pictures would give a somewhat different score. The interval is how far it would move: "
-        "two models whose intervals overlap widely may be equally good (`leveret compare` tells). Pictures are "
+        "two models whose intervals overlap widely may be equally good (leveret compare tells). Pictures are "
         "resampled, not questions, for questions about one picture fail together.",
     ),
     (

@@ -117,10 +117,10 @@ def splits_there(row: TaskRow, root: Path) -> list[str]:
 def find_files(row: TaskRow, root: str | Path, split: str = "test") -> tuple[Path, tuple[Path, ...]]:
     """The folder that a task lies in, `root/<id>/` or `root`, and its files of a split; no files where there are none.
 
-    The first of the row's patterns that finds something counts, in the first folder where one does."""
+    The first of the row's patterns that finds something counts; RefCOCO's own folder holds one of its name."""
     patterns = [pattern.format(split=row.splits.get(split, split)) for pattern in row.files]
-    for home in homes(row, Path(root)):
-        for pattern in patterns:
+    for pattern in patterns:
+        for home in homes(row, Path(root)):
             if files := tuple(sorted(home.glob(pattern))):
                 return home, files
     return Path(root), ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -14,9 +14,12 @@ from leveret.evaluate.scorers import SCORERS
 from leveret.evaluate.tasks.base import TaskRow
 from leveret.runs import RecipeError
 
-Form = Literal[tuple(FORMS)]  # type: ignore[valid-type]
-Rule = Literal[tuple(SCORERS)]  # type: ignore[valid-type]
-Headline = Literal[tuple(HEADLINES)]  # type: ignore[valid-type]
+if TYPE_CHECKING:
+    Form: TypeAlias = str
+    Rule: TypeAlias = str
+    Headline: TypeAlias = str
+else:  # so that a misspelt one is told with the nearest that is there
+    Form, Rule, Headline = (Literal[tuple(known)] for known in (FORMS, SCORERS, HEADLINES))
 
 
 class OwnTask(BaseModel):
@@ -61,8 +64,9 @@ def read_task(path: str | Path) -> TaskRow:
         raise RecipeError(f"{path} is not there. Give the YAML file of a task, or the id of one that is known.")
     told = recipe.load(path, OwnTask, "data")
     if bool(told.rule) == bool(told.rules):
-        raise RecipeError(f"{path}: give `rule`, or `rules` (name -> rule); {'both are' if told.rule else 'neither is'} "
-                          f"there. Rules: {', '.join(SCORERS)}.")  # fmt: skip
+        there = "both are" if told.rule else "neither is"
+        known = ", ".join(SCORERS)
+        raise RecipeError(f"{path}: give `rule`, or `rules` (name -> rule); {there} there. Rules: {known}.")
     return TaskRow(
         id=told.id or path.stem,
         form=told.form,
