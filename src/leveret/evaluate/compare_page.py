@@ -16,7 +16,7 @@ from leveret.evaluate.scorers import MISSING
 from leveret.evaluate.tasks import asked, load_items
 from leveret.runs import DataError, RecipeError, atomic_write, read_json
 
-KINDS = {"right_to_wrong": "right in a, wrong in b", "wrong_to_right": "wrong in a, right in b"}
+KINDS = {"right_to_wrong": "only a is right", "wrong_to_right": "only b is right"}
 HEADER = ["task", "n", "a", "b", "b - a", "95 % interval", "lost", "won", "p, Holm", "verdict"]
 TESTS = ["task", "pictures", "test", "p", "p, McNemar", "p, bootstrap", "p, Holm"]
 LEAD = (

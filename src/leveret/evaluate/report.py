@@ -14,6 +14,7 @@ from leveret.evaluate.tables import HEADER, MEANING, OTHER, beside, rows, share
 
 if TYPE_CHECKING:
     from leveret.evaluate.run import Examined
+    from leveret.evaluate.scorers import Verdict
 
 
 def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: str) -> str:
@@ -55,7 +56,7 @@ def _shown_rows(results: Mapping[str, Any]) -> list[list[str | None]]:
 def _cards(examined: Sequence[Examined]) -> Iterator[Card]:
     """Every answer as a card of the gallery."""
     for task in examined:
-        blind = task.blind or [None] * len(task.items)
+        blind: Sequence[Verdict | None] = task.blind or [None] * len(task.items)
         for item, verdict, other in zip(task.items, task.verdicts, blind, strict=True):
             right = verdict.score >= RIGHT
             kinds = ["right" if right else "partly" if verdict.score else "wrong"]
