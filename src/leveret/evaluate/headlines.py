@@ -116,3 +116,6 @@ HEADLINES: dict[str, Headline] = {
     "circular accuracy": Headline(_circular_columns, _ratio),
     "points in relation to the reference's": Headline(_points_columns, _ratio),
 }
+
+PLAIN = frozenset({"accuracy", "accuracy, mean of parts"})
+"""Headlines that are shares of right answers, so that only an answer's own score counts."""

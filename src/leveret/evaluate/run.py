@@ -3,7 +3,7 @@
     out/answers/<task>.jsonl         answers as they come, in LLaVA's form; a rerun asks only what is missing
     out/answers/blind/<task>.jsonl   the same questions with another scene's picture
     out/items/<task>.jsonl           one line per question: gold, text, how it was read, what it earned
-    out/results.json, results.md, report.html
+    out/results.json, results.md, results.tex, report.html
 
 The order is answer, then judge: nothing is lost when the scoring or the page fails, and `score` judges the same files.
 """
@@ -14,18 +14,21 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from leveret import __version__
+from leveret.evaluate.baselines import Constants, chance, constants
 from leveret.evaluate.forms import Item
 from leveret.evaluate.judges import Judge
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scoring import figures, judge_all, judged, write_items
-from leveret.evaluate.stats import best_constants, deranged, headline
-from leveret.evaluate.tasks import SUITES, TaskRow, load_items, rule_of, subset, task_row
+from leveret.evaluate.stats import deranged, headline
+from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row
+from leveret.evaluate.tasks import asked as asked_of
 from leveret.generate.helpers import Helpers
 from leveret.records import IMAGE_MARK, Prediction, Turn
 from leveret.runs import (
@@ -36,7 +39,6 @@ from leveret.runs import (
     RunFolder,
     append_jsonl,
     atomic_write,
-    closest,
     graceful_stop,
     read_jsonl,
     repair_jsonl,
@@ -64,7 +66,7 @@ class Examined:
     """One task with everything that was found out about it; what the report is drawn from.
 
     texts     question_id -> answer. blind: the same with another picture, or None where it was not asked.
-    constants template -> the best constant answer, empty where there is no train twin.
+    constants template -> the best constant answer, empty where there is none.
     """
 
     row: TaskRow
@@ -80,7 +82,7 @@ class Examined:
 def evaluate(
     model: Any,
     root: str | Path,
-    suite: str = "world",
+    suite: str | TaskRow = "world",
     *,
     out: str | Path,
     blind: bool = True,
@@ -108,17 +110,21 @@ def evaluate(
             that the judge would not judge count as wrong, and are named under `judge`.
 
     Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
-    `majority` and `blind` are None where there is no train twin, or nothing to swap.
+    `majority` is of the train twin where `majority_of` says "train", else the best constant over the scored questions
+    ("test"). `chance`, `majority` and `blind` are None where nothing is offered, no answer is known, nothing to swap.
+    A task's `version` is the hash of its row, `prompts` of the words asked, `data` of the official files; `model` tells
+    models apart, and `root` is where the pictures were.
 
     Raises:
         RecipeError: unknown suite, or `out` holds answers of another model or to other questions.
         DataError: files or pictures are missing or malformed.
         Interrupted: stopped by Ctrl-C or SIGTERM; the same command continues.
     """
-    rows = [task_row(task) for task in _suite(suite)]
-    by = {task_row(task).id: rule for task, rule in rules.items()}
-    if strange := by.keys() - {row.id for row in rows}:
-        raise RecipeError(f"A rule is given for {', '.join(sorted(strange))}, which {suite!r} does not ask.")
+    pairs = asked_of(suite, split)
+    rows, splits = [row for row, _ in pairs], {row.id: part for row, part in pairs}
+    # An own task is known by its id and its questions, wherever its file lies.
+    name = rows[0].id if not isinstance(suite, str) or suite.endswith((".yaml", ".yml")) else suite
+    by = _rules(rows, rules, name)
     asking = {row.id for row in rows if rule_of(row, by.get(row.id))[1].judging is not None}
     if isinstance(model, (str, Path)) and engine is None:
         from leveret.generate.others import open_other
@@ -129,14 +135,14 @@ def evaluate(
         from leveret.model.source import locate
 
         model = locate(model).folder
-    loaded = {row.id: load_items(row, root, split) for row in rows}
+    loaded = {row.id: load_items(row, root, splits[row.id]) for row in rows}
     _check_pictures(loaded)
     fingerprint = _fingerprint(model)
     folder = RunFolder.open(
         out,
         "evaluate",
         {
-            "suite": suite,
+            "suite": name,
             "split": split,
             "model": fingerprint,
             "questions": {row.id: _questions_hash(row, loaded[row.id]) for row in rows},
@@ -159,37 +165,68 @@ def evaluate(
     texts = {(desk.row.id, desk.blind): desk.texts() for desk in desks}
     unjudged = [row for row in rows if row.id in asking and judge is None]
     examined = [
-        _examine(row, by.get(row.id), root, asked[row.id], texts[row.id, False], texts.get((row.id, True)), judge)
+        _examine(
+            row,
+            by.get(row.id),
+            root,
+            splits[row.id],
+            asked[row.id],
+            texts[row.id, False],
+            texts.get((row.id, True)),
+            judge,
+        )
         for row in rows
         if row not in unjudged
     ]
     seconds = _seconds(folder)
-    results: dict[str, Any] = {"tasks": {task.row.id: task.facts for task in examined}, "seconds": seconds}
+    results: dict[str, Any] = {
+        "tasks": {task.row.id: task.facts for task in examined},
+        "seconds": seconds,
+        "suite": name,
+        "model": fingerprint,
+        "root": str(Path(root).absolute()),
+        "leveret": __version__,
+    }
     if unjudged:
         results["unjudged"] = {
             row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
             for row in unjudged
         }
     for task in examined:
-        write_items(folder.path / "items" / f"{task.row.id}.jsonl", task.scorer, task.items, task.texts, task.verdicts)
-    from leveret.evaluate.report import markdown, report
+        write_items(
+            folder.path / "items" / f"{task.row.id}.jsonl",
+            task.scorer,
+            task.items,
+            task.texts,
+            task.verdicts,
+            task=task.row.id,
+            rule=task.facts["rule"],
+            headline=task.facts["headline"],
+        )
+    from leveret.evaluate.report import report
+    from leveret.evaluate.tables import latex, markdown
 
     seconds["score"] = round(time.perf_counter() - start, 3)
     write_json(folder.path / "results.json", results)
     atomic_write(folder.path / "results.md", markdown(results))
+    atomic_write(folder.path / "results.tex", latex(results))
     atomic_write(folder.path / "report.html", report(examined, results, split=split))
     return results
 
 
-def _suite(name: str) -> tuple[str, ...]:
-    if name in SUITES:
-        return SUITES[name]
-    try:
-        return (task_row(name).id,)
-    except RecipeError as fault:
-        near = closest(name, SUITES)
-        hint = f"Did you mean the suite {' or '.join(near)}? " if near else ""
-        raise RecipeError(f"There is no suite {name!r}. {hint}Suites: {', '.join(SUITES)}. {fault}") from None
+def _rules(rows: Sequence[TaskRow], rules: Mapping[str, str], suite: str) -> dict[str, str]:
+    """Row id -> the name of its rule, where one was given; a rule of `mmbench` is one of `mmbench.dev` too."""
+    by: dict[str, str] = {}
+    strange = []
+    for task, rule in rules.items():
+        meant = [row for row in rows if task in (row.id, base(row.id))] or [
+            row for row in rows if not task.endswith((".yaml", ".yml")) and task_row(task).id == base(row.id)
+        ]
+        strange += [] if meant else [task]
+        by |= {row.id: rule_of(row, rule)[0] for row in meant}
+    if strange:
+        raise RecipeError(f"A rule is given for {', '.join(sorted(strange))}, which {suite!r} does not ask.")
+    return by
 
 
 def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
@@ -374,6 +411,7 @@ def _examine(
     row: TaskRow,
     rule: str | None,
     root: str | Path,
+    split: str,
     items: list[Item],
     texts: dict[str, str] | None,
     blind: dict[str, str] | None,
@@ -389,17 +427,12 @@ def _examine(
     facts = figures(row, name, items, verdicts)
     head = {name: facts.pop(name) for name in ("score", "n", "ci95")}
 
-    constants: dict[str, str] = {}
-    why: str | None = None
-    try:
-        if scorer.judging is None:
-            constants = best_constants(load_items(row, root, "train"), scorer)
-        else:
-            why = "a judge would have to be asked about every constant answer"
-    except DataError as fault:
-        why = str(fault)
-    guesses = {i.question_id: constants.get(i.template, constants[""]) for i in items} if constants else {}
-    guessed = judge_all(scorer, items, guesses) if constants else None
+    if scorer.judging is None:
+        best = constants(row, root, scorer, items)
+    else:
+        best = Constants(why="a judge would have to be asked about every constant answer")
+    guesses = {i.question_id: best.answers.get(i.template, best.answers[""]) for i in items} if best.answers else {}
+    guessed = judge_all(scorer, items, guesses) if guesses else None
 
     blind_verdicts = None
     if blind is not None:
@@ -409,13 +442,25 @@ def _examine(
         **head,
         "majority": headline(facts["headline"], items, guessed) if guessed else None,
         "blind": headline(facts["headline"], items, blind_verdicts) if blind_verdicts else None,
+        "chance": chance(facts["headline"], items, scorer),
+        "majority_of": best.of,
         **facts,
         **told,
-        "templates": _by_template(items, verdicts, guessed, blind_verdicts, constants),
+        "version": sha256_of(asdict(row))[:16],
+        "prompts": sha256_of([[item.question_id, item.prompt] for item in items])[:16],
+        "data": _data_hash(row, root, split),
+        "split": split,
+        "templates": _by_template(items, verdicts, guessed, blind_verdicts, best.answers),
     }
-    if why is not None:
-        facts["majority_absent"] = why
-    return Examined(row, scorer, items, texts, verdicts, blind_verdicts, constants, facts)
+    if best.why is not None:
+        facts["majority_absent"] = best.why
+    return Examined(row, scorer, items, texts, verdicts, blind_verdicts, dict(best.answers), facts)
+
+
+def _data_hash(row: TaskRow, root: str | Path, split: str) -> str:
+    """Of the names and bytes of the files that hold the questions; pictures are not in it."""
+    home, files = find_files(row, root, split)
+    return sha256_of([[path.relative_to(home).as_posix(), sha256_of(path)] for path in files])[:16]
 
 
 def _by_template(

@@ -10,6 +10,7 @@ from typing import Any
 
 from leveret.evaluate.forms import FORMS, Form, Item
 from leveret.evaluate.forms.base import read_lines, read_whole
+from leveret.evaluate.headlines import HEADLINES
 from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.scorers.asking import NEEDED, Judging, bound
@@ -97,7 +98,8 @@ def score(
         scorer = bound(scorer, replies)
     verdicts = judge_all(scorer, items, found)
     if items_path is not None:
-        write_items(items_path, scorer, items, found, verdicts)
+        top = scorer.headline or row.headline
+        write_items(items_path, scorer, items, found, verdicts, task=row.id, rule=name, headline=top)
     return {"task": row.id, "items": len(items), **figures(row, name, items, verdicts), **told}
 
 
@@ -288,10 +290,17 @@ def write_items(
     items: Sequence[Item],
     texts: Mapping[str, str],
     verdicts: Sequence[Verdict],
+    *,
+    task: str,
+    rule: str,
+    headline: str,
 ) -> None:
-    """One JSON line per question, atomically: id, picture, template, prompt, gold, text, parsed, score, details."""
+    """One JSON line per question, atomically: id, picture, template, prompt, gold, text, parsed, score, details; and
+    what `compare` needs to put two such files beside each other: task, rule, headline, and what the answer `adds` to
+    the headline's sums."""
+    adds = HEADLINES[headline].columns(items, verdicts).tolist()
     lines = []
-    for item, verdict in zip(items, verdicts, strict=True):
+    for item, verdict, sums in zip(items, verdicts, adds, strict=True):
         record = {
             "question_id": item.question_id,
             "image": item.meta["image_id"],
@@ -304,6 +313,10 @@ def write_items(
             "missing": verdict.missing,
             "score": verdict.score,
             **verdict.detail,
+            "task": task,
+            "rule": rule,
+            "headline": headline,
+            "adds": [int(value) if value.is_integer() else value for value in sums],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
     atomic_write(path, "\n".join(lines) + "\n")
