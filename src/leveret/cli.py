@@ -368,6 +368,9 @@ def evaluate(
     rule: Annotated[
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
+    ] = None,
     own: Own = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -375,6 +378,9 @@ def evaluate(
     """Examine a model: scores, intervals, baselines, a page."""
     _allow(own)
     rules = dict(_pair(given) for given in rule or ())
+    from leveret.runs import bytes_of
+
+    allowed = None if memory is None else bytes_of(memory)
     if dry_run:
         from leveret.evaluate import SUITES, load_items
 
@@ -383,9 +389,10 @@ def evaluate(
     from leveret.evaluate import evaluate as station
 
     with _reporting(json):
-        results = station(model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules)
+        results = station(model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules, memory=allowed)
     if not json:
         _print_scores(results)
+        _print_memory(results.get("memory"))
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
 
 
@@ -395,6 +402,17 @@ def _pair(given: str) -> tuple[str, str]:
     if not (task and equals and name):
         raise RecipeError(f"--rule {given}: give TASK=RULE, such as pope=lmms_eval")
     return task, name
+
+
+def _print_memory(held: dict[str, Any] | None) -> None:
+    if held is None:
+        return
+    shown = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
+    print(
+        f"memory: at most {shown['total']} in each of {held['processes']} process(es), beside {shown['weights']} of weights: "
+        f"{held['slots']} answers at once of {held['positions']} positions ({shown['rows']}), a pass ({shown['passes']}), "
+        f"images kept ({shown['prefixes']} and {shown['features']})"
+    )
 
 
 def _print_scores(results: dict[str, Any]) -> None:

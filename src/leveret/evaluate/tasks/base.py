@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from leveret.evaluate.forms.base import Item
 
 SHORT = "\nAnswer the question using a single word or phrase."
 INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -25,6 +27,8 @@ class TaskRow:
     headline        row of HEADLINES: the one figure called `score`; a rule may have its own.
     splits          our name of a split -> the files' own.
     about           what is asked, in words for somebody who knows nothing.
+    options         the answers that a rule over probabilities chooses between, in the order it reads them: the same for
+                    every question, or told from it. A rule that reads probabilities asks by them, in one pass.
     """
 
     id: str
@@ -37,3 +41,4 @@ class TaskRow:
     headline: str = "accuracy"
     splits: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    options: tuple[str, ...] | Callable[[Item], tuple[str, ...]] = ()

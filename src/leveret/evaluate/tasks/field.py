@@ -15,6 +15,7 @@ FIELD = (
         128,
         headline="F1, mean of parts",
         about="Is a named object in the picture?",
+        options=("Yes", "No"),
     ),
     TaskRow(
         "gqa",
@@ -36,6 +37,7 @@ FIELD = (
         "{question}" + SHORT,
         128,
         about="How many are there?",
+        options=tuple("ABCDEFGHIJKLMNOP"),
     ),
     TaskRow(
         "vsr",
@@ -46,6 +48,7 @@ FIELD = (
         "{caption} Please answer yes or no.",
         128,
         about="Does a sentence about where things are fit the picture?",
+        options=("True", "False"),
     ),
     TaskRow(
         "scienceqa",
