@@ -378,6 +378,9 @@ def evaluate(
     rule: Annotated[
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
+    ] = None,
     own: Own = None,
     model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
     judge: JudgeUrl = None,
@@ -393,6 +396,9 @@ def evaluate(
     _allow(own)
     rules = dict(_pair(given) for given in rule or ())
     suite = task or suite
+    from leveret.runs import bytes_of
+
+    allowed = None if memory is None else bytes_of(memory)
     if dry_run:
         from leveret.evaluate import load_items
         from leveret.evaluate.tasks import asked
@@ -411,10 +417,11 @@ def evaluate(
         other = open_other(model, key_env=model_key, parallel=at_once)
         results = station(
             other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
-            judge=judging,
+            judge=judging, memory=allowed,
         )  # fmt: skip
     if not json:
         _print_scores(results)
+        _print_memory(results.get("memory"))
     for task, left in results.get("unjudged", {}).items():
         print(
             f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
@@ -429,6 +436,17 @@ def _pair(given: str) -> tuple[str, str]:
     if not (task and equals and name):
         raise RecipeError(f"--rule {given}: give TASK=RULE, such as pope=lmms_eval")
     return task, name
+
+
+def _print_memory(held: dict[str, Any] | None) -> None:
+    if held is None:
+        return
+    shown = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
+    each = "" if held["processes"] == 1 else f" in each of {held['processes']} processes"
+    print(
+        f"memory: at most {shown['total']}{each}, beside {shown['weights']} of weights: {held['slots']} answers at once "
+        f"of {held['positions']} positions ({shown['rows']}), a pass ({shown['passes']}), images kept ({shown['prefixes']} and {shown['features']})"
+    )
 
 
 def _print_scores(results: dict[str, Any]) -> None:

@@ -138,6 +138,7 @@ FIELD = (
         128,
         headline="F1, mean of parts",
         about="Is a named object in the picture?",
+        options=("Yes", "No"),
     ),
     TaskRow(
         "gqa",
@@ -166,6 +167,7 @@ FIELD = (
         128,
         prompts={"prismatic": "{question}" + COUNTS + LETTER},
         about="How many are there?",
+        options=tuple("ABCDEFGHIJKLMNOP"),
     ),
     TaskRow(
         "vsr",
@@ -180,6 +182,7 @@ FIELD = (
         "{caption} Please answer yes or no.",
         128,
         about="Does a sentence about where things are fit the picture?",
+        options=("True", "False"),
     ),
     TaskRow(
         "scienceqa",
