@@ -183,11 +183,9 @@ def _read_official(people: Sequence[str], text: str) -> tuple[str, Sequence[str]
 
 
 def _read_lmms_vqav2(people: Sequence[str], text: str) -> tuple[str, Sequence[str]]:
-    """lmms-eval's vqav2: m4c on the prediction, then the VQA evaluation's steps on both unless all people agree."""
-    said, lines = rules.m4c(text), [rules.one_line(answer) for answer in people]
-    if len(set(lines)) == 1:
-        return said, lines
-    return rules.lmms_vqa(said), [rules.lmms_vqa(answer) for answer in lines]
+    """lmms-eval's vqav2 at 75571cf: m4c on the prediction, then the VQA evaluation's steps on both. (Older copies leave
+    them out where all people agree.)"""
+    return rules.lmms_vqa(rules.m4c(text)), [rules.lmms_vqa(rules.one_line(answer)) for answer in people]
 
 
 _marks_off = lru_cache(maxsize=rules.REMEMBERED)(rules.strip_punctuation)
