@@ -136,7 +136,7 @@ def _summary_counts(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[
         ("final", pairs),
     ):
         said = [(i.gold, v.detail["probabilities"]) for i, v in part if not v.missing and i.gold < COUNTS]
-        gold, shares = [g for g, _ in said], np.array([p for _, p in said]).reshape(-1, COUNTS)
+        gold, shares = [g for g, _ in said], [p for _, p in said]
         head = f"accuracy__TallyQA-{name}"
         summary[f"{head}-Accuracy"] = mean([v.score for _, v in part])
         summary[f"{head}-AUCROC"] = auc_roc(gold, shares)
