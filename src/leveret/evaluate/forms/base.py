@@ -25,7 +25,8 @@ class Item:
                  public: such a question can be asked, and its answer submitted.
     template     the wording's name, for the best constant answer per wording; "" where the file names none.
     meta         `image_id` (questions of one picture are one cluster), `group` (the part a headline averages over),
-                 and what the official summary needs.
+                 `whole` (items that only count together: the rotations of a question), and what the official summary
+                 needs.
     """
 
     question_id: str
@@ -154,6 +155,7 @@ class Form:
     answer_keys  names an answer may mean, the likeliest first.
     identity     the key of an answer in words, for messages.
     ids, texts   more fields that name the question, or hold the text, in answers of this benchmark.
+    read         answers that are not JSON lines or one list (a folder, one mapping) -> records; None: it is no such.
     """
 
     load: Callable[[Place], list[Item]]
@@ -162,6 +164,7 @@ class Form:
     identity: str = "question_id"
     ids: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    read: Callable[[Path], list[dict[str, Any]] | None] | None = None
 
 
 def check_ids(items: Iterable[Item], where: str) -> None:
