@@ -190,7 +190,6 @@ def join(
     where  the answers' file, for messages."""
     form = FORMS[row.form]
     names = _names(form, items)
-    where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     texts: dict[str, str] = {}
     foreign: list[str] = []
     repeated: list[str] = []
@@ -248,7 +247,7 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form)
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, answer {number}: a table of fields is expected, not {str(record)[:60]!r}.")
-    return records
+    return list(records)
 
 
 ID_KEYS = ("question_id", "example_id", "questionId", "id", "index")
@@ -276,7 +275,7 @@ def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: i
         values = [str(answer[key]) for key in texts if isinstance(answer.get(key), str | int | float)]
     if not names or not values:
         wanted = "the probabilities of its options" if reads == "probabilities" else f"a text ({' or '.join(texts)})"
-        empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and reads == "text"]
+        empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and not values]
         raise DataError(
             f"{where}, answer {number + 1}: needs an id ({', '.join(ids)}) and {wanted}; it has "
             f"{', '.join(answer) or 'no field'}{''.join(f'; {fault}' for fault in empty)}."
