@@ -38,6 +38,7 @@ pool = typer.Typer(help="Look after pools of image-text pairs.", **_OPTIONS)
 world = typer.Typer(help="The drawn world and its tiny backbones.", **_OPTIONS)
 coreset = typer.Typer(help="Coresets that were made.", **_OPTIONS)
 runs = typer.Typer(help="Training runs: finished, stopped, or still going.", **_OPTIONS)
+tasks = typer.Typer(help="What models can be examined on, and whether its files are here.", **_OPTIONS)
 
 MAKE, LOOK, NOUNS = "Make", "Look and ask", "Look after"
 
@@ -370,11 +371,15 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
     out: Out,
     suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
+    task: Annotated[str | None, typer.Option(help="One task: its id, or a YAML file of your own (my.yaml).")] = None,
     split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
     n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
     blind: Annotated[bool, typer.Option(help="Ask every question with another picture too.")] = True,
     rule: Annotated[
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
     ] = None,
     own: Own = None,
     model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
@@ -390,10 +395,15 @@ def evaluate(
     """Examine a model: scores, intervals, baselines, a page."""
     _allow(own)
     rules = dict(_pair(given) for given in rule or ())
-    if dry_run:
-        from leveret.evaluate import SUITES, load_items
+    suite = task or suite
+    from leveret.runs import bytes_of
 
-        counts = {task: len(load_items(task, data, split)) for task in SUITES.get(suite, (suite,))}
+    allowed = None if memory is None else bytes_of(memory)
+    if dry_run:
+        from leveret.evaluate import load_items
+        from leveret.evaluate.tasks import asked
+
+        counts = {row.id: len(load_items(row, data, part)) for row, part in asked(suite, split)}
         return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
     from leveret.evaluate import evaluate as station
     from leveret.evaluate.judges import open_judge
@@ -407,10 +417,11 @@ def evaluate(
         other = open_other(model, key_env=model_key, parallel=at_once)
         results = station(
             other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
-            judge=judging,
+            judge=judging, memory=allowed,
         )  # fmt: skip
     if not json:
         _print_scores(results)
+        _print_memory(results.get("memory"))
     for task, left in results.get("unjudged", {}).items():
         print(
             f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
@@ -427,24 +438,36 @@ def _pair(given: str) -> tuple[str, str]:
     return task, name
 
 
+def _print_memory(held: dict[str, Any] | None) -> None:
+    if held is None:
+        return
+    shown = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
+    each = "" if held["processes"] == 1 else f" in each of {held['processes']} processes"
+    print(
+        f"memory: at most {shown['total']}{each}, beside {shown['weights']} of weights: {held['slots']} answers at once "
+        f"of {held['positions']} positions ({shown['rows']}), a pass ({shown['passes']}), images kept ({shown['prefixes']} and {shown['features']})"
+    )
+
+
 def _print_scores(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("task")
-    for name in ("score", "95 % interval", "majority", "blind", "n"):
+    for name in ("score", "95 % interval", "chance", "majority", "blind", "n"):
         table.add_column(name, justify="right")
     for task, row in results["tasks"].items():
         low, high = row["ci95"]
-        others = ["-" if row.get(name) is None else f"{row[name]:.3f}" for name in ("majority", "blind")]
+        others = ["-" if row.get(name) is None else f"{row[name]:.3f}" for name in ("chance", "majority", "blind")]
+        others[1] += "*" * (row.get("majority_of") == "test")
         table.add_row(task, f"{row['score']:.3f}", f"{low:.3f} - {high:.3f}", *others, f"{row['n']:,}")
     Console().print(table)
 
 
 @_verb("score", "leveret.evaluate")
 def score(
-    task: Annotated[str, typer.Argument(help="The task whose rule applies.")],
+    task: Annotated[str, typer.Argument(help="The task whose rule applies: its id, or a YAML file of your own.")],
     answers: Annotated[Path, typer.Argument(help="Answers: JSON lines or one JSON list.")],
     data: Annotated[Path, typer.Option(help="The folder with the official files.")],
     split: Annotated[str, typer.Option(help="The part that was asked about.")] = "test",
@@ -502,7 +525,9 @@ def score(
         ]
         lines[-1] += f"{told['asked']:,} sent now, {told['unjudged']:,} answers unjudged"
         lines[-1] += f" ({', '.join(told['unjudged_ids'])})" if told["unjudged"] else ""
-    lines += [f"  {name}: {_figure(value)}" for name, value in result.get("metrics", {}).items()]
+    metrics = result.get("metrics", {})
+    named = metrics if isinstance(metrics, dict) else {"metrics": metrics}
+    lines += [f"  {name}: {_figure(value)}" for name, value in named.items()]
     _report(json, result, "\n".join(lines))
 
 
@@ -510,7 +535,32 @@ def _figure(value: Any) -> str:
     """A metric for reading: rounded, and a table of them on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_figure(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_figure(item) for item in value)
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+@_verb("compare", "leveret.evaluate")
+def compare(
+    a: Annotated[Path, typer.Argument(help="A folder that leveret eval filled, or one of its items files.")],
+    b: Annotated[Path, typer.Argument(help="Another, of the same questions.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page with the answers that turned.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Where the page finds pictures; by default where the first was asked.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Is B better than A? Paired differences, tests, and the answers that turned."""
+    from leveret.evaluate.compare import compare as station
+    from leveret.evaluate.compare import lines
+
+    with _reporting(json):
+        found = station(a, b)
+        if out is not None:
+            from leveret.evaluate.compare_page import write_page
+
+            found["page"] = str(write_page(found, out, data))
+    _report(json, found, "\n".join([*lines(found), *([f"the page is {found['page']}"] if out else [])]))
 
 
 # --- verbs that look ------------------------------------------------------------------------------------------------
@@ -958,6 +1008,53 @@ def run_resume(path: Run, allow_change: AllowChange = False, json: Json = False)
     _report(json, {"model": str(model)}, f"the model is in {model}")
 
 
+@_verb("list", "leveret.evaluate.prepare", group=tasks)
+def tasks_list(
+    data: Annotated[Path | None, typer.Option(help="The folder that is looked at.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task of your own too: my.yaml.")] = None,
+    json: Json = False,
+) -> None:
+    """All tasks and suites: what each asks, its rules, what is on disk."""
+    from leveret.evaluate.prepare import overview
+
+    with _reporting(json):
+        found = overview(data, task)
+    if json:
+        return _report(json, found)
+    for row in found["tasks"]:
+        here = "" if row["here"] is None else f"  [{', '.join(row['here']) or 'not here'}]"
+        print(f"{row['id']:<14} {row['asks']}{here}")
+        print(f"{'':<14} rules: {', '.join(row['rules'])}" + (f"; in {', '.join(row['suites'])}" * bool(row["suites"])))
+    print("\nsuites")
+    for name, entries in found["suites"].items():
+        print(f"  {name:<12} {', '.join(entries)}")
+
+
+@_verb("prepare", "leveret.evaluate.prepare", group=tasks)
+def tasks_prepare(
+    data: Annotated[Path, typer.Argument(help="The folder with the official files; each task in a folder of its id.")],
+    suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "bunny",
+    split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
+    json: Json = False,
+) -> None:
+    """Check the official files that you fetched: what is missing, where it is published, where it belongs.
+
+    Exit code 3 where something is not ready."""
+    from leveret.evaluate.prepare import check
+
+    with _reporting(json):
+        found = check(data, suite, split)
+    ready = all(record["state"] == "ready" for record in found)
+    lines = []
+    for record in found:
+        size = f"  {record['questions']:,} questions, {record['pictures']:,} pictures" if "questions" in record else ""
+        lines.append(f"{record['task']:<16} {record['state']}{size}")
+        lines += [f"  {record['mend']}"] if "mend" in record else []
+    _report(json, {"data": str(data), "suite": suite, "ready": ready, "tasks": found}, "\n".join(lines))
+    if not ready:
+        raise typer.Exit(DataError.exit_code)
+
+
 @_verb("draw", "leveret.world.write", group=world)
 def world_draw(
     out: Out,
@@ -1006,7 +1103,7 @@ def world_backbones(
     _report(json, {"out": str(folder), "seed": seed}, f"the backbones are in {folder}")
 
 
-for _group, _name in ((pool, "pool"), (coreset, "coreset"), (runs, "run"), (world, "world")):
+for _group, _name in ((pool, "pool"), (coreset, "coreset"), (runs, "run"), (tasks, "tasks"), (world, "world")):
     if _group.registered_commands:
         app.add_typer(_group, name=_name, rich_help_panel=NOUNS)
 

@@ -9,16 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from leveret.evaluate.forms import FORMS, Form, Item
+from leveret.evaluate.forms.base import read_lines, read_whole
+from leveret.evaluate.headlines import HEADLINES
 from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.scorers.asking import NEEDED, Judging, bound
 from leveret.evaluate.stats import headline, interval
 from leveret.evaluate.tasks import TaskRow, load_items, rule_of, task_row
-from leveret.runs import DataError, RecipeError, atomic_write, read_json, read_jsonl
+from leveret.runs import DataError, RecipeError, atomic_write
 
 
 def judge_all(scorer: Scorer, items: Sequence[Item], answers: Mapping[str, str]) -> list[Verdict]:
-    """One verdict per item; an item without an answer is missing, and wrong."""
+    """One verdict per item; an item without an answer is missing, and wrong.
+
+    DataError where the right answers are not public."""
+    unknown = [item.question_id for item in items if item.gold is None]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(items)} questions (first {unknown[0]!r}) have no right answer in the official "
+            "files: it is not public. Write the file that the benchmark's server takes instead."
+        )
+    if scorer.together is not None:
+        return scorer.together(items, answers)
     return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
 
 
@@ -86,7 +98,8 @@ def score(
         scorer = bound(scorer, replies)
     verdicts = judge_all(scorer, items, found)
     if items_path is not None:
-        write_items(items_path, scorer, items, found, verdicts)
+        top = scorer.headline or row.headline
+        write_items(items_path, scorer, items, found, verdicts, task=row.id, rule=name, headline=top)
     return {"task": row.id, "items": len(items), **figures(row, name, items, verdicts), **told}
 
 
@@ -111,9 +124,9 @@ def judged(
 
 def _answer_ids(row: TaskRow, items: Sequence[Item], answers: Any) -> dict[str, Any]:
     """question_id -> the answer's own id, where it has one."""
-    names = _names(FORMS[row.form], items)
-    ids: dict[str, Any] = {}
-    for record in _read_answers(answers):
+    form = FORMS[row.form]
+    names, ids = _names(form, items), dict[str, Any]()
+    for record in _read_answers(answers, form):
         if "answer_id" in record:
             keys = (str(record[key]) for key in ID_KEYS if key in record)
             ids |= {names[key]: record["answer_id"] for key in keys if key in names}
@@ -154,8 +167,10 @@ def _joined(
     rule: str | None,
     allow_missing: bool,
 ) -> tuple[TaskRow, str, Scorer, list[Item], dict[str, str]]:
-    row, records = task_row(task), _read_answers(answers)
-    name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record)} or {"text"})
+    row = task_row(task)
+    form = FORMS[row.form]
+    records = _read_answers(answers, form)
+    name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record, form)} or {"text"})
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     return row, name, scorer, items, join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
@@ -180,7 +195,7 @@ def join(
     foreign: list[str] = []
     repeated: list[str] = []
     for number, answer in enumerate(answers):
-        name, text = _name_and_value(answer, reads, where, number)
+        name, text = _name_and_value(answer, reads, where, number, form)
         # Our own answer files carry the task and the exact id, which needs no second look.
         keys = (name,) if "task" in answer else form.answer_keys(answer, name)
         found = next((names[key] for key in keys if key in names), None)
@@ -217,43 +232,54 @@ def _names(form: Form, items: Sequence[Item]) -> dict[str, str]:
     return {alias: name for alias, name in aliases if uses[alias] == 1} | {i.question_id: i.question_id for i in items}
 
 
-def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form) -> list[Mapping[str, Any]]:
     if not isinstance(answers, (str, Path)):
         return list(answers)
     path = Path(answers)
-    if path.suffix == ".json":
-        records = read_json(path)
-        if isinstance(records, dict) and all(isinstance(text, str) for text in records.values()):
-            return [{"question_id": name, "text": text} for name, text in records.items()]  # MM-Vet's own form
-        if isinstance(records, list):
-            return records
+    if form.read is not None and (own := form.read(path)) is not None:
+        return list(own)
+    records: Any = read_whole(path) if path.suffix == ".json" else read_lines(path, torn=True)
+    if isinstance(records, dict) and all(isinstance(text, str) for text in records.values()):
+        return [{"question_id": name, "text": text} for name, text in records.items()]  # MM-Vet's own form
+    if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
+        records = list(records.values())  # Prismatic's results: id -> record
+    if not isinstance(records, list):
         raise DataError(f"{path}: one JSON list of answers is expected, not a {type(records).__name__}.")
-    return list(read_jsonl(path))
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, answer {number}: a table of fields is expected, not {str(record)[:60]!r}.")
+    return records
 
 
-ID_KEYS = ("question_id", "example_id", "questionId")
-TEXT_KEYS = ("text", "prediction")
+ID_KEYS = ("question_id", "example_id", "questionId", "id", "index")
+TEXT_KEYS = ("text", "prediction", "response")
 
 
-def _held(answer: Mapping[str, Any]) -> Iterator[str]:
+def _held(answer: Mapping[str, Any], form: Form) -> Iterator[str]:
     """Which of the fields that rules read an answer has."""
-    if any(key in answer for key in TEXT_KEYS):
+    if any(key in answer for key in (*TEXT_KEYS, *form.texts)):
         yield "text"
     if any(key.endswith("probabilities") for key in answer):
         yield "probabilities"
+    if "answer" in answer:
+        yield "answer"
 
 
-def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int) -> tuple[str, str]:
-    names = [answer[key] for key in ID_KEYS if key in answer]
+def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int, form: Form) -> tuple[str, str]:
+    ids, texts = (*ID_KEYS, *form.ids), (*TEXT_KEYS, *form.texts)
+    names = [answer[key] for key in ids if key in answer]
     if reads == "probabilities":
         values = [json.dumps(answer[key]) for key in answer if key.endswith("probabilities")]
+    elif reads == "answer":
+        values = [str(answer["answer"])] if "answer" in answer else []
     else:
-        values = [str(answer[key]) for key in TEXT_KEYS if isinstance(answer.get(key), str | int)]
+        values = [str(answer[key]) for key in texts if isinstance(answer.get(key), str | int | float)]
     if not names or not values:
-        wanted = "the probabilities of its options" if reads == "probabilities" else "a text (text or prediction)"
+        wanted = "the probabilities of its options" if reads == "probabilities" else f"a text ({' or '.join(texts)})"
+        empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and reads == "text"]
         raise DataError(
-            f"{where}, answer {number + 1}: needs an id ({', '.join(ID_KEYS)}) and {wanted}; it has "
-            f"{', '.join(answer)}."
+            f"{where}, answer {number + 1}: needs an id ({', '.join(ids)}) and {wanted}; it has "
+            f"{', '.join(answer) or 'no field'}{''.join(f'; {fault}' for fault in empty)}."
         )
     return str(names[0]), values[0]
 
@@ -264,10 +290,17 @@ def write_items(
     items: Sequence[Item],
     texts: Mapping[str, str],
     verdicts: Sequence[Verdict],
+    *,
+    task: str,
+    rule: str,
+    headline: str,
 ) -> None:
-    """One JSON line per question, atomically: id, picture, template, prompt, gold, text, parsed, score, details."""
+    """One JSON line per question, atomically: id, picture, template, prompt, gold, text, parsed, score, details; and
+    what `compare` needs to put two such files beside each other: task, rule, headline, and what the answer `adds` to
+    the headline's sums."""
+    adds = HEADLINES[headline].columns(items, verdicts).tolist()
     lines = []
-    for item, verdict in zip(items, verdicts, strict=True):
+    for item, verdict, sums in zip(items, verdicts, adds, strict=True):
         record = {
             "question_id": item.question_id,
             "image": item.meta["image_id"],
@@ -280,6 +313,10 @@ def write_items(
             "missing": verdict.missing,
             "score": verdict.score,
             **verdict.detail,
+            "task": task,
+            "rule": rule,
+            "headline": headline,
+            "adds": [int(value) if value.is_integer() else value for value in sums],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
     atomic_write(path, "\n".join(lines) + "\n")
