@@ -100,6 +100,11 @@ def read_sides(path: str | Path) -> dict[str, Side]:
 def _side(file: Path) -> tuple[Side, str]:
     lines: dict[str, Mapping[str, Any]] = {}
     first: Mapping[str, Any] = {}
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - 1))
+        if size and stream.read() != b"\n":  # written whole or not at all: somebody cut it
+            raise DataError(f"{file}: the last line is torn. Copy it again.")
     for number, line in enumerate(each_jsonl(file), 1):
         if missing := [key for key in NEEDED if key not in line]:
             raise DataError(
