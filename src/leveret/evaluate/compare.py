@@ -6,7 +6,6 @@ for both; McNemar's exact test looks at the answers that turned; Holm's correcti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,8 +258,11 @@ def mcnemar(lost: int, won: int) -> float:
 
     The binomial test at 1/2, as `scipy.stats.binomtest(lost, lost + won)`; 1 where none turned.
     """
-    n, k = lost + won, min(lost, won)
-    tail = sum(math.comb(n, j) for j in range(k + 1))
+    n = lost + won
+    tail = term = 1
+    for j in range(min(lost, won)):  # binomial coefficients one from the other: whole numbers, however many turned
+        term = term * (n - j) // (j + 1)
+        tail += term
     return min(1.0, 2 * tail / 2**n) if n else 1.0
 
 
