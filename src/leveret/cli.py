@@ -1040,6 +1040,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return 4, _AGAIN
     if isinstance(error, BrokenPipeError):
         return 4, ""  # whoever read our output has gone; there is nobody to tell
+    if any(kind.__name__ == "StrictDataclassError" for kind in type(error).__mro__):  # how transformers reads configs
+        return DataError.exit_code, f"a model's config.json holds what it may not: {' '.join(str(error).split())}"
     homes = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if homes & set(_NETWORK):
         return EnvironmentFault.exit_code, f"the model hub or the network did not answer as hoped: {_first_line(error)}"
