@@ -407,11 +407,11 @@ def _pair(given: str) -> tuple[str, str]:
 def _print_memory(held: dict[str, Any] | None) -> None:
     if held is None:
         return
-    shown = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
+    size = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
     print(
-        f"memory: at most {shown['total']} in each of {held['processes']} process(es), beside {shown['weights']} of weights: "
-        f"{held['slots']} answers at once of {held['positions']} positions ({shown['rows']}), a pass ({shown['passes']}), "
-        f"images kept ({shown['prefixes']} and {shown['features']})"
+        f"memory: at most {size['total']} in each of {held['processes']} process(es), beside {size['weights']} of weights: "
+        f"{held['slots']} answers at once of {held['positions']} positions ({size['rows']}), "
+        f"a pass ({size['passes']}), images kept ({size['prefixes']} and {size['features']})"
     )
 
 
