@@ -105,8 +105,8 @@ Screenshot = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Screenshot:
-    """`chromium(page, name, width=1100, height=1400, dark=False) -> Path` of a PNG, by headless Chromium.
+def browser() -> str:
+    """The path of a Chromium.
 
     Skips where there is no browser; with CI=true on Linux a missing one fails, so that the check cannot vanish.
     """
@@ -118,12 +118,18 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Screenshot:
         if os.environ.get("CI") == "true" and sys.platform == "linux":
             pytest.fail(message)
         pytest.skip(message)
+    return found
+
+
+@pytest.fixture(scope="session")
+def chromium(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Screenshot:
+    """`chromium(page, name, width=1100, height=1400, dark=False) -> Path` of a PNG, by headless Chromium."""
     folder = tmp_path_factory.mktemp("screenshots")
 
     def screenshot(page: Path, name: str, width: int = 1100, height: int = 1400, dark: bool = False) -> Path:
         picture = folder / f"{name}.png"
         command = [
-            found, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+            browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
             "--no-first-run", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}", f"--screenshot={picture}",
             *(["--blink-settings=preferredColorScheme=0"] if dark else []), page.resolve().as_uri(),

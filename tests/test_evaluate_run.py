@@ -34,7 +34,7 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 def test_every_task_is_scored_with_its_baselines(world: Path, tmp_path: Path) -> None:
     results = evaluate(FakeModel(), world, out=tmp_path / "out", engine=FakeEngine())
-    assert set(results) == {"tasks", "seconds"} and tuple(results["tasks"]) == WORLD
+    assert {"tasks", "seconds", "suite", "model", "root"} <= set(results) and tuple(results["tasks"]) == WORLD
     assert results == json.loads((tmp_path / "out/results.json").read_text())
     for facts in results["tasks"].values():
         assert list(facts)[:5] == ["score", "n", "ci95", "majority", "blind"]
@@ -172,11 +172,13 @@ def test_a_missing_picture_is_named_before_anything_is_asked(tmp_path: Path) -> 
     assert engine.asked == []
 
 
-def test_without_a_train_twin_there_is_no_majority(tmp_path: Path) -> None:
+def test_without_a_train_twin_the_majority_is_of_the_test_itself_and_says_so(tmp_path: Path) -> None:
     root = tiny_world(tmp_path / "world", scenes=3)
     (root / "eval/colour/train_balanced_questions.json").unlink()
     facts = evaluate(FakeModel(), root, "colour", out=tmp_path / "out", engine=FakeEngine())["tasks"]["colour"]
-    assert facts["majority"] is None and "train_balanced_questions.json" in facts["majority_absent"]
+    assert facts["majority_of"] == "test" and "train_balanced_questions.json" in facts["majority_absent"]
+    golds = [item.gold for item in load_items("colour", root)]
+    assert facts["majority"] == max(map(golds.count, golds)) / len(golds)
 
 
 def test_an_unknown_suite_names_the_near_ones(world: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fakes import tiny_vlm
-from leveret.generate import Engine, Request
+from leveret.generate import Engine, Request, memory
 from leveret.images import load as load_image
 from leveret.inputs import Item, collate, encode, prepare
 from leveret.model.vlm import VLM
@@ -201,8 +201,9 @@ def test_caches_stay_within_their_bound(vlm: VLM) -> None:
 def test_passes_are_cut_to_a_bound(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = some_requests(20, seed=7)
     usual = engine(vlm).answer(requests)
-    monkeypatch.setattr("leveret.generate.slots.PASS_TOKENS", 40)
-    assert engine(vlm).answer(requests) == usual
+    for most in (1, 40, 100):
+        monkeypatch.setitem(memory.PASS_TOKENS, "cpu", most)
+        assert engine(vlm).answer(requests) == usual
 
 
 def test_predictions_are_handed_over_as_they_come(vlm: VLM) -> None:

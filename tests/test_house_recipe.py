@@ -77,6 +77,18 @@ def test_a_recipe_extends_another_and_overrides_come_last(tmp_path: Path) -> Non
     ].mix[0] == Learn(lr=3)
 
 
+def test_a_key_in_the_wrong_place_is_told_its_own_and_a_name_nearly_right_the_one_that_is_there() -> None:
+    from leveret.train.stages import TrainRecipe
+
+    for override, said in (
+        ("order=random", "unknown key.*did you mean 'stages.align.order' or 'stages.tune.order'"),
+        ("stages.tun.steps=3", "stages.tun.data: missing.*did you mean 'tune' and not 'tun'"),
+        ("stages.tune=3", "allowed: keys and values"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            recipe.load("world", TrainRecipe, "models", [override])
+
+
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", "name: base\nstages:\n  align:\n    steps: many\n")
     path = write(
@@ -93,7 +105,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
 
     assert line("sed:") == f"sed: unknown key (given 3); did you mean 'seed'?  [{path}:2]"
     assert "unknown tower 'clap'" in line("tower:") and f"{path}:3" in line("tower:")
-    assert "'many'" in line("stages.align.steps:") and "integer or 'auto'" in line("stages.align.steps:")
+    assert "'many'" in line("stages.align.steps:") and "a whole number or 'auto'" in line("stages.align.steps:")
     assert f"{tmp_path / 'base.yaml'}:4" in line("stages.align.steps:")
     assert "did you mean 'resize'" in line("stages.align.resise:") and f"{path}:6" in line("stages.align.resise:")
     assert "'squash' or 'pad'; did you mean 'squash'" in line("stages.align.resize:")

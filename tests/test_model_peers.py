@@ -243,10 +243,19 @@ def test_what_cannot_be_read_is_refused_in_one_line(harm: str, said: str, tmp_pa
         name = "../model-2.safetensors" if harm == "a shard outside" else "model-2.safetensors"
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     place = tmp_path / "nothing" if harm == "nowhere" else folder
-    with pytest.raises((DataError, EnvironmentFault, RecipeError), match=said) as caught:
+    with pytest.raises((DataError, EnvironmentFault), match=said) as caught:
         peers.load(place, hub=hub)
     assert not (tmp_path / "was here").exists()
     assert explain(caught.value)[0] in (2, 3, 5)
+
+
+def test_a_number_written_as_text_is_the_config_s_fault_and_not_the_network_s() -> None:
+    from transformers import LlamaConfig
+
+    with pytest.raises(Exception, match="hidden_size") as caught:
+        LlamaConfig(hidden_size="64")
+    told = explain(caught.value)
+    assert told is not None and told[0] == 3 and "config.json" in told[1] and "expected int, got str" in told[1]
 
 
 def test_adapters_are_merged_as_peft_merges_them(tmp_path: Path) -> None:

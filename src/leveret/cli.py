@@ -38,6 +38,7 @@ pool = typer.Typer(help="Look after pools of image-text pairs.", **_OPTIONS)
 world = typer.Typer(help="The drawn world and its tiny backbones.", **_OPTIONS)
 coreset = typer.Typer(help="Coresets that were made.", **_OPTIONS)
 runs = typer.Typer(help="Training runs: finished, stopped, or still going.", **_OPTIONS)
+tasks = typer.Typer(help="What models can be examined on, and whether its files are here.", **_OPTIONS)
 
 MAKE, LOOK, NOUNS = "Make", "Look and ask", "Look after"
 
@@ -60,6 +61,12 @@ AllowChange = Annotated[
     bool, typer.Option("--allow-change", help="Go on although recipe, data or tokenizer changed; each is noted.")
 ]
 Run = Annotated[Path, typer.Argument(help="The folder of a training run.")]
+JudgeUrl = Annotated[str | None, typer.Option("--judge", help="An OpenAI-compatible endpoint: http://HOST/v1.")]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's name there; by default the published one.")]
+JudgeKey = Annotated[str | None, typer.Option(help="The environment variable that holds the key.")]
+JudgeCache = Annotated[Path | None, typer.Option(help="Where replies are kept; by default beside the answers.")]
+Replay = Annotated[Path | None, typer.Option(help="Replies on disk: ours, a batch's, or the benchmark's own.")]
+AtOnce = Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 EmbedPrecision = Annotated[
     str, typer.Option("--precision", help="Of the encoder: auto (bf16 where native), fp32, bf16.")
@@ -358,34 +365,68 @@ def train(
 
 @_verb("eval", "leveret.evaluate")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
+    model: Annotated[
+        str, typer.Argument(help="A model's folder, a run's, an id of the hub, openai:URL#MODEL, or hf:FOLDER.")
+    ],
     data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
     out: Out,
     suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
+    task: Annotated[str | None, typer.Option(help="One task: its id, or a YAML file of your own (my.yaml).")] = None,
     split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
     n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
     blind: Annotated[bool, typer.Option(help="Ask every question with another picture too.")] = True,
     rule: Annotated[
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
+    ] = None,
     own: Own = None,
+    model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
+    judge_cache: JudgeCache = None,
+    replay: Replay = None,
+    at_once: AtOnce = 8,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Examine a model: scores, intervals, baselines, a page."""
     _allow(own)
     rules = dict(_pair(given) for given in rule or ())
-    if dry_run:
-        from leveret.evaluate import SUITES, load_items
+    suite = task or suite
+    from leveret.runs import bytes_of
 
-        counts = {task: len(load_items(task, data, split)) for task in SUITES.get(suite, (suite,))}
+    allowed = None if memory is None else bytes_of(memory)
+    if dry_run:
+        from leveret.evaluate import load_items
+        from leveret.evaluate.tasks import asked
+
+        counts = {row.id: len(load_items(row, data, part)) for row, part in asked(suite, split)}
         return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
     from leveret.evaluate import evaluate as station
+    from leveret.evaluate.judges import open_judge
+    from leveret.generate.others import open_other
 
+    judging = open_judge(
+        out / "answers", url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay,
+        parallel=at_once,
+    )  # fmt: skip
     with _reporting(json):
-        results = station(model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules)
+        other = open_other(model, key_env=model_key, parallel=at_once)
+        results = station(
+            other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
+            judge=judging, memory=allowed,
+        )  # fmt: skip
     if not json:
         _print_scores(results)
+        _print_memory(results.get("memory"))
+    for task, left in results.get("unjudged", {}).items():
+        print(
+            f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
+            file=sys.stderr,
+        )
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
 
 
@@ -397,24 +438,37 @@ def _pair(given: str) -> tuple[str, str]:
     return task, name
 
 
+def _print_memory(held: dict[str, Any] | None) -> None:
+    if held is None:
+        return
+    size = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
+    each = "" if held["processes"] == 1 else f" in each of {held['processes']} processes"
+    print(
+        f"memory: at most {size['total']}{each}, beside {size['weights']} of weights: {held['slots']} answers at once "
+        f"of {held['positions']} positions ({size['rows']}), a pass ({size['passes']}), images kept "
+        f"({size['prefixes']} and {size['features']})"
+    )
+
+
 def _print_scores(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("task")
-    for name in ("score", "95 % interval", "majority", "blind", "n"):
+    for name in ("score", "95 % interval", "chance", "majority", "blind", "n"):
         table.add_column(name, justify="right")
     for task, row in results["tasks"].items():
         low, high = row["ci95"]
-        others = ["-" if row.get(name) is None else f"{row[name]:.3f}" for name in ("majority", "blind")]
+        others = ["-" if row.get(name) is None else f"{row[name]:.3f}" for name in ("chance", "majority", "blind")]
+        others[1] += "*" * (row.get("majority_of") == "test")
         table.add_row(task, f"{row['score']:.3f}", f"{low:.3f} - {high:.3f}", *others, f"{row['n']:,}")
     Console().print(table)
 
 
 @_verb("score", "leveret.evaluate")
 def score(
-    task: Annotated[str, typer.Argument(help="The task whose rule applies.")],
+    task: Annotated[str, typer.Argument(help="The task whose rule applies: its id, or a YAML file of your own.")],
     answers: Annotated[Path, typer.Argument(help="Answers: JSON lines, one JSON list, or the task's own form.")],
     data: Annotated[Path, typer.Option(help="The folder with the official files.")],
     split: Annotated[str, typer.Option(help="The part that was asked about.")] = "test",
@@ -422,17 +476,56 @@ def score(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Missing answers are wrong, not a fault.")
     ] = False,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
+    judge_cache: JudgeCache = None,
+    replay: Replay = None,
+    at_once: AtOnce = 8,
+    grades: Annotated[Path | None, typer.Option(help="Write what the judge said in the benchmark's own form.")] = None,
+    price: Annotated[
+        str | None, typer.Option(help="Of a million tokens asked and replied, for --dry-run: 2.5,10")
+    ] = None,
+    requests: Annotated[Path | None, typer.Option(help="Where --dry-run writes the requests to the judge.")] = None,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Score a file of answers by the official rule; needs no model."""
+    """Score a file of answers by the official rule; needs no model, but for a judge where the rule asks one."""
     from leveret.evaluate import score as station
+    from leveret.evaluate.judges import Judge, open_judge, price_of
 
+    judging = open_judge(
+        answers, url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay, parallel=at_once
+    )
+    if dry_run:
+        from leveret.evaluate.scoring import plan_judge
+
+        facts = plan_judge(
+            task,
+            answers,
+            data,
+            judging or Judge(model=judge_model),
+            requests or answers.with_name(f"{answers.stem}.requests.jsonl"),
+            price=price_of(price) if price else None,
+            split=split,
+            rule=rule,
+            allow_missing=allow_missing,
+        )
+        return _plan(json, facts)
     with _reporting(json):
-        result = station(task, answers, data, split=split, rule=rule, allow_missing=allow_missing)
+        result = station(
+            task, answers, data, split=split, rule=rule, allow_missing=allow_missing, judge=judging, grades_path=grades
+        )
     low, high = result["ci95"]
     lines = [f"{task}: {result['score']:.4f}  (95 % interval {low:.4f} - {high:.4f}, n = {result['n']:,})"]
     odd = {name: result.get(name) for name in ("unparsable", "missing") if result.get(name)}
     lines += [f"  {name}: {count:,} of {result['n']:,}" for name, count in odd.items()]
+    if told := result.get("judge"):
+        lines += [
+            f"  judged by {told['model']} (published with {told['published_with']}): {told['requests']:,} requests, "
+        ]
+        lines[-1] += f"{told['asked']:,} sent now, {told['unjudged']:,} answers unjudged"
+        lines[-1] += f" ({', '.join(told['unjudged_ids'])})" if told["unjudged"] else ""
     metrics = result.get("metrics", {})
     named = metrics if isinstance(metrics, dict) else {"metrics": metrics}
     lines += [f"  {name}: {_figure(value)}" for name, value in named.items()]
@@ -446,6 +539,29 @@ def _figure(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(_figure(item) for item in value)
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+@_verb("compare", "leveret.evaluate")
+def compare(
+    a: Annotated[Path, typer.Argument(help="A folder that leveret eval filled, or one of its items files.")],
+    b: Annotated[Path, typer.Argument(help="Another, of the same questions.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page with the answers that turned.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Where the page finds pictures; by default where the first was asked.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Is B better than A? Paired differences, tests, and the answers that turned."""
+    from leveret.evaluate.compare import compare as station
+    from leveret.evaluate.compare import lines
+
+    with _reporting(json):
+        found = station(a, b)
+        if out is not None:
+            from leveret.evaluate.compare_page import write_page
+
+            found["page"] = str(write_page(found, out, data))
+    _report(json, found, "\n".join([*lines(found), *([f"the page is {found['page']}"] if out else [])]))
 
 
 # --- verbs that look ------------------------------------------------------------------------------------------------
@@ -893,6 +1009,53 @@ def run_resume(path: Run, allow_change: AllowChange = False, json: Json = False)
     _report(json, {"model": str(model)}, f"the model is in {model}")
 
 
+@_verb("list", "leveret.evaluate.prepare", group=tasks)
+def tasks_list(
+    data: Annotated[Path | None, typer.Option(help="The folder that is looked at.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task of your own too: my.yaml.")] = None,
+    json: Json = False,
+) -> None:
+    """All tasks and suites: what each asks, its rules, what is on disk."""
+    from leveret.evaluate.prepare import overview
+
+    with _reporting(json):
+        found = overview(data, task)
+    if json:
+        return _report(json, found)
+    for row in found["tasks"]:
+        here = "" if row["here"] is None else f"  [{', '.join(row['here']) or 'not here'}]"
+        print(f"{row['id']:<14} {row['asks']}{here}")
+        print(f"{'':<14} rules: {', '.join(row['rules'])}" + (f"; in {', '.join(row['suites'])}" * bool(row["suites"])))
+    print("\nsuites")
+    for name, entries in found["suites"].items():
+        print(f"  {name:<12} {', '.join(entries)}")
+
+
+@_verb("prepare", "leveret.evaluate.prepare", group=tasks)
+def tasks_prepare(
+    data: Annotated[Path, typer.Argument(help="The folder with the official files; each task in a folder of its id.")],
+    suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "bunny",
+    split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
+    json: Json = False,
+) -> None:
+    """Check the official files that you fetched: what is missing, where it is published, where it belongs.
+
+    Exit code 3 where something is not ready."""
+    from leveret.evaluate.prepare import check
+
+    with _reporting(json):
+        found = check(data, suite, split)
+    ready = all(record["state"] == "ready" for record in found)
+    lines = []
+    for record in found:
+        size = f"  {record['questions']:,} questions, {record['pictures']:,} pictures" if "questions" in record else ""
+        lines.append(f"{record['task']:<16} {record['state']}{size}")
+        lines += [f"  {record['mend']}"] if "mend" in record else []
+    _report(json, {"data": str(data), "suite": suite, "ready": ready, "tasks": found}, "\n".join(lines))
+    if not ready:
+        raise typer.Exit(DataError.exit_code)
+
+
 @_verb("draw", "leveret.world.write", group=world)
 def world_draw(
     out: Out,
@@ -941,7 +1104,7 @@ def world_backbones(
     _report(json, {"out": str(folder), "seed": seed}, f"the backbones are in {folder}")
 
 
-for _group, _name in ((pool, "pool"), (coreset, "coreset"), (runs, "run"), (world, "world")):
+for _group, _name in ((pool, "pool"), (coreset, "coreset"), (runs, "run"), (tasks, "tasks"), (world, "world")):
     if _group.registered_commands:
         app.add_typer(_group, name=_name, rich_help_panel=NOUNS)
 
@@ -969,6 +1132,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return 4, _AGAIN
     if isinstance(error, BrokenPipeError):
         return 4, ""  # whoever read our output has gone; there is nobody to tell
+    if any(kind.__name__ == "StrictDataclassError" for kind in type(error).__mro__):  # how transformers reads configs
+        return DataError.exit_code, f"a model's config.json holds what it may not: {' '.join(str(error).split())}"
     homes = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if homes & set(_NETWORK):
         return EnvironmentFault.exit_code, f"the model hub or the network did not answer as hoped: {_first_line(error)}"

@@ -1,9 +1,10 @@
 """Self-contained HTML and SVG: the one look of every report.
 
 A report is `page(title, [Section(...), ...])`; a section's body is what the builders below return. Everything is
-escaped, nothing is loaded from anywhere, no script runs (a content security policy says so to the browser), and each
-picture says in words and in a table what it shows. Charts draw in percent of their width, so that text keeps its size
-from a telephone to a wide screen; colours follow the reader's light or dark setting. The style is `pages.css`.
+escaped, nothing is loaded from anywhere, no script runs but one that the page itself is given (a content security
+policy says so to the browser), and each picture says in words and in a table what it shows. Charts draw in percent of
+their width, so that text keeps its size from a telephone to a wide screen; colours follow the reader's light or dark
+setting. The style is `pages.css`.
 """
 
 from __future__ import annotations
@@ -57,13 +58,19 @@ def _style() -> str:
     return (Path(__file__).parent / "pages.css").read_text("utf-8")
 
 
-def page(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
-    """A whole HTML document. Contents are linked at the top when there are more than three sections."""
+def page(title: str, sections: Sequence[Section], subtitle: str = "", script: str = "") -> str:
+    """A whole HTML document. Contents are linked at the top when there are more than three sections.
+
+    script  JavaScript of ours (never of what is shown) that works on the finished page; none runs where none is given.
+    """
     from leveret import __version__
 
     style = _style()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    if script:
+        assert "</script" not in script.lower(), "would end its own element"
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     anchors = _anchors([section.title for section in sections])
     links = [Markup('<a href="#{}">{}</a>').format(a, s.title) for a, s in zip(anchors, sections, strict=True)]
     contents = Markup('<nav aria-label="Contents">{}</nav>').format(_join(links)) if len(links) > 3 else Markup()
@@ -82,8 +89,8 @@ def page(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
         "<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         '<header class="top"><h1>{title}</h1>{subtitle}{contents}</header>\n<main>\n{parts}\n</main>\n'
-        "<footer><div>Made by leveret {version}. This page loads nothing and runs no script.</div></footer>\n"
-        "</body>\n</html>\n"
+        "<footer><div>Made by leveret {version}. This page loads nothing and {runs}.</div></footer>\n"
+        "{script}</body>\n</html>\n"
     ).format(
         policy=policy,
         title=title,
@@ -91,6 +98,8 @@ def page(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
         subtitle=Markup("<p>{}</p>").format(subtitle) if subtitle else "",
         contents=contents,
         parts=_join(parts, "\n"),
+        runs="runs only its own script, which filters what it shows" if script else "runs no script",
+        script=Markup("<script>{}</script>\n").format(Markup(script)) if script else "",
         version=__version__,
     )
 
@@ -135,7 +144,7 @@ def link(text: str, address: str) -> Markup:
     return Markup('<a href="{}">{}</a>').format(address, text)
 
 
-_NUMBER = re.compile(r"^[-+\u2212]?[\d][\d.,:%eE\u2013 x\u00d7+-]*$")
+_NUMBER = re.compile(r"^[-+\u2212]?[\d][\d.,:%eE\u2013 x\u00d7+*\u2020-]*$")
 
 
 def _is_number(cell: Any) -> bool:
@@ -239,6 +248,11 @@ def _img(picture: Picture, words: str, side: int) -> Markup:
     return Markup('<img src="{}" width="{}" height="{}" alt="{}"{} loading="lazy">').format(
         uri, width, height, words, pixel
     )
+
+
+def thumbnail(picture: Picture, words: str, side: int = 160) -> Markup:
+    """A picture by itself, at most `side` pixels wide or high, with the words for who cannot see it."""
+    return _img(picture, words, side)
 
 
 def figure(picture: Picture, caption: str, side: int = 1200) -> Markup:

@@ -394,10 +394,10 @@ def _real_path(entry: Mapping[str, Any], data: Any) -> KeyPath:
 def _said(entries: Sequence[Mapping[str, Any]], path: KeyPath, raw: _Raw, schema: type[BaseModel]) -> str:
     first = entries[0]
     if first["type"] == "missing":
-        return "missing, and it has no default"
+        return "missing, and it has no default" + _mistaken(path[:-1], raw.data)
     if first["type"] == "extra_forbidden":
         known = _fields_at(schema, path[:-1], raw.data)
-        near = closest(str(path[-1]), known)
+        near = _elsewhere(path, schema, raw.data) or closest(str(path[-1]), known)
         hint = f"did you mean {_either(near)}?" if near else f"allowed: {', '.join(known) or 'no keys'}"
         return f"unknown key (given {_brief(first['input'])}); {hint}"
     allowed = list(dict.fromkeys(_allowed(str(entry["msg"])) for entry in entries))
@@ -406,13 +406,45 @@ def _said(entries: Sequence[Mapping[str, Any]], path: KeyPath, raw: _Raw, schema
     return f"given {_brief(first['input'])}; {' or '.join(allowed).replace(' or allowed: ', ' or ')}{hint}"
 
 
+def _elsewhere(path: KeyPath, schema: type[BaseModel], data: Any) -> list[str]:
+    """Where else in the recipe there is a key of this very name, as key paths; the nearest to the top first."""
+    found: list[str] = []
+    level: list[tuple[KeyPath, Any]] = [((), data)]
+    while level and not found:
+        here, level = level, []
+        for at, value in here:
+            if at != path[:-1] and path[-1] in _fields_at(schema, at, data):
+                found.append(".".join(map(str, (*at, path[-1]))))
+            if isinstance(value, dict):
+                level += [((*at, key), below) for key, below in value.items()]
+    return found
+
+
+def _mistaken(path: KeyPath, data: Any) -> str:
+    """Where something is missing below a name that the user may have meant for another one that is there."""
+    for step in path[:-1]:
+        data = data.get(step, {}) if isinstance(data, dict) else {}
+    others = [name for name in data if name != path[-1]] if path and isinstance(data, dict) else []
+    near = closest(str(path[-1]), others) if others else []
+    return f"; did you mean {_either(near)} and not {path[-1]!r}?" if near else ""
+
+
+_PLAIN = {
+    "a valid tuple": "a list", "a valid list": "a list", "a valid dictionary": "keys and values",
+    "a valid string": "text", "a valid number": "a number", "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+}  # fmt: skip
+
+
 def _allowed(message: str) -> str:
-    """Pydantic's words as what is allowed; a validator's own words as they are."""
+    """Pydantic's words as what is allowed, in plain ones; a validator's own words as they are."""
     for prefix in ("Value error, ", "Assertion failed, "):
         if message.startswith(prefix):
             return message.removeprefix(prefix)
     if message.startswith("Input should be "):
-        return "allowed: " + message.removeprefix("Input should be ").partition(", unable to parse")[0]
+        told = message.removeprefix("Input should be ").partition(", unable to parse")[0]
+        told = re.sub(r" or instance of \w+$", "", told)
+        return "allowed: " + _PLAIN.get(told, told)
     return message[:1].lower() + message[1:]
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,11 +281,29 @@ def _slice(path: Path, names: Sequence[str], start: int, stop: int) -> Any:
 
     with pq.ParquetFile(path) as file:
         ends = _ends(file)
-        first = int(np.searchsorted(ends, start, side="right")) - 1
-        last = int(np.searchsorted(ends, max(start, stop - 1), side="right")) - 1
-        return file.read_row_groups(list(range(first, last + 1)), columns=list(names)).slice(
-            start - int(ends[first]), stop - start
-        )
+    first = int(np.searchsorted(ends, start, side="right")) - 1
+    last = int(np.searchsorted(ends, max(start, stop - 1), side="right")) - 1
+    with _one_reads:  # whoever comes second finds what the first has read
+        groups = _groups(path, path.stat().st_mtime_ns, tuple(names), first, last)
+    return groups.slice(start - int(ends[first]), stop - start)
+
+
+def let_go() -> None:
+    """Frees what the last reader of metadata left for the next."""
+    _groups.cache_clear()
+
+
+_one_reads = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _groups(path: Path, changed: int, names: tuple[str, ...], first: int, last: int) -> Any:
+    """Some columns of row groups. Kept until others are asked for: rows are taken in parts that are smaller than the
+    groups that most writers make."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read_row_groups(list(range(first, last + 1)), columns=list(names))
 
 
 def _some(path: Path, names: Sequence[str], rows: Ints) -> Iterator[tuple[Ints, Any]]:

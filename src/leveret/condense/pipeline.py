@@ -24,7 +24,7 @@ from leveret.condense import engine
 from leveret.condense.against import LOT, Benchmark, Eyes, eyes_of, look_at, open_benchmark
 from leveret.condense.embed import embed
 from leveret.condense.executors import executor
-from leveret.condense.given import Given, is_given, open_given
+from leveret.condense.given import Given, is_given, let_go, open_given
 from leveret.condense.ledger import Stage, records, write_contaminated, write_coreset, write_ids, write_ledger
 from leveret.condense.lloyd import Map
 from leveret.condense.steps import (
@@ -328,7 +328,9 @@ def _ingest(given: Given, work: Path, execute: Map, size: int = engine.CHUNK) ->
             engine.ingest(part, row, ids, score)
         return part
 
-    return Rows(work, 0, tuple(execute(take, pieces)))
+    rows = Rows(work, 0, tuple(execute(take, pieces)))
+    let_go()
+    return rows
 
 
 def _index(given: Given) -> Any:

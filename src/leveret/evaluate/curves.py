@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from leveret.runs import DataError
 
@@ -29,7 +30,7 @@ def probabilities(text: str, n: int, where: str) -> list[float]:
     return [float(value) for value in values]
 
 
-def auc_roc(labels: Sequence[int], scores: Sequence[Any]) -> float | None:
+def auc_roc(labels: Sequence[int], scores: ArrayLike) -> float | None:
     """Area under the receiver's curve, 0..1; None where only one class occurs (it is undefined there).
 
     labels  [n] of 0 and 1 with scores [n] of class 1; or class numbers with scores [n, classes].
@@ -58,7 +59,7 @@ def _pair(positive: np.ndarray[Any, Any], scores: Array) -> float | None:
     return float((ranks[positive].sum() - yes * (yes + 1) / 2) / (yes * no))
 
 
-def auc_pr(labels: Sequence[int], scores: Sequence[Any]) -> float | None:
+def auc_pr(labels: Sequence[int], scores: ArrayLike) -> float | None:
     """Average precision, 0..1: precision at each distinct score, weighted by the recall gained there; None without a
     positive.
 

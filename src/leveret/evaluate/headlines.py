@@ -10,6 +10,7 @@ import numpy as np
 
 from leveret.evaluate.forms import Item
 from leveret.evaluate.scorers import Verdict
+from leveret.evaluate.scorers.judged import points
 from leveret.evaluate.scorers.yes_no import pope_counts
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -100,6 +101,10 @@ def _circular_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Arr
     return np.array([[min(hits) / len(hits), 1 / len(hits)] for hits in mine])
 
 
+def _points_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
+    return np.array([points(verdict)[::-1] for verdict in verdicts])
+
+
 HEADLINES: dict[str, Headline] = {
     "accuracy": Headline(_mean_columns, _ratio),
     "accuracy, mean of parts": Headline(_macro_columns, _ratio),
@@ -109,4 +114,8 @@ HEADLINES: dict[str, Headline] = {
     # 100 points for answers and 100 for pictures in each of fourteen subtasks: 2,800 in all.
     "share of all points": Headline(_mme_columns, _ratio),
     "circular accuracy": Headline(_circular_columns, _ratio),
+    "points in relation to the reference's": Headline(_points_columns, _ratio),
 }
+
+PLAIN = frozenset({"accuracy", "accuracy, mean of parts"})
+"""Headlines that are shares of right answers, so that only an answer's own score counts."""

@@ -2,88 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from leveret import pages
-from leveret.evaluate.findings import Example, confusion, examples, mistakes, overlaps, picture
+from leveret.evaluate.findings import RIGHT, Example, confusion, examples, mistakes, overlaps, picture
+from leveret.evaluate.gallery import Card, browse, script
+from leveret.evaluate.radar import radar
+from leveret.evaluate.tables import HEADER, MEANING, OTHER, beside, rows, share
 
 if TYPE_CHECKING:
     from leveret.evaluate.run import Examined
-
-HEADER = ["task", "score", "95 % interval", "n", "majority", "blind", "unreadable"]
-
-MEANING = (
-    (
-        "score",
-        "The share of questions answered rightly, from 0 to 1 (1.00 is every one). Where the benchmark's own rule says "
-        "otherwise, the rule is named under the task.",
-    ),
-    (
-        "95 % interval",
-        "Another set of as many pictures would give a somewhat different score. The interval is how far it would move: "
-        "two models whose intervals overlap widely may be equally good. Pictures are resampled, not questions, for "
-        "questions about one picture fail together.",
-    ),
-    (
-        "majority",
-        "What a person would score who never looks and always gives the one best answer to each wording of question, "
-        "learnt from the questions of the training side. A score near it shows no skill.",
-    ),
-    (
-        "blind",
-        "The same model and the same questions, but each with the picture of another scene. What is left of the score "
-        "is guessed from the words alone; the distance from blind to score is what the eyes contribute.",
-    ),
-    (
-        "unreadable",
-        "Answers in which the rule found nothing to judge. They count as wrong (in existence, where the official rule "
-        "reads everything that is not a no as yes, they count as yes).",
-    ),
-)
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table of results.md."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in _rows(results)]
-    spent = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())
-    notes = "\n".join(f"- **{name}**: {meaning}" for name, meaning in MEANING)
-    rules = "\n".join(
-        f"- {name}: {facts['headline']}; {facts['rule_says']}" for name, facts in results["tasks"].items()
-    )
-    return "\n".join([*lines, "", f"Time: {spent}.", "", notes, "", "Rules:", rules]) + "\n"
-
-
-def _rows(results: Mapping[str, Any]) -> list[list[str]]:
-    return [
-        [
-            name,
-            f"{facts['score']:.3f}",
-            f"{facts['ci95'][0]:.3f} - {facts['ci95'][1]:.3f}",
-            f"{facts['n']:,}",
-            share(facts["majority"]),
-            share(facts["blind"]),
-            str(facts["unparsable"]),
-        ]
-        for name, facts in results["tasks"].items()
-    ]
-
-
-def share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    from leveret.evaluate.scorers import Verdict
 
 
 def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: str) -> str:
     """The whole page, pictures embedded; nothing is loaded from anywhere."""
     tasks = results["tasks"]
     n = sum(facts["n"] for facts in tasks.values())
+    scores = [_bars(tasks), _radar(tasks), pages.table(_shown_rows(results), HEADER)]
     sections = [
-        pages.Section("Scores", [_bars(tasks), pages.table(_rows(results), HEADER)], lead=in_words(tasks)),
+        pages.Section("Scores", [block for block in scores if block], lead=in_words(tasks)),
         pages.Section("What the numbers mean", [pages.table(MEANING, ["word", "meaning"])]),
+        *_published(results),
+        pages.Section("All answers", browse(_cards(examined), KINDS), lead=LOOK),
         *(_task(task) for task in examined),
     ]
-    return pages.page("Examination", sections, subtitle=f"{n:,} questions of {len(tasks)} tasks, split {split}")
+    parts = dict.fromkeys(facts["split"] for facts in tasks.values()) or (split,)
+    subtitle = f"{n:,} questions of {len(tasks)} tasks, split {' and '.join(parts)}"
+    return pages.page("Examination", sections, subtitle=subtitle, script=script())
+
+
+LOOK = (
+    "Filter by task and by how the answer was judged, search in questions and answers. What turned when the question "
+    "was asked with another picture: wrong when blind, the answer needed eyes; right when blind, it was guessed."
+)
+KINDS = {
+    "right": "right",
+    "partly": "partly right",
+    "wrong": "wrong",
+    "unreadable": "unreadable",
+    "flip": "turned when blind",
+    "seen": "wrong when blind",
+    "guessed": "right when blind",
+}
+
+
+def _shown_rows(results: Mapping[str, Any]) -> list[list[str | None]]:
+    """The rows of the table; nothing where there is none, so that columns of numbers stay such."""
+    return [[None if cell == "-" else cell for cell in row] for row in rows(results)]
+
+
+def _cards(examined: Sequence[Examined]) -> Iterator[Card]:
+    """Every answer as a card of the gallery."""
+    for task in examined:
+        blind: Sequence[Verdict | None] = task.blind or [None] * len(task.items)
+        for item, verdict, other in zip(task.items, task.verdicts, blind, strict=True):
+            right = verdict.score >= RIGHT
+            kinds = ["right" if right else "partly" if verdict.score else "wrong"]
+            kinds += ["unreadable"] * (not verdict.readable)
+            if other is not None and item.image is not None and right != (other.score >= RIGHT):
+                kinds += ["flip", "seen" if right else "guessed"]
+            example = Example(item, task.texts.get(item.question_id, ""), verdict, task.scorer.gold(item))
+            yield Card(
+                task=task.row.id,
+                kinds=tuple(kinds),
+                words=_words(example),
+                picture=partial(picture, example) if item.image is not None else None,
+                key=item.question_id,
+            )
+
+
+def _radar(tasks: Mapping[str, Mapping[str, Any]]) -> Any:
+    kept = {name: [facts.get(name) for facts in tasks.values()] for name in ("score", "blind", "majority")}
+    series = {name: values for name, values in kept.items() if any(value is not None for value in values)}
+    return radar(
+        list(tasks), series, "The same scores around a circle; a task without a baseline has it at the centre."
+    )
+
+
+def _published(results: Mapping[str, Any]) -> list[pages.Section]:
+    blocks: list[Any] = []
+    for table, header, body in beside(results):
+        marked = f" \u2020: {OTHER}." if any("\u2020" in cell for cell in body[0]) else ""
+        caption = f"{table.name}: {table.source}; scored by {table.scored}.{marked}"
+        blocks.append(pages.table(body, header, caption=caption))
+    lead = "This model in the units of published tables. Read how each was scored before comparing."
+    return [pages.Section("Beside published figures", blocks, lead=lead)] if blocks else []
 
 
 def _bars(tasks: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -162,8 +168,12 @@ def _task(task: Examined) -> pages.Section:
 
 
 def _shown(example: Example, mark: str) -> tuple[Any, str, str]:
-    said = example.text.strip() or "(nothing)"
-    if len(said) > 240:
-        said = said[:237] + "..."
-    caption = f"{example.item.prompt}\nsaid: {said}\nright: {example.gold}"
-    return picture(example), caption, mark
+    return picture(example), _words(example), mark
+
+
+def _words(example: Example) -> str:
+    def short(text: str, most: int = 240) -> str:
+        return text if len(text) <= most else text[: most - 3] + "..."
+
+    said = short(example.text.strip()) or "(nothing)"
+    return f"{short(example.item.prompt, 400)}\nsaid: {said}\nright: {short(str(example.gold))}"

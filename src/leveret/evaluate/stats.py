@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import numpy as np
 
 from leveret.evaluate.forms import Item
-from leveret.evaluate.headlines import HEADLINES
+from leveret.evaluate.headlines import HEADLINES, Array
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.records import ImageRef
 
@@ -36,23 +36,38 @@ def interval(
     pictures.
     """
     row = HEADLINES[name]
-    columns = row.columns(items, verdicts)
-    places: dict[str, int] = {}
-    cluster = np.array([places.setdefault(item.meta["image_id"], len(places)) for item in items])
-    sums = np.zeros((len(places), columns.shape[1]))
-    np.add.at(sums, cluster, columns)
-    rng = np.random.Generator(np.random.Philox(seed))
-    shares = np.full(len(places), 1 / len(places))
-    figures = []
-    chunk = max(1, 8_000_000 // len(places))  # 64 MB of counts at a time
-    for start in range(0, resamples, chunk):
-        times = rng.multinomial(len(places), shares, size=min(chunk, resamples - start))
-        figures.append(row.figure(times.astype(np.float64) @ sums))
+    images = [item.meta["image_id"] for item in items]
+    some = draws(images, [row.columns(items, verdicts)], resamples=resamples, seed=seed)
+    figures = [row.figure(sums) for (sums,) in some]
+    places = set(images)
     low, high = np.percentile(np.concatenate(figures), [2.5, 97.5])
     if low == high and low in (0.0, 1.0):
         unseen = 1 - 0.025 ** (1 / len(places))
         low, high = (0.0, unseen) if low == 0 else (1 - unseen, 1.0)
     return float(low), float(high)
+
+
+def draws(
+    images: Sequence[str], columns: Sequence[Array], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Iterator[list[Array]]:
+    """Bootstrap sums, pictures drawn with all their questions: per chunk of draws one [draws, k] for each of `columns`.
+
+    images   the picture of each question, [n] names.
+    columns  what each question adds, [n, k]; all of them go through the same draws, so that they stay paired.
+    """
+    places: dict[str, int] = {}
+    cluster = np.array([places.setdefault(name, len(places)) for name in images])
+    grouped = []
+    for added in columns:
+        sums = np.zeros((len(places), added.shape[1]))
+        np.add.at(sums, cluster, added)
+        grouped.append(sums)
+    rng = np.random.Generator(np.random.Philox(seed))
+    shares = np.full(len(places), 1 / len(places))
+    chunk = max(1, 8_000_000 // len(places))  # 64 MB of counts at a time
+    for start in range(0, resamples, chunk):
+        times = rng.multinomial(len(places), shares, size=min(chunk, resamples - start)).astype(np.float64)
+        yield [times @ sums for sums in grouped]
 
 
 def best_constants(train: Sequence[Item], scorer: Scorer, *, seed: int = 0) -> dict[str, str]:

@@ -9,10 +9,12 @@ token overwrites it. Rows of any length stand side by side, join and leave, and 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -45,6 +47,13 @@ class SlotCache(Cache):
             self.columns = -(-columns // 32) * 32
         if self.kv is not None and (self.kv.shape[2] < self.rows or self.kv.shape[4] < self.columns):
             self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv)
+
+    def fit(self, rows: int, columns: int) -> None:
+        """Be of this size from the next pass on, and hold nothing until then; for a cache that is larger or smaller."""
+        columns = -(-columns // 32) * 32
+        if (rows, columns) != (self.rows, self.columns):
+            self.kv = None
+            self.rows, self.columns = rows, columns
 
     def aim(self, first: int, starts: list[int], length: int, at: Tensor) -> None:
         """The next pass is for rows `first`.. and writes `length` columns of each, from its start on.
@@ -99,9 +108,17 @@ class SlotCache(Cache):
     def _allocate(self, heads: int, width: int, like: Tensor) -> None:
         old = self.kv
         # Zeros, not empty memory: a NaN in a column with weight zero would still spoil the sum.
-        self.kv = torch.zeros(
-            self.depth, 2, self.rows, heads, self.columns, width, dtype=self.dtype, device=like.device
-        )
+        shape = (self.depth, 2, self.rows, heads, self.columns, width)
+        dtype = self.dtype or like.dtype
+        if like.device.type == "cpu":
+            # NumPy's zeros are pages that the system fills when they are first written to; torch writes them all now.
+            # They begin at a multiple of 64 bytes, as torch's do: products may sum in another order elsewhere.
+            size = math.prod(shape) * dtype.itemsize
+            held = np.zeros(size + 64, np.uint8)
+            begin = -held.ctypes.data % 64
+            self.kv = torch.from_numpy(held[begin : begin + size]).view(dtype).view(shape)
+        else:
+            self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         if old is not None:
             self.kv[:, :, : old.shape[2], :, : old.shape[4]] = old
 
@@ -111,6 +128,7 @@ class Shelf:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
+        self.most = 0  # bytes that were ever held at once
         self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -126,7 +144,18 @@ class Shelf:
         """Keep a tensor. It must own its memory, or throwing it away would free nothing."""
         if key in self._held:
             self.bytes -= self._held.pop(key).nbytes
+        if tensor.nbytes > self.limit:
+            return
+        self._trim(self.limit - tensor.nbytes)
         self._held[key] = tensor
         self.bytes += tensor.nbytes
-        while self.bytes > self.limit:
+        self.most = max(self.most, self.bytes)
+
+    def shrink(self, limit: int) -> None:
+        """Another bound from now on."""
+        self.limit = limit
+        self._trim(limit)
+
+    def _trim(self, limit: int) -> None:
+        while self.bytes > limit:
             self.bytes -= self._held.popitem(last=False)[1].nbytes

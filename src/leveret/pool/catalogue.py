@@ -177,6 +177,16 @@ class Mapped(_Strict):
     id: Text | None = Field(None, description="The record's own id, or its number, when left out.")
     image: str | None = None
 
+    @model_validator(mode="after")
+    def _of_the_record(self) -> Mapped:
+        for name in ("user", "assistant", "id"):
+            text = getattr(self, name)
+            if text is not None and "{" not in text:
+                raise ValueError(
+                    f"{name}: {text!r} would be the same for every record; write {{{text}}} for a key's value"
+                )
+        return self
+
 
 class Part(_Strict):
     """One source of a mixture."""

@@ -41,13 +41,15 @@ class Planned:
 
 
 def plan(name: str, root: Path, pictures: bool = True) -> tuple[DataSet, list[Planned]]:
-    """A set, and all its files below `root`. RecipeError for a mixture without files of its own."""
+    """A set, and all its files below `root`. RecipeError for a mixture without files of its own, or a `root` that is a
+    file."""
     one = catalogue.load(name)
     if not one.files:
         parts = ", ".join(dict.fromkeys(part.data for part in one.sources))
-        raise RecipeError(
-            f"{name} is mixed, not fetched: get {parts}, then leveret pool mix {name} -o {root / str(one.data)}"
-        )
+        into = root / (one.data or one.name)
+        raise RecipeError(f"{name} is mixed, not fetched: get {parts}, then leveret pool mix {name} -o {into}")
+    if root.exists() and not root.is_dir():
+        raise RecipeError(f"{root} is a file; what is fetched goes into a folder. Name another.")
     rows = [Planned(owner, file, root / file.path, into) for owner, file, into in catalogue.wanted(one, root, pictures)]
     return one, rows
 

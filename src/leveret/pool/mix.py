@@ -124,7 +124,11 @@ def mix(
                 return made
         quarantined: list[dict[str, Any]] = []
         unpack = None if dry_run else wanted.decode or form == "tars"
-        chosen = _choose(wanted, opened, _walk(wanted, opened, unpack, quarantined))
+        try:
+            chosen = _choose(wanted, opened, _walk(wanted, opened, unpack, quarantined))
+        except DataError:
+            place.forget()
+            raise
         facts = _facts(wanted, opened, chosen, quarantined, place, root)
         if dry_run:
             return facts | {"dry_run": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,13 @@ class Place:
             claim(self.folder)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def forget(self) -> None:
+        """Leave no folder behind in which nothing was written."""
+        if self.given == self.folder and {path.name for path in self.folder.glob("*")} <= {".lock"}:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def finished(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """What stands in mix.json, if the mixture is whole."""

@@ -109,6 +109,10 @@ def smooth(values: Sequence[float]) -> list[float]:
     return out
 
 
+def _trains(environment: Path) -> bool:
+    return bool(read_json(environment).get("kind") == "train")
+
+
 def read(path: str | Path) -> Story:
     """The story of a run folder. DataError where it holds no training run; nothing is written and nothing is locked."""
     import yaml
@@ -120,7 +124,9 @@ def read(path: str | Path) -> Story:
         )
     environment = read_json(path / "environment.json")
     if environment.get("kind") != "train":
-        raise RecipeError(f"{path} holds a `{environment.get('kind')}` run; only training runs are told here")
+        inside = next((entry.parent for entry in sorted(path.glob("*/environment.json")) if _trains(entry)), None)
+        mend = f": name {inside}" if inside else ""
+        raise RecipeError(f"{path} holds a `{environment.get('kind')}` run; only training runs are told here{mend}")
     if (path / "command.json").is_file():
         recipe = read_json(path / "command.json")["recipe"]
     else:

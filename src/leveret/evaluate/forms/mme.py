@@ -124,6 +124,6 @@ MME = {
         _keys,
         _answer_keys,
         "question_id together with the prompt (both questions of a picture share an id)",
-        _read,
+        read=_read,
     )
 }

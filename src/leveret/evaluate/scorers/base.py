@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.evaluate.forms.base import Item
+
+if TYPE_CHECKING:
+    from leveret.evaluate.scorers.asking import Judging
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +20,14 @@ class Verdict:
     parsed    the answer as the rule read it, as text; None where it read nothing.
     readable  False where the text holds nothing the rule looks for (the rule may still count it as an answer).
     missing   there was no answer at all.
-    detail    more of the rule's findings (`iou`).
+    detail    more of the rule's findings (`iou`, `probabilities`).
     """
 
     score: float
     parsed: str | None
     readable: bool
     missing: bool = False
-    detail: Mapping[str, float] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 MISSING = Verdict(0.0, None, readable=False, missing=True)
@@ -43,6 +46,7 @@ class Scorer:
     headline row of HEADLINES, where its one figure is another than the task's.
     together (items, question_id -> text in the answers' order) -> verdicts, for rules in which answers depend on each
              other; `judge` is then what the rule makes of one answer alone.
+    judging  how a language model is asked, where the rule needs one; `judge` works once it is `asking.bound`.
     """
 
     rule: str
@@ -52,6 +56,7 @@ class Scorer:
     reads: str = "text"
     headline: str = ""
     together: Callable[[Sequence[Item], Mapping[str, str]], list[Verdict]] | None = None
+    judging: Judging | None = None
 
 
 def mean(values: Sequence[float]) -> float:

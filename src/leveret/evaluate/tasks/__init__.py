@@ -7,35 +7,72 @@ A benchmark's row reads its official files under `root`; a row of the drawn worl
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from leveret.evaluate.forms import FORMS, Item, Place, check_ids
 from leveret.evaluate.scorers import SCORERS, Scorer
 from leveret.evaluate.tasks.base import TaskRow
 from leveret.evaluate.tasks.field import FIELD
+from leveret.evaluate.tasks.suites import SUITES
 from leveret.evaluate.tasks.world import WORLD
 from leveret.runs import DataError, RecipeError, closest
 
 TASKS: dict[str, TaskRow] = {row.id: row for row in (*FIELD, *WORLD)}
-SUITES: dict[str, tuple[str, ...]] = {
-    "world": ("existence", "colour", "shape", "count", "relation", "choice", "box", "word"),
-    "world-more": ("caption", "reading", "unanswerable", "double", "text", "refusal"),
-}
+
+__all__ = ["SUITES", "TASKS", "TaskRow", "asked", "find_files", "load_items", "rule_of", "subset", "task_row"]
 
 
 def task_row(task: str | TaskRow) -> TaskRow:
-    """The row of an id (`tally_qa`, `tally-qa` and `tallyqa` are the same); RecipeError names the closest ids."""
+    """The row of an id (`tally_qa`, `tally-qa` and `tallyqa` are the same), or of a YAML file of a user's own.
+
+    RecipeError names the closest ids, or every fault of the file."""
     if isinstance(task, TaskRow):
         return task
+    if task.endswith((".yaml", ".yml")):
+        from leveret.evaluate.tasks.own import read_task
+
+        return read_task(task)
     row = {_plain(name): row for name, row in TASKS.items()}.get(_plain(task))
     if row is None:
         near = closest(task, TASKS)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"There is no task {task!r}.{hint} Known tasks: {', '.join(TASKS)}.")
     return row
+
+
+def asked(name: str | TaskRow, split: str = "test") -> list[tuple[TaskRow, str]]:
+    """The tasks of a suite, or the one task of that name, each with the split that is asked about.
+
+    `mmbench.dev` is the split `dev` of `mmbench`, and its row's id is `mmbench.dev`, so that two splits of one task can
+    stand in one table. RecipeError names the closest suites and tasks."""
+    entries = SUITES.get(name) if isinstance(name, str) else None
+    try:
+        return [_entry(entry, split) for entry in (entries or (name,))]
+    except RecipeError as fault:
+        if entries is not None or not isinstance(name, str) or name.endswith((".yaml", ".yml")):
+            raise
+        near = closest(name, SUITES)
+        hint = f"Did you mean the suite {' or '.join(near)}? " if near else ""
+        raise RecipeError(f"There is no suite {name!r}. {hint}Suites: {', '.join(SUITES)}. {fault}") from None
+
+
+def _entry(entry: str | TaskRow, split: str) -> tuple[TaskRow, str]:
+    if isinstance(entry, str) and not entry.endswith((".yaml", ".yml")):
+        name, dot, named = entry.partition(".")
+        if dot:
+            row = task_row(name)
+            return replace(row, id=f"{row.id}.{named}"), named
+    return task_row(entry), split
+
+
+def base(name: str) -> str:
+    """A task's id without the split that a suite put behind it."""
+    return name.partition(".")[0]
 
 
 def _plain(name: str) -> str:
@@ -56,42 +93,82 @@ def rule_of(row: TaskRow, rule: str | None = None, fields: Collection[str] = ("t
     return found, SCORERS[row.rules[found]]
 
 
+def homes(row: TaskRow, root: Path) -> list[Path]:
+    """The folders under `root` that may hold a task's files: one of its own name, so that the tasks of a suite do not
+    get in each other's way; that name without its last part (`textvqa_ocr` reads what `textvqa` does); `root`."""
+    name = base(row.id)
+    near = dict.fromkeys((name, name.rpartition("_")[0]))
+    return [*(root / folder for folder in near if folder and (root / folder).is_dir()), root]
+
+
 def splits_there(row: TaskRow, root: Path) -> list[str]:
     """The splits that a task's files in `root` are of, by our names; nothing where no file name tells the split."""
     ours = {official: name for name, official in row.splits.items()}
     found = set()
-    for pattern in row.files:
-        if "{split}" in pattern:
-            name = re.escape(pattern).replace(re.escape("{split}"), "([^/]+?)").replace(re.escape("*"), "[^/]*")
-            for path in root.glob(pattern.format(split="*")):
-                match = re.fullmatch(name, path.relative_to(root).as_posix())
-                if match:
-                    found.add(ours.get(match[1], match[1]))
+    for home in homes(row, root):
+        for pattern in row.files:
+            if "{split}" in pattern:
+                name = re.escape(pattern).replace(re.escape("{split}"), "([^/]+?)").replace(re.escape("*"), "[^/]*")
+                for path in home.glob(pattern.format(split="*")):
+                    match = re.fullmatch(name, path.relative_to(home).as_posix())
+                    if match:
+                        found.add(ours.get(match[1], match[1]))
     return sorted(found)
 
 
-def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> list[Item]:
-    """Every question of a task's split, in the order of its files.
+def prompt_of(row: TaskRow, prompts: str | None = None) -> str:
+    """The template of a task's questions, by the lineage whose wording it is; without one the task's own.
+
+    RecipeError names the wordings that the task has."""
+    if prompts is None:
+        return row.prompt
+    found = {_plain(name): prompt for name, prompt in row.prompts.items()}.get(_plain(prompts))
+    if found is None:
+        known = f"it has its own and {', '.join(row.prompts)}" if row.prompts else "it has its own alone"
+        raise RecipeError(f"The task {row.id!r} has no prompts {prompts!r}; {known}.")
+    return found
+
+
+def find_files(row: TaskRow, root: str | Path, split: str = "test") -> tuple[Path, tuple[Path, ...]]:
+    """The folder that a task lies in, `root/<id>/` or `root`, and its files of a split; no files where there are none.
+
+    The first of the row's patterns that finds something counts; RefCOCO's own folder holds one of its name."""
+    patterns = [pattern.format(split=row.splits.get(split, split)) for pattern in row.files]
+    for pattern in patterns:
+        for home in homes(row, Path(root)):
+            if files := tuple(sorted(home.glob(pattern))):
+                return home, files
+    return Path(root), ()
+
+
+def load_items(task: str | TaskRow, root: str | Path, split: str = "test", prompts: str | None = None) -> list[Item]:
+    """Every question of a task's split, in the order of its files, which lie in `root` or in `root/<id>`.
+
+    prompts  the lineage in whose words the questions are put (`prismatic`); without it the task's own.
 
     Raises:
-        RecipeError: the task is unknown.
+        RecipeError: the task is unknown, or has no such prompts.
         DataError: files are missing or malformed, or ids repeat.
     """
     row, root = task_row(task), Path(root)
     official = row.splits.get(split, split)
-    patterns = [pattern.format(split=official) for pattern in row.files]
-    files = next((found for pattern in patterns if (found := tuple(sorted(root.glob(pattern))))), ())
+    home, files = find_files(row, root, split)
     if not files:
-        pickled = " (the pickled refs*.p are not read: save their list as JSON beside them)" * (row.form == "refcoco")
+        patterns = [pattern.format(split=official) for pattern in row.files]
         own = "your questions in LLaVA's form, and the pictures as they name them"
         wanted = own if row.form == "own" else "the task's official files (for your own questions: --suite own)"
         there = splits_there(row, root)
         mend = f"There are the splits {', '.join(there)}." if there else f"Give the folder that holds {wanted}."
-        raise DataError(f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}{pickled}. {mend}")
-    place = Place(files=files, root=root, images=row.images, split=official, prompt=row.prompt)
+        raise DataError(f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}. {mend}")
+    place = Place(files=files, root=home, images=row.images, split=official, prompt=prompt_of(row, prompts))
     try:
         items = FORMS[row.form].load(place)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as fault:
+        if isinstance(fault, KeyError) and f"{{{fault.args[0]}}}" in row.prompt:
+            raise DataError(
+                f"Task {row.id!r}: the prompt asks for {{{fault.args[0]}}}, which {', '.join(map(str, files))} or the "
+                f"form {row.form!r} does not give."
+            ) from fault
         raise DataError(
             f"Task {row.id!r}: {', '.join(map(str, files))} is not in the form {row.form!r} ({fault!r}). "
             f"The form is: {(FORMS[row.form].load.__doc__ or '').splitlines()[0]}"
@@ -103,14 +180,30 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
     return items
 
 
-def subset(items: Sequence[Item], n: int | None) -> list[Item]:
-    """The first `n` by a hash of the id, in file order: always the same ones, and n = 100 lies within n = 500.
+def subset(items: Sequence[Item], n: int | None, how: str = "hash") -> list[Item]:
+    """At most `n` of the items, always the same ones; n = 100 lies within n = 500.
 
-    Items that only count together (`whole`) are taken together, so there may be some more than `n`."""
-    if n is None or n >= len(items):
-        return list(items)
-    if n < 1:
+    how  "hash": the first `n` by a hash of the id, in file order. Items that only count together (`whole`) are taken
+         together, so there may be some more than `n`.
+         "prismatic": its slim sets: `random.Random(21)` shuffles all in file order, and the first `n` of each part
+         (`meta["group"]`) stay, in the shuffled order. The official files' order, that is: its own index is shuffled.
+    """
+    if how not in ("hash", "prismatic"):
+        raise RecipeError(f"Subsets are chosen by 'hash' or as 'prismatic', not {how!r}.")
+    if n is not None and n < 1:
         raise RecipeError(f"n = {n}: at least one question a task is needed.")
+    if n is None or (n >= len(items) and how == "hash"):
+        return list(items)
+    if how == "prismatic":
+        shuffled = list(items)
+        random.Random(21).shuffle(shuffled)
+        taken: Counter[str] = Counter()
+        slim = []
+        for item in shuffled:
+            part = item.meta.get("group", "")
+            taken[part] += 1
+            slim += [item] if taken[part] <= n else []
+        return slim
     sizes = Counter(item.meta.get("whole", item.question_id) for item in items)
     chosen: set[str] = set()
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from leveret.evaluate.forms.base import Item
 
 SHORT = "\nAnswer the question using a single word or phrase."
 INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -32,8 +34,11 @@ class TaskRow:
     prompt          what the model is asked, over the form's fields.
     max_new_tokens  no right answer is longer.
     headline        row of HEADLINES: the one figure called `score`; a rule may have its own.
-    splits          our name of a split -> the files' own.
+    splits          our name of a split -> the files' own; "server" is the part whose answers only a server knows.
+    prompts         lineage -> its own wording, where others than `prompt` are in use (`prismatic`).
     about           what is asked, in words for somebody who knows nothing.
+    options         the answers that a rule over probabilities chooses between, in the order it reads them: the same for
+                    every question, or told from it. A rule that reads probabilities asks by them, in one pass.
     """
 
     id: str
@@ -46,3 +51,5 @@ class TaskRow:
     headline: str = "accuracy"
     splits: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] | Callable[[Item], tuple[str, ...]] = ()

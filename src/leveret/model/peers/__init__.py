@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from leveret.model.peers import hfllava, merged, nanovlm, prismatic, tinyllava
 from leveret.model.peers.files import Folder
 from leveret.model.peers.foreign import Foreign, Hub
-from leveret.runs import DataError
+from leveret.runs import DataError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,10 @@ def read(
     name = recognise(folder)
     if name is None:
         raise unknown(folder)
-    return PEERS[name].read(folder, Hub(Path(hub) if hub is not None else None), base, size)
+    try:
+        return PEERS[name].read(folder, Hub(Path(hub) if hub is not None else None), base, size)
+    except RecipeError as fault:  # the recipe is made from what the folder says, not by the user
+        raise DataError(f"{folder.path}: its config.json asks for what is not known here: {fault}") from None
 
 
 def unknown(folder: Folder) -> DataError:

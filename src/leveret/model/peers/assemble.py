@@ -22,7 +22,7 @@ from leveret.model.peers.foreign import Foreign
 from leveret.model.recipe import Kept, ModelRecipe
 from leveret.model.tower_table import TowerFacts, describe_all
 from leveret.model.vlm import VLM
-from leveret.runs import EnvironmentFault
+from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 
 def assemble(foreign: Foreign, source: Path, dtype: torch.dtype | None = None) -> VLM:
@@ -93,8 +93,11 @@ def saved_as(foreign: Foreign) -> torch.dtype:
 
 def _settled(foreign: Foreign, tokens: int) -> tuple[list[TowerFacts], ModelRecipe, LanguageFacts]:
     """What is built: towers with the parts that the checkpoint has, and the language model's rows, with a tokenizer of
-    so many tokens."""
-    described = foreign.eyes or describe_all(foreign.recipe.vision)
+    so many tokens. DataError where its config names a tower that is not known."""
+    try:
+        described = foreign.eyes or describe_all(foreign.recipe.vision)
+    except RecipeError as fault:  # no user wrote that recipe
+        raise DataError(f"the {foreign.tool} model's config.json asks for what is not known here: {fault}") from None
     kept = [
         parts_of(facts, foreign.seen[place]) if place in foreign.seen else [] for place, facts in enumerate(described)
     ]

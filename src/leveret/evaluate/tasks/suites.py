@@ -1,0 +1,26 @@
+"""The suites: which tasks, of which splits, stand in one table.
+
+An entry is a task's id, or `ID.SPLIT` where the table holds that split whatever else is asked for (MMBench's dev and
+test are two columns). An id alone is asked about the split that the command names.
+"""
+
+from __future__ import annotations
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "world": ("existence", "colour", "shape", "count", "relation", "choice", "box", "word"),
+    "world-more": ("caption", "reading", "unanswerable", "double", "text", "refusal"),
+    # Bunny's table has eleven columns: MME is two of them (perception and cognition).
+    "bunny": (
+        "mme", "mmbench.test", "mmbench.dev", "seed_bench", "mmmu.val", "mmmu.test", "vqav2", "gqa", "scienceqa",
+        "pope",
+    ),
+    # TinyLLaVA's tables 3 and A1. TextVQA is asked with OCR tokens, as LLaVA's question file has them.
+    "tinyllava": (
+        "vqav2", "gqa", "scienceqa", "textvqa_ocr", "mm_vet", "pope", "llava_bench_w", "mme", "mmbench.dev",
+    ),
+    # Prismatic's twelve: RefCOCO, RefCOCO+ and RefCOCOg are one task of three parts, TextVQA is two tasks.
+    "prismatic": (
+        "vqav2.val", "gqa", "vizwiz", "textvqa_ocr", "textvqa", "refcoco", "ocid_ref", "vsr", "pope", "tally_qa",
+        "ai2d",
+    ),
+}  # fmt: skip
