@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from choice_fakes import mmbench, mme, png, put
+from choice_fakes import RED, mmbench, mme, png, put, rotations, table
 from evaluate_fakes import FakeEngine, FakeModel
 from leveret.evaluate import TASKS, evaluate, load_items, score
 from leveret.evaluate.curves import auc_pr, auc_roc
@@ -25,7 +25,7 @@ from leveret.evaluate.scorers.cmmmu import said_letters, said_truth, said_values
 from leveret.evaluate.scorers.mmmu import open_right, open_values
 from leveret.evaluate.tasks import subset
 from leveret.images import load
-from leveret.runs import DataError
+from leveret.runs import DataError, read_jsonl
 
 PETS = {"A": "cat", "B": "a big dog", "C": "cow", "D": "cat fish"}
 
@@ -297,7 +297,7 @@ def test_a_model_is_asked_about_pictures_inside_tables(tmp_path: Path) -> None:
 
     engine = FakeEngine(say)
     found = evaluate(FakeModel(), root, "mmbench", out=tmp_path / "out", engine=engine)["tasks"]["mmbench"]
-    assert found["score"] == 1.0 and found["headline"] == "circular accuracy" and found["majority"] is None
+    assert found["score"] == 1.0 and found["headline"] == "circular accuracy" and found["chance"] < 0.5
     assert found["blind"] == 0.0 and len(engine.asked) == 10
     answers = tmp_path / "out/answers/mmbench.jsonl"
     assert score("mmbench", answers, root)["score"] == 1.0
@@ -325,10 +325,10 @@ def test_a_model_is_asked_about_pictures_in_parquet(tmp_path: Path) -> None:
     assert found["tasks"]["mmmu"]["score"] == 1.0
     put(tmp_path / "Art/test-0.parquet", "torn")
     with pytest.raises(DataError, match="no parquet file"):
-        load_items("mmmu", tmp_path, "hidden")
+        load_items("mmmu", tmp_path, "server")
     pq.write_table(pa.table({"id": ["test_Art_1"]}), tmp_path / "Art/test-0.parquet")
     with pytest.raises(DataError, match="no column question, options"):
-        load_items("mmmu", tmp_path, "hidden")
+        load_items("mmmu", tmp_path, "server")
 
 
 @pytest.mark.parametrize("task", ["mme", "mmbench"])
@@ -351,3 +351,13 @@ def test_every_rule_accepts_its_own_right_answer(tmp_path: Path) -> None:
         for scorer in {SCORERS[name] for name in TASKS[task].rules.values()}:
             for item in load_items(task, root):
                 assert scorer.judge(item, scorer.gold(item)).score == 1.0, (task, scorer.rule, item.question_id)
+
+
+def test_a_split_that_only_its_server_knows_is_asked_beside_others(tmp_path: Path) -> None:
+    root = mmbench(tmp_path)
+    rows = [row | {"split": "test", "answer": ""} for row in rotations(9, ["a", "b"], 1, RED)]
+    table(root / "MMBench_TEST_EN_legacy.tsv", rows)
+    found = evaluate(FakeModel(), root, "mmbench", out=tmp_path / "a", engine=FakeEngine(lambda _: "A"), split="server")
+    assert found["tasks"] == {} and found["unscored"]["mmbench"]["n"] == 2
+    answers = read_jsonl(Path(found["unscored"]["mmbench"]["answers"]))
+    assert [answer["text"] for answer in answers] == ["A", "A"] and (tmp_path / "a/report.html").is_file()

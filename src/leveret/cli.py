@@ -427,6 +427,10 @@ def evaluate(
             f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
             file=sys.stderr,
         )
+    for task, left in results.get("unscored", {}).items():
+        print(
+            f"{task}: {left['n']:,} answers are in {left['answers']}; its server knows the right ones", file=sys.stderr
+        )
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
 
 

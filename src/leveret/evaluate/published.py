@@ -81,11 +81,11 @@ PUBLISHED: tuple[Table, ...] = (
         (
             _MME_P,
             Column("MME-C", "mme", "Cognition.total", rules=_MME),
-            Column("MMB-T", "mmbench", "Overall", 100, split="test"),
+            Column("MMB-T", "mmbench", "Overall", 100, split="server"),
             Column("MMB-D", "mmbench", "Overall", 100, split="dev"),
             _SEED,
             Column("MMMU-V", "mmmu", "overall_exact", 100, rules=("official_with_fallback",), split="val"),
-            Column("MMMU-T", "mmmu", "overall_exact", 100, split="test"),
+            Column("MMMU-T", "mmmu", "overall_exact", 100, split="server"),
             _VQAV2,
             _GQA,
             _SQA,

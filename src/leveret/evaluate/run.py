@@ -117,9 +117,10 @@ def evaluate(
     Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
     `majority` is of the train twin where `majority_of` says "train", else the best constant over the scored questions
     ("test"). `chance`, `majority` and `blind` are None where nothing is offered, no answer is known, nothing to swap.
-    A task's `version` is the hash of its row, `prompts` of the words asked, `data` of the official files; `model` tells
-    models apart, `root` is where the pictures were, and `memory` (`generate.memory.Plan`, of one process, and how many
-    `processes`) is there where the engine tells it.
+    Tasks whose right answers only a server knows are asked and stand under `unscored`. A task's `version` is the hash
+    of its row, `prompts` of the words asked, `data` of the official files; `model` tells models apart, `root` is where
+    the pictures were, and `memory` (`generate.memory.Plan`, of one process, and how many `processes`) is there where
+    the engine tells it.
 
     Raises:
         RecipeError: unknown suite, `out` holds answers of another model or to other questions, a rule reads
@@ -177,7 +178,8 @@ def evaluate(
 
     start = time.perf_counter()
     answered = {(desk.row.id, desk.blind): desk.answered() for desk in desks}
-    unjudged = [row for row in rows if row.id in asking and judge is None]
+    unscored = [row for row in rows if any(item.gold is None for item in asked[row.id])]
+    unjudged = [row for row in rows if row.id in asking and judge is None and row not in unscored]
     examined = [
         _examine(
             row,
@@ -190,7 +192,7 @@ def evaluate(
             judge,
         )
         for row in rows
-        if row not in unjudged
+        if row not in (*unjudged, *unscored)
     ]
     seconds = _seconds(folder)
     results: dict[str, Any] = {
@@ -201,11 +203,12 @@ def evaluate(
         "root": str(Path(root).absolute()),
         "leveret": __version__,
     }
-    if unjudged:
-        results["unjudged"] = {
-            row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
-            for row in unjudged
-        }
+    for left, left_rows in (("unjudged", unjudged), ("unscored", unscored)):
+        if left_rows:
+            results[left] = {
+                row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
+                for row in left_rows
+            }
     if plan := getattr(held[0], "plan", None) if held else None:
         results["memory"] = {**plan.facts(), "processes": getattr(held[0], "processes", 1), "allowed": memory}
     for task in examined:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, SHORT, TaskRow
+from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, SHORT, STATEMENT, TaskRow
 
 # Two tasks, one benchmark: the English and the Chinese tables.
 MMBENCH_RULES = {
@@ -41,7 +41,13 @@ FIELD = (
         "{context}{question}{options}" + LETTER,
         128,
         headline="circular accuracy",
-        splits={"test": "DEV_EN", "hidden": "TEST_EN", "v11": "DEV_EN_V11", "hidden-v11": "TEST_EN_V11"},
+        splits={
+            "dev": "DEV_EN",
+            "test": "DEV_EN",
+            "server": "TEST_EN",
+            "v11": "DEV_EN_V11",
+            "server-v11": "TEST_EN_V11",
+        },
         about="Questions with up to four options, right only when they are so in every order of the options.",
     ),
     TaskRow(
@@ -53,7 +59,13 @@ FIELD = (
         "{context}{question}{options}" + LETTER_CN,
         128,
         headline="circular accuracy",
-        splits={"test": "DEV_CN", "hidden": "TEST_CN", "v11": "DEV_CN_V11", "hidden-v11": "TEST_CN_V11"},
+        splits={
+            "dev": "DEV_CN",
+            "test": "DEV_CN",
+            "server": "TEST_CN",
+            "v11": "DEV_CN_V11",
+            "server-v11": "TEST_CN_V11",
+        },
         about="MMBench in Chinese: right only when answered so in every order of the options.",
     ),
     TaskRow(
@@ -86,7 +98,7 @@ FIELD = (
         "",
         "{question}{options}{ask}",
         128,
-        splits={"test": "validation", "hidden": "test"},
+        splits={"val": "validation", "test": "validation", "server": "test"},
         about="College questions of thirty subjects, most with options.",
     ),
     TaskRow(
@@ -103,7 +115,7 @@ FIELD = (
         "images",
         "{instruction}\n\n{question}\n{options}{answer}",
         128,
-        splits={"test": "val", "hidden": "test"},
+        splits={"test": "val", "server": "test"},
         about="College questions in Chinese: options, true or false, blanks to fill.",
     ),
     TaskRow(
@@ -119,7 +131,9 @@ FIELD = (
         "{question}\n{options}" + LETTER,
         128,
         splits={"test": "all", "test-only": "test"},
+        prompts={"prismatic": "{question}\n{options}" + LETTER},
         about="School diagrams: questions with four options.",
+        options=lambda item: tuple(item.meta["choices"]),
     ),
     TaskRow(
         "pope",
@@ -137,6 +151,7 @@ FIELD = (
         "{question}" + SHORT,
         128,
         headline="F1, mean of parts",
+        prompts={"prismatic": "{question}" + SHORT},
         about="Is a named object in the picture?",
         options=("Yes", "No"),
     ),
@@ -181,6 +196,7 @@ FIELD = (
         "images",
         "{caption} Please answer yes or no.",
         128,
+        prompts={"prismatic": STATEMENT},
         about="Does a sentence about where things are fit the picture?",
         options=("True", "False"),
     ),

@@ -1,7 +1,7 @@
 """The suites: which tasks, of which splits, stand in one table.
 
 An entry is a task's id, or `ID.SPLIT` where the table holds that split whatever else is asked for (MMBench's dev and
-test are two columns). An id alone is asked about the split that the command names.
+test, whose answers its server keeps, are two columns). An id alone is asked about the split that the command names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "world-more": ("caption", "reading", "unanswerable", "double", "text", "refusal"),
     # Bunny's table has eleven columns: MME is two of them (perception and cognition).
     "bunny": (
-        "mme", "mmbench.test", "mmbench.dev", "seed_bench", "mmmu.val", "mmmu.test", "vqav2", "gqa", "scienceqa",
+        "mme", "mmbench.server", "mmbench.dev", "seed_bench", "mmmu.val", "mmmu.server", "vqav2", "gqa", "scienceqa",
         "pope",
     ),
     # TinyLLaVA's tables 3 and A1. TextVQA is asked with OCR tokens, as LLaVA's question file has them.
