@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +28,9 @@ def refused(status: int, message: str = "no", code: str | None = None, **headers
 
 
 class Server:
-    """`answer(body, number) -> Step` for request `number`, counted from 0; `seen`: their bodies, `keys`: their keys."""
+    """`answer(body, number) -> Step` for request `number`, counted from 0; `seen`: their bodies, `keys`: their keys.
+
+    slow  seconds that it thinks about each."""
 
     def __init__(self, answer: Callable[[dict[str, Any], int], Step]) -> None:
         self.answer = answer
@@ -35,6 +38,7 @@ class Server:
         self.keys: list[str | None] = []
         self.paths: list[str] = []
         self.at_once = self.most_at_once = 0
+        self.slow = 0.0
         self.lock = threading.Lock()
         self.url = ""
 
@@ -58,6 +62,7 @@ def serving(answer: Callable[[dict[str, Any], int], Step]) -> Iterator[Server]:
                 server.paths.append(self.path)
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
+            time.sleep(server.slow)
             try:
                 self.reply(server.answer(body, number))
             finally:

@@ -245,11 +245,11 @@ def test_a_model_behind_an_endpoint_answers_requests(tmp_path: Path) -> None:
     ] + [Request("text", (), (Turn("system", "be brief"), Turn("user", "2 + 2?")))]
     came: list[Prediction] = []
     with serving(lambda body, _: said(f" {body['max_tokens']}\n", "length")) as server:
+        server.slow = 0.05
         remote = Remote(endpoint(server.url), parallel=4)
         answers = remote.answer(requests, came.append)
     assert [p.question_id for p in answers] == [r.question_id for r in requests]
     assert sorted(p.question_id for p in came) == sorted(r.question_id for r in requests)
-    assert answers[3].text == 'to  3 red?"}]'.replace("  ", " ", 0).strip() or answers[3].text.startswith("to")
     assert [answers[3].text, answers[-1].text] == ["5", "64"]
     assert answers[0].meta == {"tokens": 2, "finish": "length"}
     first = next(b for b in server.seen if isinstance(b["messages"][0]["content"], list))
