@@ -375,6 +375,8 @@ def evaluate(
     split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
     n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
     blind: Annotated[bool, typer.Option(help="Ask every question with another picture too.")] = True,
+    prompts: Annotated[str | None, typer.Option(help="Ask in the words of another lineage: prismatic.")] = None,
+    how: Annotated[str, typer.Option("--subset", help="Which -n: hash, or prismatic for its slim sets.")] = "hash",
     rule: Annotated[
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
     ] = None,
@@ -417,11 +419,17 @@ def evaluate(
         other = open_other(model, key_env=model_key, parallel=at_once)
         results = station(
             other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
-            judge=judging, memory=allowed,
+            judge=judging, memory=allowed, prompts=prompts, how=how,
         )  # fmt: skip
     if not json:
         _print_scores(results)
         _print_memory(results.get("memory"))
+    for task, left in results.get("unscored", {}).items():
+        print(
+            f"{task}: {left['n']:,} answers are in {left['answers']}; the right ones are not public. For the server: "
+            f"leveret score {task} {left['answers']} --data {data} --split {split} --submission FILE",
+            file=sys.stderr,
+        )
     for task, left in results.get("unjudged", {}).items():
         print(
             f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
@@ -483,6 +491,9 @@ def score(
     replay: Replay = None,
     at_once: AtOnce = 8,
     grades: Annotated[Path | None, typer.Option(help="Write what the judge said in the benchmark's own form.")] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="Write the file that the benchmark's server takes, and score nothing.")
+    ] = None,
     price: Annotated[
         str | None, typer.Option(help="Of a million tokens asked and replied, for --dry-run: 2.5,10")
     ] = None,
@@ -494,6 +505,12 @@ def score(
     from leveret.evaluate import score as station
     from leveret.evaluate.judges import Judge, open_judge, price_of
 
+    if submission is not None:
+        from leveret.evaluate.submissions import submit
+
+        with _reporting(json):
+            written = submit(task, answers, data, submission, split=split)
+        return _report(json, {"task": task, "submission": str(written)}, f"{written}: the file for {task}'s server")
     judging = open_judge(
         answers, url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay, parallel=at_once
     )

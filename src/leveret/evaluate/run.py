@@ -28,7 +28,7 @@ from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scoring import figures, judge_all, judged, write_items
 from leveret.evaluate.stats import deranged, headline
-from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row
+from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row, wording
 from leveret.evaluate.tasks import asked as asked_of
 from leveret.generate.helpers import Helpers
 from leveret.records import IMAGE_MARK, Prediction, Turn
@@ -94,6 +94,8 @@ def evaluate(
     rules: Mapping[str, str] = MappingProxyType({}),
     judge: Judge | None = None,
     memory: int | None = None,
+    prompts: str | None = None,
+    how: str = "hash",
 ) -> dict[str, Any]:
     """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
 
@@ -112,7 +114,13 @@ def evaluate(
     judge   who judges where a rule asks a language model. Without one such a task is asked and not scored: it stands
             under `unjudged`. It has neither blind nor constant answers, for each would have to be judged too; answers
             that the judge would not judge count as wrong, and are named under `judge`.
+    prompts the lineage in whose words the questions are put (`prismatic`); without it the task's own, but a rule over
+            probabilities asks in its lineage's, which offer the options.
+    how     which `n`: see `tasks.subset` ("hash", or "prismatic" for its slim sets).
     memory  bytes that answering may take beside the weights, of all processes together; see `generate.memory`.
+
+    Questions whose right answers are not public are asked and not scored: their task stands under `unscored`, and
+    `submissions.submit` writes the file for the benchmark's server.
 
     Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
     `majority` is of the train twin where `majority_of` says "train", else the best constant over the scored questions
@@ -143,7 +151,8 @@ def evaluate(
         from leveret.model.source import locate
 
         model = locate(model).folder
-    loaded = {row.id: load_items(row, root, splits[row.id]) for row in rows}
+    words = {row.id: wording(row, by.get(row.id), prompts) for row in rows}
+    loaded = {row.id: load_items(row, root, splits[row.id], words[row.id]) for row in rows}
     _check_pictures(loaded)
     fingerprint = _fingerprint(model)
     folder = RunFolder.open(
@@ -156,7 +165,8 @@ def evaluate(
             "questions": {row.id: _questions_hash(row, loaded[row.id], options[row.id]) for row in rows},
         },
     )
-    asked = {row.id: subset(loaded[row.id], n) for row in rows}
+    asked = {row.id: subset(loaded[row.id], n, how) for row in rows}
+    unscored = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
     desks = [
         _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
         for swapped in ((False, True) if blind else (False,))
@@ -190,7 +200,7 @@ def evaluate(
             judge,
         )
         for row in rows
-        if row not in unjudged
+        if row not in unjudged and row not in unscored
     ]
     seconds = _seconds(folder)
     results: dict[str, Any] = {
@@ -205,6 +215,11 @@ def evaluate(
         results["unjudged"] = {
             row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
             for row in unjudged
+        }
+    if unscored:
+        results["unscored"] = {
+            row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
+            for row in unscored
         }
     if plan := getattr(held[0], "plan", None) if held else None:
         results["memory"] = {**plan.facts(), "processes": getattr(held[0], "processes", 1), "allowed": memory}

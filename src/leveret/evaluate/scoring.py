@@ -176,6 +176,20 @@ def _joined(
     return row, name, scorer, items, join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
 
 
+def answered(
+    task: str | TaskRow,
+    answers: str | Path | Iterable[Mapping[str, Any]],
+    data_root: str | Path,
+    *,
+    split: str = "test",
+) -> tuple[list[Item], dict[str, str]]:
+    """All questions, and question_id -> text of the answered ones. DataError counts foreign and repeated ids."""
+    row = task_row(task)
+    items = load_items(row, data_root, split)
+    where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
+    return items, join(row, items, _read_answers(answers, FORMS[row.form]), where, allow_missing=True)
+
+
 def join(
     row: TaskRow,
     items: Sequence[Item],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, SHORT, TaskRow
+from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, PRISMATIC_CHOICE, SHORT, TaskRow
 
 # Two tasks, one benchmark: the English and the Chinese tables.
 MMBENCH_RULES = {
@@ -119,6 +119,7 @@ FIELD = (
         "{question}\n{options}" + LETTER,
         128,
         splits={"test": "all", "test-only": "test"},
+        prompts={"prismatic": PRISMATIC_CHOICE["ai2d"]},
         about="School diagrams: questions with four options.",
     ),
     TaskRow(
@@ -137,6 +138,7 @@ FIELD = (
         "{question}" + SHORT,
         128,
         headline="F1, mean of parts",
+        prompts={"prismatic": PRISMATIC_CHOICE["pope"]},
         about="Is a named object in the picture?",
         options=("Yes", "No"),
     ),
@@ -181,6 +183,7 @@ FIELD = (
         "images",
         "{caption} Please answer yes or no.",
         128,
+        prompts={"prismatic": PRISMATIC_CHOICE["vsr"]},
         about="Does a sentence about where things are fit the picture?",
         options=("True", "False"),
     ),
