@@ -62,7 +62,7 @@ NO_RULE: dict[tuple[str, str], str] = {
 }
 
 ELSEWHERE: dict[tuple[str, str], str] = {
-    ("mmmu", "real_model_outputs"): "test_evaluate_choice.py",
+    ("mmmu", "real_model_outputs"): "test_real_answers_to_mmmu",
 }
 
 SHAPE: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {}
@@ -238,6 +238,17 @@ def paired(
         exact = [mine for mine in found if mine["prompt"].lower().startswith(asked)] if len(found) > 1 else found
         assert len(exact) == 1, f"{len(exact)} items for {record}"
         yield record, exact[0]
+
+
+@pytest.mark.goldens
+def test_real_answers_to_mmmu() -> None:
+    root = GOLDENS / "mmmu" / "real_outputs"
+    if not root.is_dir():
+        pytest.skip(f"{root} is not here")
+    entry, tolerance = expected("mmmu")["scores"]["real_model_outputs"], expected("mmmu")["tolerance"]
+    for model, metrics in entry["metrics"].items():
+        found = score("mmmu", root / f"{model}_total_val_output.json", root, rule="eval_only")
+        assert not differences(metrics, found["metrics"], tolerance), model
 
 
 @pytest.mark.goldens
