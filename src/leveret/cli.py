@@ -477,7 +477,7 @@ def _print_scores(results: dict[str, Any]) -> None:
 @_verb("score", "leveret.evaluate")
 def score(
     task: Annotated[str, typer.Argument(help="The task whose rule applies: its id, or a YAML file of your own.")],
-    answers: Annotated[Path, typer.Argument(help="Answers: JSON lines or one JSON list.")],
+    answers: Annotated[Path, typer.Argument(help="Answers: JSON lines, one JSON list, or the task's own form.")],
     data: Annotated[Path, typer.Option(help="The folder with the official files.")],
     split: Annotated[str, typer.Option(help="The part that was asked about.")] = "test",
     rule: Annotated[str | None, typer.Option(help="Another of the task's rules, by its lineage: lmms_eval.")] = None,

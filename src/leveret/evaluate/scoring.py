@@ -257,7 +257,9 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form)
     if isinstance(records, dict) and all(isinstance(text, str) for text in records.values()):
         return [{"question_id": name, "text": text} for name, text in records.items()]  # MM-Vet's own form
     if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
-        records = list(records.values())  # Prismatic's results: id -> record
+        records = [
+            {"question_id": name, **record} for name, record in records.items()
+        ]  # Prismatic's results: id -> record
     if not isinstance(records, list):
         raise DataError(f"{path}: one JSON list of answers is expected, not a {type(records).__name__}.")
     for number, record in enumerate(records, 1):

@@ -29,7 +29,7 @@ FIELD = (
         "",
         "{question}" + SHORT,
         128,
-        headline="share of MME's points",
+        headline="share of all points",
         about="Two opposite questions a picture, on what is seen (perception) and what follows from it (cognition).",
     ),
     TaskRow(
