@@ -189,7 +189,11 @@ class Judge:
         asked = {*self._models, *(replay.models if replay is not None else ())}
         self._found = asked.pop() if len(asked) == 1 and self.endpoint is None else None
         talks = [Talk(item, texts[item.question_id]) for item in items if item.question_id in texts]
-        for talk in talks:
+        if judging.worth is not None:
+            worth = set(judging.worth(items, texts))
+            for talk in talks:
+                talk.done = talk.item.question_id not in worth
+        for talk in [talk for talk in talks if not talk.done]:
             self._advance(talk, judging, replay)
         waiting = [talk for talk in talks if not talk.done]
         if send and self.endpoint is not None and waiting:
@@ -383,7 +387,7 @@ def plan(
     talks = judge.talks(row, judging, items, texts, send=False)
     lines, read, said, most = [], 0, 0, 0
     for talk in talks:
-        if (asked := judge.next_ask(talk, judging)) is None:
+        if talk.done or (asked := judge.next_ask(talk, judging)) is None:
             continue
         _, body, repeat = asked
         name = f"{talk.item.question_id[:20]}/{len(talk.replies)}/{key_of(body, repeat)[:SHORT_KEY]}"
