@@ -73,7 +73,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     made = Engine()
     loaded: dict[str, Any] = {}
 
-    def load(path: str, device: str, **more: Any) -> Any:
+    def load(path: str, device: str = "auto", **more: Any) -> Any:
         loaded.update(path=path, device=device, **more)
         return SimpleNamespace(engine=made, ask=lambda image, question, **m: f"{image}: {question}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluate_fakes import FakeEngine, FakeModel, sighted, tiny_world
+from evaluate_fakes import FakeEngine, FakeModel, sighted, tiny_world, write
 from leveret.evaluate import SUITES, evaluate
 from leveret.evaluate.report import in_words
 
@@ -53,6 +53,25 @@ def test_the_sentence_names_what_sight_does_not_help() -> None:
     assert "most in colour (+0.60" in words and "least in count (+0.02)" in words and "chance: count" in words
     bare = {"colour": {"score": 0.9, "ci95": [0.8, 1.0], "majority": None, "blind": None}}
     assert "no baseline" in in_words(bare).lower()
+
+
+def test_published_figures_stand_beside_ours_where_there_are_some(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "pope/val2014").mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (20, 20), (250, 0, 0)).save(tmp_path / f"pope/val2014/{name}.jpg")
+    for category in ("random", "popular", "adversarial"):
+        rows = [
+            {"question_id": k, "image": f"{'ab'[k % 2]}.jpg", "text": "Is it?", "label": "yes"} for k in range(1, 5)
+        ]
+        write(tmp_path / f"pope/coco/coco_pope_{category}.json", rows)
+    facts = evaluate(FakeModel(), tmp_path, "pope", out=tmp_path / "o", engine=FakeEngine(lambda request: "Yes"))
+    assert facts["tasks"]["pope"]["score"] == 1.0 and facts["tasks"]["pope"]["chance"] == pytest.approx(0.667, abs=0.03)
+    page = (tmp_path / "o/report.html").read_text("utf-8")
+    assert "Beside published figures" in page and "Bunny-v1.0-3B" in page and 'class="radar"' not in page
+    assert "86.8" in (tmp_path / "o/results.tex").read_text("utf-8")
+    assert "Beside published" not in (tmp_path / "o/results.md").read_text("utf-8").partition("Beside Bunny")[0]
 
 
 def test_the_page_draws_in_a_browser(out: Path, chromium: object) -> None:

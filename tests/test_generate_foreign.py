@@ -21,7 +21,7 @@ from leveret.generate.foreign import Foreign, is_known
 from leveret.generate.others import open_other
 from leveret.inputs.chat import literal
 from leveret.records import ImageRef, Prediction, Turn
-from leveret.runs import DataError, EnvironmentFault, Interrupted, RecipeError, graceful_stop, read_jsonl
+from leveret.runs import DataError, Interrupted, RecipeError, graceful_stop, read_jsonl
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{% for part in message['content'] %}"
@@ -127,7 +127,7 @@ def test_questions_without_a_picture(model: Foreign, tmp_path: Path) -> None:
     # `<image>` that a person typed, with no image: the processor would want one for it.
     plain = Request("plain", (), (Turn("user", "is there a thing ?"),), max_new_tokens=4)
     assert model.answer([plain])[0].question_id == "plain"
-    with pytest.raises(DataError, match="0 images|question 'text'"):
+    with pytest.raises(DataError, match="question 'text'"):
         model.answer([text])
 
 
@@ -162,7 +162,16 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no chat template"):
         Foreign(bare)
     (bare / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises((DataError, EnvironmentFault), match=str(bare)):
+    with pytest.raises(DataError, match="reads no image-text model"):
+        Foreign(bare)
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "model.safetensors")
+    gone = next(name for name in held if "projector" in name)
+    save_file(
+        {name: tensor for name, tensor in held.items() if name != gone}, bare / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(DataError, match="lacks 1 weights"):
         Foreign(bare)
     with pytest.raises(DataError, match="reads no image-text model"):
         Foreign(tmp_path)

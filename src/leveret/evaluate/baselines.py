@@ -44,6 +44,8 @@ def constants(row: TaskRow, root: str | Path, scorer: Scorer, items: Sequence[It
         return Constants(why=f"the rule reads {scorer.reads}, not an answer's text")
     try:
         train = load_items(row, root, "train")
+        if any(map(_unknown, train)):
+            raise DataError(f"The split train of {row.id!r} has questions without a known answer.")
         # Files whose names tell no split are found for every split.
         if {_asked(item) for item in items} <= {_asked(item) for item in train}:
             why = f"what is found as the split train of {row.id!r} holds questions that are scored"
@@ -51,9 +53,14 @@ def constants(row: TaskRow, root: str | Path, scorer: Scorer, items: Sequence[It
             return Constants(best_constants(train, scorer), "train")
     except DataError as fault:
         why = str(fault)
-    if any(not scorer.gold(item) for item in items):
+    if any(_unknown(item) or not scorer.gold(item) for item in items):
         return Constants(why=f"{why} And not every question has a known answer.")
     return Constants(best_constants(items, scorer), "test", why)
+
+
+def _unknown(item: Item) -> bool:
+    """Whether the right answer is not published (a test split that a server scores)."""
+    return item.gold is None or (isinstance(item.gold, str | list) and not item.gold)
 
 
 def _asked(item: Item) -> tuple[str, str, str]:
@@ -70,7 +77,8 @@ def chance(headline: str, items: Sequence[Item], scorer: Scorer, *, seed: int = 
     question, taken together.
     """
     offered = [_options(item, scorer) for item in items]
-    golds = {scorer.gold(item).lower() for item in items} if not any(offered) else set()
+    words_only = not any(offered) and not any(map(_unknown, items))
+    golds = {scorer.gold(item).lower() for item in items} if words_only else set()
     for words in WORDS:
         if golds and golds <= words:
             offered = [tuple(sorted({scorer.gold(item) for item in items} | _other(golds, words)))] * len(items)

@@ -6,7 +6,6 @@ for both; McNemar's exact test looks at the answers that turned; Holm's correcti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +99,11 @@ def read_sides(path: str | Path) -> dict[str, Side]:
 def _side(file: Path) -> tuple[Side, str]:
     lines: dict[str, Mapping[str, Any]] = {}
     first: Mapping[str, Any] = {}
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - 1))
+        if size and stream.read() != b"\n":  # written whole or not at all: somebody cut it
+            raise DataError(f"{file}: the last line is torn. Copy it again.")
     for number, line in enumerate(each_jsonl(file), 1):
         if missing := [key for key in NEEDED if key not in line]:
             raise DataError(
@@ -254,8 +258,11 @@ def mcnemar(lost: int, won: int) -> float:
 
     The binomial test at 1/2, as `scipy.stats.binomtest(lost, lost + won)`; 1 where none turned.
     """
-    n, k = lost + won, min(lost, won)
-    tail = sum(math.comb(n, j) for j in range(k + 1))
+    n = lost + won
+    tail = term = 1
+    for j in range(min(lost, won)):  # binomial coefficients one from the other: whole numbers, however many turned
+        term = term * (n - j) // (j + 1)
+        tail += term
     return min(1.0, 2 * tail / 2**n) if n else 1.0
 
 

@@ -86,6 +86,26 @@ def by_priority(text: str, letters: Sequence[str]) -> str | None:
     return max(found, key=lambda one: one[:2])[2] if found else None
 
 
+_SHAPES = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+
+
+def can_infer_earlier(text: str, choices: Mapping[str, str]) -> str | None:
+    """The earlier `can_infer`, which lmms-eval keeps for MMBench: over the letters A to E, whatever is offered.
+
+    The one letter that is a word, unless an A could be an article (a word A among more than three); then the one letter
+    that is a word in one of twelve shapes (`B.`, `(B)`, `:B`, ...), tried in turn; then the one option whose text lies
+    in the answer."""
+    words = text.split()
+    if "Failed to obtain answer via API" not in text:
+        shapes = _SHAPES if "A" in words and len(words) > 3 else ("{}", *_SHAPES)
+        for shape in shapes:
+            there = [letter for letter in "ABCDE" if shape.format(letter) in words]
+            if len(there) == 1:
+                return there[0]
+    options = [letter for letter, option in choices.items() if option.lower() in text.lower()]
+    return options[0] if len(options) == 1 else None
+
+
 def mmmu_letter(text: str, choices: Mapping[str, str], *, loose: bool = False) -> str | None:
     """MMMU's `parse_multi_choice_response`; None where the original draws a letter at random.
 

@@ -29,7 +29,8 @@ def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: s
         pages.Section("All answers", browse(_cards(examined), KINDS), lead=LOOK),
         *(_task(task) for task in examined),
     ]
-    subtitle = f"{n:,} questions of {len(tasks)} tasks, split {split}"
+    parts = dict.fromkeys(facts["split"] for facts in tasks.values()) or (split,)
+    subtitle = f"{n:,} questions of {len(tasks)} tasks, split {' and '.join(parts)}"
     return pages.page("Examination", sections, subtitle=subtitle, script=script())
 
 

@@ -246,7 +246,13 @@ def _rules(rows: Sequence[TaskRow], rules: Mapping[str, str], suite: str) -> dic
 
 
 def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
-    """Before a model is loaded: every picture is there."""
+    """Before a model is loaded: every picture is there, and every question has words."""
+    unasked = [name for name, items in loaded.items() if not all(item.prompt for item in items)]
+    if unasked:
+        raise DataError(
+            f"The files of {', '.join(unasked)} hold right answers but no questions: they serve to score. "
+            "Give the folder of the dataset itself."
+        )
     images = [item.image for items in loaded.values() for item in items if item.image is not None]
     paths = {image.path for image in images if image.kind != "data"}
     missing = sorted(path for path in paths if not Path(path).is_file())
@@ -318,7 +324,7 @@ def _engine(model: Any, helpers: Helpers, memory: int | None) -> Answers:
     # same answers. Small models on the CPU lose little by it; large ones keep the precision they were loaded with.
     if threads_for(vlm) != 1:
         return loaded.engine if isinstance(loaded, Model) and memory is None else Engine(vlm, memory=memory)
-    alone = Engine(vlm, precision="fp32", memory=memory)
+    alone = Engine(vlm, precision="fp32", memory=memory, threads=1)  # a helper stands on every other core
     return Crew(alone, model, helpers) if isinstance(model, (str, Path)) else alone
 
 

@@ -15,7 +15,7 @@ from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.scorers.asking import NEEDED, Judging, bound
 from leveret.evaluate.stats import headline, interval
-from leveret.evaluate.tasks import TaskRow, load_items, rule_of, task_row
+from leveret.evaluate.tasks import TaskRow, find_files, load_items, rule_of, task_row
 from leveret.runs import DataError, RecipeError, atomic_write
 
 
@@ -176,6 +176,8 @@ def _joined(
     form = FORMS[row.form]
     records = _read_answers(answers, form)
     name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record, form)} or {"text"})
+    if isinstance(answers, (str, Path)) and Path(answers).is_dir() and find_files(row, answers, split)[1]:
+        data_root = answers  # MMMU's example outputs: the folder of the answers holds the questions they are to
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     return row, name, scorer, items, join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
@@ -195,7 +197,6 @@ def join(
     where  the answers' file, for messages."""
     form = FORMS[row.form]
     names = _names(form, items)
-    where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     texts: dict[str, str] = {}
     foreign: list[str] = []
     repeated: list[str] = []
@@ -253,7 +254,7 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form)
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, answer {number}: a table of fields is expected, not {str(record)[:60]!r}.")
-    return records
+    return list(records)
 
 
 ID_KEYS = ("question_id", "example_id", "questionId", "id", "index")
@@ -281,7 +282,7 @@ def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: i
         values = [str(answer[key]) for key in texts if isinstance(answer.get(key), str | int | float)]
     if not names or not values:
         wanted = "the probabilities of its options" if reads == "probabilities" else f"a text ({' or '.join(texts)})"
-        empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and reads == "text"]
+        empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and not values]
         raise DataError(
             f"{where}, answer {number + 1}: needs an id ({', '.join(ids)}) and {wanted}; it has "
             f"{', '.join(answer) or 'no field'}{''.join(f'; {fault}' for fault in empty)}."

@@ -36,7 +36,7 @@ def _pope(items: Sequence[Item]) -> str:
 
 
 COCO = "https://cocodataset.org/#download"
-_TEXTVQA = Source("https://textvqa.org/dataset (v0.5.1)", n={"test": 5000}, note="pictures: train_images/")
+_TEXTVQA = Source("https://textvqa.org/dataset (v0.5.1)", n={"test": 5000, "val": 5000}, note="pictures: train_images/")
 _MMBENCH = "https://github.com/open-compass/MMBench (the legacy TSV, one row a rotation; its pictures are in it)"
 
 SOURCES: dict[str, Source] = {
@@ -50,7 +50,7 @@ SOURCES: dict[str, Source] = {
         "https://visualqa.org/download.html (questions and annotations v2)", COCO, {"val": 214354},
         note="test-dev's answers are not published: its server scores them",
     ),
-    "vizwiz": Source("https://vizwiz.org/tasks-and-datasets/vqa", n={"test": 4319}, note="scored on val"),
+    "vizwiz": Source("https://vizwiz.org/tasks-and-datasets/vqa", n={"test": 4319, "val": 4319}, note="scored on val"),
     "textvqa": _TEXTVQA,
     "textvqa_ocr": _TEXTVQA,
     "scienceqa": Source("https://github.com/lupantech/ScienceQA (data/scienceqa, and its pictures)", n={"test": 4241}),
@@ -60,8 +60,8 @@ SOURCES: dict[str, Source] = {
     "vsr": Source(
         "https://github.com/cambridgeltl/visual-spatial-reasoning (the zero-shot split)", n={"test": 1222}
     ),
-    "refcoco": Source("https://github.com/lichengunc/refer", f"{COCO} (train2014)", {"test": 26488}),
-    "ocid_ref": Source("https://github.com/lluma/OCID-Ref", n={"val": 18342}),
+    "refcoco": Source("https://github.com/lichengunc/refer", f"{COCO} (train2014)", {"test": 26488, "val": 26488}),
+    "ocid_ref": Source("https://github.com/lluma/OCID-Ref", n={"test": 18342, "val": 18342}),
     "ai2d": Source("https://prior.allenai.org/projects/diagram-understanding"),
     "mme": Source(
         "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models (MME_Benchmark_release_version, if asked)",

@@ -31,7 +31,8 @@ def _mmmu(place: Place) -> list[Item]:
     The last two hold neither questions nor pictures, and the last no options: they serve to score, not to ask. Only the
     first picture is shown, as in Bunny; marks such as `<image 1>` stay in the question.
     """
-    return [_mmmu_item(place, path, record) for path in place.files for record in _mmmu_records(path)]
+    items = [_mmmu_item(place, path, record) for path in place.files for record in _mmmu_records(path)]
+    return [item for item in items if item.question_id.startswith(f"{place.split}_")]
 
 
 def _mmmu_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -98,12 +99,13 @@ def _mmmu_item(place: Place, path: Path, record: Mapping[str, Any]) -> Item:
         raise DataError(f"{path}: MMMU's ids are <split>_<Subject>_<number>; this one is {name!r}.")
     choice = kind == MULTIPLE
     shown = "".join(f"({letter}) {option}\n" for letter, option in options.items())
+    prompt = place.prompt.format(
+        question=record.get("question"), options=f"\n{shown}" if choice else "", ask=ASKS[choice]
+    )
     return Item(
         question_id=name,
         image=ImageRef(str(path), "parquet", record["row"], member="image_1") if record.get("image_1 there") else None,
-        prompt=place.prompt.format(
-            question=record.get("question", ""), options=f"\n{shown}" if choice else "", ask=ASKS[choice]
-        ),
+        prompt=prompt if record.get("question") else "",
         gold=record["answer"],
         meta={"image_id": name, "subject": subject[1], "choice": choice, "texts": dict(options)},
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from leveret.evaluate.forms.base import Item
 from leveret.evaluate.forms.mmbench import ROUND
-from leveret.evaluate.letters import by_priority, can_infer
+from leveret.evaluate.letters import by_priority, can_infer, can_infer_earlier
 from leveret.evaluate.scorers.asking import unbound
 from leveret.evaluate.scorers.base import Scorer, Verdict, mean
 from leveret.evaluate.scorers.leftovers import NONE, judging, undecided
@@ -29,8 +29,8 @@ def _judge_inferred(item: Item, text: str) -> Verdict:
     return Verdict(float(said == item.gold), said, said not in (None, "Z"))
 
 
-def _judge_priority(item: Item, text: str) -> Verdict:
-    said = by_priority(text, tuple("ABCD"))
+def _judge_static(item: Item, text: str) -> Verdict:
+    said = can_infer_earlier(text, item.meta["texts"]) or by_priority(text, tuple("ABCD"))
     return Verdict(float(said == item.gold), said, said is not None)
 
 
@@ -133,9 +133,9 @@ MMBENCH = {
     ),
     "mmbench_static": Scorer(
         "MMBench as in lmms-eval without a judge (mmbench_en_dev_static): right in every order of the options",
-        _judge_priority,
+        _judge_static,
         lambda i: str(i.gold),
         _summary_static,
-        together=_together(_judge_priority),
+        together=_together(_judge_static),
     ),
 }

@@ -38,7 +38,7 @@ def lmms_word(text: str) -> str | None:
 def _judge(word: Callable[[str], str | None]) -> Callable[[Item, str], Verdict]:
     def judge(item: Item, text: str) -> Verdict:
         said = word(text)
-        return Verdict(float(said == item.gold), said, said is not None)
+        return Verdict(float(said == item.gold), said or "other", said is not None)
 
     return judge
 

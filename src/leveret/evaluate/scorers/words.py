@@ -136,7 +136,7 @@ def _summary_counts(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[
         ("final", pairs),
     ):
         said = [(i.gold, v.detail["probabilities"]) for i, v in part if not v.missing and i.gold < COUNTS]
-        gold, shares = [g for g, _ in said], np.array([p for _, p in said]).reshape(-1, COUNTS)
+        gold, shares = [g for g, _ in said], [p for _, p in said]
         head = f"accuracy__TallyQA-{name}"
         summary[f"{head}-Accuracy"] = mean([v.score for _, v in part])
         summary[f"{head}-AUCROC"] = auc_roc(gold, shares)
@@ -183,11 +183,9 @@ def _read_official(people: Sequence[str], text: str) -> tuple[str, Sequence[str]
 
 
 def _read_lmms_vqav2(people: Sequence[str], text: str) -> tuple[str, Sequence[str]]:
-    """lmms-eval's vqav2: m4c on the prediction, then the VQA evaluation's steps on both unless all people agree."""
-    said, lines = rules.m4c(text), [rules.one_line(answer) for answer in people]
-    if len(set(lines)) == 1:
-        return said, lines
-    return rules.lmms_vqa(said), [rules.lmms_vqa(answer) for answer in lines]
+    """lmms-eval's vqav2 at 75571cf: m4c on the prediction, then the VQA evaluation's steps on both. (Older copies leave
+    them out where all people agree.)"""
+    return rules.lmms_vqa(rules.m4c(text)), [rules.lmms_vqa(rules.one_line(answer)) for answer in people]
 
 
 _marks_off = lru_cache(maxsize=rules.REMEMBERED)(rules.strip_punctuation)
