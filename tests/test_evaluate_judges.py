@@ -192,6 +192,10 @@ def test_mm_vet_is_asked_again_and_hotter_until_a_grade_is_read(tmp_path: Path) 
     prompts = [ask.messages[0]["content"] for ask in asks if ask]
     assert prompts[0].endswith("\n\nWhat is x? | -1 <AND> -5 | x = 3 | ")
     assert prompts[1:] == [prompts[0] + AGAIN] * 5
+    assert "begun_again" not in found["judge"]
+    short = {name: said if name != "v1_0" else ["bad"] for name, said in script.items()}
+    again = score("mm_vet", answers, root, judge=replayed(tmp_path / "short.json", short))
+    assert again["metrics"] == found["metrics"] and again["judge"]["begun_again"] == 5
     kit = score("mm_vet", answers, root, rule="vlmevalkit-aggregation", judge=Judge(replay=tmp_path / "replies.json"))
     assert kit["metrics"]["rec"] == pytest.approx(100 * (0.4 + 1.0 + 0.5 + 0.4 + 0.5) / 5)  # the two alone count twice
     assert row.id == "mm_vet"

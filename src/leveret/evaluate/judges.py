@@ -129,6 +129,11 @@ class Replay:
         replies = self.by_id.get(item.question_id)
         return replies[number % len(replies)] if replies else None
 
+    def is_again(self, item: Item, key: str, number: int) -> bool:
+        """Whether that reply was given before, since there are no more about this answer."""
+        by_key = key in self.by_key or key[:SHORT_KEY] in self.by_key
+        return not by_key and number >= len(self.by_id.get(item.question_id, ()))
+
 
 SHORT_KEY = 32
 """Letters of a key that go into the id of a request in a batch, where ids are short."""
@@ -233,6 +238,7 @@ class Judge:
         number = len(talk.replies)
         if replay is not None and (said := replay.find(talk.item, key, number)) is not None:
             self.counts["replayed"] += 1
+            self.counts["begun_again"] += replay.is_again(talk.item, key, number)
             return said
         # Without an endpoint any judge of that name will do: its replies were kept to be read again.
         said = self._known.get((self.endpoint.url if self.endpoint is not None else "", key))
@@ -304,6 +310,8 @@ class Judge:
             "unjudged": len(unjudged),
             "unjudged_ids": dict(list(unjudged.items())[:NAMED]),
         }
+        if self.counts["begun_again"]:
+            facts["begun_again"] = self.counts["begun_again"]
         if self.counts["asked"]:
             facts["tokens"] = {name: self.counts[name] for name in ("prompt_tokens", "completion_tokens")}
         return facts
