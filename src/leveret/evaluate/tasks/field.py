@@ -9,6 +9,7 @@ MMBENCH_RULES = {
     "vlmevalkit_circular_exact_matching": "mmbench_circular",
     "vlmevalkit_vanilla_exact_matching": "mmbench_vanilla",
     "lmms_eval_static": "mmbench_static",
+    "vlmevalkit_circular_judged": "mmbench_judged",
 }
 
 REGION = 'Please provide the bounding box coordinate of the region this sentence describes: "{sent}"'
