@@ -1,20 +1,31 @@
-"""How much the engine saves: batches and shared image prefixes against one question at a time.
+"""How much the engine saves: batches and shared image prefixes.
 
-    python speed/generate.py [--questions 400] [--images 75] [--slots 64] [--threads N] [--precision auto]
+    python speed/generate.py field [--images 4] [--rounds 2] [--batches 4 8 16] [--tokens 4] [--choice]
+    python speed/generate.py world [--questions 400] [--images 75] [--slots 64] [--precision auto]
 
-The model has the drawn world's size (64-pixel tower with 64 tokens; Llama of width 128, 4 layers) and random weights;
-answers are cut at 1 to 10 tokens. The ways run in turn in one process, A, B, A, B, so that a busy machine is fair to
-both. Prints seconds and ratios, and checks that in float32 all ways give the same answers.
+field   beside a plain loop over transformers' own `generate` with the same model, at batch 1 and larger ones: a tower of
+        6 x 192 at 378 pixels (729 tokens), Llama of 6 x 256, 16,384 words, float32, 18 questions an image (POPE's share),
+        answers of `--tokens` tokens. The loop reads, resizes and tokenises what it asks, as the engine does. Answers must
+        be the same; one may differ only where the loop's two likeliest tokens are closer than 1e-4, which is counted.
+        `--choice` asks for one of two words instead, by probabilities in one pass, and compares with generating one
+        token.
+world   against one question at a time: the drawn world's size (64-pixel tower with 64 tokens; Llama of width 128, 4
+        layers), answers cut at 1 to 10 tokens.
+
+Weights are random. The ways run in turn in one process, A, B, A, B, so that a busy machine is fair to all. Prints seconds,
+questions a second and ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,18 +34,15 @@ import numpy as np
 import torch
 
 WORDS = "is are there a the red blue green square circle in image how many what colour of left right above big".split()
+MARGIN = 1e-4
+"""Logits this close may change places by the order of a sum."""
+PER_IMAGE = 18
 
 
-def world_sized(vocabulary: int = 760) -> Any:
-    """A random model of the drawn world's size, with a byte-level tokenizer trained on the questions' words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from leveret.model.connectors import build_connector
-    from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, VisionRecipe
-    from leveret.model.tiny import TinyVisionTower
-    from leveret.model.vlm import VLM
-    from leveret.records import ImageSpec
+def words_tokenizer(vocabulary: int) -> Any:
+    """A byte-level tokenizer trained on the questions' words, and words that nobody says up to `vocabulary`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,34 +55,87 @@ def world_sized(vocabulary: int = 760) -> Any:
             vocab_size=vocabulary, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    fast = PreTrainedTokenizerFast(
+    tokenizer.add_tokens([AddedToken(f"[{n}]") for n in range(vocabulary - tokenizer.get_vocab_size())])
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=specials[0], eos_token=specials[1], extra_special_tokens=specials[2:]
     )
-    torch.manual_seed(0)
-    tower = TinyVisionTower({"size": 64, "width": 128, "layers": 2, "heads": 4})
+
+
+def composed(tower: Any, connector: str, vocabulary: int, **language: Any) -> Any:
+    """A random model of a tower and a Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from leveret.model.connectors import build_connector
+    from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, VisionRecipe
+    from leveret.model.vlm import VLM
+    from leveret.records import ImageSpec
+
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0, attn_implementation="eager",
+        vocab_size=vocabulary, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0, **language,
     )  # fmt: skip
     recipe = ModelRecipe(
         vision=VisionRecipe(tower="world/vision"),
-        connector=ConnectorRecipe(kind="residual_2d"),
+        connector=ConnectorRecipe(kind=connector),
         language=LanguageRecipe(name="world/language"),
         chat="tiny",
     )
     return VLM(
         {tower.view.name: tower},
-        build_connector("residual_2d", tower.width, 128, tower.tokens),
+        build_connector(connector, tower.width, config.hidden_size, tower.tokens),
         LlamaForCausalLM(config),
         spec=ImageSpec((tower.view,), tower.tokens),
         recipe=recipe,
-        tokenizer=fast,
+        tokenizer=words_tokenizer(vocabulary),
     ).eval()
 
 
-def examination(folder: Path, questions: int, images: int) -> list[Any]:
-    """`questions` about `images` JPEG files of 64 pixels, 8 to 30 words each, in random order."""
+def world_sized(vocabulary: int = 760) -> Any:
+    """A model of the drawn world's size."""
+    from leveret.model.tiny import TinyVisionTower
+
+    torch.manual_seed(0)
+    tower = TinyVisionTower({"size": 64, "width": 128, "layers": 2, "heads": 4})
+    return composed(
+        tower, "residual_2d", vocabulary, hidden_size=128, intermediate_size=320, num_hidden_layers=4,
+        initializer_range=0.2, attn_implementation="eager",
+    )  # fmt: skip
+
+
+class Siglip(torch.nn.Module):
+    """A random SigLIP of 6 x 192 that gives 729 tokens of 378 pixels."""
+
+    def __init__(self) -> None:
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        from leveret.records import TowerView
+
+        super().__init__()
+        self.view, self.width, self.tokens = TowerView("vision", 378), 192, 729
+        self.model = SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=378,
+                patch_size=14, vision_use_head=False,
+            )
+        )  # fmt: skip
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixels).last_hidden_state
+
+
+def field_sized() -> Any:
+    """A model of the smallest published size of eyes: 729 tokens an image."""
+    torch.manual_seed(0)
+    return composed(
+        Siglip(), "mlp2x_gelu", 16_384, hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
+        initializer_range=0.08, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def examination(
+    folder: Path, questions: int, images: int, *, side: int = 64, words: tuple[int, int] = (8, 30), tokens: int = 0
+) -> list[Any]:
+    """`questions` about `images` JPEG files of noise, in random order; answers of `tokens` tokens, or of 1 to 10."""
     from PIL import Image
 
     from leveret.generate import Request
@@ -84,59 +145,135 @@ def examination(folder: Path, questions: int, images: int) -> list[Any]:
     refs = []
     for number in range(images):
         held = io.BytesIO()
-        Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(held, "JPEG", quality=90)
+        grain = noise.integers(0, 256, (16, 16, 3) if tokens else (side, side, 3), dtype=np.uint8)
+        Image.fromarray(grain).resize((side, side)).save(held, "JPEG", quality=90)
         (path := folder / f"{number}.jpg").write_bytes(held.getvalue())
         refs.append(ImageRef(str(path)))
     requests = []
     for number in range(questions):
-        text = " ".join(rng.choices(WORDS, k=rng.randint(8, 30)))
+        text = " ".join(rng.choices(WORDS, k=rng.randint(*words)))
         turns = (Turn("user", f"<image>\n{text}?"),)
-        requests.append(Request(str(number), (refs[number % images],), turns, max_new_tokens=rng.randint(1, 10)))
+        limit = tokens or rng.randint(1, 10)
+        requests.append(Request(str(number), (refs[number % images],), turns, max_new_tokens=limit))
     rng.shuffle(requests)
     return requests
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=400)
-    parser.add_argument("--images", type=int, default=75)
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--no-singles", action="store_true", help="leave out the slow way; for large examinations")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+# --- transformers' own loop ------------------------------------------------------------------------------------------
+
+
+def laid(vlm: Any, requests: list[Any]) -> Any:
+    """A batch of questions, read from their files, padded on the left."""
+    from leveret.images import load
+    from leveret.inputs import Item, collate, encode, prepare
+
+    items = []
+    for request in requests:
+        image = load(request.images[0])
+        encoded = encode(
+            request.turns, vlm.chat, vlm.tokenizer, vlm.spec, [(image.height, image.width)], generate=True
+        )
+        items.append(Item(encoded, pixels=[{view.name: prepare(image, view) for view in vlm.spec.towers}]))
+    return collate(items, vlm.tokenizer.pad_token_id, side="left")
+
+
+def loop(vlm: Any, requests: list[Any], size: int) -> list[list[int]]:
+    """The tokens of every answer, `size` questions at a time by `generate`."""
+    answers = []
+    for first in range(0, len(requests), size):
+        some = requests[first : first + size]
+        made = vlm.generate(laid(vlm, some), max_new_tokens=some[0].max_new_tokens, do_sample=False, pad_token_id=0)
+        for row in made.tolist():
+            answers.append(row[: row.index(1)] if 1 in row else row)
+    return answers
+
+
+def differing(vlm: Any, requests: list[Any], ours: list[str], theirs: list[list[int]]) -> int:
+    """How many answers differ by a token on a knife's edge; ends the program where one differs otherwise."""
+    from leveret.generate.text import decode
+
+    count = 0
+    for request, mine, tokens in zip(requests, ours, theirs, strict=True):
+        if mine == decode(vlm.tokenizer, tokens).strip():
+            continue
+        made = vlm.language.generate(
+            inputs_embeds=vlm.embed(laid(vlm, [request])).detach(), max_new_tokens=request.max_new_tokens,
+            do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        edges = [float(two[0] - two[1]) for step in made.logits for two in [step[0].float().topk(2).values]]
+        if min(edges) >= MARGIN:
+            sys.exit(f"question {request.question_id}: {mine!r}, and generate gives {decode(vlm.tokenizer, tokens)!r}")
+        count += 1
+    return count
+
+
+def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, questions: int) -> dict[str, float]:
+    """Questions a second of every way: the median of `rounds`, one way after the other in each."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            began = time.perf_counter()
+            run()
+            seconds[way].append(time.perf_counter() - began)
+    for way, taken in seconds.items():
+        shown = ", ".join(f"{one:.2f}" for one in taken)
+        print(f"{way:>18}: {shown} s; {questions / median(taken):,.1f} questions/s", flush=True)
+    return {way: questions / median(taken) for way, taken in seconds.items()}
+
+
+def load_now() -> str:
+    return f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores, {torch.get_num_threads()} threads for the loop"
+
+
+def field(options: argparse.Namespace) -> None:
+    from dataclasses import replace
 
     from leveret.generate import Engine
 
-    vlm = world_sized()
-    with tempfile.TemporaryDirectory() as folder:
-        requests = examination(Path(folder), options.questions, options.images)
+    vlm, questions = field_sized(), PER_IMAGE * options.images
+    with tempfile.TemporaryDirectory() as held:
+        requests = examination(Path(held), questions, options.images, side=384, words=(5, 12), tokens=options.tokens)
+        few = requests[: options.few or questions]
 
-        def together(precision: str) -> list[str]:
-            return [p.text for p in Engine(vlm, slots=options.slots, precision=precision).answer(requests)]  # type: ignore[arg-type]
+        def engine(asked: list[Any]) -> list[Any]:
+            return Engine(vlm, slots=options.slots, precision="fp32").answer(asked)
 
-        def singly(precision: str) -> list[str]:
-            engine = Engine(vlm, slots=1, precision=precision, cache_bytes=0)  # type: ignore[arg-type]
-            return [engine.answer([request])[0].text for request in requests]
-
-        ways = {"engine": together} if options.no_singles else {"engine": together, "one by one": singly}
-        if not options.no_singles and together("fp32") != singly("fp32"):
-            sys.exit("the ways disagree in float32")
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        print(load_now(), flush=True)
+        if options.choice:
+            pair = [replace(request, choices=("red", "blue")) for request in requests]
+            one = [replace(request, max_new_tokens=1) for request in requests]
+            ways = {"choice": lambda: engine(pair), "generating": lambda: engine(requests), "1 token": lambda: engine(one)}
+            rates = in_turn(ways, options.rounds, questions)
+            print(f"one pass: {rates['choice'] / rates['generating']:.2f} times as fast as answers of {options.tokens} tokens")
+            return
+        ours = {p.question_id: p.text for p in engine(requests)}
+        mine = [ours[request.question_id] for request in few]
+        edges = differing(vlm, few, mine, loop(vlm, few, 1))
+        print(f"{len(set(mine))} different answers to {len(few)} questions; {edges} differ from the loop's, all by less than {MARGIN}")
+        rates = in_turn({"engine": lambda: engine(requests)}, 1, questions)
+        best = 0.0
+        # The loop's time a question does not depend on how many there are: a part of them says it.
+        by = {f"generate, batch {size}": (lambda size=size: loop(vlm, few, size)) for size in (1, *options.batches)}
+        found: dict[str, list[float]] = {}
         for _ in range(options.rounds):
-            for way, run in ways.items():
+            for way, run, count in [("engine", lambda: engine(requests), questions), *((w, r, len(few)) for w, r in by.items())]:
                 began = time.perf_counter()
-                run(options.precision)
-                seconds[way].append(time.perf_counter() - began)
-    for way, taken in seconds.items():
-        shown = ", ".join(f"{one:.2f}" for one in taken)
-        print(f"{way:>10}: {shown} s; {options.questions / median(taken):,.0f} questions/s")
-    if "one by one" in seconds:
-        ratio = median(seconds["one by one"]) / median(seconds["engine"])
-        print(f"batches and shared prefixes: {ratio:.1f} times as fast; the same answers in float32")
+                run()
+                found.setdefault(way, []).append(count / (time.perf_counter() - began))
+        for way, rate in found.items():
+            print(f"{way:>18}: {', '.join(f'{one:.1f}' for one in rate)} questions/s; median {median(rate):.1f}")
+        single = median(found["generate, batch 1"])
+        best = max(median(rate) for way, rate in found.items() if way != "engine")
+        mid = median(found["engine"])
+        print(f"{mid / single:.1f} times the loop at batch 1, {mid / best:.1f} times the loop at its best; {load_now()}")
 
 
 if __name__ == "__main__":
-    main()
+    p = argparse.ArgumentParser()
+    p.add_argument("--images", type=int, default=2); p.add_argument("--rounds", type=int, default=1)
+    p.add_argument("--tokens", type=int, default=4); p.add_argument("--slots", type=int, default=64)
+    p.add_argument("--few", type=int, default=0); p.add_argument("--choice", action="store_true")
+    p.add_argument("--batches", type=int, nargs="*", default=[9]); p.add_argument("--threads", type=int, default=2)
+    o = p.parse_args(); torch.set_num_threads(o.threads)
+    with torch.inference_mode():
+        field(o)

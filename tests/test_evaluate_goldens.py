@@ -123,7 +123,6 @@ def test_tally_qa_integers(goldens: Path) -> None:
         ("pope", "pope", "question_id", lambda r: r["parsed"]),
         ("gqa", "gqa", "question_id", lambda r: float(r["correct"])),
         ("scienceqa", "scienceqa", "question_id", lambda r: float(r["correct"])),
-        ("vizwiz", "vizwiz", "question_id", lambda r: r["lmms_eval"]),
         ("refcoco", "refcoco", "example_id", lambda r: float(r["prismatic"] == "correct")),
     ],
 )

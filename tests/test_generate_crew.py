@@ -124,6 +124,7 @@ def test_a_helper_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
 
 def test_requests_and_answers_survive_the_way(folder: Path) -> None:
     requests = [*some_requests(20, seed=6), Request("c", (), (Turn("user", "?"),), choices=("a", "b"))]
-    assert _unpack(_pack("model", requests)) == ("model", requests)
+    assert _unpack(_pack("model", requests)) == ("model", requests, None)
+    assert _unpack(_pack("model", [], 10**9)) == ("model", [], 10**9)
     predictions = [Prediction("a", "é\n", {"x": 0.1 + 0.2}, {"tokens": 3, "finish": "stop"}), Prediction("b", "")]
     assert _unpack_answers(_pack_answers(predictions)) == predictions

@@ -201,8 +201,9 @@ def test_caches_stay_within_their_bound(vlm: VLM) -> None:
 def test_passes_are_cut_to_a_bound(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = some_requests(20, seed=7)
     usual = engine(vlm).answer(requests)
-    monkeypatch.setattr("leveret.generate.slots.PASS_TOKENS", 40)
-    assert engine(vlm).answer(requests) == usual
+    for most in (1, 40, 100):
+        monkeypatch.setattr("leveret.generate.slots.PASS_TOKENS", most)
+        assert engine(vlm).answer(requests) == usual
 
 
 def test_predictions_are_handed_over_as_they_come(vlm: VLM) -> None:

@@ -61,6 +61,12 @@ AllowChange = Annotated[
     bool, typer.Option("--allow-change", help="Go on although recipe, data or tokenizer changed; each is noted.")
 ]
 Run = Annotated[Path, typer.Argument(help="The folder of a training run.")]
+JudgeUrl = Annotated[str | None, typer.Option("--judge", help="An OpenAI-compatible endpoint: http://HOST/v1.")]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's name there; by default the published one.")]
+JudgeKey = Annotated[str | None, typer.Option(help="The environment variable that holds the key.")]
+JudgeCache = Annotated[Path | None, typer.Option(help="Where replies are kept; by default beside the answers.")]
+Replay = Annotated[Path | None, typer.Option(help="Replies on disk: ours, a batch's, or the benchmark's own.")]
+AtOnce = Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 EmbedPrecision = Annotated[
     str, typer.Option("--precision", help="Of the encoder: auto (bf16 where native), fp32, bf16.")
@@ -359,7 +365,9 @@ def train(
 
 @_verb("eval", "leveret.evaluate")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
+    model: Annotated[
+        str, typer.Argument(help="A model's folder, a run's, an id of the hub, openai:URL#MODEL, or hf:FOLDER.")
+    ],
     data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
     out: Out,
     suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
@@ -370,7 +378,17 @@ def evaluate(
     rule: Annotated[
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
+    ] = None,
     own: Own = None,
+    model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
+    judge_cache: JudgeCache = None,
+    replay: Replay = None,
+    at_once: AtOnce = 8,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -378,6 +396,9 @@ def evaluate(
     _allow(own)
     rules = dict(_pair(given) for given in rule or ())
     suite = task or suite
+    from leveret.runs import bytes_of
+
+    allowed = None if memory is None else bytes_of(memory)
     if dry_run:
         from leveret.evaluate import load_items
         from leveret.evaluate.tasks import asked
@@ -385,11 +406,29 @@ def evaluate(
         counts = {row.id: len(load_items(row, data, part)) for row, part in asked(suite, split)}
         return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
     from leveret.evaluate import evaluate as station
+    from leveret.evaluate.judges import open_judge
+    from leveret.generate.others import open_other
 
+    judging = open_judge(
+        out / "answers", url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay,
+        parallel=at_once,
+    )  # fmt: skip
     with _reporting(json):
-        results = station(model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules)
+        other = open_other(model, key_env=model_key, parallel=at_once)
+        results = station(
+            other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
+            judge=judging, memory=allowed,
+        )  # fmt: skip
     if not json:
         _print_scores(results)
+        _print_memory(results.get("memory"))
+    for task, left in results.get("unjudged", {}).items():
+        print(
+            f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
+            file=sys.stderr,
+        )
+    for task, left in results.get("unscored", {}).items():
+        print(f"{task}: its answers are not public; {left['n']:,} of ours are in {left['answers']}", file=sys.stderr)
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
 
 
@@ -399,6 +438,17 @@ def _pair(given: str) -> tuple[str, str]:
     if not (task and equals and name):
         raise RecipeError(f"--rule {given}: give TASK=RULE, such as pope=lmms_eval")
     return task, name
+
+
+def _print_memory(held: dict[str, Any] | None) -> None:
+    if held is None:
+        return
+    shown = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
+    each = "" if held["processes"] == 1 else f" in each of {held['processes']} processes"
+    print(
+        f"memory: at most {shown['total']}{each}, beside {shown['weights']} of weights: {held['slots']} answers at once "
+        f"of {held['positions']} positions ({shown['rows']}), a pass ({shown['passes']}), images kept ({shown['prefixes']} and {shown['features']})"
+    )
 
 
 def _print_scores(results: dict[str, Any]) -> None:
@@ -427,18 +477,59 @@ def score(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Missing answers are wrong, not a fault.")
     ] = False,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
+    judge_cache: JudgeCache = None,
+    replay: Replay = None,
+    at_once: AtOnce = 8,
+    grades: Annotated[Path | None, typer.Option(help="Write what the judge said in the benchmark's own form.")] = None,
+    price: Annotated[
+        str | None, typer.Option(help="Of a million tokens asked and replied, for --dry-run: 2.5,10")
+    ] = None,
+    requests: Annotated[Path | None, typer.Option(help="Where --dry-run writes the requests to the judge.")] = None,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Score a file of answers by the official rule; needs no model."""
+    """Score a file of answers by the official rule; needs no model, but for a judge where the rule asks one."""
     from leveret.evaluate import score as station
+    from leveret.evaluate.judges import Judge, open_judge, price_of
 
+    judging = open_judge(
+        answers, url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay, parallel=at_once
+    )
+    if dry_run:
+        from leveret.evaluate.scoring import plan_judge
+
+        facts = plan_judge(
+            task,
+            answers,
+            data,
+            judging or Judge(model=judge_model),
+            requests or answers.with_name(f"{answers.stem}.requests.jsonl"),
+            price=price_of(price) if price else None,
+            split=split,
+            rule=rule,
+            allow_missing=allow_missing,
+        )
+        return _plan(json, facts)
     with _reporting(json):
-        result = station(task, answers, data, split=split, rule=rule, allow_missing=allow_missing)
+        result = station(
+            task, answers, data, split=split, rule=rule, allow_missing=allow_missing, judge=judging, grades_path=grades
+        )
     low, high = result["ci95"]
     lines = [f"{task}: {result['score']:.4f}  (95 % interval {low:.4f} - {high:.4f}, n = {result['n']:,})"]
     odd = {name: result.get(name) for name in ("unparsable", "missing") if result.get(name)}
     lines += [f"  {name}: {count:,} of {result['n']:,}" for name, count in odd.items()]
-    lines += [f"  {name}: {_figure(value)}" for name, value in result.get("metrics", {}).items()]
+    if told := result.get("judge"):
+        lines += [
+            f"  judged by {told['model']} (published with {told['published_with']}): {told['requests']:,} requests, "
+        ]
+        lines[-1] += f"{told['asked']:,} sent now, {told['unjudged']:,} answers unjudged"
+        lines[-1] += f" ({', '.join(told['unjudged_ids'])})" if told["unjudged"] else ""
+    metrics = result.get("metrics", {})
+    named = metrics if isinstance(metrics, dict) else {"metrics": metrics}
+    lines += [f"  {name}: {_figure(value)}" for name, value in named.items()]
     _report(json, result, "\n".join(lines))
 
 
@@ -446,6 +537,8 @@ def _figure(value: Any) -> str:
     """A metric for reading: rounded, and a table of them on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_figure(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_figure(item) for item in value)
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 

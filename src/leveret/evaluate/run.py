@@ -1,6 +1,7 @@
 """Examine a model: ask every question once, ask it again with another picture, score both, write what came out.
 
-    out/answers/<task>.jsonl         answers as they come, in LLaVA's form; a rerun asks only what is missing
+    out/answers/<task>.jsonl         answers as they come, in LLaVA's form; a rerun asks only what is missing. Where the
+                                     rule reads probabilities, they are what is asked for, and stand in it too
     out/answers/blind/<task>.jsonl   the same questions with another scene's picture
     out/items/<task>.jsonl           one line per question: gold, text, how it was read, what it earned
     out/results.json, results.md, results.tex, report.html
@@ -20,10 +21,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from leveret import __version__
-from leveret.evaluate.baselines import chance, constants
+from leveret.evaluate.baselines import Constants, chance, constants
 from leveret.evaluate.forms import Item
+from leveret.evaluate.judges import Judge
 from leveret.evaluate.scorers import Scorer, Verdict
-from leveret.evaluate.scoring import figures, judge_all, write_items
+from leveret.evaluate.scorers.asking import bound
+from leveret.evaluate.scoring import figures, judge_all, judged, write_items
 from leveret.evaluate.stats import deranged, headline
 from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row
 from leveret.evaluate.tasks import asked as asked_of
@@ -89,10 +92,13 @@ def evaluate(
     n: int | None = None,
     split: str = "test",
     rules: Mapping[str, str] = MappingProxyType({}),
+    judge: Judge | None = None,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
 
-    model   a model's folder or run folder, an id of the hub, or a loaded model.
+    model   a model's folder or run folder, an id of the hub, or a loaded model; also what `generate.others` names
+            (`openai:URL#NAME`, `hf:FOLDER`).
     root    the folder with the suite's official files and pictures.
     blind   also ask every question with another scene's picture: what is left of the score needs no eyes.
     engine  what answers; None builds `generate.Engine` on the model.
@@ -100,16 +106,25 @@ def evaluate(
             are many questions. They change no answer.
     n       at most so many questions a task (always the same ones; more later continues).
     split   the part that is asked about; the best constant answer is chosen on `train`.
-    rules   task -> another of its rules, by the name of its lineage.
+    rules   task -> another of its rules, by the name of its lineage. One that reads probabilities is asked for by the
+            task's options, in one pass over the prompt: Prismatic's rule (vlm-evaluation, `*Scorer`), the softmax of
+            the first answer token's logits over the options alone.
+    judge   who judges where a rule asks a language model. Without one such a task is asked and not scored: it stands
+            under `unjudged`. It has neither blind nor constant answers, for each would have to be judged too; answers
+            that the judge would not judge count as wrong, and are named under `judge`.
+    memory  bytes that answering may take beside the weights, of all processes together; see `generate.memory`.
 
     Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
     `majority` is of the train twin where `majority_of` says "train", else the best constant over the scored questions
     ("test"). `chance`, `majority` and `blind` are None where nothing is offered, no answer is known, nothing to swap.
+    Tasks whose right answers are not public are asked and stand under `unscored`, with the file of their answers.
     A task's `version` is the hash of its row, `prompts` of the words asked, `data` of the official files; `model` tells
-    models apart, and `root` is where the pictures were.
+    models apart, `root` is where the pictures were, and `memory` (`generate.memory.Plan`, of one process, and how many
+    `processes`) is there where the engine tells it.
 
     Raises:
-        RecipeError: unknown suite, or `out` holds answers of another model or to other questions.
+        RecipeError: unknown suite, `out` holds answers of another model or to other questions, a rule reads
+            probabilities and the task has no options, or `memory` is too little for one answer.
         DataError: files or pictures are missing or malformed.
         Interrupted: stopped by Ctrl-C or SIGTERM; the same command continues.
     """
@@ -118,6 +133,13 @@ def evaluate(
     # An own task is known by its id and its questions, wherever its file lies.
     name = rows[0].id if not isinstance(suite, str) or suite.endswith((".yaml", ".yml")) else suite
     by = _rules(rows, rules, name)
+    asking = {row.id for row in rows if rule_of(row, by.get(row.id))[1].judging is not None}
+    if isinstance(model, (str, Path)) and engine is None:
+        from leveret.generate.others import open_other
+
+        if (other := open_other(str(model))) is not None:
+            model = engine = other
+    options = {row.id: _options(row, by.get(row.id)) for row in rows}
     if isinstance(model, (str, Path)):
         from leveret.model.source import locate
 
@@ -132,28 +154,45 @@ def evaluate(
             "suite": name,
             "split": split,
             "model": fingerprint,
-            "questions": {row.id: _questions_hash(row, loaded[row.id]) for row in rows},
+            "questions": {row.id: _questions_hash(row, loaded[row.id], options[row.id]) for row in rows},
         },
     )
     asked = {row.id: subset(loaded[row.id], n) for row in rows}
     desks = [
-        _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped)
+        _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
         for swapped in ((False, True) if blind else (False,))
         for row in rows
+        if not (swapped and (row.id in asking or any(item.gold is None for item in loaded[row.id])))
     ]
+    held: list[Any] = []
     with Helpers() if helpers is None else nullcontext(helpers) as crew:
+
+        def answers() -> Answers:
+            held[:] = held or [engine or _engine(model, crew, memory)]
+            return held[0]
+
         for swapped in (False, True):
-            _ask([desk for desk in desks if desk.blind is swapped], lambda: engine or _engine(model, crew), folder)
+            _ask([desk for desk in desks if desk.blind is swapped], answers, folder)
     for desk in desks:
         desk.settle()
 
     start = time.perf_counter()
-    texts = {(desk.row.id, desk.blind): desk.texts() for desk in desks}
+    answered = {(desk.row.id, desk.blind): desk.answered() for desk in desks}
+    unjudged = [row for row in rows if row.id in asking and judge is None]
+    secret = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
     examined = [
         _examine(
-            row, by.get(row.id), root, splits[row.id], asked[row.id], texts[row.id, False], texts.get((row.id, True))
+            row,
+            by.get(row.id),
+            root,
+            splits[row.id],
+            asked[row.id],
+            answered[row.id, False],
+            answered.get((row.id, True)),
+            judge,
         )
         for row in rows
+        if row not in unjudged and row not in secret
     ]
     seconds = _seconds(folder)
     results: dict[str, Any] = {
@@ -164,6 +203,14 @@ def evaluate(
         "root": str(Path(root).absolute()),
         "leveret": __version__,
     }
+    for kind, some in (("unjudged", unjudged), ("unscored", secret)):
+        if some:
+            results[kind] = {
+                row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
+                for row in some
+            }
+    if plan := getattr(held[0], "plan", None) if held else None:
+        results["memory"] = {**plan.facts(), "processes": getattr(held[0], "processes", 1), "allowed": memory}
     for task in examined:
         write_items(
             folder.path / "items" / f"{task.row.id}.jsonl",
@@ -202,8 +249,15 @@ def _rules(rows: Sequence[TaskRow], rules: Mapping[str, str], suite: str) -> dic
 
 
 def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
-    """Before a model is loaded: every picture is there."""
-    paths = {item.image.path for items in loaded.values() for item in items if item.image is not None}
+    """Before a model is loaded: every picture is there, and every question has words."""
+    unasked = [name for name, items in loaded.items() if not all(item.prompt for item in items)]
+    if unasked:
+        raise DataError(
+            f"The files of {', '.join(unasked)} hold right answers but no questions: they serve to score. "
+            "Give the folder of the dataset itself."
+        )
+    images = [item.image for items in loaded.values() for item in items if item.image is not None]
+    paths = {image.path for image in images if image.kind != "data"}
     missing = sorted(path for path in paths if not Path(path).is_file())
     if missing:
         raise DataError(
@@ -212,9 +266,35 @@ def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
         )
 
 
-def _questions_hash(row: TaskRow, items: Sequence[Item]) -> str:
+def _name(item: Item) -> str:
+    """The picture's file name; where it lies inside the questions' file, its id there."""
+    if item.image is not None and item.image.kind == "file":
+        return Path(item.image.path).name
+    return str(item.meta["image_id"])
+
+
+Options = Callable[[Item], tuple[str, ...]]
+
+
+def _options(row: TaskRow, rule: str | None) -> Options | None:
+    """What an item's probabilities are asked for, where the rule reads them; None where it reads what was said."""
+    name, scorer = rule_of(row, rule)
+    if scorer.reads != "probabilities":
+        return None
+    given = row.options
+    if not given:
+        raise RecipeError(
+            f"The rule {name!r} of {row.id!r} judges probabilities, and the task names no options to choose between; "
+            "answers with probabilities can be scored by `leveret score`."
+        )
+    return given if callable(given) else lambda item: given
+
+
+def _questions_hash(row: TaskRow, items: Sequence[Item], options: Options | None) -> str:
     asked = [[i.question_id, i.prompt, i.image and i.meta["image_id"], i.gold, i.template] for i in items]
-    return sha256_of([row.id, row.max_new_tokens, asked])[:16]
+    # Answers that were generated and answers that were chosen are not the same answers.
+    chosen = [] if options is None else [[options(item) for item in items]]
+    return sha256_of([row.id, row.max_new_tokens, asked, *chosen])[:16]
 
 
 def _fingerprint(model: Any) -> str:
@@ -236,7 +316,7 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _engine(model: Any, helpers: Helpers) -> Answers:
+def _engine(model: Any, helpers: Helpers, memory: int | None) -> Answers:
     from leveret.generate import Engine, Model, load
     from leveret.generate.crew import Crew
     from leveret.model.threads import threads_for
@@ -246,8 +326,8 @@ def _engine(model: Any, helpers: Helpers) -> Answers:
     # In float32 an answer does not depend on its company in a batch, so a run that was stopped and continued gives the
     # same answers. Small models on the CPU lose little by it; large ones keep the precision they were loaded with.
     if threads_for(vlm) != 1:
-        return loaded.engine if isinstance(loaded, Model) else Engine(loaded)
-    alone = Engine(vlm, precision="fp32")
+        return loaded.engine if isinstance(loaded, Model) and memory is None else Engine(vlm, memory=memory)
+    alone = Engine(vlm, precision="fp32", memory=memory)
     return Crew(alone, model, helpers) if isinstance(model, (str, Path)) else alone
 
 
@@ -255,9 +335,16 @@ class _Desk:
     """One task's questions, in one of the two ways of asking, and the file where their answers gather."""
 
     def __init__(
-        self, row: TaskRow, all_items: list[Item], items: list[Item], model: str, folder: Path, blind: bool = False
+        self,
+        row: TaskRow,
+        all_items: list[Item],
+        items: list[Item],
+        model: str,
+        folder: Path,
+        blind: bool = False,
+        options: Options | None = None,
     ) -> None:
-        self.row, self.blind = row, blind
+        self.row, self.blind, self.options = row, blind, options
         self.path = folder / "answers" / ("blind" if blind else "") / f"{row.id}.jsonl"
         self.swappable = True
         if blind:
@@ -288,16 +375,23 @@ class _Desk:
         item = self.items[name]
         # No path of this machine: the same questions to the same model give the same bytes wherever they lie.
         picture = item.image and [item.meta["image_id"], self.blind]
-        key = sha256_of([self.row.id, name, item.prompt, picture, self.row.max_new_tokens, self.model])[:22]
-        record = {
+        options = self.options and self.options(item)
+        way = list(options) if options else self.row.max_new_tokens
+        key = sha256_of([self.row.id, name, item.prompt, picture, way, self.model])[:22]
+        record: dict[str, Any] = {
             "question_id": name,
             "prompt": item.prompt,
             "text": prediction.text.strip(),  # as the official loops do; some rules compare to the letter
             "answer_id": key,
             "model_id": self.model,
-            "metadata": {**prediction.meta, "image": item.image and Path(item.image.path).name},
+            "metadata": {**prediction.meta, "image": item.image and _name(item)},
             "task": self.row.id,
         }
+        if options:
+            if prediction.choices is None:
+                raise RuntimeError(f"the engine gave no probabilities for {name!r} of {self.row.id!r}")
+            record["probabilities"] = [prediction.choices[option] for option in options]
+            record["options"] = list(options)
         append_jsonl(self.path, record)
         self.done.add(name)
 
@@ -309,12 +403,23 @@ class _Desk:
         answers = sorted(read_jsonl(self.path), key=lambda answer: place.get(str(answer["question_id"]), len(place)))
         atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
-    def texts(self) -> dict[str, str] | None:
-        """question_id -> text of the questions asked; None where there was no other picture to show."""
+    def answered(self) -> _Answered | None:
+        """What came to the questions asked; None where there was no other picture to show."""
         if not self.swappable:
             return None
-        answers = {str(a["question_id"]): str(a["text"]) for a in read_jsonl(self.path)} if self.path.exists() else {}
-        return {name: answers[name] for name in self.items}
+        answers = {str(a["question_id"]): a for a in read_jsonl(self.path)} if self.path.exists() else {}
+        texts = {name: str(answers[name]["text"]) for name in self.items}
+        if self.options is None:
+            return _Answered(texts, texts)
+        return _Answered(texts, {name: json.dumps(answers[name]["probabilities"]) for name in self.items})
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """question_id -> text for people, and what the rule reads."""
+
+    texts: dict[str, str]
+    read: dict[str, str]
 
 
 def _ask(desks: Sequence[_Desk], answers: Callable[[], Answers], folder: RunFolder) -> None:
@@ -336,6 +441,7 @@ def _ask(desks: Sequence[_Desk], answers: Callable[[], Answers], folder: RunFold
                 question_id=name,
                 images=(item.image,) if item.image is not None else (),
                 turns=(Turn("user", mark + literal(item.prompt)),),
+                choices=desk.options and desk.options(item),
                 max_new_tokens=desk.row.max_new_tokens,
             )
         )
@@ -377,23 +483,32 @@ def _examine(
     root: str | Path,
     split: str,
     items: list[Item],
-    texts: dict[str, str] | None,
-    blind: dict[str, str] | None,
+    answered: _Answered | None,
+    blind: _Answered | None,
+    judge: Judge | None,
 ) -> Examined:
-    assert texts is not None
+    assert answered is not None
     name, scorer = rule_of(row, rule)
-    verdicts = judge_all(scorer, items, texts)
+    read = answered.read
+    told: dict[str, Any] = {}
+    if scorer.judging is not None:
+        replies, told = judged(row, scorer.judging, items, read, judge, allow_missing=True)
+        scorer = bound(scorer, replies)
+    verdicts = judge_all(scorer, items, read)
     facts = figures(row, name, items, verdicts)
     head = {name: facts.pop(name) for name in ("score", "n", "ci95")}
 
-    best = constants(row, root, scorer, items)
+    if scorer.judging is None:
+        best = constants(row, root, scorer, items)
+    else:
+        best = Constants(why="a judge would have to be asked about every constant answer")
     guesses = {i.question_id: best.answers.get(i.template, best.answers[""]) for i in items} if best.answers else {}
     guessed = judge_all(scorer, items, guesses) if guesses else None
 
     blind_verdicts = None
     if blind is not None:
         # A question without a picture was not asked again: it has no eyes to lose.
-        blind_verdicts = judge_all(scorer, items, {**{n: t for n, t in texts.items() if n not in blind}, **blind})
+        blind_verdicts = judge_all(scorer, items, {**read, **blind.read})
     facts = {
         **head,
         "majority": headline(facts["headline"], items, guessed) if guessed else None,
@@ -401,7 +516,8 @@ def _examine(
         "chance": chance(facts["headline"], items, scorer),
         "majority_of": best.of,
         **facts,
-        "version": sha256_of(asdict(row))[:16],
+        **told,
+        "version": _version(row),
         "prompts": sha256_of([[item.question_id, item.prompt] for item in items])[:16],
         "data": _data_hash(row, root, split),
         "split": split,
@@ -409,7 +525,13 @@ def _examine(
     }
     if best.why is not None:
         facts["majority_absent"] = best.why
-    return Examined(row, scorer, items, texts, verdicts, blind_verdicts, dict(best.answers), facts)
+    return Examined(row, scorer, items, answered.texts, verdicts, blind_verdicts, dict(best.answers), facts)
+
+
+def _version(row: TaskRow) -> str:
+    """Of all that the row says; a function that tells options is known by its name."""
+    options = row.options
+    return sha256_of(asdict(replace(row, options=(options.__qualname__,) if callable(options) else options)))[:16]
 
 
 def _data_hash(row: TaskRow, root: str | Path, split: str) -> str:

@@ -9,15 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from leveret.evaluate.forms import FORMS, Form, Item
+from leveret.evaluate.forms.base import read_lines, read_whole
 from leveret.evaluate.headlines import HEADLINES
+from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
+from leveret.evaluate.scorers.asking import NEEDED, Judging, bound
 from leveret.evaluate.stats import headline, interval
 from leveret.evaluate.tasks import TaskRow, load_items, rule_of, task_row
-from leveret.runs import DataError, atomic_write, read_json, read_jsonl
+from leveret.runs import DataError, RecipeError, atomic_write
 
 
 def judge_all(scorer: Scorer, items: Sequence[Item], answers: Mapping[str, str]) -> list[Verdict]:
-    """One verdict per item; an item without an answer is missing, and wrong."""
+    """One verdict per item; an item without an answer is missing, and wrong.
+
+    DataError where the right answers are not public."""
+    unknown = [item.question_id for item in items if item.gold is None]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(items)} questions (first {unknown[0]!r}) have no right answer in the official "
+            "files: it is not public. Write the file that the benchmark's server takes instead."
+        )
+    if scorer.together is not None:
+        return scorer.together(items, answers)
     return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
 
 
@@ -52,6 +65,8 @@ def score(
     rule: str | None = None,
     allow_missing: bool = False,
     items_path: str | Path | None = None,
+    judge: Judge | None = None,
+    grades_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score an answer file against the official files, by the official rule. Needs no model and imports no torch.
 
@@ -62,6 +77,9 @@ def score(
     rule           another of the task's rules, by the name of its lineage (`lmms_eval`).
     allow_missing  score questions without an answer as wrong instead of refusing the file.
     items_path     where to write one JSON line per question: what was said, how it was read, what it earned.
+    judge          who judges where the rule asks a language model; what it did stands under `judge` in what is
+                   returned, and answers that nobody judged are refused as missing ones are.
+    grades_path    where to write what the judge said, in the benchmark's own form.
 
     Returns `{"task", "items" (how many), "score" (0..1), "n", "ci95", "headline", "images", "parsed", "unparsable",
     "missing", "rule", "rule_says", "metrics" (official names and scale)}`.
@@ -70,16 +88,92 @@ def score(
         RecipeError: unknown task, or a rule that the task does not have.
         DataError: missing, repeated or foreign ids, with counts; files that are not what they should be.
     """
-    row, records = task_row(task), _read_answers(answers)
-    name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record)} or {"text"})
-    items = load_items(row, data_root, split)
-    where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
-    found = join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
+    answers = answers if isinstance(answers, (str, Path)) else list(answers)
+    row, name, scorer, items, found = _joined(task, answers, data_root, split, rule, allow_missing)
+    told: dict[str, Any] = {}
+    if scorer.judging is not None:
+        replies, told = judged(row, scorer.judging, items, found, judge, allow_missing=allow_missing)
+        if grades_path is not None:
+            _write_grades(grades_path, scorer.judging.record(items, replies, _answer_ids(row, items, answers)))
+        scorer = bound(scorer, replies)
     verdicts = judge_all(scorer, items, found)
     if items_path is not None:
-        told = scorer.headline or row.headline
-        write_items(items_path, scorer, items, found, verdicts, task=row.id, rule=name, headline=told)
-    return {"task": row.id, "items": len(items), **figures(row, name, items, verdicts)}
+        top = scorer.headline or row.headline
+        write_items(items_path, scorer, items, found, verdicts, task=row.id, rule=name, headline=top)
+    return {"task": row.id, "items": len(items), **figures(row, name, items, verdicts), **told}
+
+
+def judged(
+    row: TaskRow,
+    judging: Judging,
+    items: Sequence[Item],
+    texts: Mapping[str, str],
+    judge: Judge | None,
+    *,
+    allow_missing: bool = False,
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """(question_id -> a judge's replies, `{"judge": what it did}`).
+
+    RecipeError without a judge; DataError where answers stay unjudged and `allow_missing` does not make them wrong.
+    """
+    if judge is None:
+        raise RecipeError(f"{row.id!r}: {NEEDED}")
+    talks = judge.talks(row, judging, items, texts)
+    return settled(row, talks, allow=allow_missing), {"judge": judge.facts(judging, talks)}
+
+
+def _answer_ids(row: TaskRow, items: Sequence[Item], answers: Any) -> dict[str, Any]:
+    """question_id -> the answer's own id, where it has one."""
+    form = FORMS[row.form]
+    names, ids = _names(form, items), dict[str, Any]()
+    for record in _read_answers(answers, form):
+        if "answer_id" in record:
+            keys = (str(record[key]) for key in ID_KEYS if key in record)
+            ids |= {names[key]: record["answer_id"] for key in keys if key in names}
+    return ids
+
+
+def _write_grades(path: str | Path, record: Any) -> None:
+    if isinstance(record, list):
+        atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in record))
+    else:
+        atomic_write(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def plan_judge(
+    task: str | TaskRow,
+    answers: str | Path | Iterable[Mapping[str, Any]],
+    data_root: str | Path,
+    judge: Judge,
+    path: str | Path,
+    *,
+    price: tuple[float, float] | None = None,
+    split: str = "test",
+    rule: str | None = None,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """What `score` would ask a judge, written to `path`; see `judges.plan`. RecipeError where the rule asks nobody."""
+    row, name, scorer, items, found = _joined(task, answers, data_root, split, rule, allow_missing)
+    if scorer.judging is None:
+        raise RecipeError(f"The rule {name!r} of {row.id!r} asks no judge: scoring it costs nothing.")
+    return {"task": row.id, "rule": name, **plan(judge, row, scorer.judging, items, found, path, price)}
+
+
+def _joined(
+    task: str | TaskRow,
+    answers: str | Path | Iterable[Mapping[str, Any]],
+    data_root: str | Path,
+    split: str,
+    rule: str | None,
+    allow_missing: bool,
+) -> tuple[TaskRow, str, Scorer, list[Item], dict[str, str]]:
+    row = task_row(task)
+    form = FORMS[row.form]
+    records = _read_answers(answers, form)
+    name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record, form)} or {"text"})
+    items = load_items(row, data_root, split)
+    where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
+    return row, name, scorer, items, join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
 
 
 def join(
@@ -96,12 +190,11 @@ def join(
     where  the answers' file, for messages."""
     form = FORMS[row.form]
     names = _names(form, items)
-    where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     texts: dict[str, str] = {}
     foreign: list[str] = []
     repeated: list[str] = []
     for number, answer in enumerate(answers):
-        name, text = _name_and_value(answer, reads, where, number)
+        name, text = _name_and_value(answer, reads, where, number, form)
         # Our own answer files carry the task and the exact id, which needs no second look.
         keys = (name,) if "task" in answer else form.answer_keys(answer, name)
         found = next((names[key] for key in keys if key in names), None)
@@ -138,41 +231,54 @@ def _names(form: Form, items: Sequence[Item]) -> dict[str, str]:
     return {alias: name for alias, name in aliases if uses[alias] == 1} | {i.question_id: i.question_id for i in items}
 
 
-def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form) -> list[Mapping[str, Any]]:
     if not isinstance(answers, (str, Path)):
         return list(answers)
     path = Path(answers)
-    if path.suffix == ".json":
-        records = read_json(path)
-        if isinstance(records, list):
-            return records
+    if form.read is not None and (own := form.read(path)) is not None:
+        return list(own)
+    records: Any = read_whole(path) if path.suffix == ".json" else read_lines(path, torn=True)
+    if isinstance(records, dict) and all(isinstance(text, str) for text in records.values()):
+        return [{"question_id": name, "text": text} for name, text in records.items()]  # MM-Vet's own form
+    if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
+        records = list(records.values())  # Prismatic's results: id -> record
+    if not isinstance(records, list):
         raise DataError(f"{path}: one JSON list of answers is expected, not a {type(records).__name__}.")
-    return list(read_jsonl(path))
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, answer {number}: a table of fields is expected, not {str(record)[:60]!r}.")
+    return list(records)
 
 
-ID_KEYS = ("question_id", "example_id", "questionId")
-TEXT_KEYS = ("text", "prediction")
+ID_KEYS = ("question_id", "example_id", "questionId", "id", "index")
+TEXT_KEYS = ("text", "prediction", "response")
 
 
-def _held(answer: Mapping[str, Any]) -> Iterator[str]:
+def _held(answer: Mapping[str, Any], form: Form) -> Iterator[str]:
     """Which of the fields that rules read an answer has."""
-    if any(key in answer for key in TEXT_KEYS):
+    if any(key in answer for key in (*TEXT_KEYS, *form.texts)):
         yield "text"
     if any(key.endswith("probabilities") for key in answer):
         yield "probabilities"
+    if "answer" in answer:
+        yield "answer"
 
 
-def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int) -> tuple[str, str]:
-    names = [answer[key] for key in ID_KEYS if key in answer]
+def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int, form: Form) -> tuple[str, str]:
+    ids, texts = (*ID_KEYS, *form.ids), (*TEXT_KEYS, *form.texts)
+    names = [answer[key] for key in ids if key in answer]
     if reads == "probabilities":
         values = [json.dumps(answer[key]) for key in answer if key.endswith("probabilities")]
+    elif reads == "answer":
+        values = [str(answer["answer"])] if "answer" in answer else []
     else:
-        values = [str(answer[key]) for key in TEXT_KEYS if isinstance(answer.get(key), str | int)]
+        values = [str(answer[key]) for key in texts if isinstance(answer.get(key), str | int | float)]
     if not names or not values:
-        wanted = "the probabilities of its options" if reads == "probabilities" else "a text (text or prediction)"
+        wanted = "the probabilities of its options" if reads == "probabilities" else f"a text ({' or '.join(texts)})"
+        empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and not values]
         raise DataError(
-            f"{where}, answer {number + 1}: needs an id ({', '.join(ID_KEYS)}) and {wanted}; it has "
-            f"{', '.join(answer)}."
+            f"{where}, answer {number + 1}: needs an id ({', '.join(ids)}) and {wanted}; it has "
+            f"{', '.join(answer) or 'no field'}{''.join(f'; {fault}' for fault in empty)}."
         )
     return str(names[0]), values[0]
 

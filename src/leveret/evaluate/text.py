@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
+import string
 import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
+REMEMBERED = 1 << 16
+"""Answers whose normal form is remembered: VQAv2 has ten to a question, and mostly the same few words."""
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {
     word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
@@ -33,31 +39,94 @@ CONTRACTIONS = {
     word[:at] + word[at + 1 :]: word for word in _CONTRACTED for at, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}
 
+# VizWiz's evaluation writes most of its apostrophes as back-ticks, which its own punctuation rule takes out of every
+# answer: what is left of its table are these keys.
+_STRAIGHT = frozenset("ain't aren't can't could've couldn't we've where's who've".split())
+VIZWIZ_CONTRACTIONS = {
+    word.replace("'", ""): word if word in _STRAIGHT else word.replace("'", "`")
+    for word in _CONTRACTED
+    if word.count("'") == 1
+} | {"couldn'tve": "couldn`t`ve", "hadn'tve": "hadn`t`ve"}
+
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+# Python 2, for which the official evaluation is written, knows ASCII digits alone.
+_PERIOD_ASCII = re.compile(_PERIOD.pattern, re.ASCII)
+_DIGIT_COMMA_DIGIT_ASCII = re.compile(_DIGIT_COMMA_DIGIT.pattern, re.ASCII)
+_NO_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_DIGIT_COMMAS_DIGIT = re.compile(r"\d,+\d")
+_PERIOD_ALONE = re.compile(r"(?<!\d)\.(?!\d)")
 
 
-def strip_punctuation(text: str) -> str:
+def strip_punctuation(text: str, *, period: re.Pattern[str] = _PERIOD, comma: re.Pattern[str] | None = None) -> str:
     """The VQA evaluation's punctuation rule.
 
     A mark is deleted where the ORIGINAL text has it next to a blank anywhere, or has a digit, comma, digit anywhere;
     otherwise it becomes a blank. Then every period that no digit follows goes: the published expression means a
     look-behind but does not write one, and its flag lands in the argument that limits the number of removals to 32.
+
+    period, comma  another lineage's expressions: which periods go, and what deletes all marks.
     """
-    delete_all = _DIGIT_COMMA_DIGIT.search(text) is not None
+    delete_all = (comma or _DIGIT_COMMA_DIGIT).search(text) is not None
     out = text
     for mark in PUNCTUATION:
         spaced = mark + " " in text or " " + mark in text
         out = out.replace(mark, "" if spaced or delete_all else " ")
-    return _PERIOD.sub("", out, count=int(re.UNICODE))
+    return period.sub("", out, count=int(re.UNICODE))
 
 
+def one_line(text: str) -> str:
+    """Line ends and tabs as blanks, and no blanks around: the first step of every VQA evaluation."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def plain_words(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
+    """The VQA evaluation's last step: lower case, numbers up to ten as digits, no articles, apostrophes put back."""
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def vqa(text: str) -> str:
+    """All steps of the VQA evaluation on a text that is already one line (vqaEval.py under Python 2)."""
+    return plain_words(strip_punctuation(text, period=_PERIOD_ASCII, comma=_DIGIT_COMMA_DIGIT_ASCII))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def lavis(text: str) -> str:
+    """What the LAVIS lineage (Qwen-VL, TRI-ML) makes of a prediction: the same steps under Python 3."""
+    return plain_words(strip_punctuation(one_line(text)))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def vizwiz_api(text: str) -> str:
+    """What VizWiz's own evaluation makes of a prediction (vizwiz/eval.py): contractions come out with back-ticks."""
+    return plain_words(strip_punctuation(one_line(text)), VIZWIZ_CONTRACTIONS)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def vlmevalkit(text: str) -> str:
+    """VLMEvalKit's process_answer: as LAVIS, but a period after a digit stays ("2." is not "2")."""
+    return plain_words(strip_punctuation(one_line(text), period=_PERIOD_ALONE))
+
+
+@lru_cache(maxsize=REMEMBERED)
 def m4c(text: str) -> str:
-    """TextVQA's normaliser (EvalAIAnswerProcessor of m4c_evaluator.py, as LLaVA and Bunny ship it)."""
+    """TextVQA's normaliser (EvalAIAnswerProcessor of m4c_evaluator.py, as LLaVA, Bunny and lmms-eval ship it)."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
-    words = (NUMBERS.get(word, word) for word in text.split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return plain_words(strip_punctuation(one_line(text)))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def lmms_vqa(text: str) -> str:
+    """The VQA evaluation's steps as lmms-eval's vqav2 takes them on a text that is already one line: several commas
+    between two digits delete all marks too."""
+    return plain_words(strip_punctuation(text, comma=_DIGIT_COMMAS_DIGIT))
+
+
+def no_punctuation(text: str) -> str:
+    """Lower case without ASCII punctuation (Prismatic's GQA scorer; exact_match of lmms-eval)."""
+    return text.translate(_NO_ASCII_PUNCTUATION).lower()
 
 
 def one_of(text: str, yes: str, no: str) -> str | None:
@@ -112,10 +181,22 @@ def box(text: str) -> list[float] | None:
     return value if value[0] < value[2] and value[1] < value[3] else None
 
 
-def iou(one: list[float], other: list[float]) -> float:
-    """Intersection over union of two boxes [x0, y0, x1, y1]."""
+_FOUR_NUMBERS = re.compile(r"\[\s*" + r",\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"\s*\]")
+
+
+def first_box(text: str) -> list[float] | None:
+    """lmms-eval's parse_float_sequence_within: the first "[a, b, c, d]" of plain numbers anywhere, in any range and
+    order. None where there is none (the original reads a box of four zeros there)."""
+    found = _FOUR_NUMBERS.search(text)
+    return [float(number) for number in found.groups()] if found else None
+
+
+def iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes [x0, y0, x1, y1]; 0 where no area is left to divide by (a box turned round
+    has a negative one) or where numbers are beyond all bounds."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     inside = max(0, width) * max(0, height)
     areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (one, other)]
-    return inside / (areas[0] + areas[1] - inside)
+    union = areas[0] + areas[1] - inside
+    return inside / union if union and math.isfinite(union) else 0.0

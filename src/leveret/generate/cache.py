@@ -46,6 +46,13 @@ class SlotCache(Cache):
         if self.kv is not None and (self.kv.shape[2] < self.rows or self.kv.shape[4] < self.columns):
             self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv)
 
+    def fit(self, rows: int, columns: int) -> None:
+        """Be of this size from the next pass on, and hold nothing until then; for a cache that is larger or smaller."""
+        columns = -(-columns // 32) * 32
+        if (rows, columns) != (self.rows, self.columns):
+            self.kv = None
+            self.rows, self.columns = rows, columns
+
     def aim(self, first: int, starts: list[int], length: int, at: Tensor) -> None:
         """The next pass is for rows `first`.. and writes `length` columns of each, from its start on.
 
@@ -111,6 +118,7 @@ class Shelf:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
+        self.most = 0  # bytes that were ever held at once
         self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -126,7 +134,18 @@ class Shelf:
         """Keep a tensor. It must own its memory, or throwing it away would free nothing."""
         if key in self._held:
             self.bytes -= self._held.pop(key).nbytes
+        if tensor.nbytes > self.limit:
+            return
+        self._trim(self.limit - tensor.nbytes)
         self._held[key] = tensor
         self.bytes += tensor.nbytes
-        while self.bytes > self.limit:
+        self.most = max(self.most, self.bytes)
+
+    def shrink(self, limit: int) -> None:
+        """Another bound from now on."""
+        self.limit = limit
+        self._trim(limit)
+
+    def _trim(self, limit: int) -> None:
+        while self.bytes > limit:
             self.bytes -= self._held.popitem(last=False)[1].nbytes

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 
 from leveret.generate.engine import Engine, Request
 from leveret.generate.helpers import Helpers
+from leveret.generate.memory import Plan
 from leveret.processes import Worker, serve
 from leveret.records import ImageRef, Prediction, Turn
 from leveret.runs import UserError
@@ -36,6 +37,12 @@ class Crew:
 
     def __init__(self, engine: Engine, folder: str | Path, helpers: Helpers) -> None:
         self.engine, self.folder, self.helpers = engine, str(Path(folder).resolve()), helpers
+        self.memory, self.processes = engine.memory, 1
+
+    @property
+    def plan(self) -> Plan | None:
+        """What each of the processes was allowed to hold in the last call."""
+        return self.engine.plan
 
     def answer(self, requests: Sequence[Request], on_prediction: OnPrediction | None = None) -> list[Prediction]:
         """What `Engine.answer` gives. `on_prediction` is called in this thread only.
@@ -43,6 +50,8 @@ class Crew:
         A helper that is lost, or that refuses a question, hands its questions back to this process, which says why.
         """
         workers = self.helpers.ready(len(requests))
+        self.processes = 1 + len(workers)
+        self.engine.memory = None if self.memory is None else self.memory // self.processes
         shares = _Shares(requests, 1 + len(workers))
         found: dict[int, Prediction] = {}
         came: SimpleQueue[Prediction | None] = SimpleQueue()  # from the helpers; None: one of them has ended its work
@@ -89,7 +98,7 @@ class Crew:
         while share := shares.take():
             answer = None
             with suppress(OSError):  # it has ended
-                worker.send(_pack(self.folder, share))
+                worker.send(_pack(self.folder, share, self.engine.memory))
                 answer = worker.receive()
             predictions = _unpack_answers(answer) if answer else []
             if not predictions:
@@ -141,13 +150,13 @@ class _Shares:
 # --- as bytes --------------------------------------------------------------------------------------------------------
 
 
-def _pack(folder: str, share: Sequence[Request]) -> bytes:
-    return json.dumps([folder, [asdict(request) for request in share]]).encode()
+def _pack(folder: str, share: Sequence[Request], memory: int | None = None) -> bytes:
+    return json.dumps([folder, [asdict(request) for request in share], memory]).encode()
 
 
-def _unpack(frame: bytes) -> tuple[str, list[Request]]:
-    folder, share = json.loads(frame)
-    return folder, [
+def _unpack(frame: bytes) -> tuple[str, list[Request], int | None]:
+    folder, share, memory = json.loads(frame)
+    requests = [
         Request(
             row["question_id"],
             tuple(ImageRef(**ref) for ref in row["images"]),
@@ -157,6 +166,7 @@ def _unpack(frame: bytes) -> tuple[str, list[Request]]:
         )
         for row in share
     ]
+    return folder, requests, memory
 
 
 def _pack_answers(predictions: Sequence[Prediction]) -> bytes:
@@ -176,10 +186,11 @@ def main() -> None:
         engines: dict[str, Engine] = {}
 
         def answer(frame: bytes) -> bytes:
-            folder, share = _unpack(frame)
+            folder, share, memory = _unpack(frame)
             if folder not in engines:
                 engines.clear()  # one model at a time
                 engines[folder] = Engine(load(folder, "cpu").vlm, precision="fp32")
+            engines[folder].memory = memory
             try:
                 return _pack_answers(engines[folder].answer(share))
             except UserError:  # none of them then: the process that asked meets the same fault and tells it

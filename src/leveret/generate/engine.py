@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from leveret.generate.cache import Shelf
+from leveret.generate.memory import Costs, Plan
 from leveret.generate.sampling import Sampling
 from leveret.generate.slots import Reply, Seen, Slots
 from leveret.generate.text import Detokenizer, Stops, decode
@@ -67,6 +68,11 @@ class Engine:
     max_new_tokens  of an answer whose request does not say.
     precision       "auto" computes in bfloat16 where the hardware does so natively, else as the weights are.
     cache_bytes     memory for image features, and again for image prefixes, kept for later questions.
+    memory          bytes that answering may take beside the weights (see `memory`): fewer slots, smaller passes and
+                    less kept where they would take more. None puts no bound on it. Changes no answer.
+    threads         torch's, while answering; None takes one for a small model on the CPU, else torch's own choice.
+
+    `plan` says what the last call of `answer` was allowed to hold.
     """
 
     def __init__(
@@ -77,6 +83,8 @@ class Engine:
         max_new_tokens: int = 64,
         precision: Precision = "auto",
         cache_bytes: int = 512 * 2**20,
+        memory: int | None = None,
+        threads: int | None = None,
     ) -> None:
         if slots < 1 or max_new_tokens < 1:
             raise DataError(f"slots and max_new_tokens must be at least 1; got {slots} and {max_new_tokens}")
@@ -86,8 +94,12 @@ class Engine:
         generation = getattr(vlm.language, "generation_config", None)
         self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
         self.eyes = Eyes(vlm, self.bf16, cache_bytes)
-        self.slots = Slots(vlm, slots, self.eyes.features, self.stops, bf16=self.bf16, shelf=cache_bytes)
-        self.threads = threads_for(vlm)
+        self.threads = threads_for(vlm) if threads is None else threads
+        alone = self.threads == 1 and vlm.device.type == "cpu" and not self.bf16
+        self.slots = Slots(vlm, slots, self.eyes.features, self.stops, bf16=self.bf16, shelf=cache_bytes, alone=alone)
+        self.memory, self.most, self.kept = memory, slots, cache_bytes
+        self.costs = Costs(vlm, self.bf16)
+        self.plan: Plan | None = None
         self._spelled: dict[str, list[int]] = {}
 
     def answer(
@@ -99,10 +111,15 @@ class Engine:
         its limit) or "choice".
 
         Raises DataError naming the question when a request cannot be answered (no image under its reference, marks that
-        do not match, a prompt longer than the model allows, choices that begin with the same token).
+        do not match, a prompt longer than the model allows, choices that begin with the same token), and RecipeError
+        when `memory` is too little for one answer.
         """
         names: dict[ImageRef, tuple[str, tuple[int, int]]] = {}
         replies = [self._reply(request, names) for request in requests]
+        self.plan = self.costs.plan(replies, self.most, self.kept, self.memory)
+        if self.memory is not None:
+            self.slots.follow(self.plan)
+            self.eyes.follow(self.plan)
         number = {id(reply): place for place, reply in enumerate(replies)}
         predictions: list[Prediction | None] = [None] * len(replies)
         waiting = deque(self._order(replies))
@@ -260,15 +277,22 @@ class Eyes:
         self._refs[key], self._sizes[key] = ref, (height, width)
         return key, (height, width)
 
-    def features(self, keys: Sequence[str]) -> Seen:
+    def follow(self, plan: Plan) -> None:
+        """Keep to a plan from now on."""
+        self.shelf.shrink(plan.features)
+
+    def features(self, keys: Sequence[str], alone: bool = False) -> Seen:
         """What a batch needs of images that `name` has seen, in the order of `keys`: the tower's outputs of all their
-        pictures, whose these are, and the images' sizes."""
-        held = {key: block for key in keys if (block := self.shelf.get(key)) is not None}
+        pictures, whose these are, and the images' sizes.
+
+        alone  each goes through the tower by itself, so that its features are the same bits in any company.
+        """
+        held = {key: block for key in keys if (block := self.shelf.get((key, alone))) is not None}
         missing = [key for key in dict.fromkeys(keys) if key not in held]
-        if missing:
-            for key, block in zip(missing, self._see(missing), strict=True):
+        for some in [[key] for key in missing] if alone else [missing] if missing else []:
+            for key, block in zip(some, self._see(some), strict=True):
                 held[key] = block.clone()  # memory of its own: a row of the batch would keep all of it
-                self.shelf.put(key, held[key])
+                self.shelf.put((key, alone), held[key])
         tiles = torch.tensor([len(held[key]) for key in keys], device=self.vlm.device)
         return {
             "features": torch.cat([held[key] for key in keys]),

@@ -2,6 +2,7 @@
 
     join    prompts -> rows of the cache. The part up to the last image is computed once per image (batched over images)
             and copied to every question about it; the rest of the prompts is one batch. Gives each its first token.
+            Who only chooses between answers is done then, and on a CPU gets a pass of his own (see `Slots.alone`).
     step    one pass over the rows in use gives each answer its next token.
     leave   an answer that ends frees its row; a row from the end takes its place, so that rows in use are always 0..n-1
             and no pass computes or copies anything for a row that is free.
@@ -11,7 +12,7 @@ Nothing here knows of files, chat formats or records: serving and examining both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,15 +20,13 @@ import torch
 from torch import Tensor
 
 from leveret.generate.cache import Shelf, SlotCache
+from leveret.generate.memory import PASS_TOKENS, Plan
 from leveret.generate.sampling import Picker
 from leveret.generate.text import Stops, decode
 from leveret.model.rows import only_rows
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, Batch
 from leveret.runs import EnvironmentFault
-
-PASS_TOKENS = 8192
-"""Padded positions of one prompt pass, at most (one row may have more): bounds memory, and keeps caches warm."""
 
 TAIL = 16
 """Tokens looked back at for a stop string."""
@@ -82,16 +81,29 @@ class Slots:
     """Rows of one cache and the answers in them.
 
     size      rows at most.
-    features  keys of images -> what `VLM.see` gives for them and how large they are.
+    features  keys of images, and whether each is to be seen alone -> what `VLM.see` gives and how large they are.
     stops     what ends an answer.
     bf16      compute in bfloat16 autocast.
     shelf     bytes of image prefixes (keys and values) to keep for later questions.
+    alone     give choices a pass of their own, of images too. The order in which a product sums depends on how many
+              rows it has, so probabilities differ in their last digits with the company; computed alone they are the
+              same bits whatever else is asked, before or after a stop, here or in another process. On a CPU with one
+              thread, where a pass over many is hardly faster.
     """
 
     def __init__(
-        self, vlm: VLM, size: int, features: Callable[[Sequence[str]], Seen], stops: Stops, *, bf16: bool, shelf: int
+        self,
+        vlm: VLM,
+        size: int,
+        features: Callable[[Sequence[str], bool], Seen],
+        stops: Stops,
+        *,
+        bf16: bool,
+        shelf: int,
+        alone: bool = False,
     ) -> None:
         self.vlm, self.size, self.features, self.stops, self.bf16 = vlm, size, features, stops, bf16
+        self.alone, self.pass_tokens = alone, PASS_TOKENS
         self.active: list[Reply] = []
         self.prefixes = Shelf(shelf)
         self.masks = Masks(vlm.language.config.get_text_config())
@@ -101,27 +113,56 @@ class Slots:
     def free(self) -> int:
         return self.size - len(self.active)
 
+    def follow(self, plan: Plan) -> None:
+        """Keep to a plan from now on; nothing happens while answers are being made."""
+        if self.active:
+            return
+        self.size, self.pass_tokens = plan.slots, plan.pass_tokens
+        self.prefixes.shrink(plan.prefixes)
+        self.cache.fit(plan.slots, plan.positions)
+
     @torch.inference_mode()
     def join(self, replies: Sequence[Reply]) -> list[Reply]:
         """Take in answers, at most `free`, and give each its first token. Returns those that end with it."""
         assert len(replies) <= self.free, "more answers than free slots"
-        known = self._prefixes(replies)
-        self.cache.reserve(len(self.active) + len(replies), max(len(reply.ids) + reply.limit for reply in replies))
-        ended = []
-        for chunk in chunked(replies, lambda reply: len(reply.ids) - reply.prefix):
-            first = len(self.active)
-            for row, reply in enumerate(chunk, first):
-                if reply.prefix:
-                    self.cache.copy_in(row, known[reply.key])
-            starts = [reply.prefix for reply in chunk]
-            batch = self._batch(
-                [(reply.ids[reply.prefix :], reply.marks[reply.prefix :]) for reply in chunk],
-                [image for reply in chunk if not reply.prefix for image in reply.images],
-            )
-            logits = self._forward(first, starts, batch)
-            self.active += chunk
-            ended += self._take(chunk, logits)
-        return ended
+        columns = max((len(reply.ids) + reply.limit for reply in replies), default=0)
+        ended: list[Reply] = []
+        first = len(self.active)
+        single = [reply for reply in replies if reply.choices and self.alone]
+        for _, group, blocks in self._prefixes(single, first, alone=True):
+            for reply in group:
+                self.cache.reserve(first + 1, columns)
+                self._enter([reply], blocks)
+                ended += self._compact()
+        others = [reply for reply in replies if not (reply.choices and self.alone)]
+        self.cache.reserve(first + len(others), columns)
+        placed: list[Reply] = []
+        for row, group, blocks in self._prefixes(others, first):
+            self._fill(row, group, blocks)
+            placed += group
+        for chunk in chunked(placed, lambda reply: len(reply.ids) - reply.prefix, self.pass_tokens):
+            self._enter(chunk)
+        return ended + self._compact()
+
+    def _fill(self, row: int, replies: Sequence[Reply], blocks: Mapping[Any, Tensor]) -> None:
+        """Copy the prefixes of `replies` into the rows from `row` on."""
+        for place, reply in enumerate(replies, row):
+            if reply.prefix:
+                self.cache.copy_in(place, blocks[reply.key])
+
+    def _enter(self, replies: Sequence[Reply], blocks: Mapping[Any, Tensor] | None = None) -> None:
+        """Compute prompts behind their prefixes, which stand in the next rows or are given as `blocks`."""
+        first = len(self.active)
+        if blocks is not None:
+            self._fill(first, replies, blocks)
+        batch = self._batch(
+            [(reply.ids[reply.prefix :], reply.marks[reply.prefix :]) for reply in replies],
+            [image for reply in replies if not reply.prefix for image in reply.images],
+            alone=blocks is not None,
+        )
+        logits = self._forward(first, [reply.prefix for reply in replies], batch)
+        self.active += replies
+        self._take(replies, logits)
 
     @torch.inference_mode()
     def step(self) -> list[Reply]:
@@ -129,7 +170,8 @@ class Slots:
         if not self.active:
             return []
         batch = self._batch([([reply.tokens[-1]], [False]) for reply in self.active])
-        return self._take(self.active, self._forward(0, [reply.position for reply in self.active], batch))
+        self._take(self.active, self._forward(0, [reply.position for reply in self.active], batch))
+        return self._compact()
 
     @torch.inference_mode()
     def leave(self, reply: Reply) -> None:
@@ -138,24 +180,44 @@ class Slots:
             reply.finish = "left"
             self._compact()
 
-    def _prefixes(self, replies: Sequence[Reply]) -> dict[Any, Tensor]:
-        """Keys and values of every distinct image prefix among `replies`, computed (in rows still free) where new."""
-        wanted = {reply.key: reply for reply in replies if reply.prefix}
-        known = {key: block for key in wanted if (block := self.prefixes.get(key)) is not None}
-        missing = [reply for key, reply in wanted.items() if key not in known]
-        first = len(self.active)
-        for chunk in chunked(missing, lambda reply: reply.prefix):
-            batch = self._batch(
-                [(reply.ids[: reply.prefix], reply.marks[: reply.prefix]) for reply in chunk],
-                [image for reply in chunk for image in reply.images],
-            )
-            self._forward(first, [0] * len(chunk), batch, logits=False)
-            for row, reply in enumerate(chunk, first):
-                known[reply.key] = block = self.cache.copy_out(row, reply.prefix)
-                self.prefixes.put(reply.key, block)
-        return known
+    def _prefixes(
+        self, replies: Sequence[Reply], first: int, *, alone: bool = False
+    ) -> Iterator[tuple[int, list[Reply], dict[Any, Tensor]]]:
+        """(row, replies from this row on, keys and values of their image prefixes), those with the same images together.
 
-    def _batch(self, rows: Sequence[tuple[list[int], list[bool]]], images: Sequence[str] = ()) -> Batch:
+        What is new is computed, in the rows of those that need it. As many prefixes at a time as a pass has room for:
+        however many images are asked about, only these are held beside the shelf.
+        """
+        same: dict[Any, list[Reply]] = {}
+        for reply in replies:
+            same.setdefault(reply.key, []).append(reply)
+        heads = [group[0] for group in same.values()]
+        chunks = [[head] for head in heads] if alone else chunked(heads, lambda reply: reply.prefix, self.pass_tokens)
+        row = first
+        for chunk in chunks:
+            blocks = {
+                head.key: block
+                for head in chunk
+                if head.prefix and (block := self.prefixes.get((head.key, alone))) is not None
+            }
+            if missing := [head for head in chunk if head.prefix and head.key not in blocks]:
+                self.cache.reserve(row + len(missing), max(head.prefix for head in missing))
+                batch = self._batch(
+                    [(head.ids[: head.prefix], head.marks[: head.prefix]) for head in missing],
+                    [image for head in missing for image in head.images],
+                    alone=alone,
+                )
+                self._forward(row, [0] * len(missing), batch, logits=False)
+                for place, head in enumerate(missing, row):
+                    blocks[head.key] = block = self.cache.copy_out(place, head.prefix)
+                    self.prefixes.put((head.key, alone), block)
+            group = [reply for head in chunk for reply in same[head.key]]
+            yield row, group, blocks
+            row += 0 if alone else len(group)
+
+    def _batch(
+        self, rows: Sequence[tuple[list[int], list[bool]]], images: Sequence[str] = (), *, alone: bool = False
+    ) -> Batch:
         """Rows of (ids, image mask) and their images, padded on the right; positions count from 0 here."""
         length = max(len(ids) for ids, _ in rows)
         pad = [self.vlm.tokenizer.pad_token_id or 0] * length
@@ -165,7 +227,9 @@ class Slots:
         place = torch.arange(length, device=device).expand(len(rows), length)
         attention = place < lengths[:, None]
         masks = [mark + [False] * (length - len(mark)) for _, mark in rows]
-        seen: Any = self.features(images) if images else {"tile_image": torch.empty(0, dtype=torch.long, device=device)}
+        seen: Any = (
+            self.features(images, alone) if images else {"tile_image": torch.empty(0, dtype=torch.long, device=device)}
+        )
         return Batch(
             input_ids=ids, labels=torch.full_like(ids, IGNORE), attention_mask=attention, position_ids=place,
             segments=attention.long() - 1, image_mask=torch.tensor(masks, device=device),
@@ -191,8 +255,8 @@ class Slots:
                 )  # fmt: skip
             return out.logits[0].float()
 
-    def _take(self, replies: Sequence[Reply], logits: Tensor) -> list[Reply]:
-        """Give every answer its next token (or its chances) and let the ended ones leave."""
+    def _take(self, replies: Sequence[Reply], logits: Tensor) -> None:
+        """Give every answer its next token (or its chances), and the reason why it ends where it does."""
         for reply, token, row in zip(replies, logits.argmax(-1).tolist(), logits, strict=True):
             if reply.choices:
                 reply.chances = torch.softmax(row[list(reply.choices)].double(), dim=0).tolist()
@@ -207,7 +271,6 @@ class Slots:
                 reply.finish = "stop"
             elif len(reply.tokens) >= reply.limit:
                 reply.finish = "length"
-        return self._compact()
 
     def _compact(self) -> list[Reply]:
         """Drop the answers that ended; the last rows in use move into the holes."""
@@ -266,13 +329,13 @@ class Masks:
         return torch.where(allowed, torch.zeros_like(forbidden), forbidden)
 
 
-def chunked(replies: Sequence[Reply], length: Callable[[Reply], int]) -> list[list[Reply]]:
-    """Cut a list where a padded pass would have more than PASS_TOKENS positions."""
+def chunked(replies: Sequence[Reply], length: Callable[[Reply], int], most: int) -> list[list[Reply]]:
+    """Cut a list where a padded pass would have more than `most` positions."""
     chunks: list[list[Reply]] = []
     longest = 0
     for reply in replies:
         longest = max(longest, length(reply))
-        if not chunks or longest * (len(chunks[-1]) + 1) > PASS_TOKENS:
+        if not chunks or longest * (len(chunks[-1]) + 1) > most:
             chunks.append([])
             longest = length(reply)
         chunks[-1].append(reply)

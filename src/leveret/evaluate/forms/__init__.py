@@ -10,10 +10,11 @@ from __future__ import annotations
 from leveret.evaluate.forms.base import Form, Item, Place, check_ids
 from leveret.evaluate.forms.boxes import BOXES
 from leveret.evaluate.forms.choice import CHOICE
+from leveret.evaluate.forms.judged import JUDGED
 from leveret.evaluate.forms.own import OWN
 from leveret.evaluate.forms.words import WORDS
 from leveret.evaluate.forms.yes_no import YES_NO
 
-FORMS: dict[str, Form] = {**YES_NO, **CHOICE, **WORDS, **BOXES, **OWN}
+FORMS: dict[str, Form] = {**YES_NO, **CHOICE, **WORDS, **BOXES, **JUDGED, **OWN}
 
 __all__ = ["FORMS", "Form", "Item", "Place", "check_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +21,12 @@ class Item:
     question_id  unique in its task.
     image        None for a question without a picture.
     prompt       the user's words, without the image mark.
-    gold         the right answer in the form's own terms (text, integer, letter, box, ten texts).
+    gold         the right answer in the form's own terms (text, integer, letter, box, ten texts); None where it is not
+                 public: such a question can be asked, and its answer submitted.
     template     the wording's name, for the best constant answer per wording; "" where the file names none.
     meta         `image_id` (questions of one picture are one cluster), `group` (the part a headline averages over),
-                 and what the official summary needs.
+                 `whole` (items that only count together: the rotations of a question), and what the official summary
+                 needs.
     """
 
     question_id: str
@@ -62,18 +65,77 @@ class Place:
         return ImageRef(str(self.root / self.images / name))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a published file; DataError names the first line that is not one (a torn last line too)."""
+# The longer mark first: UTF-32's begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(path: Path) -> str:
+    """A file's text: UTF-8, or what the mark at its beginning says (UTF-16, UTF-32). DataError where it is neither: an
+    old eight-bit encoding does not say which it is, and guessing would change answers."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as fault:
+        raise DataError(
+            f"{path}: not {encoding.removesuffix('-sig').upper()} text (byte {fault.start}). Save it as UTF-8, for one "
+            f"in Latin-1: iconv -f LATIN1 -t UTF-8 {path.name} > fixed{path.suffix}"
+        ) from None
+
+
+def read_whole(path: Path) -> Any:
+    """One JSON value of a published file, in any encoding that `read_text` reads; DataError says where it is not."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as fault:
+        raise DataError(f"{path}: not JSON: {fault.msg} at line {fault.lineno}, column {fault.colno}") from None
+
+
+def read_lines(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
+    """JSON lines of a published file, in any encoding that `read_text` reads; DataError names the first line that is
+    not one.
+
+    torn  a last line without its end, which a killed writer left, is no fault and is dropped."""
     records = []
     # Not splitlines: it also cuts at line separators that stand inside JSON strings.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as fault:
+            if torn and number == len(lines):
+                break
             raise DataError(f"{path}, line {number} is not JSON: {fault}. Fetch the file again.") from None
     return records
+
+
+def asked(place: Place, path: Path, folder: Callable[[str], str] = str) -> list[Item]:
+    """LLaVA's and Bunny's question files: JSON lines `question_id, image, text, category`, the text being the whole
+    prompt. They hold no right answers: such questions can be asked and submitted, not scored.
+
+    folder  image's name -> its path under the folder of the pictures.
+    """
+    return [
+        Item(
+            question_id=str(record["question_id"]),
+            image=place.image(folder(record["image"])),
+            prompt=record["text"],
+            gold=None,
+            meta={"image_id": record["image"]},
+        )
+        for record in read_lines(path)
+    ]
 
 
 def _id(item: Item) -> tuple[str, ...]:
@@ -92,12 +154,17 @@ class Form:
     keys         names a question goes by, its own id first; a name that two questions share names neither.
     answer_keys  names an answer may mean, the likeliest first.
     identity     the key of an answer in words, for messages.
+    ids, texts   more fields that name the question, or hold the text, in answers of this benchmark.
+    read         answers that are not JSON lines or one list (a folder, one mapping) -> records; None: it is no such.
     """
 
     load: Callable[[Place], list[Item]]
     keys: Callable[[Item], tuple[str, ...]] = _id
     answer_keys: Callable[[Mapping[str, Any], str], tuple[str, ...]] = _answer_id
     identity: str = "question_id"
+    ids: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    read: Callable[[Path], list[dict[str, Any]] | None] | None = None
 
 
 def check_ids(items: Iterable[Item], where: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from leveret.evaluate.forms.base import Form, Item, Place, read_lines
+from leveret.evaluate.forms.mme import MME
 from leveret.runs import DataError
 
 POPE_CATEGORIES = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -40,7 +42,23 @@ def _pope(place: Place) -> list[Item]:
             f"{place.files[0].parent}: POPE's score is over its three files; missing coco_pope_"
             f"{', coco_pope_'.join(f'{category}.json' for category in missing)}."
         )
+    _check_pope(items, place.files[0].parent)
     return items
+
+
+LATER_RANDOM = 3000
+"""Questions in the POPE repository's later coco_pope_random.json; that of commit e3e39262 has 2,910."""
+
+
+def _check_pope(items: list[Item], where: Path) -> None:
+    """DataError for the later version of the official files: nearly all its random questions are others."""
+    drawn = [item for item in items if item.meta["group"] == "random"]
+    if len(drawn) == LATER_RANDOM and all(item.meta["image_id"].startswith("COCO_val2014") for item in drawn):
+        raise DataError(
+            f"{where}: coco_pope_random.json holds {LATER_RANDOM:,} questions, so these are the later files of "
+            "the POPE repository. Published scores are over commit e3e39262, whose random file holds 2,910; the other "
+            "two differ as well. Fetch the three files of that commit (AoiDragon/POPE, output/coco)."
+        )
 
 
 def _pope_keys(item: Item) -> tuple[str, ...]:
@@ -76,4 +94,5 @@ YES_NO = {
         "question_id (random + 10000000, popular + 20000000, as in LLaVA's question file), or category and question_id",
     ),
     "vsr": Form(_vsr, identity="example_id (the line's number from 0)"),
+    **MME,
 }

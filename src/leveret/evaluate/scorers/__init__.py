@@ -9,10 +9,11 @@ from __future__ import annotations
 from leveret.evaluate.scorers.base import MISSING, Scorer, Verdict
 from leveret.evaluate.scorers.boxes import BOXES
 from leveret.evaluate.scorers.choice import CHOICE
+from leveret.evaluate.scorers.judged import JUDGED
 from leveret.evaluate.scorers.own import OWN
 from leveret.evaluate.scorers.words import WORDS
 from leveret.evaluate.scorers.yes_no import YES_NO
 
-SCORERS: dict[str, Scorer] = {**YES_NO, **CHOICE, **WORDS, **BOXES, **OWN}
+SCORERS: dict[str, Scorer] = {**YES_NO, **CHOICE, **WORDS, **BOXES, **JUDGED, **OWN}
 
 __all__ = ["MISSING", "SCORERS", "Scorer", "Verdict"]

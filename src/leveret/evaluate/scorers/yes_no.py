@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from leveret.evaluate import text as rules
+from leveret.evaluate.curves import auc_pr, auc_roc, probabilities
 from leveret.evaluate.forms.base import Item
 from leveret.evaluate.forms.yes_no import POPE_CATEGORIES
 from leveret.evaluate.scorers.base import Scorer, Verdict, mean
+from leveret.evaluate.scorers.mme import MME
 
 # --- POPE -----------------------------------------------------------------------------------------------------------
 
@@ -66,13 +68,108 @@ def _summary_pope(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[st
     return summary
 
 
+def _judge_pope_lmms(item: Item, text: str) -> Verdict:
+    said = text.lower().strip()
+    known = said in ("yes", "no")
+    return Verdict(float(said == item.gold), said if known else None, known)
+
+
+def _summary_pope_lmms(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Unreadable answers are wrong, but count in neither precision nor recall. `yes_ratio` is that of the LABELS, as
+    there; `yes_said` is that of the answers."""
+    summary: dict[str, Any] = {}
+    for part in (*POPE_CATEGORIES, "all"):
+        rows = [(i.gold, v) for i, v in zip(items, verdicts, strict=True) if part in ("all", i.meta["group"])]
+        if not rows:
+            continue
+        tp, fp, fn = (
+            sum(gold == wanted and v.parsed == said for gold, v in rows)
+            for wanted, said in (("yes", "yes"), ("no", "yes"), ("yes", "no"))
+        )
+        summary[part] = {
+            "accuracy": mean([v.score for _, v in rows]),
+            "precision": tp / (tp + fp) if tp + fp else 0.0,
+            "recall": tp / (tp + fn) if tp + fn else 0.0,
+            "f1_score": f1(tp, fp, fn),
+            "yes_ratio": mean([float(gold == "yes") for gold, _ in rows]),
+            "yes_said": mean([float(v.parsed == "yes") for _, v in rows]),
+        }
+    return summary
+
+
+def _summary_pope_vlmevalkit(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """POPE_rating: a row for all and for each category, percent; "Overall" is F1, in which the unreadable are no."""
+    table = []
+    for part in ("Overall", *sorted(POPE_CATEGORIES)):
+        rows = [(i.gold, v) for i, v in zip(items, verdicts, strict=True) if part in ("Overall", i.meta["group"])]
+        if not rows:
+            continue
+        tp = sum(gold == "yes" and v.parsed == "yes" for gold, v in rows)
+        fp = sum(gold == "no" and v.parsed == "yes" for gold, v in rows)
+        fn = sum(gold == "yes" and v.parsed != "yes" for gold, v in rows)
+        table.append(
+            {
+                "split": part,
+                "Overall": 100 * f1(tp, fp, fn),
+                "acc": 100 * mean([v.score for _, v in rows]),
+                "precision": 100 * tp / (tp + fp) if tp + fp else 0.0,
+                "recall": 100 * tp / (tp + fn) if tp + fn else 0.0,
+            }
+        )
+    return table
+
+
+# --- probabilities of the two words ---------------------------------------------------------------------------------
+
+
+def _judge_likely(yes: str, no: str, right: Callable[[Item], bool]) -> Callable[[Item, str], Verdict]:
+    def judge(item: Item, text: str) -> Verdict:
+        first, second = probabilities(text, 2, item.question_id)
+        said = first >= second  # equal ones are the first word
+        return Verdict(float(said == right(item)), yes if said else no, readable=True, detail={"p": first})
+
+    return judge
+
+
+def _curves(rows: Sequence[tuple[bool, Verdict]]) -> tuple[float | None, float | None]:
+    """AUC-ROC and AUC-PR of the first word's probability, over the questions that were answered."""
+    there = [(int(gold), verdict.detail["p"]) for gold, verdict in rows if "p" in verdict.detail]
+    labels, scores = [label for label, _ in there], [score for _, score in there]
+    return auc_roc(labels, scores), auc_pr(labels, scores)
+
+
+def _summary_pope_likely(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    rows = [(i.meta["group"], i.gold == "yes", v) for i, v in zip(items, verdicts, strict=True)]
+    for category in ("adversarial", "popular", "random"):
+        part = [(gold, v) for group, gold, v in rows if group == category]
+        if part:
+            summary[f"POPE-{category}-Accuracy"] = mean([v.score for _, v in part])
+            summary[f"POPE-{category}-AUCROC"], summary[f"POPE-{category}-AUCPR"] = _curves(part)
+    final = mean([value for name, value in summary.items() if name.endswith("Accuracy")])
+    roc, pr = _curves([(gold, v) for _, gold, v in rows])
+    return summary | {"POPE-final-Accuracy": final, "POPE-final-AUCROC": roc, "POPE-final-AUCPR": pr}
+
+
+def _summary_vsr_likely(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    roc, pr = _curves([(bool(i.gold), v) for i, v in zip(items, verdicts, strict=True)])
+    return {
+        "accuracy__VSR-ExactMatch": mean([v.score for v in verdicts]),
+        "accuracy__VSR-AUCROC": roc,
+        "accuracy__VSR-AUCPR": pr,
+        "auc-roc": roc,
+        "auc-pr": pr,
+    }
+
+
 # --- VSR ------------------------------------------------------------------------------------------------------------
 
 
 def _judge_words(yes: str, no: str) -> Callable[[Item, str], Verdict]:
     def judge(item: Item, text: str) -> Verdict:
         said = rules.one_of(text, yes, no)
-        return Verdict(float(said == (yes if item.gold else no)), said, said is not None)
+        right = yes if item.gold in (True, "yes") else no
+        return Verdict(float(said == right), said, said is not None)
 
     return judge
 
@@ -102,6 +199,35 @@ YES_NO = {
         lambda i: i.gold,
         _summary_pope,
     ),
+    "pope_lmms": Scorer(
+        "POPE as in lmms-eval: exactly yes or no in lower case, anything else is wrong",
+        _judge_pope_lmms,
+        lambda i: i.gold,
+        _summary_pope_lmms,
+        headline="F1 of the readable",
+    ),
+    "pope_vlmevalkit": Scorer(
+        "POPE as in VLMEvalKit without a judge: the word yes or the word no, not both; in F1 the unreadable are no",
+        _judge_words("yes", "no"),
+        lambda i: i.gold,
+        _summary_pope_vlmevalkit,
+        headline="F1",
+    ),
+    "pope_probabilities": Scorer(
+        "POPE as in Prismatic: the likelier of the words Yes and No",
+        _judge_likely("yes", "no", lambda i: i.gold == "yes"),
+        lambda i: "[1, 0]" if i.gold == "yes" else "[0, 1]",
+        _summary_pope_likely,
+        reads="probabilities",
+        headline="accuracy, mean of parts",
+    ),
+    "vsr_probabilities": Scorer(
+        "VSR as in Prismatic: the likelier of the words True and False",
+        _judge_likely("true", "false", lambda i: bool(i.gold)),
+        lambda i: "[1, 0]" if i.gold else "[0, 1]",
+        _summary_vsr_likely,
+        reads="probabilities",
+    ),
     "vsr_yes_no": Scorer(
         "VSR as in VLMEvalKit: the word yes or the word no, not both, without a judge",
         _judge_words("yes", "no"),
@@ -114,4 +240,5 @@ YES_NO = {
         lambda i: "True" if i.gold else "False",
         _summary_vsr("true"),
     ),
+    **MME,
 }

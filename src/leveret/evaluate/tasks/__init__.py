@@ -7,7 +7,9 @@ A benchmark's row reads its official files under `root`; a row of the drawn worl
 from __future__ import annotations
 
 import hashlib
+import random
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +116,19 @@ def splits_there(row: TaskRow, root: Path) -> list[str]:
     return sorted(found)
 
 
+def prompt_of(row: TaskRow, prompts: str | None = None) -> str:
+    """The template of a task's questions, by the lineage whose wording it is; without one the task's own.
+
+    RecipeError names the wordings that the task has."""
+    if prompts is None:
+        return row.prompt
+    found = {_plain(name): prompt for name, prompt in row.prompts.items()}.get(_plain(prompts))
+    if found is None:
+        known = f"it has its own and {', '.join(row.prompts)}" if row.prompts else "it has its own alone"
+        raise RecipeError(f"The task {row.id!r} has no prompts {prompts!r}; {known}.")
+    return found
+
+
 def find_files(row: TaskRow, root: str | Path, split: str = "test") -> tuple[Path, tuple[Path, ...]]:
     """The folder that a task lies in, `root/<id>/` or `root`, and its files of a split; no files where there are none.
 
@@ -126,11 +141,13 @@ def find_files(row: TaskRow, root: str | Path, split: str = "test") -> tuple[Pat
     return Path(root), ()
 
 
-def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> list[Item]:
+def load_items(task: str | TaskRow, root: str | Path, split: str = "test", prompts: str | None = None) -> list[Item]:
     """Every question of a task's split, in the order of its files, which lie in `root` or in `root/<id>`.
 
+    prompts  the lineage in whose words the questions are put (`prismatic`); without it the task's own.
+
     Raises:
-        RecipeError: the task is unknown.
+        RecipeError: the task is unknown, or has no such prompts.
         DataError: files are missing or malformed, or ids repeat.
     """
     row, root = task_row(task), Path(root)
@@ -138,13 +155,12 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
     home, files = find_files(row, root, split)
     if not files:
         patterns = [pattern.format(split=official) for pattern in row.files]
-        pickled = " (the pickled refs*.p are not read: save their list as JSON beside them)" * (row.form == "refcoco")
         own = "your questions in LLaVA's form, and the pictures as they name them"
         wanted = own if row.form == "own" else "the task's official files (for your own questions: --suite own)"
         there = splits_there(row, root)
         mend = f"There are the splits {', '.join(there)}." if there else f"Give the folder that holds {wanted}."
-        raise DataError(f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}{pickled}. {mend}")
-    place = Place(files=files, root=home, images=row.images, split=official, prompt=row.prompt)
+        raise DataError(f"Task {row.id!r}, split {split!r}: no {' or '.join(patterns)} in {root}. {mend}")
+    place = Place(files=files, root=home, images=row.images, split=official, prompt=prompt_of(row, prompts))
     try:
         items = FORMS[row.form].load(place)
     except (KeyError, TypeError, AttributeError, IndexError) as fault:
@@ -164,12 +180,35 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test") -> li
     return items
 
 
-def subset(items: Sequence[Item], n: int | None) -> list[Item]:
-    """The first `n` by a hash of the id, in file order: always the same ones, and n = 100 lies within n = 500."""
-    if n is None or n >= len(items):
-        return list(items)
-    if n < 1:
+def subset(items: Sequence[Item], n: int | None, how: str = "hash") -> list[Item]:
+    """At most `n` of the items, always the same ones; n = 100 lies within n = 500.
+
+    how  "hash": the first `n` by a hash of the id, in file order. Items that only count together (`whole`) are taken
+         together, so there may be some more than `n`.
+         "prismatic": its slim sets: `random.Random(21)` shuffles all in file order, and the first `n` of each part
+         (`meta["group"]`) stay, in the shuffled order. The official files' order, that is: its own index is shuffled.
+    """
+    if how not in ("hash", "prismatic"):
+        raise RecipeError(f"Subsets are chosen by 'hash' or as 'prismatic', not {how!r}.")
+    if n is not None and n < 1:
         raise RecipeError(f"n = {n}: at least one question a task is needed.")
-    chosen = sorted(items, key=lambda item: hashlib.sha256(item.question_id.encode()).digest())[:n]
-    ids = {item.question_id for item in chosen}
-    return [item for item in items if item.question_id in ids]
+    if n is None or (n >= len(items) and how == "hash"):
+        return list(items)
+    if how == "prismatic":
+        shuffled = list(items)
+        random.Random(21).shuffle(shuffled)
+        taken: Counter[str] = Counter()
+        slim = []
+        for item in shuffled:
+            part = item.meta.get("group", "")
+            taken[part] += 1
+            slim += [item] if taken[part] <= n else []
+        return slim
+    sizes = Counter(item.meta.get("whole", item.question_id) for item in items)
+    chosen: set[str] = set()
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if n <= 0:
+            break
+        chosen.add(name)
+        n -= sizes[name]
+    return [item for item in items if item.meta.get("whole", item.question_id) in chosen]
