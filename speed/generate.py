@@ -3,17 +3,17 @@
     python speed/generate.py field [--images 4] [--rounds 2] [--batches 4 8 16] [--tokens 4] [--choice]
     python speed/generate.py world [--questions 400] [--images 75] [--slots 64] [--precision auto]
 
-field   beside a plain loop over transformers' own `generate` with the same model, at batch 1 and larger ones: a tower of
-        6 x 192 at 378 pixels (729 tokens), Llama of 6 x 256, 16,384 words, float32, 18 questions an image (POPE's share),
-        answers of `--tokens` tokens. The loop reads, resizes and tokenises what it asks, as the engine does. Answers must
-        be the same; one may differ only where the loop's two likeliest tokens are closer than 1e-4, which is counted.
-        `--choice` asks for one of two words instead, by probabilities in one pass, and compares with generating one
-        token.
+field   beside a plain loop over transformers' own `generate` with the same model, at batch 1 and larger ones: a tower
+        of 6 x 192 at 378 pixels (729 tokens), Llama of 6 x 256, 16,384 words, float32, 18 questions an image (about
+        POPE's share), answers of `--tokens` tokens. The loop reads, resizes and tokenises what it asks, as the engine
+        does. Answers must be the same; one may differ only where the loop's two likeliest tokens are closer than 1e-4,
+        and those are counted. `--choice` asks for one of two words instead, by probabilities in one pass, and
+        compares with generating: as an engine does by itself, and as `evaluate` asks (one thread, each alone).
 world   against one question at a time: the drawn world's size (64-pixel tower with 64 tokens; Llama of width 128, 4
         layers), answers cut at 1 to 10 tokens.
 
-Weights are random. The ways run in turn in one process, A, B, A, B, so that a busy machine is fair to all. Prints seconds,
-questions a second and ratios.
+Weights are random. The ways run in turn in one process, A, B, A, B, so that a busy machine is fair to all. Prints
+seconds, questions a second and ratios.
 """
 
 from __future__ import annotations
@@ -170,9 +170,7 @@ def laid(vlm: Any, requests: list[Any]) -> Any:
     items = []
     for request in requests:
         image = load(request.images[0])
-        encoded = encode(
-            request.turns, vlm.chat, vlm.tokenizer, vlm.spec, [(image.height, image.width)], generate=True
-        )
+        encoded = encode(request.turns, vlm.chat, vlm.tokenizer, vlm.spec, [(image.height, image.width)], generate=True)
         items.append(Item(encoded, pixels=[{view.name: prepare(image, view) for view in vlm.spec.towers}]))
     return collate(items, vlm.tokenizer.pad_token_id, side="left")
 
@@ -207,73 +205,123 @@ def differing(vlm: Any, requests: list[Any], ours: list[str], theirs: list[list[
     return count
 
 
-def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, questions: int) -> dict[str, float]:
+def in_turn(ways: dict[str, tuple[Callable[[list[Any]], Any], list[Any]]], rounds: int) -> dict[str, float]:
     """Questions a second of every way: the median of `rounds`, one way after the other in each."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for way, run in ways.items():
+        for way, (run, asked) in ways.items():
             began = time.perf_counter()
-            run()
+            run(asked)
             seconds[way].append(time.perf_counter() - began)
+    rates = {way: len(asked) / median(seconds[way]) for way, (_, asked) in ways.items()}
     for way, taken in seconds.items():
         shown = ", ".join(f"{one:.2f}" for one in taken)
-        print(f"{way:>18}: {shown} s; {questions / median(taken):,.1f} questions/s", flush=True)
-    return {way: questions / median(taken) for way, taken in seconds.items()}
+        print(f"{way:>20}: {len(ways[way][1])} in {shown} s; {rates[way]:,.1f} questions/s", flush=True)
+    return rates
 
 
-def load_now() -> str:
-    return f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores, {torch.get_num_threads()} threads for the loop"
+def beside() -> str:
+    return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def field(options: argparse.Namespace) -> None:
+def field(options: argparse.Namespace, folder: Path) -> None:
     from dataclasses import replace
 
     from leveret.generate import Engine
 
     vlm, questions = field_sized(), PER_IMAGE * options.images
-    with tempfile.TemporaryDirectory() as held:
-        requests = examination(Path(held), questions, options.images, side=384, words=(5, 12), tokens=options.tokens)
-        few = requests[: options.few or questions]
+    requests = examination(folder, questions, options.images, side=384, words=(5, 12), tokens=options.tokens)
+    requests.sort(key=lambda request: request.images[0].path)
+    few = requests[: options.few or questions]
 
-        def engine(asked: list[Any]) -> list[Any]:
-            return Engine(vlm, slots=options.slots, precision="fp32").answer(asked)
+    def engine(asked: list[Any]) -> list[Any]:
+        return Engine(vlm, slots=options.slots, precision="fp32").answer(asked)
 
-        print(load_now(), flush=True)
-        if options.choice:
-            pair = [replace(request, choices=("red", "blue")) for request in requests]
-            one = [replace(request, max_new_tokens=1) for request in requests]
-            ways = {"choice": lambda: engine(pair), "generating": lambda: engine(requests), "1 token": lambda: engine(one)}
-            rates = in_turn(ways, options.rounds, questions)
-            print(f"one pass: {rates['choice'] / rates['generating']:.2f} times as fast as answers of {options.tokens} tokens")
-            return
-        ours = {p.question_id: p.text for p in engine(requests)}
-        mine = [ours[request.question_id] for request in few]
-        edges = differing(vlm, few, mine, loop(vlm, few, 1))
-        print(f"{len(set(mine))} different answers to {len(few)} questions; {edges} differ from the loop's, all by less than {MARGIN}")
-        rates = in_turn({"engine": lambda: engine(requests)}, 1, questions)
-        best = 0.0
-        # The loop's time a question does not depend on how many there are: a part of them says it.
-        by = {f"generate, batch {size}": (lambda size=size: loop(vlm, few, size)) for size in (1, *options.batches)}
-        found: dict[str, list[float]] = {}
-        for _ in range(options.rounds):
-            for way, run, count in [("engine", lambda: engine(requests), questions), *((w, r, len(few)) for w, r in by.items())]:
-                began = time.perf_counter()
-                run()
-                found.setdefault(way, []).append(count / (time.perf_counter() - began))
-        for way, rate in found.items():
-            print(f"{way:>18}: {', '.join(f'{one:.1f}' for one in rate)} questions/s; median {median(rate):.1f}")
-        single = median(found["generate, batch 1"])
-        best = max(median(rate) for way, rate in found.items() if way != "engine")
-        mid = median(found["engine"])
-        print(f"{mid / single:.1f} times the loop at batch 1, {mid / best:.1f} times the loop at its best; {load_now()}")
+    if options.choice:
+        pair = [replace(request, choices=("red", "blue")) for request in requests]
+
+        def alone(asked: list[Any]) -> list[Any]:
+            return Engine(vlm, slots=options.slots, precision="fp32", threads=1).answer(asked)
+
+        words = f"{options.tokens} tokens"
+        ways = {"choice": (engine, pair), words: (engine, requests)}
+        ways |= {"choice, alone": (alone, pair), f"{words}, one thread": (alone, requests)}
+        rates = in_turn(ways, options.rounds)
+        print(
+            f"one pass: {rates['choice'] / rates[words]:.2f} times as fast as answers of {words}; as evaluate asks "
+            f"{rates['choice, alone'] / rates[f'{words}, one thread']:.2f} times; {beside()}"
+        )
+        one, other = engine(pair), alone(pair)
+        same = [a.text == b.text or abs(a.choices["red"] - 0.5) < MARGIN for a, b in zip(one, other, strict=True)]
+        print(f"the same choice in {sum(same)} of {len(same)}")
+        return
+    ours = {prediction.question_id: prediction.text for prediction in engine(requests)}
+    mine = [ours[request.question_id] for request in few]
+    edges = differing(vlm, few, mine, loop(vlm, few, 1))
+    print(
+        f"{len(set(mine))} different answers to {len(few)} questions; {edges} of them not the loop's, each with a token "
+        f"whose lead is under {MARGIN}",
+        flush=True,
+    )
+    # The loop's time a question does not depend on how many there are, so a part of them tells it.
+    loops = {
+        f"generate, batch {size}": (lambda asked, size=size: loop(vlm, asked, size), few)
+        for size in (1, *options.batches)
+    }
+    rates = in_turn({"engine": (engine, requests), **loops}, options.rounds)
+    single, best = rates["generate, batch 1"], max(rate for way, rate in rates.items() if way != "engine")
+    print(
+        f"{rates['engine'] / single:.1f} times the loop at batch 1, {rates['engine'] / best:.1f} times the loop at its "
+        f"best batch; {beside()}"
+    )
+
+
+def world(options: argparse.Namespace, folder: Path) -> None:
+    from leveret.generate import Engine
+
+    vlm = world_sized()
+    requests = examination(folder, options.questions, options.images)
+
+    def together(asked: list[Any], precision: str = options.precision) -> list[str]:
+        return [p.text for p in Engine(vlm, slots=options.slots, precision=precision).answer(asked)]  # type: ignore[arg-type]
+
+    def singly(asked: list[Any], precision: str = options.precision) -> list[str]:
+        engine = Engine(vlm, slots=1, precision=precision, cache_bytes=0)  # type: ignore[arg-type]
+        return [engine.answer([request])[0].text for request in asked]
+
+    ways = {"engine": (together, requests)}
+    if not options.no_singles:
+        ways["one by one"] = (singly, requests)
+        if together(requests, "fp32") != singly(requests, "fp32"):
+            sys.exit("the ways disagree in float32")
+    rates = in_turn(ways, options.rounds)
+    if "one by one" in rates:
+        ratio = rates["engine"] / rates["one by one"]
+        print(f"batches and shared prefixes: {ratio:.1f} times as fast; the same answers in float32; {beside()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = parser.add_subparsers(dest="size", required=True)
+    for name, images in (("field", 4), ("world", 75)):
+        arm = sizes.add_parser(name)
+        arm.add_argument("--images", type=int, default=images)
+        arm.add_argument("--slots", type=int, default=64)
+        arm.add_argument("--rounds", type=int, default=2)
+        arm.add_argument("--threads", type=int, default=torch.get_num_threads())
+    field_arm, world_arm = sizes.choices["field"], sizes.choices["world"]
+    field_arm.add_argument("--tokens", type=int, default=4, help="of every answer")
+    field_arm.add_argument("--few", type=int, default=18, help="questions that the loop is asked; 0 for all")
+    field_arm.add_argument("--batches", type=int, nargs="*", default=[6, 18])
+    field_arm.add_argument("--choice", action="store_true")
+    world_arm.add_argument("--questions", type=int, default=400)
+    world_arm.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    world_arm.add_argument("--no-singles", action="store_true", help="leave out the slow way; for large examinations")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        {"field": field, "world": world}[options.size](options, Path(folder))
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser()
-    p.add_argument("--images", type=int, default=2); p.add_argument("--rounds", type=int, default=1)
-    p.add_argument("--tokens", type=int, default=4); p.add_argument("--slots", type=int, default=64)
-    p.add_argument("--few", type=int, default=0); p.add_argument("--choice", action="store_true")
-    p.add_argument("--batches", type=int, nargs="*", default=[9]); p.add_argument("--threads", type=int, default=2)
-    o = p.parse_args(); torch.set_num_threads(o.threads)
-    with torch.inference_mode():
-        field(o)
+    main()

@@ -39,7 +39,19 @@ TASKS_OF: dict[str, tuple[str, ...]] = {
     "textvqa": ("textvqa", "textvqa_ocr"),
 }
 
-ANSWERS: dict[tuple[str, str], str] = {}
+ANSWERS: dict[tuple[str, str], str] = {
+    ("mmmu", "official_no_fallback"): "no_fallback",
+    ("mmmu", "official_with_fallback"): "with_fallback",
+    ("mmmu", "eval_only"): "eval_only_predictions.json",
+    ("mmmu", "lmms_eval_no_fallback"): "no_fallback",
+    ("cmmmu", "official"): "responses.jsonl",
+    ("cmmmu", "official_answer_mode"): "answers.jsonl",
+    ("cmmmu", "official_with_fallback"): "with_fallback/responses.jsonl",
+    ("cmmmu", "lmms_eval"): "responses.jsonl",
+}
+
+DATA: dict[tuple[str, str], str] = {("cmmmu", "official_with_fallback"): "with_fallback"}
+"""Where the questions lie, where that is not the folder itself."""
 
 NO_RULE: dict[tuple[str, str], str] = {
     ("refcoco", "refer_loader_check"): "counts of what the reader of the pickles finds",
@@ -50,7 +62,11 @@ NO_RULE: dict[tuple[str, str], str] = {
     ("mme", "mme_eval_tool_raw"): "an error of the original",
 }
 
-ELSEWHERE: dict[tuple[str, str], str] = {}
+ELSEWHERE: dict[tuple[str, str], str] = {
+    (task, lineage): "test_evaluate_judges.py"
+    for task in ("mm_vet", "llava_bench_w")
+    for lineage in ("official", "vlmevalkit_aggregation")
+} | {("mmmu", "real_model_outputs"): "test_real_answers_to_mmmu"}
 
 SHAPE: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {}
 
@@ -58,6 +74,8 @@ Reader = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
 """(our line of the items file, their line of per_item.jsonl) -> what their column must equal."""
 
 PER_ITEM: dict[tuple[str, str], list[tuple[str, Reader]]] = {
+    ("mmmu", "official_no_fallback"): [("judge", lambda ours, _: "Correct" if ours["score"] else "Wrong")],
+    ("cmmmu", "official"): [("correct", lambda ours, _: ours["score"] == 1)],
     ("pope", "bunny"): [("parsed", lambda ours, _: ours["parsed"])],
     ("gqa", "official"): [
         ("correct", lambda ours, _: ours["score"] == 1),
@@ -161,10 +179,12 @@ def differences(theirs: Any, ours: Any, tolerance: float, where: str = "") -> li
 def test_scores_are_the_originals(tmp_path: Path, task: str, folder: str, lineage: str) -> None:
     root, golden = GOLDENS / folder, expected(folder)
     entry = golden["scores"][lineage]
-    found = score(task, answers_of(folder, lineage), root, rule=lineage, items_path=tmp_path / "items.jsonl")
+    data = root / DATA.get((folder, lineage), "")
+    found = score(task, answers_of(folder, lineage), data, rule=lineage, items_path=tmp_path / "items.jsonl")
     metrics = SHAPE.get((folder, lineage), lambda metrics: metrics)(found["metrics"])
     assert not differences(entry["metrics"], metrics, golden["tolerance"])
-    assert not differences(entry.get("counts", {}), found["metrics"].get("counts", {}), 0)
+    counts = found["metrics"].get("counts", {}) if isinstance(found["metrics"], dict) else {}
+    assert not differences(entry.get("counts", {}), counts, 0)
     ours = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text("utf-8").splitlines()]
     if (root / "per_item.jsonl").exists():
         compare_items(folder, lineage, ours)
@@ -213,6 +233,17 @@ def paired(
         exact = [mine for mine in found if mine["prompt"].lower().startswith(asked)] if len(found) > 1 else found
         assert len(exact) == 1, f"{len(exact)} items for {record}"
         yield record, exact[0]
+
+
+@pytest.mark.goldens
+def test_real_answers_to_mmmu() -> None:
+    root = GOLDENS / "mmmu" / "real_outputs"
+    if not root.is_dir():
+        pytest.skip(f"{root} is not here")
+    entry, tolerance = expected("mmmu")["scores"]["real_model_outputs"], expected("mmmu")["tolerance"]
+    for model, metrics in entry["metrics"].items():
+        found = score("mmmu", root / f"{model}_total_val_output.json", root, rule="eval_only")
+        assert not differences(metrics, found["metrics"], tolerance), model
 
 
 @pytest.mark.goldens

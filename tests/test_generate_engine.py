@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fakes import tiny_vlm
-from leveret.generate import Engine, Request
+from leveret.generate import Engine, Request, memory
 from leveret.images import load as load_image
 from leveret.inputs import Item, collate, encode, prepare
 from leveret.model.vlm import VLM
@@ -202,7 +202,7 @@ def test_passes_are_cut_to_a_bound(vlm: VLM, monkeypatch: pytest.MonkeyPatch) ->
     requests = some_requests(20, seed=7)
     usual = engine(vlm).answer(requests)
     for most in (1, 40, 100):
-        monkeypatch.setattr("leveret.generate.slots.PASS_TOKENS", most)
+        monkeypatch.setitem(memory.PASS_TOKENS, "cpu", most)
         assert engine(vlm).answer(requests) == usual
 
 

@@ -443,11 +443,12 @@ def _pair(given: str) -> tuple[str, str]:
 def _print_memory(held: dict[str, Any] | None) -> None:
     if held is None:
         return
-    shown = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
+    size = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
     each = "" if held["processes"] == 1 else f" in each of {held['processes']} processes"
     print(
-        f"memory: at most {shown['total']}{each}, beside {shown['weights']} of weights: {held['slots']} answers at once "
-        f"of {held['positions']} positions ({shown['rows']}), a pass ({shown['passes']}), images kept ({shown['prefixes']} and {shown['features']})"
+        f"memory: at most {size['total']}{each}, beside {size['weights']} of weights: {held['slots']} answers at once "
+        f"of {held['positions']} positions ({size['rows']}), a pass ({size['passes']}), images kept "
+        f"({size['prefixes']} and {size['features']})"
     )
 
 

@@ -327,7 +327,7 @@ def _engine(model: Any, helpers: Helpers, memory: int | None) -> Answers:
     # same answers. Small models on the CPU lose little by it; large ones keep the precision they were loaded with.
     if threads_for(vlm) != 1:
         return loaded.engine if isinstance(loaded, Model) and memory is None else Engine(vlm, memory=memory)
-    alone = Engine(vlm, precision="fp32", memory=memory)
+    alone = Engine(vlm, precision="fp32", memory=memory, threads=1)  # a helper stands on every other core
     return Crew(alone, model, helpers) if isinstance(model, (str, Path)) else alone
 
 

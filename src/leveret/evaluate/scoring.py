@@ -15,7 +15,7 @@ from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.scorers.asking import NEEDED, Judging, bound
 from leveret.evaluate.stats import headline, interval
-from leveret.evaluate.tasks import TaskRow, load_items, rule_of, task_row
+from leveret.evaluate.tasks import TaskRow, find_files, load_items, rule_of, task_row
 from leveret.runs import DataError, RecipeError, atomic_write
 
 
@@ -171,6 +171,8 @@ def _joined(
     form = FORMS[row.form]
     records = _read_answers(answers, form)
     name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record, form)} or {"text"})
+    if isinstance(answers, (str, Path)) and Path(answers).is_dir() and find_files(row, answers, split)[1]:
+        data_root = answers  # MMMU's example outputs: the folder of the answers holds the questions they are to
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     return row, name, scorer, items, join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)

@@ -47,7 +47,8 @@ SOURCES: dict[str, Source] = {
         "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2, testdev_balanced)", n={"test": 12578}
     ),
     "vqav2": Source(
-        "https://visualqa.org/download.html (questions and annotations v2)", COCO, {"test": 214354, "test-dev2015": 107394, "server": 447793},
+        "https://visualqa.org/download.html (questions and annotations v2)", COCO,
+        {"test": 214354, "test-dev2015": 107394, "server": 447793},
         note="test-dev's answers are not published: its server scores them",
     ),
     "vizwiz": Source("https://vizwiz.org/tasks-and-datasets/vqa", n={"test": 4319}, note="scored on val"),

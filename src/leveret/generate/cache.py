@@ -9,10 +9,12 @@ token overwrites it. Rows of any length stand side by side, join and leave, and 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -106,9 +108,17 @@ class SlotCache(Cache):
     def _allocate(self, heads: int, width: int, like: Tensor) -> None:
         old = self.kv
         # Zeros, not empty memory: a NaN in a column with weight zero would still spoil the sum.
-        self.kv = torch.zeros(
-            self.depth, 2, self.rows, heads, self.columns, width, dtype=self.dtype, device=like.device
-        )
+        shape = (self.depth, 2, self.rows, heads, self.columns, width)
+        dtype = self.dtype or like.dtype
+        if like.device.type == "cpu":
+            # NumPy's zeros are pages that the system fills when they are first written to; torch writes them all now.
+            # They begin at a multiple of 64 bytes, as torch's do: products may sum in another order elsewhere.
+            size = math.prod(shape) * dtype.itemsize
+            held = np.zeros(size + 64, np.uint8)
+            begin = -held.ctypes.data % 64
+            self.kv = torch.from_numpy(held[begin : begin + size]).view(dtype).view(shape)
+        else:
+            self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         if old is not None:
             self.kv[:, :, : old.shape[2], :, : old.shape[4]] = old
 

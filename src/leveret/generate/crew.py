@@ -189,7 +189,7 @@ def main() -> None:
             folder, share, memory = _unpack(frame)
             if folder not in engines:
                 engines.clear()  # one model at a time
-                engines[folder] = Engine(load(folder, "cpu").vlm, precision="fp32")
+                engines[folder] = Engine(load(folder, "cpu").vlm, precision="fp32", threads=1)
             engines[folder].memory = memory
             try:
                 return _pack_answers(engines[folder].answer(share))

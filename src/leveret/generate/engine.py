@@ -30,7 +30,7 @@ from leveret.inputs.chat import encode, find_chat
 from leveret.inputs.tiles import prepare_all
 from leveret.model.language import reach
 from leveret.model.precision import Precision, resolve_precision
-from leveret.model.threads import threads_for, torch_threads
+from leveret.model.threads import threads_for, threads_for_pass
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, ImageRef, Prediction, Turn
 from leveret.runs import DataError
@@ -70,7 +70,9 @@ class Engine:
     cache_bytes     memory for image features, and again for image prefixes, kept for later questions.
     memory          bytes that answering may take beside the weights (see `memory`): fewer slots, smaller passes and
                     less kept where they would take more. None puts no bound on it. Changes no answer.
-    threads         torch's, while answering; None takes one for a small model on the CPU, else torch's own choice.
+    threads         torch's, while answering; None takes torch's own choice, and for a small model on the CPU one, but
+                    in passes over very many positions. With 1, in float32 on a CPU, probabilities of choices are the
+                    same bits in any company, which costs some time (see `Slots`).
 
     `plan` says what the last call of `answer` was allowed to hold.
     """
@@ -94,9 +96,16 @@ class Engine:
         generation = getattr(vlm.language, "generation_config", None)
         self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
         self.eyes = Eyes(vlm, self.bf16, cache_bytes)
-        self.threads = threads_for(vlm) if threads is None else threads
-        alone = self.threads == 1 and vlm.device.type == "cpu" and not self.bf16
-        self.slots = Slots(vlm, slots, self.eyes.features, self.stops, bf16=self.bf16, shelf=cache_bytes, alone=alone)
+        usual = threads_for(vlm) if threads is None else threads
+        alone = threads == 1 and vlm.device.type == "cpu" and not self.bf16
+        size = sum(parameter.numel() for parameter in vlm.parameters())
+
+        def of_pass(positions: int) -> int | None:
+            return threads or threads_for_pass(usual, size, positions)
+
+        self.slots = Slots(
+            vlm, slots, self.eyes.features, self.stops, bf16=self.bf16, shelf=cache_bytes, alone=alone, threads=of_pass
+        )
         self.memory, self.most, self.kept = memory, slots, cache_bytes
         self.costs = Costs(vlm, self.bf16)
         self.plan: Plan | None = None
@@ -125,12 +134,11 @@ class Engine:
         waiting = deque(self._order(replies))
         try:
             while waiting or self.slots.active:
-                with torch_threads(self.threads):
-                    # Joining is worth a pass of its own only for many at once.
-                    if waiting and (2 * self.slots.free >= self.slots.size or not self.slots.active):
-                        ended = self.slots.join([waiting.popleft() for _ in range(min(self.slots.free, len(waiting)))])
-                    else:
-                        ended = self.slots.step()
+                # Joining is worth a pass of its own only for many at once.
+                if waiting and (2 * self.slots.free >= self.slots.size or not self.slots.active):
+                    ended = self.slots.join([waiting.popleft() for _ in range(min(self.slots.free, len(waiting)))])
+                else:
+                    ended = self.slots.step()
                 for reply in ended:
                     if (place := number.get(id(reply))) is None:
                         continue  # somebody's stream, which sees for itself that it ended
@@ -176,8 +184,7 @@ class Engine:
                     kept = kept[len(ready) :]
                 if last:
                     return
-                with torch_threads(self.threads):
-                    self.slots.step()
+                self.slots.step()
         finally:
             self.slots.leave(reply)
 

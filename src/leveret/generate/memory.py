@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from leveret.generate.slots import Reply
     from leveret.model.vlm import VLM
 
-PASS_TOKENS = 8192
-"""Padded positions of one prompt pass, at most (one row may have more): bounds memory, and keeps caches warm."""
+PASS_TOKENS = {"cpu": 1024}
+"""Padded positions of one prompt pass, at most (one row may have more): bounds memory, and on a CPU keeps its caches
+warm (four images of 729 tokens one by one take two thirds of the time that they take together)."""
+MANY_TOKENS = 8192
+"""The same on any other device."""
 
 COLUMNS = 32
 """Rows are allocated in multiples of so many positions."""
@@ -83,6 +86,7 @@ class Costs:
         self.image = sum(self._tower(tower, view.size) for tower, view in _pairs(vlm))
         self.weights = sum(tensor.nbytes for tensor in vlm.state_dict().values())
         self.tokens = max(vlm.spec.tokens, 1)
+        self.pass_tokens = pass_tokens(vlm)
 
     @staticmethod
     def _tower(tower: Any, side: int) -> int:
@@ -108,10 +112,10 @@ class Costs:
         widest = max((max(reply.prefix, len(reply.ids) - reply.prefix) for reply in replies), default=1)
         row = positions * self.kv
         slots = max(1, min(slots, len(replies)))
-        tokens = PASS_TOKENS
+        tokens = self.pass_tokens
         if budget is not None:
-            each = self.one_pass(PASS_TOKENS, longest) / PASS_TOKENS
-            tokens = max(widest, min(PASS_TOKENS, int(budget / 4 / each)))
+            each = self.one_pass(tokens, longest) / tokens
+            tokens = max(widest, min(tokens, int(budget / 4 / each)))
             left = budget - self.one_pass(tokens, longest)
             if left < row + self.logits:
                 least = self.one_pass(widest, longest) + row + self.logits
@@ -121,8 +125,12 @@ class Costs:
                 )
             kept = min(kept, max(0, left - row - self.logits) // 8)
             slots = max(1, min(slots, (left - 2 * kept) // (row + self.logits)))
-        passes = self.one_pass(tokens, longest) + slots * self.logits
+        passes = self.one_pass(max(tokens, widest), longest) + slots * self.logits
         return Plan(slots, positions, tokens, slots * row, kept, kept, passes, self.weights)
+
+
+def pass_tokens(vlm: VLM) -> int:
+    return PASS_TOKENS.get(vlm.device.type, MANY_TOKENS)
 
 
 def _pairs(vlm: VLM) -> list[tuple[Any, Any]]:

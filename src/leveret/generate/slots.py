@@ -13,6 +13,7 @@ Nothing here knows of files, chat formats or records: serving and examining both
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from leveret.generate.cache import Shelf, SlotCache
-from leveret.generate.memory import PASS_TOKENS, Plan
+from leveret.generate.memory import Plan, pass_tokens
 from leveret.generate.sampling import Picker
 from leveret.generate.text import Stops, decode
-from leveret.model.rows import only_rows
+from leveret.model.rows import MULTIPLE, only_rows
+from leveret.model.threads import torch_threads
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, Batch
 from leveret.runs import EnvironmentFault
@@ -85,10 +87,10 @@ class Slots:
     stops     what ends an answer.
     bf16      compute in bfloat16 autocast.
     shelf     bytes of image prefixes (keys and values) to keep for later questions.
+    threads   says how many threads a pass over so many positions gets; None stands for torch's own choice.
     alone     give choices a pass of their own, of images too. The order in which a product sums depends on how many
               rows it has, so probabilities differ in their last digits with the company; computed alone they are the
-              same bits whatever else is asked, before or after a stop, here or in another process. On a CPU with one
-              thread, where a pass over many is hardly faster.
+              same bits whatever else is asked, before or after a stop, here or in another process.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class Slots:
         bf16: bool,
         shelf: int,
         alone: bool = False,
+        threads: Callable[[int], int | None] = lambda positions: None,
     ) -> None:
         self.vlm, self.size, self.features, self.stops, self.bf16 = vlm, size, features, stops, bf16
-        self.alone, self.pass_tokens = alone, PASS_TOKENS
+        self.alone, self.pass_tokens, self.threads = alone, pass_tokens(vlm), threads
         self.active: list[Reply] = []
         self.prefixes = Shelf(shelf)
         self.masks = Masks(vlm.language.config.get_text_config())
@@ -144,6 +147,9 @@ class Slots:
             self._enter(chunk)
         return ended + self._compact()
 
+    def _threaded(self, positions: int, alone: bool = False) -> AbstractContextManager[None]:
+        return torch_threads(1 if alone else self.threads(positions))
+
     def _fill(self, row: int, replies: Sequence[Reply], blocks: Mapping[Any, Tensor]) -> None:
         """Copy the prefixes of `replies` into the rows from `row` on."""
         for place, reply in enumerate(replies, row):
@@ -155,12 +161,14 @@ class Slots:
         first = len(self.active)
         if blocks is not None:
             self._fill(first, replies, blocks)
-        batch = self._batch(
-            [(reply.ids[reply.prefix :], reply.marks[reply.prefix :]) for reply in replies],
-            [image for reply in replies if not reply.prefix for image in reply.images],
-            alone=blocks is not None,
-        )
-        logits = self._forward(first, [reply.prefix for reply in replies], batch)
+        alone = blocks is not None
+        with self._threaded(sum(len(reply.ids) - reply.prefix for reply in replies), alone):
+            batch = self._batch(
+                [(reply.ids[reply.prefix :], reply.marks[reply.prefix :]) for reply in replies],
+                [image for reply in replies if not reply.prefix for image in reply.images],
+                alone=alone,
+            )
+            logits = self._forward(first, [reply.prefix for reply in replies], batch)
         self.active += replies
         self._take(replies, logits)
 
@@ -170,7 +178,9 @@ class Slots:
         if not self.active:
             return []
         batch = self._batch([([reply.tokens[-1]], [False]) for reply in self.active])
-        self._take(self.active, self._forward(0, [reply.position for reply in self.active], batch))
+        with self._threaded(len(self.active)):
+            logits = self._forward(0, [reply.position for reply in self.active], batch)
+        self._take(self.active, logits)
         return self._compact()
 
     @torch.inference_mode()
@@ -202,12 +212,13 @@ class Slots:
             }
             if missing := [head for head in chunk if head.prefix and head.key not in blocks]:
                 self.cache.reserve(row + len(missing), max(head.prefix for head in missing))
-                batch = self._batch(
-                    [(head.ids[: head.prefix], head.marks[: head.prefix]) for head in missing],
-                    [image for head in missing for image in head.images],
-                    alone=alone,
-                )
-                self._forward(row, [0] * len(missing), batch, logits=False)
+                with self._threaded(sum(head.prefix for head in missing), alone):
+                    batch = self._batch(
+                        [(head.ids[: head.prefix], head.marks[: head.prefix]) for head in missing],
+                        [image for head in missing for image in head.images],
+                        alone=alone,
+                    )
+                    self._forward(row, [0] * len(missing), batch, logits=False)
                 for place, head in enumerate(missing, row):
                     blocks[head.key] = block = self.cache.copy_out(place, head.prefix)
                     self.prefixes.put((head.key, alone), block)
@@ -248,7 +259,7 @@ class Slots:
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             embeddings = self.vlm.embed(batch)
             mask = self.masks.of(at, max(starts) + length, embeddings.dtype)
-            with only_rows(self.vlm.language, last if logits else torch.zeros_like(last)):
+            with only_rows(self.vlm.language, last if logits else torch.zeros_like(last), MULTIPLE if self.bf16 else 1):
                 out = self.vlm.language(
                     inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
                     past_key_values=self.cache, use_cache=True,

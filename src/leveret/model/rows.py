@@ -26,16 +26,18 @@ compiles each that it meets."""
 
 
 @contextmanager
-def only_rows(language: Any, rows: Tensor | None) -> Iterator[None]:
+def only_rows(language: Any, rows: Tensor | None, multiple: int = MULTIPLE) -> Iterator[None]:
     """Let a causal language model give logits [1, K, V] for the K hidden rows where `rows` [B, T] is True, in order.
 
     None asks for all of them, [B, T, V].
+
+    multiple  1 where products are not compiled by shape (float32), and few rows are wanted.
     """
     if rows is None:
         yield
         return
     index = rows.flatten().nonzero().squeeze(1)
-    some = torch.nn.functional.pad(index, (0, -len(index) % MULTIPLE), value=int(index[-1]) if len(index) else 0)
+    some = torch.nn.functional.pad(index, (0, -len(index) % multiple), value=int(index[-1]) if len(index) else 0)
 
     def pick(_: nn.Module, args: Any) -> Any:
         return args[0].flatten(0, 1).index_select(0, some)[None], *args[1:]

@@ -33,3 +33,13 @@ def threads_for(module: nn.Module) -> int | None:
     if first is None or first.device.type != "cpu":
         return None
     return 1 if sum(parameter.numel() for parameter in module.parameters()) <= LIGHT else None
+
+
+HEAVY = 2_000_000_000
+"""Products of a weight and a position from which a pass of a small model is shared between threads after all."""
+
+
+def threads_for_pass(module_threads: int | None, parameters: int, positions: int) -> int | None:
+    """Threads for one pass: those of `threads_for`, or torch's own where a small model meets very many positions (an
+    image of hundreds of tokens)."""
+    return None if parameters * positions >= HEAVY else module_threads
