@@ -171,7 +171,7 @@ def evaluate(
         _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
         for swapped in ((False, True) if blind else (False,))
         for row in rows
-        if not (swapped and row.id in asking)
+        if not (swapped and (row.id in asking or any(item.gold is None for item in loaded[row.id])))
     ]
     held: list[Any] = []
     with Helpers() if helpers is None else nullcontext(helpers) as crew:
@@ -211,16 +211,12 @@ def evaluate(
         "root": str(Path(root).absolute()),
         "leveret": __version__,
     }
-    if unjudged:
-        results["unjudged"] = {
-            row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
-            for row in unjudged
-        }
-    if unscored:
-        results["unscored"] = {
-            row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
-            for row in unscored
-        }
+    for kind, some in (("unjudged", unjudged), ("unscored", unscored)):
+        if some:
+            results[kind] = {
+                row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
+                for row in some
+            }
     if plan := getattr(held[0], "plan", None) if held else None:
         results["memory"] = {**plan.facts(), "processes": getattr(held[0], "processes", 1), "allowed": memory}
     for task in examined:
