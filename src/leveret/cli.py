@@ -371,6 +371,10 @@ def evaluate(
     memory: Annotated[
         str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that answer, on a CPU; one a core where there are many questions."),
+    ] = None,
     own: Own = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -387,9 +391,16 @@ def evaluate(
         counts = {task: len(load_items(task, data, split)) for task in SUITES.get(suite, (suite,))}
         return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
     from leveret.evaluate import evaluate as station
+    from leveret.generate.helpers import Helpers
 
-    with _reporting(json):
-        results = station(model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules, memory=allowed)
+    if int(os.environ.get("RANK", "0")):  # started by torchrun: its first process answers, with helpers of its own
+        return
+    workers = workers or int(os.environ.get("WORLD_SIZE", "0")) or None
+    helpers = Helpers() if workers is None else Helpers(workers - 1, least=1)
+    with _reporting(json), helpers:
+        results = station(
+            model, data, suite, out=out, blind=blind, n=n, split=split, rules=rules, memory=allowed, helpers=helpers
+        )
     if not json:
         _print_scores(results)
         _print_memory(results.get("memory"))
@@ -409,8 +420,8 @@ def _print_memory(held: dict[str, Any] | None) -> None:
         return
     size = {name: f"{value / 2**20:,.0f} MiB" for name, value in held.items() if isinstance(value, int)}
     print(
-        f"memory: at most {size['total']} in each of {held['processes']} process(es), beside {size['weights']} of weights: "
-        f"{held['slots']} answers at once of {held['positions']} positions ({size['rows']}), "
+        f"memory: at most {size['total']} in each of {held['processes']} process(es), beside {size['weights']} of "
+        f"weights: {held['slots']} answers at once of {held['positions']} positions ({size['rows']}), "
         f"a pass ({size['passes']}), images kept ({size['prefixes']} and {size['features']})"
     )
 
