@@ -24,6 +24,7 @@ from leveret import __version__
 from leveret.evaluate.baselines import Constants, chance, constants
 from leveret.evaluate.forms import Item
 from leveret.evaluate.judges import Judge
+from leveret.evaluate.options import Answered, Options, chosen, options_of
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scoring import figures, judge_all, judged, write_items
@@ -146,7 +147,7 @@ def evaluate(
 
         if (other := open_other(str(model))) is not None:
             model = engine = other
-    options = {row.id: _options(row, by.get(row.id)) for row in rows}
+    options = {row.id: options_of(row, by.get(row.id)) for row in rows}
     if isinstance(model, (str, Path)):
         from leveret.model.source import locate
 
@@ -281,23 +282,6 @@ def _name(item: Item) -> str:
     return str(item.meta["image_id"])
 
 
-Options = Callable[[Item], tuple[str, ...]]
-
-
-def _options(row: TaskRow, rule: str | None) -> Options | None:
-    """What an item's probabilities are asked for, where the rule reads them; None where it reads what was said."""
-    name, scorer = rule_of(row, rule)
-    if scorer.reads != "probabilities":
-        return None
-    given = row.options
-    if not given:
-        raise RecipeError(
-            f"The rule {name!r} of {row.id!r} judges probabilities, and the task names no options to choose between; "
-            "answers with probabilities can be scored by `leveret score`."
-        )
-    return given if callable(given) else lambda item: given
-
-
 def _questions_hash(row: TaskRow, items: Sequence[Item], options: Options | None) -> str:
     asked = [[i.question_id, i.prompt, i.image and i.meta["image_id"], i.gold, i.template] for i in items]
     # Answers that were generated and answers that were chosen are not the same answers.
@@ -395,12 +379,7 @@ class _Desk:
             "metadata": {**prediction.meta, "image": item.image and _name(item)},
             "task": self.row.id,
         }
-        if options:
-            if prediction.choices is None:
-                raise RuntimeError(f"the engine gave no probabilities for {name!r} of {self.row.id!r}")
-            record["probabilities"] = [prediction.choices[option] for option in options]
-            record["options"] = list(options)
-        append_jsonl(self.path, record)
+        append_jsonl(self.path, record | (chosen(prediction, options) if options else {}))
         self.done.add(name)
 
     def settle(self) -> None:
@@ -411,23 +390,11 @@ class _Desk:
         answers = sorted(read_jsonl(self.path), key=lambda answer: place.get(str(answer["question_id"]), len(place)))
         atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
-    def answered(self) -> _Answered | None:
+    def answered(self) -> Answered | None:
         """What came to the questions asked; None where there was no other picture to show."""
         if not self.swappable:
             return None
-        answers = {str(a["question_id"]): a for a in read_jsonl(self.path)} if self.path.exists() else {}
-        texts = {name: str(answers[name]["text"]) for name in self.items}
-        if self.options is None:
-            return _Answered(texts, texts)
-        return _Answered(texts, {name: json.dumps(answers[name]["probabilities"]) for name in self.items})
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """question_id -> text for people, and what the rule reads."""
-
-    texts: dict[str, str]
-    read: dict[str, str]
+        return Answered.of(read_jsonl(self.path) if self.path.exists() else [], self.items, self.options is not None)
 
 
 def _ask(desks: Sequence[_Desk], answers: Callable[[], Answers], folder: RunFolder) -> None:
@@ -491,8 +458,8 @@ def _examine(
     root: str | Path,
     split: str,
     items: list[Item],
-    answered: _Answered | None,
-    blind: _Answered | None,
+    answered: Answered | None,
+    blind: Answered | None,
     judge: Judge | None,
 ) -> Examined:
     assert answered is not None
