@@ -17,8 +17,7 @@ import pytest
 
 from leveret.evaluate import TASKS, load_items, score
 from leveret.evaluate.submissions_choice import SUBMISSIONS
-
-pytestmark = pytest.mark.goldens
+from leveret.evaluate.tasks.base import PRISMATIC_CHOICE
 
 # task, rule -> the answers' file, and the folder where it is not the task's own
 ANSWERS: dict[tuple[str, str], tuple[str, str]] = {
@@ -197,8 +196,8 @@ def test_prompts_equal_bunnys_question_files(goldens: Path, task: str) -> None:
 
 def test_prompts_of_prismatic(goldens: Path) -> None:
     wanted = {record["dataset_family"]: record for record in prompts(goldens, "prismatic.jsonl")}
-    for task in ("pope", "vsr", "ai2d"):
-        record, template = wanted[task], TASKS[task].prompts["prismatic"]
+    for task, template in PRISMATIC_CHOICE.items():
+        record = wanted[task]
         words, *options = record["args"]
         shown = (
             "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", *options, strict=True)) if options else ""

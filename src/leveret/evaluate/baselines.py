@@ -71,10 +71,10 @@ def _asked(item: Item) -> tuple[str, str, str]:
 def chance(headline: str, items: Sequence[Item], scorer: Scorer, *, seed: int = 0) -> float | None:
     """What somebody scores who picks one of the offered answers blindly, 0..1; None where nothing is offered.
 
-    Offered are the item's options (`meta["choices"]`: how many, or which), or the two words where all right answers are
-    yes and no, or true and false. A question without options among others that have some (MMMU's open ones) is never
-    guessed right. Exact where the headline is a share of right answers, else the headline of 64 seeded guesses a
-    question, taken together.
+    Offered are the item's options (`meta["choices"]`: how many; `meta["texts"]`: letter -> text), or the two words
+    where all right answers are yes and no, or true and false. A question without options among others that have some
+    (MMMU's open ones) is never guessed right. Exact where the headline is a share of right answers, else the headline
+    of 64 seeded guesses a question, taken together.
     """
     offered = [_options(item, scorer) for item in items]
     words_only = not any(offered) and not any(map(_unknown, items))
@@ -98,7 +98,7 @@ def chance(headline: str, items: Sequence[Item], scorer: Scorer, *, seed: int = 
 
 
 def _options(item: Item, scorer: Scorer) -> tuple[str, ...]:
-    choices = item.meta.get("choices")
+    choices = item.meta.get("choices") or item.meta.get("texts")
     if isinstance(choices, Mapping):
         return tuple(map(str, choices))
     count = len(choices) if isinstance(choices, Collection) and not isinstance(choices, str) else choices

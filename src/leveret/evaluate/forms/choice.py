@@ -74,7 +74,7 @@ def _seed_bench(place: Place) -> list[Item]:
                     gold=question.get("answer"),
                     # Questions on one picture or one video fail together.
                     meta={"image_id": f"{kind}/{question['data_id']}", "kind": kind, "type": types[number],
-                          "type_id": number, "texts": options, "choices": options},
+                          "type_id": number, "texts": options},
                 )
             )  # fmt: skip
     return items
@@ -106,7 +106,7 @@ def _ai2d(place: Place) -> list[Item]:
                         question=text, options="\n".join(f"{letter}. {option}" for letter, option in options.items())
                     ),
                     gold=int(question["correctAnswer"]),
-                    meta={"image_id": record["imageName"], "group": part, "texts": options, "choices": options},
+                    meta={"image_id": record["imageName"], "group": part, "texts": options},
                 )
             )
     return items

@@ -61,7 +61,6 @@ def _mmbench(place: Place) -> list[Item]:
                         "category": row.get("category", ""),
                         "l2": row.get("l2-category", ""),
                         "texts": offered,
-                        "choices": options,
                         "cells": {name: cell for name, cell in row.items() if name not in DROPPED},
                     },
                 )

@@ -107,13 +107,7 @@ def _mmmu_item(place: Place, path: Path, record: Mapping[str, Any]) -> Item:
         image=ImageRef(str(path), "parquet", record["row"], member="image_1") if record.get("image_1 there") else None,
         prompt=prompt if record.get("question") else "",
         gold=record["answer"],
-        meta={
-            "image_id": name,
-            "subject": subject[1],
-            "choice": choice,
-            "texts": dict(options),
-            "choices": dict(options),
-        },
+        meta={"image_id": name, "subject": subject[1], "choice": choice, "texts": dict(options)},
     )
 
 
@@ -182,7 +176,8 @@ def _cmmmu(place: Place) -> list[Item]:
                         "category": record.get("category", ""),
                         "subject": record.get("subcategory", ""),
                         "texts": letters,
-                        "choices": {"对": "", "错": ""} if kind == JUDGE_TYPE else letters,
+                        # What somebody who guesses picks from; the options of a choice stand under `texts`.
+                        "choices": {"对": "", "错": ""} if kind == JUDGE_TYPE else {},
                     },
                 )
             )

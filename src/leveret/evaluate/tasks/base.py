@@ -12,9 +12,13 @@ INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'U
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
 
-STATEMENT = (
-    'Based on the image, is this statement "True" or "False"? {caption}\nRespond with "True" or "False" directly.'
-)
+PRISMATIC_CHOICE = {
+    "pope": "{question}" + SHORT,
+    "vsr": 'Based on the image, is this statement "True" or "False"? {caption}\n'
+    'Respond with "True" or "False" directly.',
+    "ai2d": "{question}\n{options}" + LETTER,
+}
+"""How Prismatic asks (after the image's mark and its newline); answers are the first token's probabilities."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, SHORT, STATEMENT, TaskRow
+from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, PRISMATIC_CHOICE, SHORT, TaskRow
 
 # Two tasks, one benchmark: the English and the Chinese tables.
 MMBENCH_RULES = {
     "vlmevalkit_circular_exact_matching": "mmbench_circular",
     "vlmevalkit_vanilla_exact_matching": "mmbench_vanilla",
     "lmms_eval_static": "mmbench_static",
+    "vlmevalkit_circular_judged": "mmbench_judged",
 }
 
 REGION = 'Please provide the bounding box coordinate of the region this sentence describes: "{sent}"'
@@ -41,13 +42,7 @@ FIELD = (
         "{context}{question}{options}" + LETTER,
         128,
         headline="circular accuracy",
-        splits={
-            "dev": "DEV_EN",
-            "test": "DEV_EN",
-            "server": "TEST_EN",
-            "v11": "DEV_EN_V11",
-            "server-v11": "TEST_EN_V11",
-        },
+        splits={"test": "DEV_EN", "hidden": "TEST_EN", "v11": "DEV_EN_V11", "hidden-v11": "TEST_EN_V11"},
         about="Questions with up to four options, right only when they are so in every order of the options.",
     ),
     TaskRow(
@@ -59,13 +54,7 @@ FIELD = (
         "{context}{question}{options}" + LETTER_CN,
         128,
         headline="circular accuracy",
-        splits={
-            "dev": "DEV_CN",
-            "test": "DEV_CN",
-            "server": "TEST_CN",
-            "v11": "DEV_CN_V11",
-            "server-v11": "TEST_CN_V11",
-        },
+        splits={"test": "DEV_CN", "hidden": "TEST_CN", "v11": "DEV_CN_V11", "hidden-v11": "TEST_CN_V11"},
         about="MMBench in Chinese: right only when answered so in every order of the options.",
     ),
     TaskRow(
@@ -98,7 +87,7 @@ FIELD = (
         "",
         "{question}{options}{ask}",
         128,
-        splits={"val": "validation", "test": "validation", "server": "test"},
+        splits={"test": "validation", "hidden": "test"},
         about="College questions of thirty subjects, most with options.",
     ),
     TaskRow(
@@ -115,7 +104,7 @@ FIELD = (
         "images",
         "{instruction}\n\n{question}\n{options}{answer}",
         128,
-        splits={"test": "val", "server": "test"},
+        splits={"test": "val", "hidden": "test"},
         about="College questions in Chinese: options, true or false, blanks to fill.",
     ),
     TaskRow(
@@ -131,9 +120,9 @@ FIELD = (
         "{question}\n{options}" + LETTER,
         128,
         splits={"test": "all", "test-only": "test"},
-        prompts={"prismatic": "{question}\n{options}" + LETTER},
+        prompts={"prismatic": PRISMATIC_CHOICE["ai2d"]},
         about="School diagrams: questions with four options.",
-        options=lambda item: tuple(item.meta["choices"]),
+        options=lambda item: tuple(item.meta["texts"]),
     ),
     TaskRow(
         "pope",
@@ -151,7 +140,7 @@ FIELD = (
         "{question}" + SHORT,
         128,
         headline="F1, mean of parts",
-        prompts={"prismatic": "{question}" + SHORT},
+        prompts={"prismatic": PRISMATIC_CHOICE["pope"]},
         about="Is a named object in the picture?",
         options=("Yes", "No"),
     ),
@@ -196,7 +185,7 @@ FIELD = (
         "images",
         "{caption} Please answer yes or no.",
         128,
-        prompts={"prismatic": STATEMENT},
+        prompts={"prismatic": PRISMATIC_CHOICE["vsr"]},
         about="Does a sentence about where things are fit the picture?",
         options=("True", "False"),
     ),
