@@ -122,6 +122,16 @@ def test_an_answer_is_what_transformers_makes_of_the_prompt(model: Foreign, tmp_
     assert model.answer([request])[0].text == wanted and wanted
 
 
+def test_a_model_keeps_the_precision_it_was_saved_in(folder: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    Foreign(folder).model.to(torch.bfloat16).save_pretrained(half)
+    found = Foreign(half, device="cpu")
+    assert found.model.dtype == torch.bfloat16
+    (answer,) = found.answer([questions(tmp_path)[0]])
+    assert answer.meta["tokens"] > 0
+
+
 def test_questions_without_a_picture(model: Foreign, tmp_path: Path) -> None:
     text = next(r for r in questions(tmp_path) if r.question_id == "text")
     # `<image>` that a person typed, with no image: the processor would want one for it.
