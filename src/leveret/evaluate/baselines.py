@@ -40,8 +40,6 @@ class Constants:
 
 def constants(row: TaskRow, root: str | Path, scorer: Scorer, items: Sequence[Item]) -> Constants:
     """The best constant answer per wording, chosen on the train twin where there is one, else on `items`."""
-    if scorer.reads != "text":
-        return Constants(why=f"the rule reads {scorer.reads}, not an answer's text")
     try:
         train = load_items(row, root, "train")
         if any(map(_unknown, train)):
@@ -98,6 +96,8 @@ def chance(headline: str, items: Sequence[Item], scorer: Scorer, *, seed: int = 
 
 
 def _options(item: Item, scorer: Scorer) -> tuple[str, ...]:
+    if scorer.reads == "probabilities":  # its right answer is written as the probabilities of all options
+        return tuple(map(str, range(len(json.loads(scorer.gold(item))))))
     choices = item.meta.get("choices") or item.meta.get("texts")
     if isinstance(choices, Mapping):
         return tuple(map(str, choices))
