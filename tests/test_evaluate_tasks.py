@@ -270,6 +270,13 @@ def test_rules_over_probabilities_have_baselines_too() -> None:
     assert sum(rule.judge(one, best.answers[""]).score for one in truths) == 6
 
 
+def test_the_best_constant_is_the_best_by_the_headline() -> None:
+    row = task_row("pope")
+    rule = SCORERS[row.rules["bunny"]]
+    items = [item(str(k), "yes" if k % 5 < 2 else "no", group="random") for k in range(100)]
+    assert constants(row, REPO / "nowhere", rule, items).answers == {"": "yes"}, "always no has no F1 at all"
+
+
 def test_chance_of_an_f1_is_a_half_where_half_is_yes() -> None:
     items = [item(str(k), "yes" if k % 2 else "no", group="random") for k in range(400)]
     assert chance("F1, mean of parts", items, SCORERS["pope"]) == pytest.approx(0.5, abs=0.02)
