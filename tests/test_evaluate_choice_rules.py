@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from choice_fakes import mmbench, mme, png, put
 from evaluate_fakes import FakeEngine, FakeModel
 from leveret.evaluate import TASKS, evaluate, load_items, score
 from leveret.evaluate.curves import auc_pr, auc_roc
@@ -25,7 +26,6 @@ from leveret.evaluate.scorers.mmmu import open_right, open_values
 from leveret.evaluate.tasks import subset
 from leveret.images import load
 from leveret.runs import DataError
-from test_evaluate_choice_forms import mmbench, mme, png, put
 
 PETS = {"A": "cat", "B": "a big dog", "C": "cow", "D": "cat fish"}
 

@@ -6,12 +6,12 @@ answers file and compared, by names in the golden `metrics` (and `counts`) alone
 
 A new folder usually needs nothing here. Where it does, add one line to one of these tables:
 
-    ANSWERS     (folder, lineage) -> the answers file, where it is not `predictions.jsonl`. Lineages with
-                `probabilities`, `integers` or `yes_no` in their names find `probabilities.jsonl`,
-                `predictions_integers.jsonl` and `predictions_yes_no.jsonl` by themselves.
+    ANSWERS     (folder, lineage) -> (the part of the folder that holds its files, the answers in it), where they are
+                not ("", "predictions.jsonl"); ("part", "") is a folder of answers. Lineages with `probabilities`,
+                `integers` or `yes_no` in their names find `probabilities.jsonl`, `predictions_integers.jsonl` and
+                `predictions_yes_no.jsonl` by themselves. A judge's replies are read from `judge_replies.json`.
     NO_RULE     (folder, lineage) that is not a rule, and why: a file, a defect on files made to show it.
-    ELSEWHERE   (folder, lineage) whose answers are more than one file of them (a judge's replies, folders): the test
-                that compares them.
+    ELSEWHERE   (folder, lineage) whose answers are more than that: the test that compares them.
     SHAPE       (folder, lineage) whose golden `metrics` are no table of names (a list, a number): our metrics -> that.
     PER_ITEM    (folder, lineage) -> [(column of per_item.jsonl, how ours reads)]: our line of the items file, and
                 theirs, to what must equal the column. A column that is named as the lineage and holds numbers is
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 import pytest
 
 from leveret.evaluate import TASKS, score
+from leveret.evaluate.judges import Judge
 
 GOLDENS = Path(os.environ.get("LEVERET_GOLDENS", Path(__file__).resolve().parents[2] / "shared" / "goldens")) / "eval"
 FOLDERS = sorted(path.parent.name for path in GOLDENS.glob("*/expected.json"))
@@ -39,19 +41,16 @@ TASKS_OF: dict[str, tuple[str, ...]] = {
     "textvqa": ("textvqa", "textvqa_ocr"),
 }
 
-ANSWERS: dict[tuple[str, str], str] = {
-    ("mmmu", "official_no_fallback"): "no_fallback",
-    ("mmmu", "official_with_fallback"): "with_fallback",
-    ("mmmu", "eval_only"): "eval_only_predictions.json",
-    ("mmmu", "lmms_eval_no_fallback"): "no_fallback",
-    ("cmmmu", "official"): "responses.jsonl",
-    ("cmmmu", "official_answer_mode"): "answers.jsonl",
-    ("cmmmu", "official_with_fallback"): "with_fallback/responses.jsonl",
-    ("cmmmu", "lmms_eval"): "responses.jsonl",
+ANSWERS: dict[tuple[str, str], tuple[str, str]] = {
+    ("mmmu", "official_no_fallback"): ("no_fallback", ""),
+    ("mmmu", "official_with_fallback"): ("with_fallback", ""),
+    ("mmmu", "lmms_eval_no_fallback"): ("no_fallback", ""),
+    ("mmmu", "eval_only"): ("", "eval_only_predictions.json"),
+    ("cmmmu", "official"): ("", "responses.jsonl"),
+    ("cmmmu", "lmms_eval"): ("", "responses.jsonl"),
+    ("cmmmu", "official_answer_mode"): ("", "answers.jsonl"),
+    ("cmmmu", "official_with_fallback"): ("with_fallback", "responses.jsonl"),
 }
-
-DATA: dict[tuple[str, str], str] = {("cmmmu", "official_with_fallback"): "with_fallback"}
-"""Where the questions lie, where that is not the folder itself."""
 
 NO_RULE: dict[tuple[str, str], str] = {
     ("refcoco", "refer_loader_check"): "counts of what the reader of the pickles finds",
@@ -59,14 +58,12 @@ NO_RULE: dict[tuple[str, str], str] = {
     ("mmbench", "submission"): "a file",
     ("pope", "llava_on_shuffled_answers"): "wrong by construction: labels joined by position",
     ("scienceqa", "official_with_12_missing"): "an answers file with gaps, in test_evaluate_goldens.py",
-    ("mme", "mme_eval_tool_raw"): "an error of the original",
+    ("mme", "mme_eval_tool_raw"): "it stops at answers of several lines",
 }
 
 ELSEWHERE: dict[tuple[str, str], str] = {
-    (task, lineage): "test_evaluate_judges.py"
-    for task in ("mm_vet", "llava_bench_w")
-    for lineage in ("official", "vlmevalkit_aggregation")
-} | {("mmmu", "real_model_outputs"): "test_real_answers_to_mmmu"}
+    ("mmmu", "real_model_outputs"): "test_real_answers_to_mmmu",
+}
 
 SHAPE: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {}
 
@@ -74,14 +71,19 @@ Reader = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
 """(our line of the items file, their line of per_item.jsonl) -> what their column must equal."""
 
 PER_ITEM: dict[tuple[str, str], list[tuple[str, Reader]]] = {
-    ("mmmu", "official_no_fallback"): [("judge", lambda ours, _: "Correct" if ours["score"] else "Wrong")],
-    ("cmmmu", "official"): [("correct", lambda ours, _: ours["score"] == 1)],
     ("pope", "bunny"): [("parsed", lambda ours, _: ours["parsed"])],
     ("gqa", "official"): [
         ("correct", lambda ours, _: ours["score"] == 1),
         ("converted", lambda ours, _: ours["parsed"]),
     ],
+    ("mme", "bunny"): [("parsed", lambda ours, _: ours["parsed"] or "other")],
+    ("vsr", "vlmevalkit_yes_no"): [("extracted", lambda ours, _: (ours["parsed"] or "Unknown").capitalize())],
+    ("mmbench", "vlmevalkit_circular_exact_matching"): [("circular_hit", lambda ours, _: ours["circular_hit"])],
+    ("seed_bench", "official"): [("correct", lambda ours, _: ours["score"] == 1)],
     ("scienceqa", "official"): [("correct", lambda ours, _: ours["score"] == 1)],
+    ("mmmu", "official_no_fallback"): [("judge", lambda ours, _: "Correct" if ours["score"] == 1 else "Wrong")],
+    ("cmmmu", "official"): [("correct", lambda ours, _: ours["score"] == 1)],
+    ("ai2d", "lmms_eval"): [("correct", lambda ours, _: ours["score"] == 1)],
     ("textvqa", "official"): [
         ("score", lambda ours, _: ours["score"]),
         ("processed", lambda ours, _: ours["parsed"]),
@@ -133,19 +135,20 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(task, folder, lineage, marks=marks, id=f"{task}-{lineage}")
 
 
-def answers_of(folder: str, lineage: str) -> Path:
-    """The lineage's answers file, by the table or by its name."""
+def files_of(folder: str, lineage: str) -> tuple[Path, Path]:
+    """The lineage's answers and the folder of their official files, by the table or by its name."""
     root = GOLDENS / folder
     if (folder, lineage) in ANSWERS:
-        return root / ANSWERS[folder, lineage]
+        inside, name = ANSWERS[folder, lineage]
+        return root / inside / name, root / inside
     for word, name in (
         ("probabilities", "probabilities.jsonl"),
         ("integers", "predictions_integers.jsonl"),
         ("yes_no", "predictions_yes_no.jsonl"),
     ):
         if word in lineage and (root / name).exists():
-            return root / name
-    return root / "predictions.jsonl"
+            return root / name, root
+    return root / "predictions.jsonl", root
 
 
 def differences(theirs: Any, ours: Any, tolerance: float, where: str = "") -> list[str]:
@@ -179,12 +182,13 @@ def differences(theirs: Any, ours: Any, tolerance: float, where: str = "") -> li
 def test_scores_are_the_originals(tmp_path: Path, task: str, folder: str, lineage: str) -> None:
     root, golden = GOLDENS / folder, expected(folder)
     entry = golden["scores"][lineage]
-    data = root / DATA.get((folder, lineage), "")
-    found = score(task, answers_of(folder, lineage), data, rule=lineage, items_path=tmp_path / "items.jsonl")
+    answers, place = files_of(folder, lineage)
+    judge = Judge(replay=root / "judge_replies.json") if (root / "judge_replies.json").exists() else None
+    found = score(task, answers, place, rule=lineage, items_path=tmp_path / "items.jsonl", judge=judge)
     metrics = SHAPE.get((folder, lineage), lambda metrics: metrics)(found["metrics"])
     assert not differences(entry["metrics"], metrics, golden["tolerance"])
-    counts = found["metrics"].get("counts", {}) if isinstance(found["metrics"], dict) else {}
-    assert not differences(entry.get("counts", {}), counts, 0)
+    if "counts" in entry:
+        assert not differences(entry["counts"], found["metrics"]["counts"], 0)
     ours = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text("utf-8").splitlines()]
     if (root / "per_item.jsonl").exists():
         compare_items(folder, lineage, ours)
@@ -223,11 +227,12 @@ def paired(
     field = KEYS.get(folder) or next(field for field in ID_FIELDS if field in theirs[0])
     names: dict[str, list[dict[str, Any]]] = {}
     for mine in ours:
-        for name in {str(mine["question_id"]), str(mine["image"]).removesuffix(".jpg")}:
-            names.setdefault(name, []).append(mine)
+        names.setdefault(str(mine["image"]).removesuffix(".jpg"), []).append(mine)
+    names |= {str(mine["question_id"]): [mine] for mine in ours}
     for record in theirs:
         name = str(record[field])
-        found = names.get(name, [])
+        # MME names a picture's file, ours is the picture in its subtask.
+        found = names.get(name) or names.get(re.sub(r"/(.*/)?([^/.]*)[^/]*$", r"/\2", name), [])
         # Where an id names several questions of a picture, the question tells which.
         asked = str(record.get("prompt") or record.get("question") or "").lower()
         exact = [mine for mine in found if mine["prompt"].lower().startswith(asked)] if len(found) > 1 else found

@@ -88,7 +88,7 @@ def render(old: dict[str, str]) -> str:
         name = path if path.count("/") == 0 or (path.endswith("/") and path.count("/") == 1) else path.partition("/")[2]
         indent = "  " if name == path else "    "
         words = old.get(path) or first_line(PACKAGE / path)
-        lines.append(f"{indent + name:<23} {words}".rstrip())
+        lines.append(f"{indent + name:<22}  {words}".rstrip())
     return "\n".join(lines)
 
 

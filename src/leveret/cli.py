@@ -375,11 +375,17 @@ def evaluate(
     split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
     n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
     blind: Annotated[bool, typer.Option(help="Ask every question with another picture too.")] = True,
+    prompts: Annotated[str | None, typer.Option(help="Ask in the words of another lineage: prismatic.")] = None,
+    how: Annotated[str, typer.Option("--subset", help="Which -n: hash, or prismatic for its slim sets.")] = "hash",
     rule: Annotated[
         list[str] | None, typer.Option(help="Score a task by another of its rules: pope=lmms_eval (again for more).")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that answer, on a CPU; one a core where there are many questions."),
     ] = None,
     own: Own = None,
     model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
@@ -407,28 +413,37 @@ def evaluate(
         return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
     from leveret.evaluate import evaluate as station
     from leveret.evaluate.judges import open_judge
+    from leveret.generate.helpers import Helpers
     from leveret.generate.others import open_other
 
+    if int(os.environ.get("RANK", "0")):  # started by torchrun: its first process answers, with helpers of its own
+        return
+    workers = workers or int(os.environ.get("WORLD_SIZE", "0")) or None
+    helpers = Helpers() if workers is None else Helpers(workers - 1, least=1)
     judging = open_judge(
         out / "answers", url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay,
         parallel=at_once,
     )  # fmt: skip
-    with _reporting(json):
+    with _reporting(json), helpers:
         other = open_other(model, key_env=model_key, parallel=at_once)
         results = station(
             other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
-            judge=judging, memory=allowed,
+            judge=judging, memory=allowed, prompts=prompts, how=how, helpers=helpers,
         )  # fmt: skip
     if not json:
         _print_scores(results)
         _print_memory(results.get("memory"))
+    for task, left in results.get("unscored", {}).items():
+        print(
+            f"{task}: {left['n']:,} answers are in {left['answers']}; the right ones are not public. For the server: "
+            f"leveret score {task} {left['answers']} --data {data} --split {split} --submission FILE",
+            file=sys.stderr,
+        )
     for task, left in results.get("unjudged", {}).items():
         print(
             f"{task}: {left['n']:,} answers are in {left['answers']} and wait for a judge (--judge URL)",
             file=sys.stderr,
         )
-    for task, left in results.get("unscored", {}).items():
-        print(f"{task}: its answers are not public; {left['n']:,} of ours are in {left['answers']}", file=sys.stderr)
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
 
 
@@ -471,7 +486,7 @@ def _print_scores(results: dict[str, Any]) -> None:
 @_verb("score", "leveret.evaluate")
 def score(
     task: Annotated[str, typer.Argument(help="The task whose rule applies: its id, or a YAML file of your own.")],
-    answers: Annotated[Path, typer.Argument(help="Answers: JSON lines or one JSON list.")],
+    answers: Annotated[Path, typer.Argument(help="Answers: JSON lines, one JSON list, or the task's own form.")],
     data: Annotated[Path, typer.Option(help="The folder with the official files.")],
     split: Annotated[str, typer.Option(help="The part that was asked about.")] = "test",
     rule: Annotated[str | None, typer.Option(help="Another of the task's rules, by its lineage: lmms_eval.")] = None,
@@ -485,6 +500,9 @@ def score(
     replay: Replay = None,
     at_once: AtOnce = 8,
     grades: Annotated[Path | None, typer.Option(help="Write what the judge said in the benchmark's own form.")] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="Write the file that the benchmark's server takes, and score nothing.")
+    ] = None,
     price: Annotated[
         str | None, typer.Option(help="Of a million tokens asked and replied, for --dry-run: 2.5,10")
     ] = None,
@@ -496,6 +514,12 @@ def score(
     from leveret.evaluate import score as station
     from leveret.evaluate.judges import Judge, open_judge, price_of
 
+    if submission is not None:
+        from leveret.evaluate.submissions import submit
+
+        with _reporting(json):
+            written = submit(task, answers, data, submission, split=split)
+        return _report(json, {"task": task, "submission": str(written)}, f"{written}: the file for {task}'s server")
     judging = open_judge(
         answers, url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay, parallel=at_once
     )

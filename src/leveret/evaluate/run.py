@@ -24,11 +24,12 @@ from leveret import __version__
 from leveret.evaluate.baselines import Constants, chance, constants
 from leveret.evaluate.forms import Item
 from leveret.evaluate.judges import Judge
+from leveret.evaluate.options import Answered, Options, chosen, options_of
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scoring import figures, judge_all, judged, write_items
 from leveret.evaluate.stats import deranged, headline
-from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row
+from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row, wording
 from leveret.evaluate.tasks import asked as asked_of
 from leveret.generate.helpers import Helpers
 from leveret.records import IMAGE_MARK, Prediction, Turn
@@ -94,6 +95,8 @@ def evaluate(
     rules: Mapping[str, str] = MappingProxyType({}),
     judge: Judge | None = None,
     memory: int | None = None,
+    prompts: str | None = None,
+    how: str = "hash",
 ) -> dict[str, Any]:
     """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
 
@@ -112,12 +115,17 @@ def evaluate(
     judge   who judges where a rule asks a language model. Without one such a task is asked and not scored: it stands
             under `unjudged`. It has neither blind nor constant answers, for each would have to be judged too; answers
             that the judge would not judge count as wrong, and are named under `judge`.
+    prompts the lineage in whose words the questions are put (`prismatic`); without it the task's own, but a rule over
+            probabilities asks in its lineage's, which offer the options.
+    how     which `n`: see `tasks.subset` ("hash", or "prismatic" for its slim sets).
     memory  bytes that answering may take beside the weights, of all processes together; see `generate.memory`.
+
+    Questions whose right answers are not public are asked and not scored: their task stands under `unscored`, and
+    `submissions.submit` writes the file for the benchmark's server.
 
     Returns what is in results.json: `{"tasks": {id: {"score", "n", "ci95", "majority", "blind", ...}}, "seconds"}`.
     `majority` is of the train twin where `majority_of` says "train", else the best constant over the scored questions
     ("test"). `chance`, `majority` and `blind` are None where nothing is offered, no answer is known, nothing to swap.
-    Tasks whose right answers are not public are asked and stand under `unscored`, with the file of their answers.
     A task's `version` is the hash of its row, `prompts` of the words asked, `data` of the official files; `model` tells
     models apart, `root` is where the pictures were, and `memory` (`generate.memory.Plan`, of one process, and how many
     `processes`) is there where the engine tells it.
@@ -139,12 +147,13 @@ def evaluate(
 
         if (other := open_other(str(model))) is not None:
             model = engine = other
-    options = {row.id: _options(row, by.get(row.id)) for row in rows}
+    options = {row.id: options_of(row, by.get(row.id)) for row in rows}
     if isinstance(model, (str, Path)):
         from leveret.model.source import locate
 
         model = locate(model).folder
-    loaded = {row.id: load_items(row, root, splits[row.id]) for row in rows}
+    words = {row.id: wording(row, by.get(row.id), prompts) for row in rows}
+    loaded = {row.id: load_items(row, root, splits[row.id], words[row.id]) for row in rows}
     _check_pictures(loaded)
     fingerprint = _fingerprint(model)
     folder = RunFolder.open(
@@ -157,7 +166,8 @@ def evaluate(
             "questions": {row.id: _questions_hash(row, loaded[row.id], options[row.id]) for row in rows},
         },
     )
-    asked = {row.id: subset(loaded[row.id], n) for row in rows}
+    asked = {row.id: subset(loaded[row.id], n, how) for row in rows}
+    unscored = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
     desks = [
         _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
         for swapped in ((False, True) if blind else (False,))
@@ -179,7 +189,6 @@ def evaluate(
     start = time.perf_counter()
     answered = {(desk.row.id, desk.blind): desk.answered() for desk in desks}
     unjudged = [row for row in rows if row.id in asking and judge is None]
-    secret = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
     examined = [
         _examine(
             row,
@@ -192,7 +201,7 @@ def evaluate(
             judge,
         )
         for row in rows
-        if row not in unjudged and row not in secret
+        if row not in unjudged and row not in unscored
     ]
     seconds = _seconds(folder)
     results: dict[str, Any] = {
@@ -203,7 +212,7 @@ def evaluate(
         "root": str(Path(root).absolute()),
         "leveret": __version__,
     }
-    for kind, some in (("unjudged", unjudged), ("unscored", secret)):
+    for kind, some in (("unjudged", unjudged), ("unscored", unscored)):
         if some:
             results[kind] = {
                 row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
@@ -271,23 +280,6 @@ def _name(item: Item) -> str:
     if item.image is not None and item.image.kind == "file":
         return Path(item.image.path).name
     return str(item.meta["image_id"])
-
-
-Options = Callable[[Item], tuple[str, ...]]
-
-
-def _options(row: TaskRow, rule: str | None) -> Options | None:
-    """What an item's probabilities are asked for, where the rule reads them; None where it reads what was said."""
-    name, scorer = rule_of(row, rule)
-    if scorer.reads != "probabilities":
-        return None
-    given = row.options
-    if not given:
-        raise RecipeError(
-            f"The rule {name!r} of {row.id!r} judges probabilities, and the task names no options to choose between; "
-            "answers with probabilities can be scored by `leveret score`."
-        )
-    return given if callable(given) else lambda item: given
 
 
 def _questions_hash(row: TaskRow, items: Sequence[Item], options: Options | None) -> str:
@@ -387,12 +379,7 @@ class _Desk:
             "metadata": {**prediction.meta, "image": item.image and _name(item)},
             "task": self.row.id,
         }
-        if options:
-            if prediction.choices is None:
-                raise RuntimeError(f"the engine gave no probabilities for {name!r} of {self.row.id!r}")
-            record["probabilities"] = [prediction.choices[option] for option in options]
-            record["options"] = list(options)
-        append_jsonl(self.path, record)
+        append_jsonl(self.path, record | (chosen(prediction, options) if options else {}))
         self.done.add(name)
 
     def settle(self) -> None:
@@ -403,23 +390,11 @@ class _Desk:
         answers = sorted(read_jsonl(self.path), key=lambda answer: place.get(str(answer["question_id"]), len(place)))
         atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
-    def answered(self) -> _Answered | None:
+    def answered(self) -> Answered | None:
         """What came to the questions asked; None where there was no other picture to show."""
         if not self.swappable:
             return None
-        answers = {str(a["question_id"]): a for a in read_jsonl(self.path)} if self.path.exists() else {}
-        texts = {name: str(answers[name]["text"]) for name in self.items}
-        if self.options is None:
-            return _Answered(texts, texts)
-        return _Answered(texts, {name: json.dumps(answers[name]["probabilities"]) for name in self.items})
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """question_id -> text for people, and what the rule reads."""
-
-    texts: dict[str, str]
-    read: dict[str, str]
+        return Answered.of(read_jsonl(self.path) if self.path.exists() else [], self.items, self.options is not None)
 
 
 def _ask(desks: Sequence[_Desk], answers: Callable[[], Answers], folder: RunFolder) -> None:
@@ -483,8 +458,8 @@ def _examine(
     root: str | Path,
     split: str,
     items: list[Item],
-    answered: _Answered | None,
-    blind: _Answered | None,
+    answered: Answered | None,
+    blind: Answered | None,
     judge: Judge | None,
 ) -> Examined:
     assert answered is not None

@@ -1,20 +1,25 @@
 """Files that benchmarks' servers take: answers in their form, as the published converters write them.
 
 SUBMISSIONS has one row a task: the file's name, and what writes it from the questions asked, the answers by question id
-and a path. Writers raise DataError where the server would refuse the file.
+and a path. Writers raise DataError where the server would refuse the file. The files of tasks with letters and with
+judges are written in rooms of their own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from leveret.evaluate import text as rules
 from leveret.evaluate.forms import Item
 from leveret.evaluate.scorers.words import gqa_prediction
-from leveret.runs import DataError, atomic_write
+from leveret.evaluate.scoring import answered
+from leveret.evaluate.submissions_choice import SUBMISSIONS as CHOICE
+from leveret.evaluate.submissions_judged import SUBMISSIONS as JUDGED
+from leveret.evaluate.tasks import TaskRow, task_row
+from leveret.runs import DataError, RecipeError, atomic_write
 
 Write = Callable[[Sequence[Item], Mapping[str, str], Path], None]
 """(items, question_id -> text, path): writes the file."""
@@ -60,8 +65,40 @@ def write_gqa(items: Sequence[Item], texts: Mapping[str, str], path: Path) -> No
 
 
 SUBMISSIONS: dict[str, tuple[str, Write]] = {
+    **CHOICE,
+    **JUDGED,
     "gqa": ("testdev_balanced_predictions.json", write_gqa),
     "vizwiz": ("vizwiz.json", write_vizwiz),
     "vqav2": ("vqav2_test2015.json", write_vqav2),
 }
-"""Task -> (the file's name, what writes it)."""
+"""Task -> (the name of its file, or of the folder where it is several; what writes it)."""
+
+
+def submit(
+    task: str | TaskRow,
+    answers: str | Path | Iterable[Mapping[str, Any]],
+    data_root: str | Path,
+    path: str | Path,
+    *,
+    split: str = "test",
+) -> Path:
+    """Write the file that a benchmark's server takes, of answers as `scoring.score` reads them; returns where it is.
+
+    path   the file; in a folder that is there it gets the name that the benchmark gives it.
+    split  the part that was asked about (`server`, where only the server knows the answers).
+
+    Raises:
+        RecipeError: unknown task, or one for which no server takes a file.
+        DataError: repeated or foreign ids, answers missing where the server wants all, files that are not in order.
+    """
+    row = task_row(task)
+    if row.id not in SUBMISSIONS:
+        raise RecipeError(
+            f"No server takes a file of {row.id!r}; files are written for {', '.join(sorted(SUBMISSIONS))}."
+        )
+    name, write = SUBMISSIONS[row.id]
+    items, texts = answered(row, answers, data_root, split=split)
+    path = Path(path)
+    path = path / name if path.is_dir() else path
+    write(items, texts, path)
+    return path

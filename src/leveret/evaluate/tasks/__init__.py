@@ -141,6 +141,16 @@ def find_files(row: TaskRow, root: str | Path, split: str = "test") -> tuple[Pat
     return Path(root), ()
 
 
+def wording(row: TaskRow, rule: str | None = None, prompts: str | None = None) -> str | None:
+    """The lineage in whose words a task is asked: `prompts`, else that of a rule over probabilities, whose options only
+    its own words offer; None for the task's own words."""
+    if prompts is not None:
+        return prompts
+    name, scorer = rule_of(row, rule)
+    lineage = name.split("_")[0]
+    return lineage if scorer.reads == "probabilities" and lineage in row.prompts else None
+
+
 def load_items(task: str | TaskRow, root: str | Path, split: str = "test", prompts: str | None = None) -> list[Item]:
     """Every question of a task's split, in the order of its files, which lie in `root` or in `root/<id>`.
 
@@ -163,7 +173,7 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test", promp
     place = Place(files=files, root=home, images=row.images, split=official, prompt=prompt_of(row, prompts))
     try:
         items = FORMS[row.form].load(place)
-    except (KeyError, TypeError, AttributeError, IndexError) as fault:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as fault:
         if isinstance(fault, KeyError) and f"{{{fault.args[0]}}}" in row.prompt:
             raise DataError(
                 f"Task {row.id!r}: the prompt asks for {{{fault.args[0]}}}, which {', '.join(map(str, files))} or the "

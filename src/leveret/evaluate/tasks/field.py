@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, SHORT, TaskRow
+from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, PRISMATIC_CHOICE, SHORT, TaskRow
 
 # Two tasks, one benchmark: the English and the Chinese tables.
 MMBENCH_RULES = {
     "vlmevalkit_circular_exact_matching": "mmbench_circular",
     "vlmevalkit_vanilla_exact_matching": "mmbench_vanilla",
     "lmms_eval_static": "mmbench_static",
+    "vlmevalkit_circular_judged": "mmbench_judged",
 }
 
 REGION = 'Please provide the bounding box coordinate of the region this sentence describes: "{sent}"'
@@ -29,7 +30,7 @@ FIELD = (
         "",
         "{question}" + SHORT,
         128,
-        headline="share of MME's points",
+        headline="share of all points",
         about="Two opposite questions a picture, on what is seen (perception) and what follows from it (cognition).",
     ),
     TaskRow(
@@ -119,6 +120,7 @@ FIELD = (
         "{question}\n{options}" + LETTER,
         128,
         splits={"test": "all", "test-only": "test"},
+        prompts={"prismatic": PRISMATIC_CHOICE["ai2d"]},
         about="School diagrams: questions with four options.",
     ),
     TaskRow(
@@ -137,6 +139,7 @@ FIELD = (
         "{question}" + SHORT,
         128,
         headline="F1, mean of parts",
+        prompts={"prismatic": PRISMATIC_CHOICE["pope"]},
         about="Is a named object in the picture?",
         options=("Yes", "No"),
     ),
@@ -181,6 +184,7 @@ FIELD = (
         "images",
         "{caption} Please answer yes or no.",
         128,
+        prompts={"prismatic": PRISMATIC_CHOICE["vsr"]},
         about="Does a sentence about where things are fit the picture?",
         options=("True", "False"),
     ),
