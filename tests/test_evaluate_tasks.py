@@ -260,18 +260,34 @@ def test_chance_is_of_the_options_offered() -> None:
     assert chance("accuracy", truths[:1], SCORERS["vsr_true_false"]) == 0.5, "one gold alone still has two words"
 
 
+def test_rules_over_probabilities_have_baselines_too() -> None:
+    row = task_row("vsr")
+    rule = SCORERS[row.rules["prismatic_probabilities"]]
+    truths = [item(str(k), k % 4 > 0) for k in range(8)]
+    assert chance("accuracy", truths, rule) == 0.5
+    best = constants(row, REPO / "nowhere", rule, truths)
+    assert best.of == "test" and json.loads(best.answers[""]) == [1, 0]
+    assert sum(rule.judge(one, best.answers[""]).score for one in truths) == 6
+
+
+def test_the_best_constant_is_the_best_by_the_headline() -> None:
+    row = task_row("pope")
+    rule = SCORERS[row.rules["bunny"]]
+    items = [item(str(k), "yes" if k % 5 < 2 else "no", group="random") for k in range(100)]
+    assert constants(row, REPO / "nowhere", rule, items).answers == {"": "yes"}, "always no has no F1 at all"
+
+
 def test_chance_of_an_f1_is_a_half_where_half_is_yes() -> None:
     items = [item(str(k), "yes" if k % 2 else "no", group="random") for k in range(400)]
     assert chance("F1, mean of parts", items, SCORERS["pope"]) == pytest.approx(0.5, abs=0.02)
 
 
-def test_no_constant_without_known_answers_or_over_probabilities(world: Path) -> None:
+def test_no_constant_without_known_answers(world: Path) -> None:
     row, items = task_row("shape"), load_items("shape", world)
     shown = SCORERS["gqa"]
+    assert constants(row, world, shown, items).answers[""] == "square"
     silent = Scorer("r", shown.judge, lambda i: "", shown.summary)
     assert constants(TaskRow("x", "gqa", {}, ("no",), "", "", 1), world, silent, items).answers == {}
-    numbers = Scorer("r", shown.judge, shown.gold, shown.summary, reads="probabilities")
-    assert constants(row, world, numbers, items).of is None
 
 
 def test_tables_stand_beside_published_figures() -> None:
@@ -312,6 +328,24 @@ def test_published_tables_are_whole() -> None:
         assert table.source and table.scored
         assert {len(figures) for figures in table.models.values()} == {len(table.columns)}
         assert all(column.task in SOURCES for column in table.columns)
+
+
+@pytest.mark.goldens
+def test_published_columns_name_figures_that_the_official_scripts_print(goldens: Path) -> None:
+    from leveret.evaluate.published import PUBLISHED
+
+    checked = 0
+    for column in (column for table in PUBLISHED for column in table.columns):
+        file = goldens / "eval" / column.task.removesuffix("_ocr") / "expected.json"
+        told = json.loads(file.read_text("utf-8"))["scores"] if file.exists() else {}
+        found = [told[rule]["metrics"] for rule in column.rules if rule in told]
+        for key in column.metric.split("."):
+            found = [value[key] for value in found if key in value]
+        # POPE's own script prints its three parts and no mean.
+        assert found or not set(column.rules) & set(told), column
+        assert all(isinstance(value, int | float) for value in found)
+        checked += len(found)
+    assert checked > 10 or not any((goldens / "eval").iterdir())
 
 
 def test_results_tell_what_they_are_of(world: Path, tmp_path: Path) -> None:

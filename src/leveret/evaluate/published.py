@@ -105,7 +105,7 @@ PUBLISHED: tuple[Table, ...] = (
         "OCR tokens in the prompt; POPE is the mean of the three F1",
         "the model zoo of haotian-liu/LLaVA (docs/MODEL_ZOO.md at c121f04)",
         (
-            _VQAV2, _GQA, Column("VizWiz", "vizwiz", "accuracy"), _SQA, _TEXT, _F1, _MME_P, _MMB,
+            _VQAV2, _GQA, Column("VizWiz", "vizwiz", "accuracy__VizWiz-Overall"), _SQA, _TEXT, _F1, _MME_P, _MMB,
             Column("MMB-CN", "mmbench_cn", "Overall", 100, split="test"), _SEED, _LLAVA_W, _MMVET,
         ),
         {
@@ -134,7 +134,7 @@ PUBLISHED: tuple[Table, ...] = (
         "POPE as an accuracy",
         "the Prismatic paper (arXiv 2402.07865), its table of results",
         (
-            Column("VQAv2", "vqav2", "overall", rules=("trivlm",)),
+            Column("VQAv2", "vqav2", "accuracy", rules=("trivlm",)),
             Column("GQA", "gqa", "accuracy", rules=("prismatic",)),
             Column("VizWiz", "vizwiz", "accuracy__VizWiz-Overall", rules=("prismatic",)),
             Column("TextVQA+OCR", "textvqa_ocr", "accuracy", rules=("official",)),
