@@ -109,7 +109,7 @@ def test_options_are_asked_for_where_the_rule_reads_probabilities(model: Path, w
     results = ask(model, world, tmp_path / "out")
     facts = results["tasks"]["existence"]
     assert facts["rule"] == RULE and facts["n"] == 30
-    assert facts["majority"] == 0.5
+    assert (facts["chance"], facts["majority"]) == (0.5, 0.5)
     lines = read_jsonl(tmp_path / "out/answers/existence.jsonl")
     for line in lines:
         assert line["options"] == ["Yes", "No"]
