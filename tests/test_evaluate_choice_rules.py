@@ -338,7 +338,9 @@ def test_a_constant_answer_stops_no_rule(tmp_path: Path, task: str, text: str) -
     root = (mme if task == "mme" else mmbench)(tmp_path)
     items = load_items(task, root)
     answers = [{"question_id": item.question_id, "text": text, "task": task} for item in items]
-    for rule in TASKS[task].rules:
+    for rule, scorer in TASKS[task].rules.items():
+        if SCORERS[scorer].judging is not None:
+            continue
         found = score(task, answers, root, rule=rule)
         assert 0.0 <= found["ci95"][0] <= found["score"] <= found["ci95"][1] <= 1.0
         assert found["parsed"] + found["unparsable"] == found["n"]
@@ -349,7 +351,9 @@ def test_a_constant_answer_stops_no_rule(tmp_path: Path, task: str, text: str) -
 def test_every_rule_accepts_its_own_right_answer(tmp_path: Path) -> None:
     for task, make in (("mme", mme), ("mmbench", mmbench), ("cmmmu", cmmmu)):
         root = make(tmp_path / task)
-        for scorer in {SCORERS[name] for name in TASKS[task].rules.values()}:
+        for scorer in (SCORERS[name] for name in sorted(set(TASKS[task].rules.values()))):
+            if scorer.judging is not None:
+                continue
             for item in load_items(task, root):
                 assert scorer.judge(item, scorer.gold(item)).score == 1.0, (task, scorer.rule, item.question_id)
 
