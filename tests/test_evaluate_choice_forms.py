@@ -198,11 +198,11 @@ def test_mmbench_names_what_is_wrong_with_a_table(tmp_path: Path) -> None:
 def test_mmbench_test_split_has_no_score_but_a_file(tmp_path: Path) -> None:
     rows = [row | {"split": "test", "answer": ""} for row in rotations(3, ["1", "<2>"], 1, RED)]
     table(tmp_path / "MMBench_TEST_EN.tsv", rows)
-    items = load_items("mmbench", tmp_path, "hidden")
+    items = load_items("mmbench", tmp_path, "server")
     texts = {item.question_id: "it\tis\nA & B_x000D_\x00\r" for item in items}
     with pytest.raises(DataError, match="not public"):
         score(
-            "mmbench", [{"question_id": name, "text": text} for name, text in texts.items()], tmp_path, split="hidden"
+            "mmbench", [{"question_id": name, "text": text} for name, text in texts.items()], tmp_path, split="server"
         )
     name, write = SUBMISSIONS["mmbench"]
     write(items, texts, tmp_path / name)

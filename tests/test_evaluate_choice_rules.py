@@ -326,10 +326,10 @@ def test_a_model_is_asked_about_pictures_in_parquet(tmp_path: Path) -> None:
     assert found["tasks"]["mmmu"]["score"] == 1.0
     put(tmp_path / "Art/test-0.parquet", "torn")
     with pytest.raises(DataError, match="no parquet file"):
-        load_items("mmmu", tmp_path, "hidden")
+        load_items("mmmu", tmp_path, "server")
     pq.write_table(pa.table({"id": ["test_Art_1"]}), tmp_path / "Art/test-0.parquet")
     with pytest.raises(DataError, match="no column question, options"):
-        load_items("mmmu", tmp_path, "hidden")
+        load_items("mmmu", tmp_path, "server")
 
 
 @pytest.mark.parametrize("task", ["mme", "mmbench"])
@@ -362,7 +362,7 @@ def test_a_split_that_only_its_server_knows_is_asked_beside_others(tmp_path: Pat
     root = mmbench(tmp_path)
     rows = [row | {"split": "test", "answer": ""} for row in rotations(9, ["a", "b"], 1, RED)]
     table(root / "MMBench_TEST_EN_legacy.tsv", rows)
-    found = evaluate(FakeModel(), root, "mmbench", out=tmp_path / "a", engine=FakeEngine(lambda _: "A"), split="hidden")
+    found = evaluate(FakeModel(), root, "mmbench", out=tmp_path / "a", engine=FakeEngine(lambda _: "A"), split="server")
     assert found["tasks"] == {} and found["unscored"]["mmbench"]["n"] == 2
     answers = read_jsonl(Path(found["unscored"]["mmbench"]["answers"]))
     assert [answer["text"] for answer in answers] == ["A", "A"] and (tmp_path / "a/report.html").is_file()

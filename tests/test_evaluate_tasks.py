@@ -358,3 +358,11 @@ def test_results_tell_what_they_are_of(world: Path, tmp_path: Path) -> None:
     again = few["tasks"]["count"]
     assert again["data"] == facts["data"] and again["version"] == facts["version"]
     assert again["prompts"] != facts["prompts"]
+
+
+def test_a_part_of_a_task_is_scored_by_the_name_it_has_in_a_suite(world: Path, tmp_path: Path) -> None:
+    evaluate(FakeModel(), world, "count.train", out=tmp_path / "o", engine=FakeEngine(), blind=False)
+    told = score("count.train", tmp_path / "o/answers/count.train.jsonl", world)
+    assert told["task"] == "count.train" and told["n"] == 12
+    with pytest.raises(DataError, match="does not fit"):
+        score("relation.test", tmp_path / "o/answers/count.train.jsonl", world)

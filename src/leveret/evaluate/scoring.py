@@ -15,7 +15,7 @@ from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.scorers.asking import NEEDED, Judging, bound
 from leveret.evaluate.stats import headline, interval
-from leveret.evaluate.tasks import TaskRow, find_files, load_items, rule_of, task_row
+from leveret.evaluate.tasks import TaskRow, find_files, load_items, one, rule_of
 from leveret.runs import DataError, RecipeError, atomic_write
 
 
@@ -172,7 +172,7 @@ def _joined(
     rule: str | None,
     allow_missing: bool,
 ) -> tuple[TaskRow, str, Scorer, list[Item], dict[str, str]]:
-    row = task_row(task)
+    row, split = one(task, split)
     form = FORMS[row.form]
     records = _read_answers(answers, form)
     name, scorer = rule_of(row, rule, {kind for record in records for kind in _held(record, form)} or {"text"})
@@ -191,7 +191,7 @@ def answered(
     split: str = "test",
 ) -> tuple[list[Item], dict[str, str]]:
     """All questions, and question_id -> text of the answered ones. DataError counts foreign and repeated ids."""
-    row = task_row(task)
+    row, split = one(task, split)
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
     return items, join(row, items, _read_answers(answers, FORMS[row.form]), where, allow_missing=True)

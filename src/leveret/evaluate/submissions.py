@@ -18,7 +18,7 @@ from leveret.evaluate.scorers.words import gqa_prediction
 from leveret.evaluate.scoring import answered
 from leveret.evaluate.submissions_choice import SUBMISSIONS as CHOICE
 from leveret.evaluate.submissions_judged import SUBMISSIONS as JUDGED
-from leveret.evaluate.tasks import TaskRow, task_row
+from leveret.evaluate.tasks import TaskRow, base, one
 from leveret.runs import DataError, RecipeError, atomic_write
 
 Write = Callable[[Sequence[Item], Mapping[str, str], Path], None]
@@ -91,12 +91,12 @@ def submit(
         RecipeError: unknown task, or one for which no server takes a file.
         DataError: repeated or foreign ids, answers missing where the server wants all, files that are not in order.
     """
-    row = task_row(task)
-    if row.id not in SUBMISSIONS:
+    row, split = one(task, split)
+    if base(row.id) not in SUBMISSIONS:
         raise RecipeError(
             f"No server takes a file of {row.id!r}; files are written for {', '.join(sorted(SUBMISSIONS))}."
         )
-    name, write = SUBMISSIONS[row.id]
+    name, write = SUBMISSIONS[base(row.id)]
     items, texts = answered(row, answers, data_root, split=split)
     path = Path(path)
     path = path / name if path.is_dir() else path

@@ -24,7 +24,7 @@ from leveret.runs import DataError, RecipeError, closest
 
 TASKS: dict[str, TaskRow] = {row.id: row for row in (*FIELD, *WORLD)}
 
-__all__ = ["SUITES", "TASKS", "TaskRow", "asked", "find_files", "load_items", "rule_of", "subset", "task_row"]
+__all__ = ["SUITES", "TASKS", "TaskRow", "asked", "find_files", "load_items", "one", "rule_of", "subset", "task_row"]
 
 
 def task_row(task: str | TaskRow) -> TaskRow:
@@ -52,7 +52,7 @@ def asked(name: str | TaskRow, split: str = "test") -> list[tuple[TaskRow, str]]
     stand in one table. RecipeError names the closest suites and tasks."""
     entries = SUITES.get(name) if isinstance(name, str) else None
     try:
-        return [_entry(entry, split) for entry in (entries or (name,))]
+        return [one(entry, split) for entry in (entries or (name,))]
     except RecipeError as fault:
         if entries is not None or not isinstance(name, str) or name.endswith((".yaml", ".yml")):
             raise
@@ -61,7 +61,8 @@ def asked(name: str | TaskRow, split: str = "test") -> list[tuple[TaskRow, str]]
         raise RecipeError(f"There is no suite {name!r}. {hint}Suites: {', '.join(SUITES)}. {fault}") from None
 
 
-def _entry(entry: str | TaskRow, split: str) -> tuple[TaskRow, str]:
+def one(entry: str | TaskRow, split: str = "test") -> tuple[TaskRow, str]:
+    """The row that an entry of a suite names, and its split: its own, or `split` where it names none."""
     if isinstance(entry, str) and not entry.endswith((".yaml", ".yml")):
         name, dot, named = entry.partition(".")
         if dot:

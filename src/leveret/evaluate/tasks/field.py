@@ -42,7 +42,13 @@ FIELD = (
         "{context}{question}{options}" + LETTER,
         128,
         headline="circular accuracy",
-        splits={"test": "DEV_EN", "hidden": "TEST_EN", "v11": "DEV_EN_V11", "hidden-v11": "TEST_EN_V11"},
+        splits={
+            "dev": "DEV_EN",
+            "test": "DEV_EN",
+            "server": "TEST_EN",
+            "v11": "DEV_EN_V11",
+            "server-v11": "TEST_EN_V11",
+        },
         about="Questions with up to four options, right only when they are so in every order of the options.",
     ),
     TaskRow(
@@ -54,7 +60,13 @@ FIELD = (
         "{context}{question}{options}" + LETTER_CN,
         128,
         headline="circular accuracy",
-        splits={"test": "DEV_CN", "hidden": "TEST_CN", "v11": "DEV_CN_V11", "hidden-v11": "TEST_CN_V11"},
+        splits={
+            "dev": "DEV_CN",
+            "test": "DEV_CN",
+            "server": "TEST_CN",
+            "v11": "DEV_CN_V11",
+            "server-v11": "TEST_CN_V11",
+        },
         about="MMBench in Chinese: right only when answered so in every order of the options.",
     ),
     TaskRow(
@@ -87,7 +99,7 @@ FIELD = (
         "",
         "{question}{options}{ask}",
         128,
-        splits={"test": "validation", "hidden": "test"},
+        splits={"val": "validation", "test": "validation", "server": "test"},
         about="College questions of thirty subjects, most with options.",
     ),
     TaskRow(
@@ -104,7 +116,7 @@ FIELD = (
         "images",
         "{instruction}\n\n{question}\n{options}{answer}",
         128,
-        splits={"test": "val", "hidden": "test"},
+        splits={"test": "val", "server": "test"},
         about="College questions in Chinese: options, true or false, blanks to fill.",
     ),
     TaskRow(

@@ -12,7 +12,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "world-more": ("caption", "reading", "unanswerable", "double", "text", "refusal"),
     # Bunny's table has eleven columns: MME is two of them (perception and cognition).
     "bunny": (
-        "mme", "mmbench.hidden", "mmbench", "seed_bench", "mmmu", "mmmu.hidden", "vqav2.test-dev2015", "gqa",
+        "mme", "mmbench.server", "mmbench", "seed_bench", "mmmu", "mmmu.server", "vqav2.test-dev2015", "gqa",
         "scienceqa", "pope",
     ),
     # TinyLLaVA's tables 3 and A1. TextVQA is asked with OCR tokens, as LLaVA's question file has them.
