@@ -259,8 +259,8 @@ def field(options: argparse.Namespace, folder: Path) -> None:
     mine = [ours[request.question_id] for request in few]
     edges = differing(vlm, few, mine, loop(vlm, few, 1))
     print(
-        f"{len(set(mine))} different answers to {len(few)} questions; {edges} of them not the loop's, each with a token "
-        f"whose lead is under {MARGIN}",
+        f"{len(set(mine))} different answers to {len(few)} questions; {edges} of them not the loop's, each with a "
+        f"token whose lead is under {MARGIN}",
         flush=True,
     )
     # The loop's time a question does not depend on how many there are, so a part of them tells it.

@@ -24,9 +24,9 @@ from judged_fakes import ASKED, lines, llava_bench, mm_vet
 from leveret.cli import run
 from leveret.evaluate import evaluate, load_items, score, task_row
 from leveret.evaluate.judges import Judge, Replay, open_judge, plan, price_of, tokens_of
-from leveret.evaluate.leftovers import letters, undecided
 from leveret.evaluate.scorers import SCORERS
 from leveret.evaluate.scorers.judged import AGAIN, TEMPERATURES, llava_bench_pair, mm_vet_grade
+from leveret.evaluate.scorers.leftovers import undecided
 from leveret.evaluate.submissions_judged import SUBMISSIONS
 from leveret.generate.endpoint import Endpoint
 from leveret.records import Prediction
@@ -192,6 +192,10 @@ def test_mm_vet_is_asked_again_and_hotter_until_a_grade_is_read(tmp_path: Path) 
     prompts = [ask.messages[0]["content"] for ask in asks if ask]
     assert prompts[0].endswith("\n\nWhat is x? | -1 <AND> -5 | x = 3 | ")
     assert prompts[1:] == [prompts[0] + AGAIN] * 5
+    assert "begun_again" not in found["judge"]
+    short = {name: said if name != "v1_0" else ["bad"] for name, said in script.items()}
+    again = score("mm_vet", answers, root, judge=replayed(tmp_path / "short.json", short))
+    assert again["metrics"] == found["metrics"] and again["judge"]["begun_again"] == 5
     kit = score("mm_vet", answers, root, rule="vlmevalkit-aggregation", judge=Judge(replay=tmp_path / "replies.json"))
     assert kit["metrics"]["rec"] == pytest.approx(100 * (0.4 + 1.0 + 0.5 + 0.4 + 0.5) / 5)  # the two alone count twice
     assert row.id == "mm_vet"
@@ -577,59 +581,82 @@ def test_a_model_behind_an_endpoint_is_examined_and_judged(tmp_path: Path, capsy
 # --- leftovers ------------------------------------------------------------------------------------------------------
 
 
-def strict(text: str, options: Any) -> str | None:
-    """A test's rule: a lone letter that is offered."""
-    return text.strip() if text.strip() in options else None
+def mmbench(root: Path, question: str = "What is it?") -> tuple[Path, list[dict[str, Any]]]:
+    """Four questions, the first three in two orders; (the data folder, answers)."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    held = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(held, "JPEG")
+    image = base64.b64encode(held.getvalue()).decode()
+    rows = ["index question hint A B answer category image l2-category split".split()]
+    for n, turns in ((1, 2), (2, 2), (3, 2), (4, 1)):
+        for turn in range(turns):
+            options = ["a {cat}", "a dog"][:: 1 if turn == 0 else -1]
+            ability = ["animals", image, "attribute_reasoning", "dev"]
+            rows.append([str(n + turn * 10**6), question, "", *options, "AB"[turn], *ability])
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "MMBench_DEV_EN_legacy.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\n", encoding="utf-8")
+    texts = {1: "A", 1000001: " Meow! ", 2: "no idea", 1000002: "A", 3: "purring", 1000003: "purrs", 4: "woof"}
+    return root, [{"question_id": n, "text": text} for n, text in reversed(texts.items())]
 
 
 def test_leftovers_go_to_a_judge(tmp_path: Path) -> None:
-    root, _ = mm_vet(tmp_path)
-    items = load_items("mm_vet", root)
-    texts = {"v1_0": " a cute bear ", "v1_1": "an idea", "v1_7": "??", "v1_12": "{x}"}
-    options = {"A": "teddy {bear}", "B": "dog"}
+    root, answers = mmbench(tmp_path)
+    exact = score("mmbench", answers, root)
+    assert exact["metrics"]["Overall"] == 0.0
 
     def answer(body: dict[str, Any], n: int) -> Step:
         prompt = body["messages"][0]["content"]
-        if "a cute bear" in prompt:
-            assert (
-                "Question: What is x??\nOptions: There are several options: \nA. teddy {bear}\nB. dog\n\nAnswer: a cute"
-                in prompt
+        if "Meow!" in prompt:
+            assert prompt.endswith(
+                "Example 3: \nQuestion: What is it??\nOptions: There are several options: \nA. a dog\nB. a {cat}\n\n"
+                "Answer: Meow!\nYour output: "
             )
-            return said("A")
-        return said("Z") if "an idea" in prompt else said("I think so")
+            return said("B")
+        return said("Z") if "woof" in prompt else said("A" if "purring" in prompt else "both, I think")
 
     with serving(answer) as server:
+        told_: dict[str, Any] = {"rule": "vlmevalkit_circular_judged", "items_path": tmp_path / "items.jsonl"}
         judge = asking(server.url, cache=tmp_path / "judge.jsonl")
-        told_: dict[str, Any] = {
-            "question": lambda i: i.meta["question"],
-            "options": lambda i: options,
-            "infer": strict,
-        }
-        found, facts = letters(judge, task_row("mm_vet"), items, texts, **told_)
-        assert found == {"v1_0": "A", "v1_1": "Z", "v1_7": "Z", "v1_12": "Z"}
-        assert facts["no_option"] == 3 and len(server.seen) == 1 + 1 + 3 + 3
-        again, _ = letters(
-            asking(server.url, cache=tmp_path / "judge.jsonl"), task_row("mm_vet"), items, texts, **told_
-        )
-        assert again == found and len(server.seen) == 8  # the three same requests have three places in the cache
-    with pytest.raises(DataError, match="4 of 4"):
-        letters(Judge(), task_row("mm_vet"), items, texts, **told_)
-    assert letters(Judge(), task_row("mm_vet"), items, texts, allow=True, **told_)[0] == {}
+        found = score("mmbench", answers, root, judge=judge, **told_)
+        # 1: read and judged right. 2: wrong in one order, so not asked. 3: three replies without a letter. 4: Z.
+        assert found["metrics"]["Overall"] == 0.25 and found["metrics"]["AR"] == 0.25
+        assert len(server.seen) == 1 + 0 + (1 + 3) + 1
+        items = {r["question_id"]: (r["score"], r["parsed"]) for r in read_jsonl(tmp_path / "items.jsonl")}
+        assert items["1000001"] == (1.0, "B") and items["2"] == (0.0, None) and items["1000003"] == (0.0, None)
+        assert items["4"] == (0.0, "Z") and items["1"] == (1.0, "A")
+        again = score("mmbench", answers, root, judge=asking(server.url, cache=tmp_path / "judge.jsonl"), **told_)
+        assert again["metrics"] == found["metrics"]
+        assert len(server.seen) == 6  # the three same requests have three places in the cache
+    with pytest.raises(DataError, match=r"4 of 7 answers to 'mmbench' are unjudged"):
+        score("mmbench", answers, root, judge=Judge(), **told_)
+    assert score("mmbench", answers, root, judge=Judge(), allow_missing=True, **told_)["metrics"] == exact["metrics"]
+    with pytest.raises(RecipeError, match="its rule asks a language model"):
+        score("mmbench", answers, root, **told_)
 
 
 def test_chinese_leftovers_are_asked_in_chinese(tmp_path: Path) -> None:
-    root, _ = mm_vet(tmp_path)
-    items = load_items("mm_vet", root)[:1]
-    with serving(lambda body, n: said("B")) as server:
-        told_: dict[str, Any] = {
-            "question": lambda i: "谁",
-            "options": lambda i: {"A": "猫", "B": "狗"},
-            "infer": strict,
-        }
-        assert letters(asking(server.url), task_row("mm_vet"), items, {"v1_0": "小狗"}, **told_)[0] == {"v1_0": "B"}
-    assert server.seen[0]["messages"][0]["content"].endswith(
-        "例 3: \n问题: 谁?\n选项: There are several options: \nA. 猫\nB. 狗\n\n答案: 小狗\n输出: "
+    root, answers = mmbench(tmp_path, "谁")
+    with serving(lambda body, n: said("A")) as server:
+        score("mmbench", answers, root, rule="vlmevalkit_circular_judged", judge=asking(server.url))
+    assert any(
+        body["messages"][0]["content"].endswith(
+            "例 3: \n问题: 谁?\n选项: There are several options: \nA. a {cat}\nB. a dog\n\n答案: woof\n输出: "
+        )
+        for body in server.seen
     )
+
+
+def test_answers_to_what_is_not_public_are_not_judged(tmp_path: Path) -> None:
+    root, answers = mmbench(tmp_path)
+    table = root / "MMBench_DEV_EN_legacy.tsv"
+    table.write_text(table.read_text("utf-8").replace("a dog\tA\t", "a dog\t\t"), encoding="utf-8")
+    with serving(lambda body, n: said("A")) as server, pytest.raises(DataError, match="not public"):
+        score("mmbench", answers, root, rule="vlmevalkit_circular_judged", judge=asking(server.url))
+    assert server.seen == []
 
 
 def test_only_what_can_change_a_score_is_asked() -> None:

@@ -383,6 +383,10 @@ def evaluate(
     memory: Annotated[
         str | None, typer.Option(help="What answering may take beside the weights, such as 2GB; changes no answer.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that answer, on a CPU; one a core where there are many questions."),
+    ] = None,
     own: Own = None,
     model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
     judge: JudgeUrl = None,
@@ -409,17 +413,22 @@ def evaluate(
         return _plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
     from leveret.evaluate import evaluate as station
     from leveret.evaluate.judges import open_judge
+    from leveret.generate.helpers import Helpers
     from leveret.generate.others import open_other
 
+    if int(os.environ.get("RANK", "0")):  # started by torchrun: its first process answers, with helpers of its own
+        return
+    workers = workers or int(os.environ.get("WORLD_SIZE", "0")) or None
+    helpers = Helpers() if workers is None else Helpers(workers - 1, least=1)
     judging = open_judge(
         out / "answers", url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay,
         parallel=at_once,
     )  # fmt: skip
-    with _reporting(json):
+    with _reporting(json), helpers:
         other = open_other(model, key_env=model_key, parallel=at_once)
         results = station(
             other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
-            judge=judging, memory=allowed, prompts=prompts, how=how,
+            judge=judging, memory=allowed, prompts=prompts, how=how, helpers=helpers,
         )  # fmt: skip
     if not json:
         _print_scores(results)
@@ -477,7 +486,7 @@ def _print_scores(results: dict[str, Any]) -> None:
 @_verb("score", "leveret.evaluate")
 def score(
     task: Annotated[str, typer.Argument(help="The task whose rule applies: its id, or a YAML file of your own.")],
-    answers: Annotated[Path, typer.Argument(help="Answers: JSON lines or one JSON list.")],
+    answers: Annotated[Path, typer.Argument(help="Answers: JSON lines, one JSON list, or the task's own form.")],
     data: Annotated[Path, typer.Option(help="The folder with the official files.")],
     split: Annotated[str, typer.Option(help="The part that was asked about.")] = "test",
     rule: Annotated[str | None, typer.Option(help="Another of the task's rules, by its lineage: lmms_eval.")] = None,

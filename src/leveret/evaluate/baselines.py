@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from leveret.runs import DataError
 
 WORDS = ({"yes", "no"}, {"true", "false"})
 """Right answers that are one of two words: who guesses says either."""
+CANDIDATES = 8
+"""Constant answers that are tried, where the headline is no plain share."""
 DRAWS = 64
 """Guesses a question, where the headline is no plain share (F1, both questions of a picture right)."""
 
@@ -29,7 +32,7 @@ class Constants:
 
     answers  wording -> answer, "" -> over all wordings; empty where there are none.
     of       "train": chosen on the train twin. "test": on the very questions that are scored, for want of a twin, so
-             it is what no constant answer beats, and a little more than one could have known beforehand.
+             it is about the most that a constant answer gets, and a little more than one could have known.
     why      why they are not of the train twin.
     """
 
@@ -40,8 +43,6 @@ class Constants:
 
 def constants(row: TaskRow, root: str | Path, scorer: Scorer, items: Sequence[Item]) -> Constants:
     """The best constant answer per wording, chosen on the train twin where there is one, else on `items`."""
-    if scorer.reads != "text":
-        return Constants(why=f"the rule reads {scorer.reads}, not an answer's text")
     try:
         train = load_items(row, root, "train")
         if any(map(_unknown, train)):
@@ -50,12 +51,29 @@ def constants(row: TaskRow, root: str | Path, scorer: Scorer, items: Sequence[It
         if {_asked(item) for item in items} <= {_asked(item) for item in train}:
             why = f"what is found as the split train of {row.id!r} holds questions that are scored"
         else:
-            return Constants(best_constants(train, scorer), "train")
+            return Constants(_best(row, scorer, train), "train")
     except DataError as fault:
         why = str(fault)
     if any(_unknown(item) or not scorer.gold(item) for item in items):
         return Constants(why=f"{why} And not every question has a known answer.")
-    return Constants(best_constants(items, scorer), "test", why)
+    return Constants(_best(row, scorer, items), "test", why)
+
+
+def _best(row: TaskRow, scorer: Scorer, items: Sequence[Item]) -> dict[str, str]:
+    """Per wording the commonest right answer; where the headline is no share of right answers, the one of the commonest
+    that it is highest for (always yes has an F1 of two thirds, always no has none)."""
+    found = best_constants(items, scorer)
+    headline = HEADLINES[scorer.headline or row.headline]
+    if (scorer.headline or row.headline) in PLAIN:
+        return found
+
+    def figure(answer: str) -> float:
+        columns = headline.columns(items, [scorer.judge(item, answer) for item in items])
+        return float(headline.figure(columns.sum(0)))
+
+    common = Counter(scorer.gold(item) for item in items).most_common(CANDIDATES)
+    best = max(sorted(answer for answer, _ in common), key=figure)
+    return dict.fromkeys(found, best)
 
 
 def _unknown(item: Item) -> bool:
@@ -71,10 +89,10 @@ def _asked(item: Item) -> tuple[str, str, str]:
 def chance(headline: str, items: Sequence[Item], scorer: Scorer, *, seed: int = 0) -> float | None:
     """What somebody scores who picks one of the offered answers blindly, 0..1; None where nothing is offered.
 
-    Offered are the item's options (`meta["choices"]`: how many, or which), or the two words where all right answers are
-    yes and no, or true and false. A question without options among others that have some (MMMU's open ones) is never
-    guessed right. Exact where the headline is a share of right answers, else the headline of 64 seeded guesses a
-    question, taken together.
+    Offered are the item's options (`meta["choices"]`: how many; `meta["texts"]`: letter -> text), or the two words
+    where all right answers are yes and no, or true and false. A question without options among others that have some
+    (MMMU's open ones) is never guessed right. Exact where the headline is a share of right answers, else the headline
+    of 64 seeded guesses a question, taken together.
     """
     offered = [_options(item, scorer) for item in items]
     words_only = not any(offered) and not any(map(_unknown, items))
@@ -98,7 +116,9 @@ def chance(headline: str, items: Sequence[Item], scorer: Scorer, *, seed: int = 
 
 
 def _options(item: Item, scorer: Scorer) -> tuple[str, ...]:
-    choices = item.meta.get("choices")
+    if scorer.reads == "probabilities":  # its right answer is written as the probabilities of all options
+        return tuple(map(str, range(len(json.loads(scorer.gold(item))))))
+    choices = item.meta.get("choices") or item.meta.get("texts")
     if isinstance(choices, Mapping):
         return tuple(map(str, choices))
     count = len(choices) if isinstance(choices, Collection) and not isinstance(choices, str) else choices

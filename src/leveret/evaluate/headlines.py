@@ -112,7 +112,7 @@ HEADLINES: dict[str, Headline] = {
     "F1": Headline(_pooled_columns(unread_is_no=True), _ratio),
     "F1 of the readable": Headline(_pooled_columns(unread_is_no=False), _ratio),
     # 100 points for answers and 100 for pictures in each of fourteen subtasks: 2,800 in all.
-    "share of MME's points": Headline(_mme_columns, _ratio),
+    "share of all points": Headline(_mme_columns, _ratio),
     "circular accuracy": Headline(_circular_columns, _ratio),
     "points in relation to the reference's": Headline(_points_columns, _ratio),
 }

@@ -129,6 +129,11 @@ class Replay:
         replies = self.by_id.get(item.question_id)
         return replies[number % len(replies)] if replies else None
 
+    def is_again(self, item: Item, key: str, number: int) -> bool:
+        """Whether that reply was given before, since there are no more about this answer."""
+        by_key = key in self.by_key or key[:SHORT_KEY] in self.by_key
+        return not by_key and number >= len(self.by_id.get(item.question_id, ()))
+
 
 SHORT_KEY = 32
 """Letters of a key that go into the id of a request in a batch, where ids are short."""
@@ -189,7 +194,11 @@ class Judge:
         asked = {*self._models, *(replay.models if replay is not None else ())}
         self._found = asked.pop() if len(asked) == 1 and self.endpoint is None else None
         talks = [Talk(item, texts[item.question_id]) for item in items if item.question_id in texts]
-        for talk in talks:
+        if judging.worth is not None:
+            worth = set(judging.worth(items, texts))
+            for talk in talks:
+                talk.done = talk.item.question_id not in worth
+        for talk in [talk for talk in talks if not talk.done]:
             self._advance(talk, judging, replay)
         waiting = [talk for talk in talks if not talk.done]
         if send and self.endpoint is not None and waiting:
@@ -229,6 +238,7 @@ class Judge:
         number = len(talk.replies)
         if replay is not None and (said := replay.find(talk.item, key, number)) is not None:
             self.counts["replayed"] += 1
+            self.counts["begun_again"] += replay.is_again(talk.item, key, number)
             return said
         # Without an endpoint any judge of that name will do: its replies were kept to be read again.
         said = self._known.get((self.endpoint.url if self.endpoint is not None else "", key))
@@ -300,6 +310,8 @@ class Judge:
             "unjudged": len(unjudged),
             "unjudged_ids": dict(list(unjudged.items())[:NAMED]),
         }
+        if self.counts["begun_again"]:
+            facts["begun_again"] = self.counts["begun_again"]
         if self.counts["asked"]:
             facts["tokens"] = {name: self.counts[name] for name in ("prompt_tokens", "completion_tokens")}
         return facts
@@ -383,7 +395,7 @@ def plan(
     talks = judge.talks(row, judging, items, texts, send=False)
     lines, read, said, most = [], 0, 0, 0
     for talk in talks:
-        if (asked := judge.next_ask(talk, judging)) is None:
+        if talk.done or (asked := judge.next_ask(talk, judging)) is None:
             continue
         _, body, repeat = asked
         name = f"{talk.item.question_id[:20]}/{len(talk.replies)}/{key_of(body, repeat)[:SHORT_KEY]}"

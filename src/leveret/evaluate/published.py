@@ -19,7 +19,7 @@ class Column:
     title   as printed. task: our id. metric: the path of the figure in our `metrics`, dots between keys.
     scale   what our figure is multiplied by to be in the printed unit.
     rules   our rules under which the figures are the same quantity; none where a server or a judge scored it.
-    split   the split it is about; "" where the table and we have the same one.
+    split   our name of the split it is about; "" where that is what we score.
     """
 
     title: str
@@ -59,17 +59,16 @@ class Table:
 
 _MME = ("bunny", "mme_eval_tool_one_line")
 _POPE = ("bunny", "llava", "pope_official")
-_VQA = ("official_on_submission",)
 
 _MME_P = Column("MME-P", "mme", "Perception.total", rules=_MME)
-_VQAV2 = Column("VQAv2", "vqav2", "overall", rules=_VQA)
+_VQAV2 = Column("VQAv2", "vqav2", "overall")  # test-dev, by its server; ours is val
 _GQA = Column("GQA", "gqa", "accuracy", rules=("official",))
 _SQA = Column("SQA-I", "scienceqa", "img_accuracy", rules=("official",))
 _TEXT = Column("TextVQA", "textvqa_ocr", "accuracy", rules=("official",))
 _F1 = Column("POPE", "pope", "average_f1", 100, rules=_POPE)
 _MMVET = Column("MM-Vet", "mm_vet", "capability.total")
 _LLAVA_W = Column("LLaVA-W", "llava_bench_w", "all.relative")
-_MMB = Column("MMB", "mmbench", "Overall", 100, split="dev")
+_MMB = Column("MMB", "mmbench", "Overall", 100)
 _SEED = Column("SEED", "seed_bench", "Total", rules=("official",))
 
 PUBLISHED: tuple[Table, ...] = (
@@ -81,11 +80,11 @@ PUBLISHED: tuple[Table, ...] = (
         (
             _MME_P,
             Column("MME-C", "mme", "Cognition.total", rules=_MME),
-            Column("MMB-T", "mmbench", "Overall", 100, split="test"),
-            Column("MMB-D", "mmbench", "Overall", 100, split="dev"),
+            Column("MMB-T", "mmbench", "Overall", 100, split="hidden"),
+            Column("MMB-D", "mmbench", "Overall", 100, split="test"),
             _SEED,
-            Column("MMMU-V", "mmmu", "overall_exact", 100, rules=("official_with_fallback",), split="val"),
-            Column("MMMU-T", "mmmu", "overall_exact", 100, split="test"),
+            Column("MMMU-V", "mmmu", "overall_exact", 100, rules=("official_with_fallback",), split="test"),
+            Column("MMMU-T", "mmmu", "overall_exact", 100, split="hidden"),
             _VQAV2,
             _GQA,
             _SQA,
@@ -106,8 +105,8 @@ PUBLISHED: tuple[Table, ...] = (
         "OCR tokens in the prompt; POPE is the mean of the three F1",
         "the model zoo of haotian-liu/LLaVA (docs/MODEL_ZOO.md at c121f04)",
         (
-            _VQAV2, _GQA, Column("VizWiz", "vizwiz", "accuracy"), _SQA, _TEXT, _F1, _MME_P, _MMB,
-            Column("MMB-CN", "mmbench_cn", "Overall", 100, split="dev"), _SEED, _LLAVA_W, _MMVET,
+            _VQAV2, _GQA, Column("VizWiz", "vizwiz", "accuracy__VizWiz-Overall"), _SQA, _TEXT, _F1, _MME_P, _MMB,
+            Column("MMB-CN", "mmbench_cn", "Overall", 100, split="test"), _SEED, _LLAVA_W, _MMVET,
         ),
         {
             "LLaVA-1.5-7B": (78.5, 62.0, 50.0, 66.8, 58.2, 85.9, 1510.7, 64.3, 58.3, 58.6, 65.4, 31.1),
@@ -135,7 +134,7 @@ PUBLISHED: tuple[Table, ...] = (
         "POPE as an accuracy",
         "the Prismatic paper (arXiv 2402.07865), its table of results",
         (
-            Column("VQAv2", "vqav2", "overall", rules=("trivlm",), split="val"),
+            Column("VQAv2", "vqav2", "accuracy", rules=("trivlm",)),
             Column("GQA", "gqa", "accuracy", rules=("prismatic",)),
             Column("VizWiz", "vizwiz", "accuracy__VizWiz-Overall", rules=("prismatic",)),
             Column("TextVQA+OCR", "textvqa_ocr", "accuracy", rules=("official",)),

@@ -26,7 +26,7 @@ def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: s
         pages.Section("Scores", [block for block in scores if block], lead=in_words(tasks)),
         pages.Section("What the numbers mean", [pages.table(MEANING, ["word", "meaning"])]),
         *_published(results),
-        pages.Section("All answers", browse(_cards(examined), KINDS), lead=LOOK),
+        pages.Section("Look through the answers", browse(_cards(examined), KINDS), lead=LOOK),
         *(_task(task) for task in examined),
     ]
     parts = dict.fromkeys(facts["split"] for facts in tasks.values()) or (split,)

@@ -24,6 +24,7 @@ from leveret import __version__
 from leveret.evaluate.baselines import Constants, chance, constants
 from leveret.evaluate.forms import Item
 from leveret.evaluate.judges import Judge
+from leveret.evaluate.options import Answered, Options, chosen, options_of
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scoring import figures, judge_all, judged, write_items
@@ -146,7 +147,7 @@ def evaluate(
 
         if (other := open_other(str(model))) is not None:
             model = engine = other
-    options = {row.id: _options(row, by.get(row.id)) for row in rows}
+    options = {row.id: options_of(row, by.get(row.id)) for row in rows}
     if isinstance(model, (str, Path)):
         from leveret.model.source import locate
 
@@ -171,7 +172,7 @@ def evaluate(
         _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
         for swapped in ((False, True) if blind else (False,))
         for row in rows
-        if not (swapped and row.id in asking)
+        if not (swapped and (row.id in asking or any(item.gold is None for item in loaded[row.id])))
     ]
     held: list[Any] = []
     with Helpers() if helpers is None else nullcontext(helpers) as crew:
@@ -211,16 +212,12 @@ def evaluate(
         "root": str(Path(root).absolute()),
         "leveret": __version__,
     }
-    if unjudged:
-        results["unjudged"] = {
-            row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
-            for row in unjudged
-        }
-    if unscored:
-        results["unscored"] = {
-            row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
-            for row in unscored
-        }
+    for kind, some in (("unjudged", unjudged), ("unscored", unscored)):
+        if some:
+            results[kind] = {
+                row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
+                for row in some
+            }
     if plan := getattr(held[0], "plan", None) if held else None:
         results["memory"] = {**plan.facts(), "processes": getattr(held[0], "processes", 1), "allowed": memory}
     for task in examined:
@@ -283,23 +280,6 @@ def _name(item: Item) -> str:
     if item.image is not None and item.image.kind == "file":
         return Path(item.image.path).name
     return str(item.meta["image_id"])
-
-
-Options = Callable[[Item], tuple[str, ...]]
-
-
-def _options(row: TaskRow, rule: str | None) -> Options | None:
-    """What an item's probabilities are asked for, where the rule reads them; None where it reads what was said."""
-    name, scorer = rule_of(row, rule)
-    if scorer.reads != "probabilities":
-        return None
-    given = row.options
-    if not given:
-        raise RecipeError(
-            f"The rule {name!r} of {row.id!r} judges probabilities, and the task names no options to choose between; "
-            "answers with probabilities can be scored by `leveret score`."
-        )
-    return given if callable(given) else lambda item: given
 
 
 def _questions_hash(row: TaskRow, items: Sequence[Item], options: Options | None) -> str:
@@ -399,12 +379,7 @@ class _Desk:
             "metadata": {**prediction.meta, "image": item.image and _name(item)},
             "task": self.row.id,
         }
-        if options:
-            if prediction.choices is None:
-                raise RuntimeError(f"the engine gave no probabilities for {name!r} of {self.row.id!r}")
-            record["probabilities"] = [prediction.choices[option] for option in options]
-            record["options"] = list(options)
-        append_jsonl(self.path, record)
+        append_jsonl(self.path, record | (chosen(prediction, options) if options else {}))
         self.done.add(name)
 
     def settle(self) -> None:
@@ -415,23 +390,11 @@ class _Desk:
         answers = sorted(read_jsonl(self.path), key=lambda answer: place.get(str(answer["question_id"]), len(place)))
         atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
-    def answered(self) -> _Answered | None:
+    def answered(self) -> Answered | None:
         """What came to the questions asked; None where there was no other picture to show."""
         if not self.swappable:
             return None
-        answers = {str(a["question_id"]): a for a in read_jsonl(self.path)} if self.path.exists() else {}
-        texts = {name: str(answers[name]["text"]) for name in self.items}
-        if self.options is None:
-            return _Answered(texts, texts)
-        return _Answered(texts, {name: json.dumps(answers[name]["probabilities"]) for name in self.items})
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """question_id -> text for people, and what the rule reads."""
-
-    texts: dict[str, str]
-    read: dict[str, str]
+        return Answered.of(read_jsonl(self.path) if self.path.exists() else [], self.items, self.options is not None)
 
 
 def _ask(desks: Sequence[_Desk], answers: Callable[[], Answers], folder: RunFolder) -> None:
@@ -495,8 +458,8 @@ def _examine(
     root: str | Path,
     split: str,
     items: list[Item],
-    answered: _Answered | None,
-    blind: _Answered | None,
+    answered: Answered | None,
+    blind: Answered | None,
     judge: Judge | None,
 ) -> Examined:
     assert answered is not None

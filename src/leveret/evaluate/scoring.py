@@ -23,15 +23,19 @@ def judge_all(scorer: Scorer, items: Sequence[Item], answers: Mapping[str, str])
     """One verdict per item; an item without an answer is missing, and wrong.
 
     DataError where the right answers are not public."""
+    _check_public(items)
+    if scorer.together is not None:
+        return scorer.together(items, answers)
+    return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
+
+
+def _check_public(items: Sequence[Item]) -> None:
     unknown = [item.question_id for item in items if item.gold is None]
     if unknown:
         raise DataError(
             f"{len(unknown)} of {len(items)} questions (first {unknown[0]!r}) have no right answer in the official "
             "files: it is not public. Write the file that the benchmark's server takes instead."
         )
-    if scorer.together is not None:
-        return scorer.together(items, answers)
-    return [scorer.judge(item, answers[item.question_id]) if item.question_id in answers else MISSING for item in items]
 
 
 def figures(row: TaskRow, rule: str, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -116,6 +120,7 @@ def judged(
 
     RecipeError without a judge; DataError where answers stay unjudged and `allow_missing` does not make them wrong.
     """
+    _check_public(items)  # before anything is spent
     if judge is None:
         raise RecipeError(f"{row.id!r}: {NEEDED}")
     talks = judge.talks(row, judging, items, texts)
@@ -257,7 +262,9 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form)
     if isinstance(records, dict) and all(isinstance(text, str) for text in records.values()):
         return [{"question_id": name, "text": text} for name, text in records.items()]  # MM-Vet's own form
     if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
-        records = list(records.values())  # Prismatic's results: id -> record
+        records = [
+            {"question_id": name, **record} for name, record in records.items()
+        ]  # Prismatic's results: id -> record
     if not isinstance(records, list):
         raise DataError(f"{path}: one JSON list of answers is expected, not a {type(records).__name__}.")
     for number, record in enumerate(records, 1):

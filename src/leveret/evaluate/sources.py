@@ -36,7 +36,7 @@ def _pope(items: Sequence[Item]) -> str:
 
 
 COCO = "https://cocodataset.org/#download"
-_TEXTVQA = Source("https://textvqa.org/dataset (v0.5.1)", n={"test": 5000, "val": 5000}, note="pictures: train_images/")
+_TEXTVQA = Source("https://textvqa.org/dataset (v0.5.1)", n={"test": 5000}, note="pictures: train_images/")
 _MMBENCH = "https://github.com/open-compass/MMBench (the legacy TSV, one row a rotation; its pictures are in it)"
 
 SOURCES: dict[str, Source] = {
@@ -47,10 +47,11 @@ SOURCES: dict[str, Source] = {
         "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2, testdev_balanced)", n={"test": 12578}
     ),
     "vqav2": Source(
-        "https://visualqa.org/download.html (questions and annotations v2)", COCO, {"val": 214354},
+        "https://visualqa.org/download.html (questions and annotations v2)", COCO,
+        {"test": 214354, "test-dev2015": 107394, "server": 447793},
         note="test-dev's answers are not published: its server scores them",
     ),
-    "vizwiz": Source("https://vizwiz.org/tasks-and-datasets/vqa", n={"test": 4319, "val": 4319}, note="scored on val"),
+    "vizwiz": Source("https://vizwiz.org/tasks-and-datasets/vqa", n={"test": 4319}, note="scored on val"),
     "textvqa": _TEXTVQA,
     "textvqa_ocr": _TEXTVQA,
     "scienceqa": Source("https://github.com/lupantech/ScienceQA (data/scienceqa, and its pictures)", n={"test": 4241}),
@@ -60,9 +61,9 @@ SOURCES: dict[str, Source] = {
     "vsr": Source(
         "https://github.com/cambridgeltl/visual-spatial-reasoning (the zero-shot split)", n={"test": 1222}
     ),
-    "refcoco": Source("https://github.com/lichengunc/refer", f"{COCO} (train2014)", {"test": 26488, "val": 26488}),
-    "ocid_ref": Source("https://github.com/lluma/OCID-Ref", n={"test": 18342, "val": 18342}),
-    "ai2d": Source("https://prior.allenai.org/projects/diagram-understanding"),
+    "refcoco": Source("https://github.com/lichengunc/refer", f"{COCO} (train2014)", {"test": 26488}),
+    "ocid_ref": Source("https://github.com/lluma/OCID-Ref", n={"test": 18342}),
+    "ai2d": Source("https://prior.allenai.org/projects/diagram-understanding", n={"test": 15501}),
     "mme": Source(
         "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models (MME_Benchmark_release_version, if asked)",
         n={"test": 2374},
@@ -71,10 +72,10 @@ SOURCES: dict[str, Source] = {
     "mmbench_cn": Source(_MMBENCH, note="test's answers are not published: its server scores them"),
     "seed_bench": Source("https://huggingface.co/datasets/AILab-CVC/SEED-Bench", n={"test": 19242}),
     "mmmu": Source(
-        "https://huggingface.co/datasets/MMMU/MMMU", n={"val": 900},
+        "https://huggingface.co/datasets/MMMU/MMMU", n={"test": 900},
         note="test's answers are not published: its server scores them",
     ),
-    "cmmmu": Source("https://huggingface.co/datasets/m-a-p/CMMMU", n={"val": 900}),
+    "cmmmu": Source("https://huggingface.co/datasets/m-a-p/CMMMU", n={"test": 900}),
     "mm_vet": Source("https://github.com/yuweihao/MM-Vet (mm-vet.zip)", n={"test": 218}, note="a judge scores it"),
     "llava_bench_w": Source(
         "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild", n={"test": 60}, note="a judge scores it"

@@ -29,7 +29,7 @@ MEANING = (
         "majority",
         "What a person would score who never looks and always gives the one best answer to each wording of question, "
         "learnt from the questions of the training side. A score near it shows no skill. With a star it was chosen on "
-        "the very questions that are scored, for want of a training side: no constant answer scores more.",
+        "the very questions that are scored, for want of a training side: about the most a constant answer can get.",
     ),
     (
         "blind",

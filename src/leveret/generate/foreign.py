@@ -41,6 +41,7 @@ class Foreign:
 
     def __init__(self, folder: str | Path, *, device: str = "auto", batch: int = 8, max_new_tokens: int = 64) -> None:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.folder, self.batch, self.max_new_tokens = Path(folder), batch, max_new_tokens
@@ -48,13 +49,29 @@ class Foreign:
         with quiet():
             try:
                 self.processor = AutoProcessor.from_pretrained(self.folder, **told)
-                self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto", **told)
+                self.model, report = AutoModelForImageTextToText.from_pretrained(
+                    self.folder, dtype="auto", output_loading_info=True, **told
+                )
             except ImportError as fault:
                 reason = next((line.strip() for line in str(fault).splitlines() if line.strip()), "a package")
                 raise EnvironmentFault(f"{folder}: transformers wants more to read it: {reason}") from fault
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as fault:
+            except (
+                SafetensorError,
+                OSError,
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+                RuntimeError,
+            ) as fault:
                 reason = next((line.strip() for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
                 raise DataError(f"{folder}: transformers reads no image-text model there ({reason})") from fault
+        # transformers itself would draw what is missing at random.
+        if lacking := sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ()))):
+            raise DataError(
+                f"{folder}: lacks {len(lacking)} weights of the model that its config.json asks for: "
+                f"{', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''}"
+            )
         if not getattr(self.processor, "chat_template", None):
             raise DataError(
                 f"{folder}: its processor has no chat template (chat_template.jinja), so how to ask is open."

@@ -16,15 +16,16 @@ class Helpers:
 
     They start, which takes seconds, when first there are many questions.
     count  how many; None: one for every core but one.
+    least  questions from which they are many.
     """
 
-    def __init__(self, count: int | None = None) -> None:
-        self.count = count
+    def __init__(self, count: int | None = None, least: int | None = None) -> None:
+        self.count, self.least = count, least
         self.workers: list[Worker] | None = None
 
     def ready(self, questions: int) -> list[Worker]:
         """Those there are; for many questions they are started if they have not been."""
-        if self.workers is None and questions >= START_FROM:
+        if self.workers is None and questions >= (START_FROM if self.least is None else self.least):
             self.workers = [
                 Worker("leveret.generate.crew") for _ in range(cores() - 1 if self.count is None else self.count)
             ]

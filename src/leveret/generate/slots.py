@@ -193,7 +193,7 @@ class Slots:
     def _prefixes(
         self, replies: Sequence[Reply], first: int, *, alone: bool = False
     ) -> Iterator[tuple[int, list[Reply], dict[Any, Tensor]]]:
-        """(row, replies from this row on, keys and values of their image prefixes), those with the same images together.
+        """(row, replies from this row on, keys and values of their image prefixes), the same images together.
 
         What is new is computed, in the rows of those that need it. As many prefixes at a time as a pass has room for:
         however many images are asked about, only these are held beside the shelf.
@@ -259,7 +259,8 @@ class Slots:
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             embeddings = self.vlm.embed(batch)
             mask = self.masks.of(at, max(starts) + length, embeddings.dtype)
-            with only_rows(self.vlm.language, last if logits else torch.zeros_like(last), MULTIPLE if self.bf16 else 1):
+            wanted = last if logits else torch.zeros_like(last)
+            with only_rows(self.vlm.language, wanted, MULTIPLE if self.bf16 else 1):
                 out = self.vlm.language(
                     inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
                     past_key_values=self.cache, use_cache=True,

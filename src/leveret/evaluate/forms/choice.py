@@ -89,7 +89,7 @@ def _ai2d(place: Place) -> list[Item]:
     listed = place.root / "ai2d_test_ids.csv"
     if not listed.is_file():
         raise DataError(f"{listed} is not there: it tells which of AI2D's pictures are the test set.")
-    test = {line.split(",")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()}
+    test = {line.split(",")[0].strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     items = []
     for path in place.files:
         record = read_json(path)

@@ -75,7 +75,7 @@ DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     before = csv.field_size_limit(2**31 - 1)  # a picture is one field
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t")
             header = next(reader, [])
             lacking = [name for name in ("index", "question", "A", "B", "image") if name not in header]
@@ -89,6 +89,8 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
                         "Fetch the file again."
                     )
                 yield dict(zip(header, cells, strict=True))
+    except csv.Error as fault:
+        raise DataError(f"{path} is no table with tabs: {fault}. Fetch it again.") from None
     finally:
         csv.field_size_limit(before)
 

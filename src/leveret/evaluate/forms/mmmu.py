@@ -176,6 +176,8 @@ def _cmmmu(place: Place) -> list[Item]:
                         "category": record.get("category", ""),
                         "subject": record.get("subcategory", ""),
                         "texts": letters,
+                        # What somebody who guesses picks from; the options of a choice stand under `texts`.
+                        "choices": {"对": "", "错": ""} if kind == JUDGE_TYPE else {},
                     },
                 )
             )

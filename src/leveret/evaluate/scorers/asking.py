@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -41,6 +41,8 @@ class Judging:
     most   requests about one answer, at most.
     record (items, question_id -> replies, question_id -> the answer's own id) -> the benchmark's own file of what the
            judge said: a dictionary is written as JSON, a list as JSON lines.
+    worth  (items, question_id -> the model's text) -> the ids that are asked about; about the others `read` is given no
+           reply. None: all of them.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Judging:
     read: Callable[[Item, str, Sequence[str]], Verdict]
     most: int
     record: Callable[[Sequence[Item], Mapping[str, Sequence[str]], Mapping[str, Any]], Any]
+    worth: Callable[[Sequence[Item], Mapping[str, str]], Collection[str]] | None = None
 
 
 UNJUDGED = Verdict(0.0, None, readable=False, detail={"unjudged": 1.0})

@@ -155,7 +155,6 @@ def _table(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, dict
     return {
         name: {"correct": int(sum(v.score for v in found)), "n": len(found), "acc": round(draws.share(found), 6)}
         for name, found in rows.items()
-        if found
     }
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from leveret.evaluate.forms.base import Item
 from leveret.evaluate.forms.mmbench import ROUND
 from leveret.evaluate.letters import by_priority, can_infer, can_infer_earlier
+from leveret.evaluate.scorers.asking import unbound
 from leveret.evaluate.scorers.base import Scorer, Verdict, mean
+from leveret.evaluate.scorers.leftovers import NONE, judging, undecided
 
 ABBREVIATIONS = {
     "coarse_perception": "CP",
@@ -96,6 +98,16 @@ def _together(judge: Callable[[Item, str], Verdict]) -> Callable[[Sequence[Item]
     return together
 
 
+def _leftovers(items: Sequence[Item], texts: Mapping[str, str]) -> list[str]:
+    """Rows from which no letter was read, of questions that are right so far."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        groups[item.meta["whole"]].append(item.question_id)
+    # An answer that is missing is wrong, and so is its question.
+    read = {i.question_id: can_infer(texts.get(i.question_id, NONE), i.meta["texts"]) for i in items}
+    return undecided(groups.values(), read, {item.question_id: item.gold for item in items})
+
+
 MMBENCH = {
     "mmbench_circular": Scorer(
         "MMBench as in VLMEvalKit without a judge (can_infer): right in every order of the options",
@@ -103,6 +115,14 @@ MMBENCH = {
         lambda i: str(i.gold),
         _summary_circular,
         together=_together(_judge_inferred),
+    ),
+    "mmbench_judged": Scorer(
+        "MMBench as in VLMEvalKit with a judge: can_infer, and what it cannot read is asked of a language model where "
+        "the question is right so far; right in every order of the options",
+        unbound,
+        lambda i: str(i.gold),
+        _summary_circular,
+        judging=judging(lambda i: i.meta["cells"]["question"], lambda i: i.meta["texts"], can_infer, _leftovers),
     ),
     "mmbench_vanilla": Scorer(
         "MMBench row by row, as in VLMEvalKit without a judge (can_infer): every order by itself",

@@ -147,12 +147,12 @@ def table(items: Sequence[Item], verdicts: Sequence[Verdict], digits: int = 3) -
     rows: dict[str, dict[str, float]] = {}
     pairs = list(zip(items, verdicts, strict=True))
 
-    def row(name: str, found: list[Verdict]) -> None:
-        if found:
+    def row(name: str, found: list[Verdict], always: bool = False) -> None:
+        if found or always:
             rows[name] = {"num": len(found), "acc": round(draws.share(found), digits)}
 
     for domain, subjects in DOMAINS.items():
-        row(f"Overall-{domain}", [v for i, v in pairs if i.meta["subject"] in subjects])
+        row(f"Overall-{domain}", [v for i, v in pairs if i.meta["subject"] in subjects], always=True)
         for subject in subjects:
             row(subject, [v for i, v in pairs if i.meta["subject"] == subject])
     known = {subject for subjects in DOMAINS.values() for subject in subjects}

@@ -173,7 +173,7 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test", promp
     place = Place(files=files, root=home, images=row.images, split=official, prompt=prompt_of(row, prompts))
     try:
         items = FORMS[row.form].load(place)
-    except (KeyError, TypeError, AttributeError, IndexError) as fault:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as fault:
         if isinstance(fault, KeyError) and f"{{{fault.args[0]}}}" in row.prompt:
             raise DataError(
                 f"Task {row.id!r}: the prompt asks for {{{fault.args[0]}}}, which {', '.join(map(str, files))} or the "

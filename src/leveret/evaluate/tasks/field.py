@@ -9,6 +9,7 @@ MMBENCH_RULES = {
     "vlmevalkit_circular_exact_matching": "mmbench_circular",
     "vlmevalkit_vanilla_exact_matching": "mmbench_vanilla",
     "lmms_eval_static": "mmbench_static",
+    "vlmevalkit_circular_judged": "mmbench_judged",
 }
 
 REGION = 'Please provide the bounding box coordinate of the region this sentence describes: "{sent}"'
@@ -29,7 +30,7 @@ FIELD = (
         "",
         "{question}" + SHORT,
         128,
-        headline="share of MME's points",
+        headline="share of all points",
         about="Two opposite questions a picture, on what is seen (perception) and what follows from it (cognition).",
     ),
     TaskRow(
@@ -121,6 +122,7 @@ FIELD = (
         splits={"test": "all", "test-only": "test"},
         prompts={"prismatic": PRISMATIC_CHOICE["ai2d"]},
         about="School diagrams: questions with four options.",
+        options=lambda item: tuple(item.meta["texts"]),
     ),
     TaskRow(
         "pope",

@@ -1,27 +1,22 @@
-"""Answers to choice questions from which the rule read no letter, put to a judge as VLMEvalKit does (MMBench).
+"""Answers to choice questions from which a rule read no letter, put to a judge as VLMEvalKit does.
 
-    undecided(...)  which of them can still change a score
-    letters(...)    what a judge made of them
-
-multiple_choice.py, `extract_answer_from_item`. Where three replies name no option VLMEvalKit draws one by chance; here
-such an answer names none, and is counted.
+multiple_choice.py: `prefetch_circular_group`, `extract_answer_from_item`. Where three replies name no option VLMEvalKit
+draws one by chance; here such an answer names none, and counts as unreadable.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from leveret.evaluate.forms import Item
-from leveret.evaluate.judges import Judge, settled
+from leveret.evaluate.forms.base import Item
 from leveret.evaluate.scorers.asking import Ask, Judging, judge_text
 from leveret.evaluate.scorers.base import Verdict
-from leveret.evaluate.tasks import TaskRow
 
 TRIES = 3
 NONE = "Z"
-"""What a judge says, and `letters` gives, where an answer means no option."""
+"""What a judge says where an answer means no option."""
 
 Options = Callable[[Item], Mapping[str, str]]
 Infer = Callable[[str, Mapping[str, str]], str | None]
@@ -41,12 +36,18 @@ def undecided(groups: Iterable[Sequence[str]], read: Mapping[str, str | None], g
     return asked
 
 
-def judging(question: Callable[[Item], str], options: Options, infer: Infer) -> Judging:
+def judging(
+    question: Callable[[Item], str],
+    options: Options,
+    infer: Infer,
+    worth: Callable[[Sequence[Item], Mapping[str, str]], Collection[str]],
+) -> Judging:
     """The talk about one answer: the same request, up to three times, until a reply names an option or Z.
 
     question  an item's question, without a hint and without its options.
     options   an item's options, letter -> text.
     infer     the rule that reads a letter from a text, the answers' own.
+    worth     the leftovers that can change a score.
     """
 
     def named(item: Item, reply: str) -> str | None:
@@ -64,38 +65,13 @@ def judging(question: Callable[[Item], str], options: Options, infer: Infer) -> 
         return Ask(({"role": "user", "content": content},), 0.0, max_tokens=2048)
 
     def read(item: Item, text: str, replies: Sequence[str]) -> Verdict:
-        letter = named(item, replies[-1]) or NONE
-        return Verdict(float(letter == item.gold), letter, letter != NONE)
+        said = named(item, replies[-1]) if replies else infer(text, options(item))
+        return Verdict(
+            float(said == item.gold), said, said not in (None, NONE), detail={"requests": float(len(replies))}
+        )
 
     def record(items: Sequence[Item], replies: Mapping[str, Sequence[str]], ids: Mapping[str, Any]) -> Any:
-        there = [item for item in items if item.question_id in replies]
-        return [{"question_id": i.question_id, "content": replies[i.question_id][-1]} for i in there]
+        asked = [item for item in items if replies.get(item.question_id)]
+        return [{"question_id": i.question_id, "content": reply} for i in asked for reply in replies[i.question_id]]
 
-    return Judging("gpt-3.5-turbo-0125", ask, read, most=TRIES, record=record)
-
-
-def letters(
-    judge: Judge,
-    row: TaskRow,
-    items: Sequence[Item],
-    texts: Mapping[str, str],
-    *,
-    question: Callable[[Item], str],
-    options: Options,
-    infer: Infer,
-    allow: bool = False,
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """(question_id -> the letter that a judge found, NONE for none, of the answers that were judged; facts).
-
-    items  the leftovers alone. allow: answers that stay unjudged are left out (and counted in the facts); else they
-           are a DataError that names them.
-
-    The facts are `Judge.facts`, and `no_option`: how many answers mean none, or got three replies that name none.
-    Raises as `Judge.talks`.
-    """
-    talk = judging(question, options, infer)
-    talks = judge.talks(row, talk, items, texts)
-    replies = settled(row, talks, allow=allow)
-    found = {i.question_id: talk.read(i, "", replies[i.question_id]).parsed for i in items if i.question_id in replies}
-    facts = judge.facts(talk, talks) | {"no_option": sum(letter == NONE for letter in found.values())}
-    return {name: letter or NONE for name, letter in found.items()}, facts
+    return Judging("gpt-3.5-turbo-0125", ask, read, most=TRIES, record=record, worth=worth)
