@@ -19,8 +19,10 @@ from evaluate_fakes import FakeEngine, FakeModel
 from leveret.evaluate import TASKS, evaluate, load_items, score
 from leveret.evaluate.curves import auc_pr, auc_roc
 from leveret.evaluate.forms import Item
+from leveret.evaluate.judges import Judge
 from leveret.evaluate.letters import by_priority, can_infer, can_infer_earlier, mmmu_letter
 from leveret.evaluate.scorers import SCORERS, draws
+from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scorers.cmmmu import said_letters, said_truth, said_values
 from leveret.evaluate.scorers.mmmu import open_right, open_values
 from leveret.evaluate.tasks import subset
@@ -338,10 +340,10 @@ def test_a_constant_answer_stops_no_rule(tmp_path: Path, task: str, text: str) -
     root = (mme if task == "mme" else mmbench)(tmp_path)
     items = load_items(task, root)
     answers = [{"question_id": item.question_id, "text": text, "task": task} for item in items]
-    for rule, scorer in TASKS[task].rules.items():
-        if SCORERS[scorer].judging is not None:
-            continue
-        found = score(task, answers, root, rule=rule)
+    for rule, name in TASKS[task].rules.items():
+        # Rules with a judge: test_evaluate_judges.py. This one has no replies, so what is unread counts as wrong.
+        judge = Judge() if SCORERS[name].judging is not None else None
+        found = score(task, answers, root, rule=rule, judge=judge, allow_missing=judge is not None)
         assert 0.0 <= found["ci95"][0] <= found["score"] <= found["ci95"][1] <= 1.0
         assert found["parsed"] + found["unparsable"] == found["n"]
     if task == "mme" and text == "Yes":  # 50 points in each subtask, whatever the constant
@@ -352,9 +354,9 @@ def test_every_rule_accepts_its_own_right_answer(tmp_path: Path) -> None:
     for task, make in (("mme", mme), ("mmbench", mmbench), ("cmmmu", cmmmu)):
         root = make(tmp_path / task)
         for scorer in (SCORERS[name] for name in sorted(set(TASKS[task].rules.values()))):
-            if scorer.judging is not None:
-                continue
             for item in load_items(task, root):
+                # Where a rule may ask a judge, none is needed about its own right answer.
+                scorer = scorer if scorer.judging is None else bound(scorer, {item.question_id: []})
                 assert scorer.judge(item, scorer.gold(item)).score == 1.0, (task, scorer.rule, item.question_id)
 
 

@@ -227,9 +227,11 @@ class Evil:
         (b"cbuiltins\neval\n(S'1'\ntR.", "builtins.eval"),
         (b"cbuiltins\ngetattr\n(cbuiltins\nlist\nS'append'\ntR.", "builtins.getattr"),
         (b"cnumpy.core.multiarray\nscalar\n.", "numpy.core.multiarray.scalar"),
-        (b"\x80\x02]r\xff\xff\xff\x7f", "ran out|EOF|exhausted|truncated"),  # room for two thousand million
-        (b"\x80\x02X\xff\xff\xff\x7fab.", "EOF"),
-        (b"", "ran out|EOF"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "in place 2147483647, and has 9 bytes"),
+        (b"\x80\x02]X\x01\x00\x00\x00r0r\xff\xff\xff\xff.", "in place 4294967295"),
+        (b"(lp99999999999\n.", "in place 99999999999"),
+        (b"\x80\x02X\xff\xff\xff\x7fab.", "out of range"),
+        (b"", "out of range"),
         (b"[]", "not a pickle"),
         (b"\x80\x02}q\x00(U\x01a", "not a pickle"),
     ],
@@ -262,6 +264,22 @@ def test_any_bytes_are_a_pickle_or_a_clear_fault(tmp_path_factory: pytest.TempPa
         read_pickle(path)
     except DataError as fault:
         assert "not a pickle" in str(fault)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=4), inner) | st.tuples(inner, inner),
+    max_leaves=20,
+)
+
+
+@given(PLAIN, st.integers(0, 5))
+def test_plain_pickles_of_every_protocol_are_read(
+    tmp_path_factory: pytest.TempPathFactory, value: Any, protocol: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "plain.p"
+    path.write_bytes(pickle.dumps(value, protocol=protocol))
+    assert read_pickle(path) == value
 
 
 def ocid(root: Path, **changes: Any) -> Path:
@@ -642,3 +660,42 @@ def test_prismatics_results_are_a_table_by_id(tmp_path: Path) -> None:
 def test_an_empty_answer_is_wrong_and_unreadable(tmp_path: Path) -> None:
     found = score("vqav2", [r | {"text": ""} for r in SAID], vqav2(tmp_path))
     assert (found["score"], found["unparsable"], found["missing"]) == (0.0, 3, 0)
+
+
+# --- the goldens' own files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.goldens
+@pytest.mark.parametrize(
+    ("folder", "task", "name"),
+    [
+        ("vqav2", "vqav2", "bunny_vqav2.jsonl"),
+        ("gqa", "gqa", "bunny_gqa_testdev_balanced.jsonl"),
+        ("vizwiz", "vizwiz", "bunny_val.jsonl"),
+        ("textvqa", "textvqa_ocr", "bunny_textvqa_val_v051_ocr.jsonl"),
+    ],
+)
+def test_questions_are_put_as_in_bunnys_files(goldens: Path, folder: str, task: str, name: str) -> None:
+    path = goldens / "eval" / folder / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    theirs = [json.loads(line)["text"] for line in path.read_text("utf-8").split("\n") if line]
+    assert [item.prompt for item in load_items(task, path.parent)] == theirs
+
+
+@pytest.mark.goldens
+@pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog"])
+def test_pickles_hold_what_the_refer_loader_finds(goldens: Path, name: str) -> None:
+    root = goldens / "eval/refcoco"
+    if not root.is_dir():
+        pytest.skip(f"{root} is not here")
+    (path,) = (root / name).glob("refs(*).p")
+    refs = read_pickle(path)
+    assert refs == json.loads(path.with_suffix(".json").read_text("utf-8"))
+    wanted = json.loads((root / "expected.json").read_text("utf-8"))["scores"]["refer_loader_check"]["metrics"][name]
+    found = {
+        "sents": sum(len(ref["sentences"]) for ref in refs),
+        "refs": len(refs),
+        "val": sum(ref["split"] == "val" for ref in refs),
+    }
+    assert found == {key: wanted[key] for key in found}
