@@ -27,7 +27,7 @@ def radar(names: Sequence[str], series: Mapping[str, Sequence[float | None]], ca
         anchor = "middle" if abs(x - WIDTH / 2) < 12 else "start" if x > WIDTH / 2 else "end"
         label = Markup('<text x="{}" y="{}" text-anchor="{}" dominant-baseline="middle">{}</text>')
         inner.append(label.format(x, y, anchor, name))
-    for share in RINGS[1::2]:
+    for share in RINGS[1:2]:  # the outermost would stand in the way of a name
         x, y = _point(0, len(names), share)
         inner.append(Markup('<text class="ring" x="{}" y="{}">{}</text>').format(x + 4, y - 3, f"{share:g}"))
     for colour, (_, values) in enumerate(series.items()):
