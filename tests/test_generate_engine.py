@@ -124,7 +124,7 @@ def test_the_tokens_are_those_of_transformers_own_generate(vlm: VLM) -> None:
 
 
 def test_generate_of_transformers_with_every_shape_of_conversation() -> None:
-    """Several images, none, text of many turns, padded on the left in one batch; and a stop written with plain tokens."""
+    """Several images, none, many turns, padded on the left in one batch; and a stop written with plain tokens."""
     for chat in ("tiny", "plain"):
         vlm = tiny_vlm(chat=chat)
         with torch.no_grad():

@@ -24,7 +24,7 @@ def engine(vlm: VLM, **options: int) -> Engine:
     return Engine(vlm, precision="fp32", **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("memory", [400_000, 700_000, 2_000_000, 50_000_000])
+@pytest.mark.parametrize("memory", [800_000, 1_200_000, 2_000_000, 50_000_000])
 def test_what_is_held_is_what_was_planned(vlm: VLM, memory: int) -> None:
     requests = some_requests(40, seed=41, pictures=20)
     bound = engine(vlm, memory=memory)
@@ -40,7 +40,7 @@ def test_what_is_held_is_what_was_planned(vlm: VLM, memory: int) -> None:
 def test_less_memory_means_fewer_slots(vlm: VLM) -> None:
     requests = some_requests(80, seed=42)
     found = []
-    for memory in (400_000, 1_000_000, 2_000_000, None):
+    for memory in (800_000, 1_000_000, 2_000_000, None):
         one = engine(vlm) if memory is None else engine(vlm, memory=memory)
         one.answer(requests)
         assert one.plan is not None
