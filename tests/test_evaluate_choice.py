@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from leveret.evaluate import TASKS, load_items, score
-from leveret.evaluate.submissions_choice import SUBMISSIONS
+from leveret.evaluate.submissions.choice import SUBMISSIONS
 from leveret.evaluate.tasks.base import PRISMATIC_CHOICE
 
 # task, rule -> the answers' file, and the folder where it is not the task's own

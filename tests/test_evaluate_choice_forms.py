@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from choice_fakes import BLUE, HEADER, RED, mmbench, mme, put, rotations, table
 from leveret.evaluate import TASKS, load_items, score
 from leveret.evaluate.scorers.mme import lmms_word, mme_word
-from leveret.evaluate.sheet import xlsx
-from leveret.evaluate.submissions_choice import SUBMISSIONS
+from leveret.evaluate.submissions.choice import SUBMISSIONS
+from leveret.evaluate.submissions.sheet import xlsx
 from leveret.images import load
 from leveret.runs import DataError
 

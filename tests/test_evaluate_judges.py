@@ -27,7 +27,7 @@ from leveret.evaluate.judges import Judge, Replay, open_judge, plan, price_of, t
 from leveret.evaluate.scorers import SCORERS
 from leveret.evaluate.scorers.judged import AGAIN, TEMPERATURES, llava_bench_pair, mm_vet_grade
 from leveret.evaluate.scorers.leftovers import undecided
-from leveret.evaluate.submissions_judged import SUBMISSIONS
+from leveret.evaluate.submissions.judged import SUBMISSIONS
 from leveret.generate.endpoint import Endpoint
 from leveret.records import Prediction
 from leveret.runs import DataError, EnvironmentFault, Interrupted, RecipeError, read_jsonl

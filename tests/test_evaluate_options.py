@@ -201,7 +201,18 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize(("helpers", "after", "helper"), [(1, 9, False), (1, 75, False), (1, 9, True), (0, 30, False)])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("helpers", "after", "helper"),
+    [
+        (1, 9, False),
+        pytest.param(1, 75, False, marks=slow),
+        pytest.param(1, 9, True, marks=slow),
+        pytest.param(0, 30, False, marks=slow),
+    ],
+)
 def test_processes_and_kills_give_the_same_bytes(
     model: Path, world: Path, whole: dict[str, bytes], tmp_path: Path, helpers: int, after: int, helper: bool
 ) -> None:

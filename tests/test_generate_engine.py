@@ -123,6 +123,33 @@ def test_the_tokens_are_those_of_transformers_own_generate(vlm: VLM) -> None:
         assert prediction.text == words(vlm, row[:end])
 
 
+def test_generate_of_transformers_with_every_shape_of_conversation() -> None:
+    """Several images, none, many turns, padded on the left in one batch; and a stop written with plain tokens."""
+    for chat in ("tiny", "plain"):
+        vlm = tiny_vlm(chat=chat)
+        with torch.no_grad():
+            for token in (vlm.tokenizer.eos_token_id, vlm.tokenizer.encode("\n", add_special_tokens=False)[0]):
+                vlm.language.get_output_embeddings().weight[token] *= 2
+        asked = some_requests(30, seed=22)
+        if chat == "plain":  # a format of captions: one image, no words
+            asked = [Request(f"p{n}", (picture(n),), (Turn("user", "<image>"),)) for n in range(9)]
+        asked = [Request(r.question_id, r.images, r.turns, max_new_tokens=12) for r in asked]
+        assert chat == "plain" or {len(request.images) for request in asked} == {0, 1, 2}
+        one = engine(vlm)
+        batch = collate([item(vlm, request) for request in asked], vlm.tokenizer.pad_token_id, side="left")
+        assert chat == "plain" or len(set(batch.attention_mask.sum(1).tolist())) > 5, "rows of many lengths"
+        theirs = vlm.generate(batch, max_new_tokens=12, do_sample=False).tolist()
+        cut = 0
+        for row, prediction in zip(theirs, one.answer(asked), strict=True):
+            ends = [place for place, token in enumerate(row) if token in one.stops.ids]
+            kept = row[: ends[0]] if ends else row
+            text = vlm.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            shown = one.stops.cut(text)
+            cut += shown is not None
+            assert prediction.text == (text if shown is None else shown).strip()
+        assert chat == "tiny" or cut > 0, "no answer met the stop"
+
+
 @settings(max_examples=12)
 @given(st.integers(0, 10_000), st.integers(1, 9))
 def test_company_and_order_do_not_matter(vlm: VLM, seed: int, slots: int) -> None:

@@ -49,11 +49,15 @@ class SlotCache(Cache):
             self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv)
 
     def fit(self, rows: int, columns: int) -> None:
-        """Be of this size from the next pass on, and hold nothing until then; for a cache that is larger or smaller."""
+        """Be exactly of this size and hold nothing; what was held is given back first."""
         columns = -(-columns // 32) * 32
-        if (rows, columns) != (self.rows, self.columns):
+        if (rows, columns) == (self.rows, self.columns):
+            return
+        self.rows, self.columns = rows, columns
+        if self.kv is not None:
+            heads, width, like = self.kv.shape[3], self.kv.shape[5], self.kv.new_empty(0)
             self.kv = None
-            self.rows, self.columns = rows, columns
+            self._allocate(heads, width, like)
 
     def aim(self, first: int, starts: list[int], length: int, at: Tensor) -> None:
         """The next pass is for rows `first`.. and writes `length` columns of each, from its start on.

@@ -108,6 +108,9 @@ class Costs:
         Raises RecipeError, naming the least that is enough, when one answer alone needs more than `budget`.
         """
         longest = max((len(reply.ids) + reply.limit for reply in replies), default=1)
+        # Prompts of one pass are padded to the longest of them, behind prefixes of several lengths.
+        behind = max((len(reply.ids) - reply.prefix for reply in replies), default=1)
+        longest = max(longest, behind + max((reply.prefix for reply in replies), default=0))
         positions = -(-longest // COLUMNS) * COLUMNS
         widest = max((max(reply.prefix, len(reply.ids) - reply.prefix) for reply in replies), default=1)
         row = positions * self.kv

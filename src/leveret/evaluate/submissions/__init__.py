@@ -16,8 +16,8 @@ from leveret.evaluate import text as rules
 from leveret.evaluate.forms import Item
 from leveret.evaluate.scorers.words import gqa_prediction
 from leveret.evaluate.scoring import answered
-from leveret.evaluate.submissions_choice import SUBMISSIONS as CHOICE
-from leveret.evaluate.submissions_judged import SUBMISSIONS as JUDGED
+from leveret.evaluate.submissions.choice import SUBMISSIONS as CHOICE
+from leveret.evaluate.submissions.judged import SUBMISSIONS as JUDGED
 from leveret.evaluate.tasks import TaskRow, base, one
 from leveret.runs import DataError, RecipeError, atomic_write
 

@@ -11,7 +11,7 @@ from leveret.evaluate.forms.base import Item
 from leveret.evaluate.forms.mmbench import NOTHING
 from leveret.evaluate.letters import mmmu_letter
 from leveret.evaluate.scorers import draws
-from leveret.evaluate.sheet import xlsx
+from leveret.evaluate.submissions.sheet import xlsx
 from leveret.runs import DataError, atomic_write
 
 Write = Callable[[Sequence[Item], Mapping[str, str], Path], None]
