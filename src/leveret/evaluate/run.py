@@ -11,56 +11,42 @@ The order is answer, then judge: nothing is lost when the scoring or the page fa
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from leveret import __version__
 from leveret.evaluate.baselines import Constants, chance, constants
+from leveret.evaluate.desk import Answers, Desk, ask
 from leveret.evaluate.forms import Item
 from leveret.evaluate.judges import Judge
-from leveret.evaluate.options import Answered, Options, chosen, options_of
+from leveret.evaluate.options import Answered, Options, options_of
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scoring import figures, judge_all, judged, write_items
-from leveret.evaluate.stats import deranged, headline
+from leveret.evaluate.stats import headline
 from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row, wording
 from leveret.evaluate.tasks import asked as asked_of
 from leveret.generate.helpers import Helpers
-from leveret.records import IMAGE_MARK, Prediction, Turn
+from leveret.records import Prediction
 from leveret.runs import (
     DataError,
-    Interrupted,
-    Progress,
     RecipeError,
     RunFolder,
-    append_jsonl,
     atomic_write,
-    graceful_stop,
     read_jsonl,
-    repair_jsonl,
     sha256_of,
-    stop_requested,
     write_json,
 )
 
 if TYPE_CHECKING:
-    from leveret.generate.engine import Request
+    pass
 
 OnPrediction = Callable[[Prediction], None]
-
-
-class Answers(Protocol):
-    """What answers requests: `generate.Engine`, or anything that calls back once per finished request."""
-
-    def answer(
-        self, requests: Sequence[Request], on_prediction: OnPrediction | None = None
-    ) -> Sequence[Prediction]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +155,7 @@ def evaluate(
     asked = {row.id: subset(loaded[row.id], n, how) for row in rows}
     unscored = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
     desks = [
-        _Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
+        Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
         for swapped in ((False, True) if blind else (False,))
         for row in rows
         if not (swapped and (row.id in asking or any(item.gold is None for item in loaded[row.id])))
@@ -182,7 +168,7 @@ def evaluate(
             return held[0]
 
         for swapped in (False, True):
-            _ask([desk for desk in desks if desk.blind is swapped], answers, folder)
+            ask([desk for desk in desks if desk.blind is swapped], answers, folder)
     for desk in desks:
         desk.settle()
 
@@ -275,13 +261,6 @@ def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
         )
 
 
-def _name(item: Item) -> str:
-    """The picture's file name; where it lies inside the questions' file, its id there."""
-    if item.image is not None and item.image.kind == "file":
-        return Path(item.image.path).name
-    return str(item.meta["image_id"])
-
-
 def _questions_hash(row: TaskRow, items: Sequence[Item], options: Options | None) -> str:
     asked = [[i.question_id, i.prompt, i.image and i.meta["image_id"], i.gold, i.template] for i in items]
     # Answers that were generated and answers that were chosen are not the same answers.
@@ -321,125 +300,6 @@ def _engine(model: Any, helpers: Helpers, memory: int | None) -> Answers:
         return loaded.engine if isinstance(loaded, Model) and memory is None else Engine(vlm, memory=memory)
     alone = Engine(vlm, precision="fp32", memory=memory, threads=1)  # a helper stands on every other core
     return Crew(alone, model, helpers) if isinstance(model, (str, Path)) else alone
-
-
-class _Desk:
-    """One task's questions, in one of the two ways of asking, and the file where their answers gather."""
-
-    def __init__(
-        self,
-        row: TaskRow,
-        all_items: list[Item],
-        items: list[Item],
-        model: str,
-        folder: Path,
-        blind: bool = False,
-        options: Options | None = None,
-    ) -> None:
-        self.row, self.blind, self.options = row, blind, options
-        self.path = folder / "answers" / ("blind" if blind else "") / f"{row.id}.jsonl"
-        self.swappable = True
-        if blind:
-            # Over all questions, so that a run with more of them later gives each the same wrong picture.
-            swapped = deranged(all_items)
-            self.swappable = swapped is not None
-            pictures = {i.question_id: p for i, p in zip(all_items, swapped or [], strict=bool(swapped))}
-            items = [replace(i, image=pictures[i.question_id]) for i in items if i.image is not None] if swapped else []
-        self.items = {item.question_id: item for item in items}
-        self.model = model
-        self.known = {item.question_id for item in all_items}
-        self.done: set[str] = set()
-
-    def open(self) -> list[Item]:
-        """Mend the file where a killed run tore it, read what is there; returns the questions still to be asked."""
-        repair_jsonl(self.path)
-        for answer in read_jsonl(self.path) if self.path.exists() else []:
-            name = str(answer.get("question_id"))
-            if name not in self.known or answer.get("model_id") != self.model:
-                raise DataError(
-                    f"{self.path}: the answer to {name!r} is of another model or of no question of {self.row.id!r}. "
-                    "Delete the file to ask again, or name another folder."
-                )
-            self.done.add(name)
-        return [item for item in self.items.values() if item.question_id not in self.done]
-
-    def write(self, prediction: Prediction, name: str) -> None:
-        item = self.items[name]
-        # No path of this machine: the same questions to the same model give the same bytes wherever they lie.
-        picture = item.image and [item.meta["image_id"], self.blind]
-        options = self.options and self.options(item)
-        way = list(options) if options else self.row.max_new_tokens
-        key = sha256_of([self.row.id, name, item.prompt, picture, way, self.model])[:22]
-        record: dict[str, Any] = {
-            "question_id": name,
-            "prompt": item.prompt,
-            "text": prediction.text.strip(),  # as the official loops do; some rules compare to the letter
-            "answer_id": key,
-            "model_id": self.model,
-            "metadata": {**prediction.meta, "image": item.image and _name(item)},
-            "task": self.row.id,
-        }
-        append_jsonl(self.path, record | (chosen(prediction, options) if options else {}))
-        self.done.add(name)
-
-    def settle(self) -> None:
-        """Put the answers in the questions' order: however often the run was stopped, the file is the same bytes."""
-        if not self.path.exists():
-            return
-        place = {name: number for number, name in enumerate(self.items)}
-        answers = sorted(read_jsonl(self.path), key=lambda answer: place.get(str(answer["question_id"]), len(place)))
-        atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-
-    def answered(self) -> Answered | None:
-        """What came to the questions asked; None where there was no other picture to show."""
-        if not self.swappable:
-            return None
-        return Answered.of(read_jsonl(self.path) if self.path.exists() else [], self.items, self.options is not None)
-
-
-def _ask(desks: Sequence[_Desk], answers: Callable[[], Answers], folder: RunFolder) -> None:
-    """Put all questions of all desks to the engine in one call, so that tasks on one picture share its prefix."""
-    waiting = [(desk, item) for desk in desks for item in desk.open()]
-    if not waiting:
-        return
-    from leveret.generate import Request
-    from leveret.inputs.chat import literal
-
-    places: dict[str, tuple[_Desk, str]] = {}
-    requests = []
-    for desk, item in waiting:
-        name = f"{desk.row.id}/{item.question_id}"
-        places[name] = desk, item.question_id
-        mark = f"{IMAGE_MARK}\n" if item.image is not None else ""
-        requests.append(
-            Request(
-                question_id=name,
-                images=(item.image,) if item.image is not None else (),
-                turns=(Turn("user", mark + literal(item.prompt)),),
-                choices=desk.options and desk.options(item),
-                max_new_tokens=desk.row.max_new_tokens,
-            )
-        )
-    what = "asking with other pictures" if desks[0].blind else "asking"
-    start = time.perf_counter()
-    before = sum(len(desk.done) for desk in desks)
-    try:
-        with graceful_stop(), Progress(len(requests), what, "questions") as progress:
-
-            def take(prediction: Prediction) -> None:
-                desk, name = places[prediction.question_id]
-                desk.write(prediction, name)
-                progress.advance()
-                if stop_requested():
-                    raise Interrupted(f"Stopped; the answers so far are in {folder.path}. The same command continues.")
-
-            answers().answer(requests, on_prediction=take)
-    finally:
-        answered = sum(len(desk.done) for desk in desks) - before
-        folder.log(blind=desks[0].blind, answers=answered, seconds=round(time.perf_counter() - start, 3))
-    left = sum(len(desk.items.keys() - desk.done) for desk in desks)
-    if left:
-        raise RuntimeError(f"the engine came back without {left} of {len(requests)} answers")
 
 
 def _seconds(folder: RunFolder) -> dict[str, float]:
