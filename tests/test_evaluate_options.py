@@ -184,18 +184,18 @@ def test_few_questions_first_and_a_bound_of_memory_give_the_same_bytes(
 SCRIPT = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
-    import leveret.evaluate.run as run
+    import leveret.evaluate.desk as desk
     from leveret.generate.helpers import Helpers
     from test_evaluate_options import add_rule, ask
     add_rule()
-    helpers, append, count = Helpers({helpers}, least=1), run.append_jsonl, 0
+    helpers, append, count = Helpers({helpers}, least=1), desk.append_jsonl, 0
     def killing(path, record):
         global count
         append(path, record)
         count += 1
         if count == {after}:
             os.kill(helpers.workers[0].process.pid if {helper} else os.getpid(), signal.SIGKILL)
-    run.append_jsonl = killing
+    desk.append_jsonl = killing
     with helpers:
         ask({model!r}, {world!r}, {out!r}, helpers=helpers)
 """

@@ -42,7 +42,6 @@ class Answers(Protocol):
     ) -> Sequence[Prediction]: ...
 
 
-@dataclass(frozen=True, slots=True)
 def _name(item: Item) -> str:
     """The picture's file name; where it lies inside the questions' file, its id there."""
     if item.image is not None and item.image.kind == "file":
