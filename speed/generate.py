@@ -303,7 +303,7 @@ def world(options: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = parser.add_subparsers(dest="size", required=True)
-    for name, images in (("field", 4), ("world", 75)):
+    for name, images in (("field", 16), ("world", 75)):
         arm = sizes.add_parser(name)
         arm.add_argument("--images", type=int, default=images)
         arm.add_argument("--slots", type=int, default=64)
