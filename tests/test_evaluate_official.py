@@ -15,7 +15,7 @@ from evaluate_fakes import FakeEngine, FakeModel
 from fakes import tiny_vlm
 from leveret.evaluate import evaluate, load_items, rule_of, score, task_row
 from leveret.evaluate.tasks.field import FIELD
-from leveret.runs import read_jsonl
+from leveret.runs import DataError, read_jsonl
 from official_files import OFFICIAL
 
 JUDGED = ("mm_vet", "llava_bench_w")
@@ -111,6 +111,14 @@ def test_gold_answers_earn_everything(task: str, root: Path) -> None:
         pytest.skip("this rule does not judge a gold text")
     answers = [{"question_id": item.question_id, "text": rule.gold(item), "task": task} for item in items]
     assert score(task, answers, root)["score"] == 1.0
+
+
+def test_a_file_that_tells_no_split_is_not_taken_for_the_servers(tmp_path: Path) -> None:
+    OFFICIAL["mmbench"](tmp_path)
+    (tmp_path / "MMBench_DEV_EN_legacy.tsv").rename(tmp_path / "mmbench_dev_20230712.tsv")
+    assert len(load_items("mmbench", tmp_path)) == 6
+    with pytest.raises(DataError, match="split 'server': no MMBench_TEST_EN"):
+        load_items("mmbench", tmp_path, "server")
 
 
 def test_two_processes_share_the_work_of_one_command(root: Path, model: str, tmp_path: Path) -> None:

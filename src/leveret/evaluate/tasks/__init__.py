@@ -22,6 +22,9 @@ from leveret.evaluate.tasks.suites import SUITES
 from leveret.evaluate.tasks.world import WORLD
 from leveret.runs import DataError, RecipeError, closest
 
+SERVER = "server"
+"""The split whose right answers only a benchmark's server knows."""
+
 TASKS: dict[str, TaskRow] = {row.id: row for row in (*FIELD, *WORLD)}
 
 __all__ = ["SUITES", "TASKS", "TaskRow", "asked", "find_files", "load_items", "one", "rule_of", "subset", "task_row"]
@@ -134,8 +137,10 @@ def find_files(row: TaskRow, root: str | Path, split: str = "test") -> tuple[Pat
     """The folder that a task lies in, `root/<id>/` or `root`, and its files of a split; no files where there are none.
 
     The first of the row's patterns that finds something counts; RefCOCO's own folder holds one of its name."""
-    patterns = [pattern.format(split=row.splits.get(split, split)) for pattern in row.files]
-    for pattern in patterns:
+    named = [pattern for pattern in row.files if "{split}" in pattern]
+    # A file whose name tells no split is of the part with public answers, where others tell theirs.
+    patterns = named if named and split == SERVER else row.files
+    for pattern in (pattern.format(split=row.splits.get(split, split)) for pattern in patterns):
         for home in homes(row, Path(root)):
             if files := tuple(sorted(home.glob(pattern))):
                 return home, files
