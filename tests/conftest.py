@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports torch: each xdist worker keeps to one thread, and nothing asks a hub for anything.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -29,6 +30,9 @@ REPO = Path(__file__).resolve().parents[1]
 # The machine decides how long an example takes, not the property; the same examples every time, here and in CI.
 settings.register_profile("leveret", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.load_profile("leveret")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _shared(variable: str, default: str) -> Path:
