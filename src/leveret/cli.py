@@ -547,11 +547,11 @@ def score(
     odd = {name: result.get(name) for name in ("unparsable", "missing") if result.get(name)}
     lines += [f"  {name}: {count:,} of {result['n']:,}" for name, count in odd.items()]
     if told := result.get("judge"):
-        lines += [
+        which = f" ({', '.join(told['unjudged_ids'])})" if told["unjudged"] else ""
+        lines.append(
             f"  judged by {told['model']} (published with {told['published_with']}): {told['requests']:,} requests, "
-        ]
-        lines[-1] += f"{told['asked']:,} sent now, {told['unjudged']:,} answers unjudged"
-        lines[-1] += f" ({', '.join(told['unjudged_ids'])})" if told["unjudged"] else ""
+            f"{told['asked']:,} sent now, {told['unjudged']:,} answers unjudged{which}"
+        )
     metrics = result.get("metrics", {})
     named = metrics if isinstance(metrics, dict) else {"metrics": metrics}
     lines += [f"  {name}: {_figure(value)}" for name, value in named.items()]

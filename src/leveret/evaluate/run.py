@@ -12,12 +12,12 @@ The order is answer, then judge: nothing is lost when the scoring or the page fa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leveret import __version__
 from leveret.evaluate.baselines import Constants, chance, constants
@@ -32,7 +32,6 @@ from leveret.evaluate.stats import headline
 from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row, wording
 from leveret.evaluate.tasks import asked as asked_of
 from leveret.generate.helpers import Helpers
-from leveret.records import Prediction
 from leveret.runs import (
     DataError,
     RecipeError,
@@ -42,11 +41,6 @@ from leveret.runs import (
     sha256_of,
     write_json,
 )
-
-if TYPE_CHECKING:
-    pass
-
-OnPrediction = Callable[[Prediction], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +148,12 @@ def evaluate(
     )
     asked = {row.id: subset(loaded[row.id], n, how) for row in rows}
     unscored = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
+    # Nobody could judge these when they are asked with other pictures.
+    sighted = [row for row in rows if row.id not in asking and row not in unscored]
     desks = [
         Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
-        for swapped in ((False, True) if blind else (False,))
-        for row in rows
-        if not (swapped and (row.id in asking or any(item.gold is None for item in loaded[row.id])))
+        for swapped, some in ((False, rows), (True, sighted if blind else []))
+        for row in some
     ]
     held: list[Any] = []
     with Helpers() if helpers is None else nullcontext(helpers) as crew:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from leveret.evaluate.tasks.base import INSUFFICIENT, LETTER, LETTER_CN, PRISMATIC_CHOICE, SHORT, TaskRow
 
 # Two tasks, one benchmark: the English and the Chinese tables.
+TEXTVQA_RULES = {"official": "textvqa", "lmms_eval": "textvqa_lmms_eval", "vlmevalkit": "textvqa_vlmevalkit"}
 MMBENCH_RULES = {
     "vlmevalkit_circular_exact_matching": "mmbench_circular",
     "vlmevalkit_vanilla_exact_matching": "mmbench_vanilla",
@@ -263,7 +264,7 @@ FIELD = (
     TaskRow(
         "textvqa",
         "textvqa",
-        {"official": "textvqa", "lmms_eval": "textvqa_lmms_eval", "vlmevalkit": "textvqa_vlmevalkit"},
+        TEXTVQA_RULES,
         ("TextVQA_0.5.1_{split}.json",),
         "train_images",
         "{question}" + SHORT,
@@ -275,7 +276,7 @@ FIELD = (
     TaskRow(
         "textvqa_ocr",
         "textvqa_ocr",
-        {"official": "textvqa", "lmms_eval": "textvqa_lmms_eval", "vlmevalkit": "textvqa_vlmevalkit"},
+        TEXTVQA_RULES,
         ("TextVQA_0.5.1_{split}.json",),
         "train_images",
         "{question}\nReference OCR token: {ocr}" + SHORT,
