@@ -209,7 +209,7 @@ def test_a_full_disk_stops_the_run_and_what_was_done_is_kept(tmp_path, recipe, m
     # Where it can be known beforehand it is said before hours of work.
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(EnvironmentFault, match="writes them once more, about 0"):
+    with pytest.raises(EnvironmentFault, match="by cluster writes about 0"):
         condense(folder, tmp_path / "other", recipe, more)
 
 
@@ -267,6 +267,53 @@ def test_ten_kills_at_random_moments(tmp_path):
             assert _results(tmp_path / "killed") == expected
             shutil.rmtree(tmp_path / "killed")
     assert _results(run(tmp_path / "killed")) == expected
+
+
+@pytest.mark.parametrize("rule", ["components", "clusters_per_row", "semdedup"])
+@pytest.mark.parametrize("first", ["4GB", "256KB"])
+def test_a_run_may_go_on_with_other_memory_and_workers(tmp_path, monkeypatch, first, rule):
+    """With much memory vectors stay in their files, with little they are copied; a run stopped under the one ends
+    under the other, at any of its tasks, with the same results."""
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((4000, 32), dtype=np.float32)
+    x[1::3] = x[:-1:3] + 0.1 * x[2::3]
+    # Two large clusters among small ones: these alone are more than a task of the second kind may hold.
+    x[:1500], x[1500:2600] = x[:1500] + 3 * x[7], x[1500:2600] + 3 * x[8]
+    (tmp_path / "e").mkdir()
+    for number, part in enumerate(np.split(x, 4)):
+        np.save(tmp_path / f"e/{number}.npy", part)
+    steps = ["cluster.k=30", "cluster.iterations=4"]
+    if rule != "semdedup":
+        steps += ["score=null", "centroid.low=0.1", "centroid.high=0.9", "budget=800"]
+    if rule == "clusters_per_row":
+        steps.append("cluster.clusters_per_row=2")
+    recipe = "semdedup-random" if rule == "semdedup" else "bunny"
+    sizes = {"4GB": (4 << 30, 1), "256KB": (1 << 18, 2)}
+
+    def run(out, memory, workers):
+        return condense(tmp_path / "e", tmp_path / out, recipe, steps, workers=workers, memory=memory)
+
+    whole = run("whole", *sizes[first])
+    expected, second = _results(whole), next(size for name, size in sizes.items() if name != first)
+    assert _results(run("other", *second)) == expected
+    kept = {folder: len(list((tmp_path / folder / "work/runs/1").glob("*.rows"))) for folder in ("whole", "other")}
+    assert sorted(map(bool, kept.values())) == ([True, True] if rule == "clusters_per_row" else [False, True])
+    written, real = [0], os.replace
+    tasks = len(list((whole / "work").rglob("*.npz")))
+    for stop in range(8, tasks, 9):
+
+        def replace(source, target, stop=stop):
+            written[0] += str(target).endswith(".npz")
+            if written[0] > stop:
+                raise OSError(errno.EIO, "stopped by the test")
+            return real(source, target)
+
+        written[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(OSError, match="stopped by the test"):
+                run(f"stopped-{stop}", *sizes[first])
+        assert _results(run(f"stopped-{stop}", *second)) == expected
 
 
 @pytest.mark.parametrize("torn", ["*.rows", "*.guests"])

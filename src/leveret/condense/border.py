@@ -7,6 +7,7 @@ are depends on the data, so every run measures it.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from leveret.condense import groups, ranks, screen
 from leveret.condense.columns import load, save
@@ -52,11 +53,15 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
     middle = screen.middle_of(x)
     one = screen.prepare(x, middle)
 
+    # Vectors that stayed in the order of their files are read in that order, once.
+    read_from, known = (rows, None) if rows.origin is None else (rows.origin, _by_row(rows))
+
     def count(part: Part) -> tuple[Ints, Ints]:
         """[sample] near copies of each row among the part's, and those of its own cluster."""
         everywhere, inside = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
-        dead = rows.fate(part) != ALIVE
-        others, clusters = part.read("row")[0], _clusters(rows, part)
+        others = part.read("row")[0]
+        clusters = _clusters(rows, part) if known is None else known[others][:, None]
+        dead = rows.fate(part) != ALIVE if known is None else clusters[:, 0] < 0
         for places, y in part.blocks(TOGETHER):
             if (gone := dead[places]).any():
                 places, y = places[~gone], y[~gone]
@@ -72,7 +77,7 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
         return everywhere, inside
 
     everywhere, inside = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
-    for some, own in run(count, rows.parts):
+    for some, own in run(count, read_from.parts):
         everywhere += some
         inside += own
     return {
@@ -82,6 +87,17 @@ def _measure(rows: Rows, threshold: float, seed: int, run: Map) -> dict[str, int
         "pairs": int(everywhere.sum()),
         "pairs_hidden": int((everywhere - inside).sum()),
     }
+
+
+def _by_row(rows: Rows) -> NDArray[np.int32]:
+    """The cluster of each row of the origin by its number; -1 for rows that are not alive."""
+    assert rows.origin is not None
+    most = max((int(part.read("row")[0].max(initial=-1)) for part in rows.origin.parts), default=-1)
+    found = np.full(1 + most, -1, np.int32)
+    for part in rows.parts:
+        (row, cluster), alive = part.read("row", "cluster"), rows.alive(part)
+        found[row[alive]] = cluster[alive]
+    return found
 
 
 def _clusters(rows: Rows, part: Part) -> Ints:

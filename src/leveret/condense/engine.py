@@ -210,24 +210,29 @@ def cluster_sizes(rows: Rows, k: int) -> Ints:
     return sizes
 
 
-def group(rows: Rows, centroids: Floats, most: int, run: lloyd.Map, per_row: int = 1) -> Rows:
+def group(rows: Rows, centroids: Floats, most: int, run: lloyd.Map, per_row: int = 1, *, copied: bool = True) -> Rows:
     """A new generation: the alive rows by (cluster, id), in parts of at most `most` rows (but for a larger cluster).
 
     per_row  clusters that a row sits in. Its own is the nearest; the others only show it to `linked.dedup`.
+    copied   whether vectors are written in the new order (`regroup.stays` says where they need not be).
     """
     number = rows.generation + 1
     folder, runs_folder = rows.work / "rows" / str(number), rows.work / "runs" / str(number)
     nearest = Nearest(centroids)
-    shard = rows.parts[0].pieces[0][0]
     per_row = min(per_row, len(centroids))
     more = ("also",) if per_row > 1 else ()
-    runs = list(run(lambda part: regroup.assign(rows, part, nearest, runs_folder, per_row), rows.parts))
-    buckets = regroup.plan(runs, len(centroids), most)
+
+    def assign(part: Part) -> regroup.Run:
+        return regroup.assign(rows, part, nearest, runs_folder, per_row, copied=copied)
+
+    runs = list(run(assign, rows.parts))
+    buckets = regroup.plan(rows.work / "buckets" / f"{number}.npz", runs, len(centroids), most)
 
     def gather(bucket: regroup.Bucket) -> Part:
-        return regroup.gather(bucket, runs, shard.width, shard.dtype, folder / f"{bucket.number:06d}.npz", more)
+        return regroup.gather(bucket, runs, rows.parts, folder / f"{bucket.number:06d}.npz", more)
 
-    return Rows(rows.work, number, tuple(run(gather, buckets)), per_row=per_row)
+    parts = tuple(run(gather, buckets))
+    return Rows(rows.work, number, parts, per_row=per_row, origin=None if copied else rows)
 
 
 # --- near copies ----------------------------------------------------------------------------------------------------
@@ -283,17 +288,43 @@ def _components(
     rows: Rows, part: Part, alive: Ints, threshold: float, most: int
 ) -> tuple[Callable[[Ints], Array], Ints]:
     """A way to read alive rows by their place among them, and their components."""
+    bounds = _bounds(part.read("cluster")[0][alive])
     if part.n <= most:
         x = part.vectors(alive, lent=True)
-        cluster = part.read("cluster")[0][alive]
-        inside = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
-        return lambda places: x[places], groups.components(x, np.r_[inside, len(x)], threshold)
+        return lambda places: x[places], groups.components(x, bounds, threshold)
+    read = _reader(part, alive)
+    found = np.arange(len(alive))
+    for begin, end, inside in _lots(bounds, most):
+
+        def lot(places: Ints, begin: int = begin) -> Array:
+            return read(begin + places)
+
+        if end - begin <= most:
+            found[begin:end] = begin + groups.components(lot(np.arange(end - begin)), inside, threshold)
+        else:
+            found[begin:end] = begin + groups.components_apart(lot, end - begin, threshold, max(1, most // 2))
+    return read, found
+
+
+def _reader(part: Part, alive: Ints) -> Callable[[Ints], Array]:
     everywhere = part.reader()
+    return lambda places: everywhere(alive[places])
 
-    def read(places: Ints) -> Array:
-        return everywhere(alive[places])
 
-    return read, groups.components_apart(read, len(alive), threshold, max(1, most // 2))
+def _bounds(cluster: Ints) -> Ints:
+    """Where clusters begin among sorted ones, and the end."""
+    return np.r_[np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)]), len(cluster)]
+
+
+def _lots(bounds: Ints, most: int) -> Iterator[tuple[int, int, Ints]]:
+    """Neighbouring clusters of at most `most` rows together, or one larger one: (begin, end, bounds inside).
+
+    A part has more rows than `most` where it is one large cluster, or where it was made with more memory."""
+    first = 0
+    while first < len(bounds) - 1:
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + most, side="right")) - 1)
+        yield int(bounds[first]), int(bounds[last]), bounds[first : last + 1] - bounds[first]
+        first = last
 
 
 def _equal(read: Callable[[Ints], Array], keeper: Ints) -> Array:
@@ -322,9 +353,12 @@ def _write_groups(
     rows.judge(label, part, dropped, **whole, component_id=ids.take(heads), keeper_id=ids.take(keepers))
 
 
-def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centroids: Floats, run: lloyd.Map) -> Rows:
+def pairs(
+    rows: Rows, label: str, threshold: float, first: str, seed: int, centroids: Floats, most: int, run: lloyd.Map
+) -> Rows:
     """SemDeDup's own rule: a row goes when an earlier one of its cluster is near, whether that one stays or not.
 
+    most   rows whose vectors a task holds at once.
     first  what comes first in a cluster: "far" or "near" (by L2 distance to the centroid, ties by id) or "random" (the
            seeded order of id hashes, ties by id).
     """
@@ -332,15 +366,30 @@ def pairs(rows: Rows, label: str, threshold: float, first: str, seed: int, centr
     def judge(part: Part) -> None:
         if not rows.place(label, part).exists():
             alive = rows.alive(part)
-            x = part.vectors(alive, lent=True)
             cluster, hashes = (column[alive] for column in part.read("cluster", "hash"))
-            away = distances(x, centroids, cluster) * (1 if first == "near" else -1)
-            key: Array = ranks.hash_keys(hashes, seed, SALT_DRAW) if first == "random" else away
-            rank = np.empty(len(alive), np.int64)
-            rank[np.lexsort((np.arange(len(alive)), key))] = np.arange(len(alive))
-            inside = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
             dropped = np.zeros(part.n, np.bool_)
-            dropped[alive] = groups.with_earlier_neighbour(x, np.r_[inside, len(x)], threshold, rank)
+            read, bounds = _reader(part, alive), _bounds(cluster)
+            for begin, end, inside in _lots(bounds, most) if len(alive) else ():
+                places = np.arange(begin, end)
+                whole = end - begin <= most
+                x = part.vectors(alive[places], lent=True) if whole else None
+                if first == "random":
+                    key: Array = ranks.hash_keys(hashes[places], seed, SALT_DRAW)
+                else:
+                    blocks = (places,) if x is not None else np.split(places, range(most // 2, len(places), most // 2))
+                    away = [distances(read(some) if x is None else x, centroids, cluster[some]) for some in blocks]
+                    key = np.concatenate(away) * (1 if first == "near" else -1)
+                rank = np.empty(len(places), np.int64)
+                rank[np.lexsort((places, key))] = np.arange(len(places))
+                if x is not None:
+                    gone = groups.with_earlier_neighbour(x, inside, threshold, rank)
+                else:
+
+                    def lot(some: Ints, begin: int = begin) -> Array:
+                        return read(begin + some)
+
+                    gone = groups.with_earlier_neighbour_apart(lot, threshold, rank, max(1, most // 2))
+                dropped[alive[places]] = gone
             rows.judge(label, part, dropped)
 
     lloyd.finish(run(judge, rows.parts))

@@ -234,6 +234,36 @@ def with_earlier_neighbour(x: Array, bounds: Sequence[int] | Ints, threshold: fl
     return gone
 
 
+def with_earlier_neighbour_apart(read: Callable[[Ints], Array], threshold: float, rank: Ints, size: int) -> Bools:
+    """The same for one cluster that does not fit in memory: blocks of `size` rows are compared two at a time.
+
+    read  places to rows as stored. Memory: two blocks, and some bytes a row.
+    """
+    gone = np.zeros(len(rank), np.bool_)
+    middle = screen.middle_of(read(np.arange(min(len(rank), screen.STEP))))
+    blocks = [np.arange(part.start, part.stop) for part in exact.spans(len(rank), size)]
+    for number, upper in enumerate(blocks):
+        x = read(upper)
+        gone[upper] |= with_earlier_neighbour(x, [0, len(x)], threshold, _places_of(rank[upper]))
+        one = screen.prepare(x, middle)
+        for lower in blocks[number + 1 :]:
+            y = read(lower)
+            for i, j, sure in screen.candidates(one, screen.prepare(y, middle), threshold):
+                later = np.where(rank[upper[i]] > rank[lower[j]], upper[i], lower[j])
+                gone[later[sure]] = True
+                open_ = np.flatnonzero(~sure & ~gone[later])
+                edge = is_edge(x, i[open_], y, j[open_], threshold)
+                gone[later[open_[edge]]] = True
+    return gone
+
+
+def _places_of(rank: Ints) -> Ints:
+    """[n] the position of each among them in order."""
+    out = np.empty(len(rank), np.int64)
+    out[np.argsort(rank, kind="stable")] = np.arange(len(rank))
+    return out
+
+
 # --- who stays -----------------------------------------------------------------------------------------------------
 
 

@@ -128,19 +128,20 @@ def _links(rows: Rows, folder: Path, threshold: float, k: int, most: int, run: M
     runs = [regroup.Run(runs_folder, number) for number in range(len(list(runs_folder.glob("*.npz"))))]
     shard = rows.parts[0].pieces[0][0] if rows.parts else None
     most = min(most, SHARED)
-    buckets = regroup.plan(runs, k, most, ("starts", "guest_starts"))
+    found = folder / "links" / str(most)  # a run that goes on with other memory has other buckets, and begins anew
+    buckets = regroup.plan(found / "plan.npz", runs, k, most, ("starts", "guest_starts"))
 
     def gathered(bucket: regroup.Bucket) -> tuple[Part, Ints, Ints, Ints]:
         """The bucket's rows, the places of those that are alive, their clusters and numbers."""
         assert shard is not None
-        part = _with_guests(bucket, runs, shard, folder / "links" / f"{bucket.number:06d}.rows.npz")
+        part = _with_guests(bucket, runs, shard, found / f"{bucket.number:06d}.rows.npz")
         row, cluster = part.read("row", "cluster")
         gone = load(dead, "row")[0] if dead is not None else np.zeros(0, np.int64)
         alive = np.flatnonzero(~np.isin(row, gone))
         return part, alive, cluster[alive], row[alive]
 
     def link(bucket: regroup.Bucket) -> Path:
-        path = folder / "links" / f"{bucket.number:06d}.npz"
+        path = found / f"{bucket.number:06d}.npz"
         if not path.exists():
             part, alive, cluster, row = gathered(bucket)
             starts = np.flatnonzero(np.r_[True, np.diff(cluster) != 0][: len(cluster)])
@@ -152,7 +153,7 @@ def _links(rows: Rows, folder: Path, threshold: float, k: int, most: int, run: M
     yield from run(link, [bucket for bucket in buckets if bucket.n <= most])
     for bucket in buckets:
         if bucket.n > most:  # one cluster, and its pairs are shared out
-            yield from _shared_out(*gathered(bucket), folder / "links" / f"{bucket.number:06d}", threshold, most, run)
+            yield from _shared_out(*gathered(bucket), found / f"{bucket.number:06d}", threshold, most, run)
 
 
 def _shared_out(

@@ -2,6 +2,8 @@
 
 part (alive rows)   --assign-->  run: the part's rows sorted by cluster, and where each cluster begins
                                  (and once more as guests of their second nearest clusters, where rows sit in several)
+                                 or, where all rows fit in the memory allowed, only which row is where: buckets are few
+                                 then, and reading a file again for each costs less than writing it in another order
 all runs' clusters  --plan-->    buckets: neighbouring clusters that fit in memory together
 bucket              --gather-->  a new part: rows by (cluster, id), the same whatever the files were
 """
@@ -30,8 +32,9 @@ CARRIED = ("row", "id", "score", "hash")
 class Run:
     """A part's alive rows sorted by cluster.
 
-    FOLDER/NUMBER.rows     vectors as stored. FOLDER/NUMBER.npz: starts [k + 1], the carried columns, centroid_cosine,
-                           also [n, m - 1] (the other clusters that a row sits in, nearest first).
+    FOLDER/NUMBER.rows     vectors as stored; absent where they stay in the part's own file, then `place` says where.
+    FOLDER/NUMBER.npz      starts [k + 1], the carried columns, centroid_cosine, also [n, m - 1] (the other clusters
+                           that a row sits in, nearest first), place [n] (in the part's file; [0] where copied).
     FOLDER/NUMBER.guests   where m > 1, vectors by those other clusters; guest_starts [k + 1], guest_row.
     """
 
@@ -51,8 +54,15 @@ class Run:
         return self.folder / f"{self.number:06d}.npz"
 
 
-def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path, per_row: int = 1) -> Run:
-    """Writes a part's run, or finds it. per_row: clusters that a row sits in, the nearest ones."""
+def stays(rows: Rows, memory: int) -> bool:
+    """Whether vectors stay in the files they came in: rows as they were read, that fit in `memory` bytes together."""
+    pieces = [piece for part in rows.parts for piece in part.pieces]
+    plain = rows.generation == 0 and all(type(shard) is Shard for shard, _, _ in pieces)
+    return plain and sum((stop - start) * shard.row_bytes for shard, start, stop in pieces) <= memory
+
+
+def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path, per_row: int = 1, *, copied: bool = True) -> Run:
+    """Writes a part's run, or finds it. per_row: clusters that a row sits in, the nearest ones. copied: see `stays`."""
     run = Run(folder, part.number)
     if _is_whole(run, rows.parts[0].pieces[0][0].row_bytes):
         return run
@@ -68,7 +78,10 @@ def assign(rows: Rows, part: Part, nearest: Nearest, folder: Path, per_row: int 
         for name, value in columns.items()
     }
     taken |= {"starts": _starts(labels[order], nearest), "centroid_cosine": closeness[order]}
-    _write(run.vectors, x, order)
+    copied = copied or not len(order)  # a run of no rows is an empty file
+    taken["place"] = np.zeros(0, np.int64) if copied else alive[order]
+    if copied:
+        _write(run.vectors, x, order)
     if per_row > 1:
         visits = np.argsort(also.ravel(), kind="stable")
         guest = visits // also.shape[1]
@@ -87,9 +100,15 @@ def _is_whole(run: Run, row_bytes: int) -> bool:
     if not run.columns.exists():
         return False
     with np.load(run.columns, allow_pickle=False) as file:
-        starts = {run.vectors: "starts", run.guests: "guest_starts"}
+        starts = {run.guests: "guest_starts"} | ({} if len(_place(file)) else {run.vectors: "starts"})
         ends = {path: int(file[name][-1]) for path, name in starts.items() if name in file.files}
     return all(path.is_file() and path.stat().st_size == row_bytes * n for path, n in ends.items())
+
+
+def _place(file: Any) -> Ints:
+    """The column `place` of a run; an empty one where an earlier version wrote the run, which copied all vectors."""
+    found: Ints = file["place"] if "place" in file.files else np.zeros(0, np.int64)
+    return found
 
 
 def _starts(labels: Array, nearest: Nearest) -> Ints:
@@ -113,8 +132,18 @@ class Bucket:
     n: int
 
 
-def plan(runs: Sequence[Run], k: int, most: int, starts: Sequence[str] = ("starts",)) -> list[Bucket]:
-    """Buckets of at most `most` rows, but for a cluster that alone has more. starts: what is counted of the runs."""
+def plan(path: Path, runs: Sequence[Run], k: int, most: int, starts: Sequence[str] = ("starts",)) -> list[Bucket]:
+    """Buckets of at most `most` rows, but for a cluster that alone has more. starts: what is counted of the runs.
+
+    Kept at `path`: files are named by bucket, so a run that goes on with other memory or workers keeps to its buckets.
+    """
+    if not path.exists():
+        found = _plan(runs, k, most, starts)
+        save(path, {"buckets": np.array([(b.number, b.first, b.last, b.n) for b in found], np.int64).reshape(-1, 4)})
+    return [Bucket(*bucket) for bucket in load(path, "buckets")[0].tolist()]
+
+
+def _plan(runs: Sequence[Run], k: int, most: int, starts: Sequence[str]) -> list[Bucket]:
     sizes = np.zeros(k, np.int64)
     for run in runs:
         sizes += sum(np.diff(column) for column in load(run.columns, *starts))
@@ -128,32 +157,47 @@ def plan(runs: Sequence[Run], k: int, most: int, starts: Sequence[str] = ("start
     return [*found, Bucket(len(found), first, k, n)] if n else found
 
 
-def gather(bucket: Bucket, runs: Sequence[Run], width: int, dtype: str, path: Path, more: Sequence[str] = ()) -> Part:
+def gather(bucket: Bucket, runs: Sequence[Run], parts: Sequence[Part], path: Path, more: Sequence[str] = ()) -> Part:
     """Writes the part of a bucket, or finds it: its columns sorted by (cluster, id), and where its vectors are.
 
-    more  names of the runs' columns that it takes over besides CARRIED and centroid_cosine."""
-    starts = [load(run.columns, "starts")[0] for run in runs]
-    pieces = tuple(
-        (Shard(run.vectors, int(s[-1]), width, dtype), int(s[bucket.first]), int(s[bucket.last]))
-        for run, s in zip(runs, starts, strict=True)
-        if s[bucket.first] < s[bucket.last]
-    )
-    part = Part(bucket.number, path, bucket.n, pieces)
-    if path.exists():
-        return part
+    parts  what the runs are of. more: names of the runs' columns that it takes over besides CARRIED and
+           centroid_cosine."""
     names = (*CARRIED, "centroid_cosine", *more)
     labels: list[Ints] = []
     columns: dict[str, list[Any]] = {name: [] for name in names}
-    for run, s in zip(runs, starts, strict=True):
+    pieces: list[tuple[Shard, int, int]] = []
+    source: list[Ints] = []
+    before = 0
+    for run, origin in zip(runs, parts, strict=True):
+        with np.load(run.columns, allow_pickle=False) as file:
+            s, place = file["starts"], _place(file)
         a, b = int(s[bucket.first]), int(s[bucket.last])
         if a == b:
+            continue
+        shard = origin.pieces[0][0]
+        stay = len(place) > 0
+        pieces += origin.pieces if stay else [(Shard(run.vectors, int(s[-1]), shard.width, shard.dtype), a, b)]
+        source.append(before + (place[a:b] if stay else np.arange(b - a)))
+        before += origin.n if stay else b - a
+        if path.exists():
             continue
         labels.append(np.repeat(np.arange(bucket.first, bucket.last), np.diff(s[bucket.first : bucket.last + 1])))
         for name, column in zip(names, load(run.columns, *names), strict=True):
             columns[name].append(column.part(a, b) if isinstance(column, Ids) else column[a:b])
+    part = Part(bucket.number, path, bucket.n, tuple(pieces))
+    if path.exists():
+        return part
     cluster = np.concatenate(labels)
     ids = Ids.join(columns.pop("id"))
     order = order_of(ids, cluster)
     others = {name: np.concatenate(column)[order] for name, column in columns.items()}
-    save(path, {"cluster": cluster[order].astype(np.int32), "id": ids.take(order), **others, "source": order})
+    save(
+        path,
+        {
+            "cluster": cluster[order].astype(np.int32),
+            "id": ids.take(order),
+            **others,
+            "source": np.concatenate(source)[order],
+        },
+    )
     return part

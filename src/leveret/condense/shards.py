@@ -172,13 +172,17 @@ def scattered(shard: Shard, rows: Ints) -> Array:
     if isinstance(shard, ParquetShard):
         apart = np.diff(np.searchsorted(shard.groups, rows, side="right")) != 0
     else:
-        apart = np.diff(rows) > NEAR
+        near = max(1, NEAR // shard.row_bytes)
+        apart = (np.diff(rows) > near) | (np.diff(rows // TOGETHER) != 0)
     found = []
-    for near in np.split(rows, np.flatnonzero(apart) + 1):
-        first = int(near[0])
-        found.append(shard.read(first, int(near[-1]) + 1)[near - first])
+    for some in np.split(rows, np.flatnonzero(apart) + 1):
+        first = int(some[0])
+        found.append(shard.read(first, int(some[-1]) + 1)[some - first])
     return np.concatenate(found)
 
 
-NEAR = 8
-"""Rows at most this far from the one before are read with it."""
+NEAR = 1 << 16
+"""Bytes between two rows that are rather read than left out: a read of its own takes as long."""
+
+TOGETHER = 4096
+"""Rows of a file that are read at once, at most."""

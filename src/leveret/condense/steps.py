@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from leveret.condense import border, concepts, engine, linked
+from leveret.condense import border, concepts, engine, linked, regroup
 from leveret.condense.against import Benchmark, contaminated
 from leveret.condense.columns import load, save
 from leveret.condense.groups import KEEPS
@@ -230,22 +230,23 @@ def _cluster(state: State, label: str, config: Any, shop: Shop) -> tuple[State, 
         save(folder / "centroids.npz", {"centroids": centroids, **counts})
         training.path.unlink(missing_ok=True)
         notes = {"iterations": rounds, "training_rows": len(training)}
-    _room(rows, n, config.clusters_per_row)
-    grouped = engine.group(rows, centroids, shop.most, shop.run, config.clusters_per_row)
+    copied = config.clusters_per_row > 1 or not regroup.stays(rows, shop.memory)
+    _room(rows, n, config.clusters_per_row if copied else 0)
+    grouped = engine.group(rows, centroids, shop.most, shop.run, config.clusters_per_row, copied=copied)
     sizes = engine.cluster_sizes(grouped, len(centroids))
     notes |= {"clusters": len(centroids), "empty": int((sizes == 0).sum()), "largest": int(sizes.max(initial=0))}
     return State(grouped, centroids, (*state.earlier, rows)), notes
 
 
-def _room(rows: Rows, n: int, per_row: int) -> None:
-    """EnvironmentFault where the disk cannot hold the rows once more, in the order of their clusters."""
+def _room(rows: Rows, n: int, copies: int) -> None:
+    """EnvironmentFault where the disk cannot hold the rows in the order of their clusters, vectors so many times."""
     runs = rows.work / "runs" / str(rows.generation + 1)
     there = sum(file.stat().st_size for file in runs.glob("*")) if runs.is_dir() else 0
-    needed = n * (per_row * rows.parts[0].pieces[0][0].row_bytes + COLUMN_BYTES) - there
+    needed = n * (copies * rows.parts[0].pieces[0][0].row_bytes + COLUMN_BYTES) - there
     free = shutil.disk_usage(rows.work).free
     if needed > free:
         raise EnvironmentFault(
-            f"grouping {n:,} rows by cluster writes them once more, about {needed / 1e9:.1f} GB, and {rows.work} has "
+            f"grouping {n:,} rows by cluster writes about {needed / 1e9:.1f} GB, and {rows.work} has "
             f"{free / 1e9:.1f} GB free. Make room, or give -o a folder on a larger disk; what is done is kept."
         )
 
@@ -273,7 +274,8 @@ def _pairs(state: State, label: str, config: Any, shop: Shop) -> tuple[State, No
     """SemDeDup's rule."""
     assert state.centroids is not None, "check_columns lets no pairs through before a cluster"
     hidden = border.measure(state.rows, label, config.threshold, shop.seed, shop.run)
-    rows = engine.pairs(state.rows, label, config.threshold, config.first, shop.seed, state.centroids, shop.run)
+    told = (state.rows, label, config.threshold, config.first, shop.seed, state.centroids, shop.most)
+    rows = engine.pairs(*told, shop.run)
     return replace(state, rows=rows), {"border": hidden}
 
 

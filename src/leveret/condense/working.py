@@ -3,7 +3,8 @@
     WORK/rows/G/NNNNNN.npz      columns of part N in generation G: row, id, score, hash; from `cluster` on also cluster
                                 and centroid_cosine, the rows then sorted by (cluster, id)
     WORK/LABEL/NNNNNN.npz       what the step LABEL found of part N: its columns, and `fate`
-    WORK/runs/G/                vectors of generation G, sorted by cluster (`regroup`)
+    WORK/runs/G/                vectors of generation G, sorted by cluster, or where they are (`regroup`)
+    WORK/buckets/G.npz          which clusters are in which part of generation G
 
 A generation is an order of rows. Steps that only judge write beside the parts they read; `cluster` begins a new
 generation with the rows that are still alive. Everything is written whole or not at all, so what exists is done.
@@ -31,7 +32,7 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows. n: how many. pieces: (shard, start, stop) that hold their vectors, end to end; the
+    """Some rows. n: how many. pieces: (shard, start, stop) that hold their vectors, end to end, and maybe more; the
     column `source` [n] says which of those is whose row, and is empty where the order is the same."""
 
     number: int
@@ -54,14 +55,15 @@ class Part:
         """
         (source,) = load(self.path, "source")
         total = sum(stop - start for _, start, stop in self.pieces)
+        n = self.n if places is None else len(places)
         wanted = source if places is None else source[places] if len(source) else places
-        everything = places is None or len(places) == total
+        everything = n == total
         to: Ints | None = None  # where each row goes, where the order is another
         if len(source) or not everything:
             to = np.full(total, -1, np.int64)
             to[wanted] = np.arange(len(wanted))
         shard = self.pieces[0][0]
-        shape = total if places is None else len(places), shard.width
+        shape = n, shard.width
         out = _memory(shape, shard.dtype) if lent else np.empty(shape, shard.dtype)
         first = 0
         for shard, start, stop in self.pieces:
@@ -80,12 +82,20 @@ class Part:
     def blocks(self, size: int) -> Iterator[tuple[Ints, Array]]:
         """All rows as they lie on disk, at most `size` at a time: their places, and their vectors as stored."""
         (source,) = load(self.path, "source")
-        place = np.argsort(source, kind="stable") if len(source) else np.arange(self.n)
+        total = sum(stop - start for _, start, stop in self.pieces)
+        place = np.arange(self.n)
+        if len(source):
+            place = np.full(total, -1, np.int64)  # of the rows that lie there, those of other parts too
+            place[source] = np.arange(self.n)
         first = 0
         for shard, start, stop in self.pieces:
             for span in spans(stop - start, size):
                 inside = place[first + span.start : first + span.stop]
-                yield inside, shard.read(start + span.start, start + span.stop)
+                ours = inside >= 0
+                if ours.all():
+                    yield inside, shard.read(start + span.start, start + span.stop)
+                elif ours.any():
+                    yield inside[ours], shard.read(start + span.start, start + span.stop)[ours]
             first += stop - start
 
     def reader(self) -> Callable[[Ints], Array]:
@@ -129,6 +139,7 @@ class Rows:
     judged   labels of the steps that wrote `fate` for this generation, in order.
     columns  label -> names of the columns that step added.
     per_row  clusters that a row sits in.
+    origin   the generation in whose files the vectors stayed; None where they are in files of this one's order.
     """
 
     work: Path
@@ -137,6 +148,7 @@ class Rows:
     judged: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)
     per_row: int = 1
+    origin: Rows | None = None
 
     def fate(self, part: Part) -> Array:
         """[n] uint8: 0 while alive, else 1 + position in `judged` of the step that dropped the row."""
