@@ -21,6 +21,7 @@ from leveret.condense import groups, screen
 from leveret.condense.given import Given
 from leveret.condense.ranks import rank_of
 from leveret.condense.rows import Array, floats
+from leveret.condense.shards import Shard
 from leveret.condense.steps import (
     COLUMN_BYTES,
     Amount,
@@ -193,10 +194,12 @@ def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int)
     the first dedup, "seconds", "memory", "disk"}. Seconds are those of this machine; a machine that other work shares
     takes longer.
     """
-    return _estimate(draw(given, recipe.seed), recipe, workers, memory)
+    plain = all(type(shard) is Shard for shard in given.shards)
+    return _estimate(draw(given, recipe.seed), recipe, workers, memory, plain)
 
 
-def _estimate(sample: Sample, recipe: CondenseRecipe, workers: int, memory: int) -> dict[str, Any]:
+def _estimate(sample: Sample, recipe: CondenseRecipe, workers: int, memory: int, plain: bool = True) -> dict[str, Any]:
+    """plain: vectors lie in `.npy` files, as `regroup.stays` has it."""
     n, width, size = sample.of, sample.x.shape[1], sample.x.itemsize
     rate = product_rate(workers)
     left, k, flop, disk, per_row = Range(n, n), 1, 0.0, n * COLUMN_BYTES, 1
@@ -208,7 +211,8 @@ def _estimate(sample: Sample, recipe: CondenseRecipe, workers: int, memory: int)
             k, trained = _clusters(config, left.high, width)
             per_row = config.clusters_per_row
             flop += 2.0 * width * (trained * k * (config.iterations if trained else 0) + left.high * k)
-            disk += left.high * (per_row * width * size + COLUMN_BYTES)
+            copied = per_row > 1 or not plain or n * width * size > memory
+            disk += left.high * (per_row * width * size * copied + COLUMN_BYTES)
             facts = {"clusters": k, "training_rows": trained}
         elif isinstance(config, Dedup | Pairs):
             uneven = skew(sample.x, recipe.seed, per_row) if len(sample.x) > 100 else float(per_row**2)
