@@ -13,8 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from leveret.naflex import NaFlex
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = [
+    "IGNORE", "IMAGE_MARK", "Batch", "Cutting", "ImageRef", "ImageSpec", "NaFlex", "Prediction", "Resize", "Role",
+    "Sample", "Split", "Tiling", "TowerView", "Turn",
+]  # fmt: skip
 
 IMAGE_MARK = "<image>"
 """Marks, in a turn's text, where an image stands. As many marks as images, or the sample is refused."""
@@ -184,6 +191,10 @@ class Tiling:
 
         return max(self.grids, key=worth)  # the first of equals
 
+    def said(self, height: int, width: int) -> str:
+        """What the tower sees of an image, in words."""
+        return f"{self.tiles(height, width)} tiles of {self.size} x {self.size}"
+
     def tiles(self, height: int, width: int) -> int:
         """How many pictures the tower sees of an image: the whole, then its tiles."""
         rows, columns = self.best(height, width)
@@ -271,6 +282,10 @@ class Split:
         rows, columns = self.best(height, width)
         return rows // self.size, columns // self.size
 
+    def said(self, height: int, width: int) -> str:
+        """What the tower sees of an image, in words."""
+        return f"{self.tiles(height, width)} tiles of {self.size} x {self.size}"
+
     def tiles(self, height: int, width: int) -> int:
         """How many pictures the tower sees of an image."""
         rows, columns = self._grid(height, width)
@@ -295,19 +310,23 @@ class Split:
         return [(mark, self.tokens) for mark in tiles]
 
 
+Cutting = Tiling | Split | NaFlex
+"""How images are cut, where they are not one square."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
     """Everything inputs must know about a model's eyes; pure data, saved in config.json.
 
     towers   one view per tower, in fusion order.
     tokens   positions one image fills in the language model (after fusion and connector); of one tile, where it is
-             seen in tiles.
-    tiling   how images are cut into tiles; None for one picture per image.
+             seen in tiles; at most, where it keeps its shape.
+    tiling   how images are cut into tiles, or into patches where they keep their shape; None for one square an image.
     """
 
     towers: tuple[TowerView, ...]
     tokens: int
-    tiling: Tiling | Split | None = None
+    tiling: Cutting | None = None
 
     def count(self, height: int, width: int) -> int:
         """Positions that an image of (height, width) pixels fills; with tiles they depend on its size."""
@@ -319,6 +338,12 @@ class ImageSpec:
         if isinstance(self.tiling, Split):
             return self.tiling.runs(height, width)
         return [("", self.count(height, width))]
+
+    def shape(self, view: TowerView) -> tuple[int, int, int]:
+        """[3, H, W] of one picture as a tower is given it: a square, or of NaFlex its patches side by side."""
+        if isinstance(self.tiling, NaFlex):
+            return 3, self.tiling.patch, self.tiling.patch * self.tiling.patches
+        return 3, view.size, view.size
 
     def to_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
@@ -333,6 +358,8 @@ class ImageSpec:
         tiling = data.get("tiling")
         if tiling is not None and "side" in tiling:
             tiling = Split(**tiling)
+        elif tiling is not None and "patches" in tiling:
+            tiling = NaFlex(**tiling)
         elif tiling is not None:
             tiling = Tiling(**{**tiling, "grids": tuple(tuple(grid) for grid in tiling["grids"])})
         return cls(towers=views, tokens=int(data["tokens"]), tiling=tiling)
@@ -353,7 +380,7 @@ class Batch:
     features       [N, tokens, width] tower outputs computed earlier (a cache), instead of pixels.
     ids            sample ids, for messages.
     image_sizes    [images, 2] int64; (height, width) in pixels of every image, upright, in reading order. Only models
-                   that see images in tiles need it.
+                   that see images in tiles, or in their own shape, need it.
     bounds         where the samples of one packed row begin, each with the padding behind it, and the row's end; empty
                    where every row is one sample.
     """

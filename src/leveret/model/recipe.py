@@ -52,6 +52,12 @@ class _TowerChoices(_Strict):
         description="S2 multi-scale: sides of the image, multiples of the smallest (Bunny: 384, 768, 1152). Features "
         "of all scales are joined on channels; the number of tokens is that of the smallest.",
     )
+    patches: int | None = Field(
+        default=None,
+        ge=1,
+        description="NaFlex towers (SigLIP2's): each image keeps its shape and is cut into at most so many patches "
+        "(published: 256), each of them a token. Default: a square of `size`.",
+    )
     resize: Resize | None = Field(default=None, description="How an image becomes a square. Default: the tower's row.")
     crop: float | None = Field(
         default=None,

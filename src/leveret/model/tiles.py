@@ -1,5 +1,7 @@
 """Tokens of an image's tiles become the tokens of the image: LLaVA-1.6's "anyres", behind the connector.
 
+Images at their own shape (NaFlex) pass here too: of their one picture the tokens that are no padding.
+
 [N, m, D]   tokens of all pictures that the towers saw: of every image the whole, then its tiles
     |  by the layout of each image (records.Tiling): rows over the whole grid, borders left out, newlines
     v
@@ -13,9 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from leveret.model.connectors import CONNECTORS, find_connector
 from leveret.model.recipe import TilesRecipe, VisionRecipe
+from leveret.model.tower_facts import patch
 from leveret.model.towers import Tower
-from leveret.records import Split, Tiling
+from leveret.records import Cutting, NaFlex, Split, Tiling
 from leveret.runs import RecipeError
 
 GRIDLESS = ("resampler", "resampler_paper", "qformer", "mof_mlp", "minigpt", "vanilla")
@@ -28,7 +32,7 @@ class Tiles(nn.Module):
     newline  [D], learned: what stands at the end of every row of tokens. None but for merge "unpad".
     """
 
-    def __init__(self, tiling: Tiling | Split, width: int) -> None:
+    def __init__(self, tiling: Cutting, width: int) -> None:
         super().__init__()
         self.tiling = tiling
         # drawn as LLaVA draws it (llava/model/llava_arch.py, initialize_vision_modules)
@@ -68,13 +72,15 @@ class Tiles(nn.Module):
         return self._layouts[size]
 
 
-def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: int) -> Tiling | Split | None:
-    """The tiling that a recipe asks for; None where it asks for none.
+def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: int) -> Cutting | None:
+    """How a recipe asks images to be cut; None where it asks for squares.
 
     kind, tokens  the connector's, and how many come out of it for one tile.
     RecipeError when towers or connector do not leave a square grid of tokens, which is what `tiles` puts together, or
     the tiles are none of the towers'.
     """
+    if patches := eyes[0].facts.patches:
+        return NaFlex(patch(eyes[0].facts), patches)
     if vision.tiles is None and vision.split is None:
         return None
     where = "model.vision.tiles" if vision.split is None else "model.vision.split"
@@ -101,6 +107,23 @@ def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: in
             "together; choose mlp2x_gelu"
         )
     return tiling(vision.tiles, sizes[0], cells)
+
+
+def check_shapes(vision: VisionRecipe, eyes: Sequence[Tower], kind: str) -> None:
+    """RecipeError when images are to keep their shape and anything else is asked for besides, or the connector `kind`
+    needs a fixed number of tokens."""
+    where = "model.vision.patches" if len(eyes) == 1 else "model.vision.towers"
+    if vision.tiles is not None or vision.split is not None:
+        given = "tiles" if vision.split is None else "split"
+        raise RecipeError(f"{where}: given beside `{given}`; an image keeps its shape, or is cut into tiles")
+    if len(eyes) > 1:
+        raise RecipeError(f"{where}: `patches` is for a tower alone; others cannot see an image in the same patches")
+    if not find_connector(kind).each:
+        able = ", ".join(name for name, row in CONNECTORS.items() if row.each)
+        raise RecipeError(
+            f"model.connector.kind: {kind} needs a fixed grid or number of tokens, and with `patches` every image has "
+            f"its own; choose one of {able}"
+        )
 
 
 def tiling(recipe: TilesRecipe, size: int, cells: int) -> Tiling:
