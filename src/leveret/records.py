@@ -147,12 +147,15 @@ class Tiling:
             ties. transformers writes pinpoints this way; LLaVA's own are (width, height): `from_llava` turns them.
     merge   "unpad": tokens of the tiles row by row over the whole image, those of the black borders left out, a newline
             token after every row. "spatial": row by row, borders in, no newlines. "flat": tile after tile.
+    limit   LLaVA-OneVision's "anyres_max_N": where the tiles have more tokens than N tiles, by over a tenth in either
+            direction, their grid is scaled down to as many, bilinearly (`shrunk`). 0 for never. Only with "unpad".
     """
 
     size: int
     cells: int
     grids: tuple[tuple[int, int], ...]
     merge: Literal["unpad", "spatial", "flat"] = "unpad"
+    limit: int = 0
 
     def __post_init__(self) -> None:
         odd = [grid for grid in self.grids if min(grid) < self.size or grid[0] % self.size or grid[1] % self.size]
@@ -160,21 +163,33 @@ class Tiling:
             raise ValueError(f"grids {odd or self.grids}: give at least one, all multiples of the tile's {self.size}")
         if self.merge not in ("unpad", "spatial", "flat"):
             raise ValueError(f"merge is {self.merge!r}; allowed: unpad, spatial, flat")
+        if self.limit < 0 or (self.limit and self.merge != "unpad"):
+            raise ValueError(f"limit is {self.limit} with merge {self.merge}; allowed: 0, or with unpad 1 and more")
 
     @classmethod
     def from_llava(
-        cls, size: int, cells: int, pinpoints: Sequence[Sequence[int]], merge: str = "spatial_unpad"
+        cls, size: int, cells: int, pinpoints: Sequence[Sequence[int]], merge: str = "spatial_unpad", limit: int = 0
     ) -> Tiling:
-        """From LLaVA's config: `image_grid_pinpoints`, (width, height) pairs, and `mm_patch_merge_type`."""
+        """From LLaVA's config: `image_grid_pinpoints`, (width, height) pairs, `mm_patch_merge_type`, and the N of an
+        `image_aspect_ratio` anyres_max_N."""
         kinds: dict[str, Any] = {"spatial_unpad": "unpad", "spatial": "spatial", "flat": "flat"}
         if merge not in kinds:
             raise ValueError(f"mm_patch_merge_type is {merge!r}; allowed: {', '.join(kinds)}")
-        return cls(size, cells, tuple((height, width) for width, height in pinpoints), kinds[merge])
+        return cls(size, cells, tuple((height, width) for width, height in pinpoints), kinds[merge], limit)
 
     @property
     def most(self) -> int:
         """Tokens of an image at most."""
-        return max(self.count(*grid) for grid in self.grids)
+        if not self.limit:
+            return max(self.count(*grid) for grid in self.grids)
+        # borders left out may spare a grid the scaling down: every window that a grid can have is looked at
+        windows = set()
+        for height, width in self.grids:
+            rows, columns = height // self.size * self.cells, width // self.size * self.cells
+            windows |= {(row, columns) for row in range(rows, -1, -2)} | {(rows, one) for one in range(columns, -1, -2)}
+        return self.cells**2 + max(
+            rows * (columns + 1) for rows, columns in (self._held(*window) or window for window in windows)
+        )
 
     def best(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the grid for an image: most pixels of it kept, then least left over, then the first.
@@ -211,15 +226,30 @@ class Tiling:
         border = (columns - int(round(width * (rows / height), 7))) // 2
         return 0, rows, border, columns - border
 
-    def count(self, height: int, width: int) -> int:
-        """Tokens of an image of (height, width) pixels, newlines included: the length of its `layout`."""
+    def _held(self, rows: int, columns: int) -> tuple[int, int] | None:
+        """(rows, columns) that so many tokens of tiles are scaled down to; None where they stay."""
+        times = math.sqrt(rows * columns / (self.limit * self.cells**2)) if self.limit else 0.0
+        return (max(1, int(rows // times)), max(1, int(columns // times))) if times > 1.1 else None
+
+    def extent(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of an image's tokens over all its tiles, without those of borders that are left out."""
         top, bottom, left, right = self._window(height, width)
-        return self.cells**2 + (bottom - top) * (right - left + (self.merge == "unpad"))
+        return bottom - top, right - left
+
+    def shrunk(self, height: int, width: int) -> tuple[int, int] | None:
+        """(rows, columns) that these are scaled down to before newlines are put behind them; None where they stay."""
+        return self._held(*self.extent(height, width))
+
+    def count(self, height: int, width: int) -> int:
+        """Tokens of an image of (height, width) pixels, newlines included: the length of its `layout`, unless that is
+        `shrunk`."""
+        rows, columns = self.shrunk(height, width) or self.extent(height, width)
+        return self.cells**2 + rows * (columns + (self.merge == "unpad"))
 
     def layout(self, height: int, width: int) -> list[int]:
         """Which token stands at each position: its place among tiles x cells x cells tower tokens, -1 for a newline.
 
-        The whole image (tile 0) comes first, then its tiles.
+        The whole image (tile 0) comes first, then its tiles; these as they are before they are `shrunk`.
         """
         cells, across = self.cells, self.best(height, width)[1] // self.size
         places = list(range(cells * cells))

@@ -3,7 +3,8 @@
 Images at their own shape (NaFlex) pass here too: of their one picture the tokens that are no padding.
 
 [N, m, D]   tokens of all pictures that the towers saw: of every image the whole, then its tiles
-    |  by the layout of each image (records.Tiling): rows over the whole grid, borders left out, newlines
+    |  by the layout of each image (records.Tiling): rows over the whole grid, borders left out, newlines; of large
+    |  images scaled down before the newlines, where there is a limit (LLaVA-OneVision)
     v
 [K, D]      tokens of all images in reading order, as many for each as `ImageSpec.count` says
 """
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from leveret.model.connectors import CONNECTORS, find_connector
 from leveret.model.recipe import TilesRecipe, VisionRecipe
@@ -61,7 +63,25 @@ class Tiles(nn.Module):
         laid = tokens.flatten(0, 1)[at.clamp(min=0)]
         if self.newline is None:
             return laid
-        return torch.where((at < 0).unsqueeze(-1), self.newline.to(laid.dtype), laid)
+        laid = torch.where((at < 0).unsqueeze(-1), self.newline.to(laid.dtype), laid)
+        assert isinstance(self.tiling, Tiling), "only they have newlines"
+        if not any(self.tiling.shrunk(*size) for size in sizes):
+            return laid
+        images = laid.split([len(layout) for layout in places])
+        return torch.cat([self._shrunk(image, *size) for image, size in zip(images, sizes, strict=True)])
+
+    def _shrunk(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The laid tokens of an image of (height, width) pixels, those of its tiles scaled down where they are more
+        than the limit allows: LLaVA-OneVision's way, bilinear and without antialias."""
+        assert isinstance(self.tiling, Tiling) and self.newline is not None
+        to = self.tiling.shrunk(height, width)
+        if to is None:
+            return image
+        whole, (rows, columns) = self.tiling.cells**2, self.tiling.extent(height, width)
+        grid = image[whole:].unflatten(0, (rows, columns + 1))[:, :-1].permute(2, 0, 1)  # [D, rows, columns]
+        small = F.interpolate(grid.unsqueeze(0), to, mode="bilinear")[0].permute(1, 2, 0)
+        lines = torch.cat([small, self.newline.to(small.dtype).expand(to[0], 1, -1)], dim=1)
+        return torch.cat([image[:whole], lines.flatten(0, 1)])
 
     def _layout(self, size: tuple[int, int]) -> Tensor:
         """`Tiling.layout` as a tensor, kept: a data set has few sizes."""
@@ -128,4 +148,5 @@ def check_shapes(vision: VisionRecipe, eyes: Sequence[Tower], kind: str) -> None
 
 def tiling(recipe: TilesRecipe, size: int, cells: int) -> Tiling:
     """The recipe's grids in pixels. size: of a tile. cells: tokens along its side."""
-    return Tiling(size, cells, tuple((rows * size, columns * size) for rows, columns in recipe.grids), recipe.merge)
+    grids = tuple((rows * size, columns * size) for rows, columns in recipe.grids)
+    return Tiling(size, cells, grids, recipe.merge, recipe.limit)
