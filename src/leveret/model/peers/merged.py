@@ -144,7 +144,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     )
     return Foreign(
         dialect.name, recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, (tower,),
-        cut=True, newline=newline,
+        cut=True, newline=newline, letter=dialect.name == "Bunny",
     )  # fmt: skip
 
 
