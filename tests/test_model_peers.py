@@ -232,6 +232,8 @@ def test_what_cannot_be_read_is_refused_in_one_line(
         (folder / "config.json").write_text(json.dumps(text))
         named = {"language_model.model.embed_tokens.weight": weights["model.embed_tokens.weight"]}
         save_file(named, folder / "model.safetensors")
+    if harm == "another tool":
+        (folder / "x.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'was here')!r})\nclass Y: ...\n")
     if harm == "no config":
         (folder / "config.json").unlink()
     if harm == "not JSON":
@@ -257,6 +259,25 @@ def test_what_cannot_be_read_is_refused_in_one_line(
     assert first.startswith("error: ") and "Traceback" not in said_there.err
     assert bool(listed) == harm.startswith("a tensor") and all(line.startswith("  ") for line in listed)
     assert not said_there.out and not (tmp_path / "out").exists() and not (tmp_path / "was here").exists()
+
+
+@pytest.mark.parametrize("model_type", ["bunny-qwen2", "llava_qwen2"])
+def test_code_that_a_known_model_brings_is_not_run(model_type: str, tmp_path: Path) -> None:
+    """Published Bunnys name code in config.json, some tokenizers in theirs: what is known is read without it."""
+    folder, hub = bunny(tmp_path)
+    (folder / "x.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'was here')!r})\nclass Y: ...\n")
+    brought = {"config.json": ("AutoConfig", "AutoModelForCausalLM"), "tokenizer_config.json": ("AutoTokenizer",)}
+    for file, classes in brought.items():
+        told = json.loads((folder / file).read_text())
+        one: Any = [None, "x.Y"] if file.startswith("tokenizer") else "x.Y"
+        told |= {"auto_map": dict.fromkeys(classes, one)}
+        told |= {"model_type": model_type} if file == "config.json" else {}
+        (folder / file).write_text(json.dumps(told))
+    try:
+        assert peers.load(folder, hub=hub).spec.tokens == 4
+    except (DataError, EnvironmentFault) as fault:
+        assert "\n" not in str(fault) and "code" in str(fault)
+    assert not (tmp_path / "was here").exists()
 
 
 def test_a_number_written_as_text_is_the_config_s_fault_and_not_the_network_s() -> None:
