@@ -220,6 +220,23 @@ def test_identity_takes_ragged_tokens_where_widths_agree() -> None:
     assert build_meta(told).spec.tiling == NaFlex(16, PATCHES)
 
 
+def test_a_connector_of_ones_own_says_that_it_takes_each_token(tmp_path: Path) -> None:
+    lines = (
+        "from torch import nn",
+        "from leveret.model.connectors import ConnectorRow",
+        "ONE = ConnectorRow(lambda w, d, n, s: nn.Linear(w, d), each=True)",
+        "ALL = ConnectorRow(lambda w, d, n, s: nn.Linear(w, d))",
+        "HALF = ConnectorRow(lambda w, d, n, s: nn.Linear(w, d), lambda count, s: count // 2, each=True)",
+    )
+    (tmp_path / "my.py").write_text("\n".join(lines))
+    vlm = build(shaped(f"{tmp_path}/my.py:ONE"))
+    batch = rows_of(vlm, [noise(70, 40), noise(33, 200)])
+    assert vlm(batch, logits="last").logits.isfinite().all()
+    for name, said in (("ALL", "needs a fixed grid or number"), ("HALF", "of 12 it makes 6")):
+        with pytest.raises(RecipeError, match=said):
+            build_meta(shaped(f"{tmp_path}/my.py:{name}"))
+
+
 @pytest.mark.parametrize(
     ("vision", "said"),
     [

@@ -108,7 +108,7 @@ def join(recipe: ModelRecipe, eyes: Sequence[towers.Tower], language: Any, *, to
     recipe = recipe.model_copy(update={"connector": settle(recipe.connector)})
     kind, options = recipe.connector.kind, recipe.connector.options
     if any(eye.facts.patches for eye in eyes):
-        check_shapes(recipe.vision, eyes, kind)
+        check_shapes(recipe.vision, eyes, kind, options)
     tokens, seen = fused([(eye.facts.name, eye.tokens, eye.width) for eye in eyes], recipe.vision.fusion)
     connector = build_connector(kind, seen, width, tokens, options)
     given = connector_tokens(kind, tokens, options)

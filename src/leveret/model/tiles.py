@@ -11,13 +11,14 @@ Images at their own shape (NaFlex) pass here too: of their one picture the token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leveret.model.connectors import CONNECTORS, find_connector
+from leveret.model.connectors import CONNECTORS, connector_tokens, find_connector
 from leveret.model.recipe import TilesRecipe, VisionRecipe
 from leveret.model.tower_facts import patch
 from leveret.model.towers import Tower
@@ -129,9 +130,9 @@ def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: in
     return tiling(vision.tiles, sizes[0], cells)
 
 
-def check_shapes(vision: VisionRecipe, eyes: Sequence[Tower], kind: str) -> None:
+def check_shapes(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, options: Mapping[str, Any]) -> None:
     """RecipeError when images are to keep their shape and anything else is asked for besides, or the connector `kind`
-    needs a fixed number of tokens."""
+    (with its `options`) needs a fixed number of tokens."""
     where = "model.vision.patches" if len(eyes) == 1 else "model.vision.towers"
     if vision.tiles is not None or vision.split is not None:
         given = "tiles" if vision.split is None else "split"
@@ -143,6 +144,11 @@ def check_shapes(vision: VisionRecipe, eyes: Sequence[Tower], kind: str) -> None
         raise RecipeError(
             f"model.connector.kind: {kind} needs a fixed grid or number of tokens, and with `patches` every image has "
             f"its own; choose one of {able}"
+        )
+    if (out := connector_tokens(kind, eyes[0].tokens, options)) != eyes[0].tokens:
+        raise RecipeError(
+            f"model.connector.kind: the row of {kind} says that each token becomes one (`each`), but of "
+            f"{eyes[0].tokens} it makes {out}"
         )
 
 

@@ -150,6 +150,7 @@ def describe(
         lines.append(("data", f"{stage.data}: {words}"))
         average = f"{mean} per sample on average, " if mean else ""
         image = f"{vlm.spec.tokens} per image" if vlm.spec.tiling is None else tokens_of(vlm)
+        image += " an image" if isinstance(vlm.spec.tiling, NaFlex) else ""
         lines.append(("tokens", f"{average}{image}, at most {stage.max_tokens} per sample"))
         tokens, total = mean or tokens, total_steps(stage, -(-count // stage.batch)) if count else None
     sharing = sharing or Sharing(**(job.sharing if job is not None else {}))
