@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model.parts import PartRow, adapted, parts_table, render, tokens_of
+from leveret.records import NaFlex
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
 from leveret.train.quantised import BYTES
@@ -149,6 +150,7 @@ def describe(
         lines.append(("data", f"{stage.data}: {words}"))
         average = f"{mean} per sample on average, " if mean else ""
         image = f"{vlm.spec.tokens} per image" if vlm.spec.tiling is None else tokens_of(vlm)
+        image += " an image" if isinstance(vlm.spec.tiling, NaFlex) else ""
         lines.append(("tokens", f"{average}{image}, at most {stage.max_tokens} per sample"))
         tokens, total = mean or tokens, total_steps(stage, -(-count // stage.batch)) if count else None
     sharing = sharing or Sharing(**(job.sharing if job is not None else {}))
@@ -160,7 +162,8 @@ def describe(
     if stage.held_out is not None or stage.keep_best is not None:
         lines.append(("validation", _validation(stage)))
     square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
-    seen = square if vlm.spec.tiling is None else "cut into tiles"
+    shaped = isinstance(vlm.spec.tiling, NaFlex)
+    seen = square if vlm.spec.tiling is None else "seen at their own shape" if shaped else "cut into tiles"
     lines.append(("chat", f"{stage.chat or vlm.chat}; images are {seen}"))
     if job is not None:
         begun = f", going on from {Path(job.resume).name}" if job.resume else ""
