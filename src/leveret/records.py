@@ -280,6 +280,13 @@ class Split:
         """Image tokens of an image of (height, width) pixels; the tokens before them do not count."""
         return self.tiles(height, width) * self.tokens
 
+    @property
+    def marks(self) -> list[str]:
+        """Every token that may stand before a tile, in order."""
+        places = range(1, self.side // self.size + 1)
+        tiles = [self.tile.format(row=row, column=column) for row in places for column in places]
+        return list(dict.fromkeys(mark for mark in [self.whole or "", *tiles] if mark))
+
     def layout(self, height: int, width: int) -> list[int]:
         """Which of the tower's tokens stands at each image position: all of them, as they come."""
         return list(range(self.count(height, width)))
@@ -293,6 +300,15 @@ class Split:
         if self.whole is not None:
             tiles = [self.whole, *tiles] if len(tiles) > 1 else [self.whole]
         return [(mark, self.tokens) for mark in tiles]
+
+
+def read_tiling(said: Mapping[str, Any] | None) -> Tiling | Split | None:
+    """What `dataclasses.asdict` made of a tiling, as one again."""
+    if said is None:
+        return None
+    if "side" in said:
+        return Split(**said)
+    return Tiling(**{**said, "grids": tuple(tuple(grid) for grid in said["grids"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,12 +346,7 @@ class ImageSpec:
         views = tuple(
             TowerView(**{**view, "mean": tuple(view["mean"]), "std": tuple(view["std"])}) for view in data["towers"]
         )
-        tiling = data.get("tiling")
-        if tiling is not None and "side" in tiling:
-            tiling = Split(**tiling)
-        elif tiling is not None:
-            tiling = Tiling(**{**tiling, "grids": tuple(tuple(grid) for grid in tiling["grids"])})
-        return cls(towers=views, tokens=int(data["tokens"]), tiling=tiling)
+        return cls(towers=views, tokens=int(data["tokens"]), tiling=read_tiling(data.get("tiling")))
 
 
 @dataclass(slots=True)
