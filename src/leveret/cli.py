@@ -635,7 +635,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[
-        str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava, prismatic, gguf, remote-code.")
+        str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava, prismatic, nanovlm, gguf, remote-code.")
     ] = "leveret",
     hub: Annotated[
         Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")

@@ -283,7 +283,8 @@ class Split:
     @property
     def marks(self) -> list[str]:
         """Every token that may stand before a tile, in order."""
-        places = range(1, self.side // self.size + 1)
+        most = self.side // self.size
+        places = range(1, most + 1) if most > 1 or self.whole is None else ()  # one tile is the whole
         tiles = [self.tile.format(row=row, column=column) for row in places for column in places]
         return list(dict.fromkeys(mark for mark in [self.whole or "", *tiles] if mark))
 
