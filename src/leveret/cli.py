@@ -457,9 +457,7 @@ def _examined(model: str, other: Any, load_in: str | None) -> Any:
     if load_in is None:
         return other or model
     if other is not None:
-        raise RecipeError(
-            f"--load-in {load_in}: only models that leveret itself runs, and {model} is none; leave it out"
-        )
+        raise RecipeError(f"--load-in {load_in}: {model} is not run by leveret itself; leave it out")
     from leveret.generate import load
 
     return load(model, load_in=load_in)
