@@ -24,7 +24,8 @@ from leveret.images import as_rgb
 from leveret.inputs.reader import check_unicode, reader_of
 from leveret.inputs.resize import prepare
 from leveret.inputs.tiles import prepare_tiles
-from leveret.records import IMAGE_MARK, ImageSpec, Split, TowerView, read_tiling
+from leveret.records import IMAGE_MARK, ImageSpec, NaFlex, Split, TowerView, read_tiling
+from leveret.runs import RecipeError
 
 
 class LeveretImageProcessor(BaseImageProcessor):
@@ -61,7 +62,7 @@ class LeveretImageProcessor(BaseImageProcessor):
             TowerView(**{**tower, "mean": tuple(tower["mean"]), "std": tuple(tower["std"])}) for tower in self.towers
         ]
         upright = [_picture(image) for image in make_flat_list_of_images(self.fetch_images(images))]
-        tiling = read_tiling(self.tiling)
+        tiling: Any = read_tiling(self.tiling)
         if tiling is None:
             seen = [self._see(image, views) for image in upright]
             return BatchFeature({"pixel_values": np.stack(seen)}, tensor_type=return_tensors)
@@ -282,9 +283,15 @@ _TIDY = """\
 
 def processor_for(spec: ImageSpec, chat: str, tokenizer: Any) -> LeveretProcessor:
     """The processor of a model. Its tokenizer is a copy that knows `<image>`, pads on the left (answers grow on the
-    right) and has the chat format's template in the form that transformers and engines fill."""
+    right) and has the chat format's template in the form that transformers and engines fill. RecipeError where images
+    keep their own shape."""
     from leveret.inputs.chat import find_chat
 
+    if isinstance(spec.tiling, NaFlex):
+        raise RecipeError(
+            "transformers' AutoProcessor is given squares here, and this model sees each image at its own shape "
+            "(NaFlex); load it with leveret.load"
+        )
     tokenizer = with_image(tokenizer)
     start = "{{ bos_token }}" if reader_of(tokenizer).start else ""
     template = _TIDY + start + find_chat(chat).template

@@ -18,7 +18,7 @@ from leveret.model.peers.nanovlm import Settings
 from leveret.model.peers.write_parts import State, Written
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
-from leveret.records import Split, TowerView
+from leveret.records import Split, Tiling, TowerView
 from leveret.runs import RecipeError
 
 NAME = "nanoVLM"
@@ -158,8 +158,10 @@ def _split(vlm: VLM) -> Split | None:
     tiling = vlm.spec.tiling
     if tiling is None:
         return None
-    if not isinstance(tiling, Split):
+    if isinstance(tiling, Tiling):
         raise RecipeError(f"{NAME} cuts images with `split`, and this model with `tiles` (merge {tiling.merge})")
+    if not isinstance(tiling, Split):
+        raise RecipeError(f"{NAME} has images as squares or tiles, and this model sees each at its own shape")
     if tiling.tile != nanovlm.MARK or tiling.whole == "":
         shown = {"tile": tiling.tile, "whole": tiling.whole}
         raise RecipeError(
