@@ -110,11 +110,11 @@ def fused(folder: Path) -> VLM:
     )
 
 
-def tiles(folder: Path) -> VLM:
+def tiles(folder: Path, limit: int = 0) -> VLM:
     """LLaVA 1.6's tiles, with newlines, seen by two towers side by side."""
     toy("dinov2").save_pretrained(folder / "dinov2-tiles")
     towers = [TowerRecipe(tower=str(tiny_vision_folder())), TowerRecipe(tower=str(folder / "dinov2-tiles"), size=32)]
-    grids = TilesRecipe(grids=[(1, 2), (2, 1), (2, 2)])
+    grids = TilesRecipe(grids=[(1, 2), (2, 1), (2, 2)], limit=limit)
     return build(
         ModelRecipe(
             vision=VisionRecipe(towers=[tower.model_copy(update={"tokens": "patch"}) for tower in towers], tiles=grids),
@@ -495,15 +495,16 @@ def test_a_picture_that_is_none_is_refused(picture: Path) -> None:
 # --- images in tiles --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["tiles-newlines", "tiles-tokens"])
+@pytest.mark.parametrize("kind", ["tiles-newlines", "tiles-limit", "tiles-tokens"])
 @torch.no_grad()
 def test_images_of_several_shapes_are_seen_in_tiles(kind: str, tmp_path: Path) -> None:
     """Two images in one text and one in another, of one to five pictures: our ids, pixels, logits, and refusals."""
     from leveret.model.hf import LeveretForConditionalGeneration
     from leveret.model.hf_inputs import FolderProcessor
 
-    vlm = tiles(tmp_path) if kind == "tiles-newlines" else split(tmp_path)
+    vlm = split(tmp_path) if kind == "tiles-tokens" else tiles(tmp_path, limit=int(kind == "tiles-limit"))
     assert vlm.tiles is not None
+    write(vlm, tmp_path / "published", "remote-code")  # which compares ids and logits
     folder = checkpoint.save(vlm, tmp_path / "model")
     processor = FolderProcessor.from_pretrained(folder)
     model = LeveretForConditionalGeneration.from_pretrained(folder)

@@ -161,7 +161,7 @@ def _split(vlm: VLM) -> Split | None:
     if isinstance(tiling, Tiling):
         raise RecipeError(f"{NAME} cuts images with `split`, and this model with `tiles` (merge {tiling.merge})")
     if not isinstance(tiling, Split):
-        raise RecipeError(f"{NAME} has images as squares or tiles, and this model sees each at its own shape")
+        raise RecipeError(f"{NAME} has images as squares or tiles, and this model sees each at its own shape (NaFlex)")
     if tiling.tile != nanovlm.MARK or tiling.whole == "":
         shown = {"tile": tiling.tile, "whole": tiling.whole}
         raise RecipeError(
