@@ -72,20 +72,31 @@ def read(folder: str, job: dict[str, Any], again: Path) -> dict[str, Any]:
 
 def rules(folder: str, processor: Any, model: Any, one: Any, image: str) -> None:
     """What vLLM's transformers backend asks of a model and its processor; vLLM itself is not run."""
-    tokens = processor._get_num_multimodal_tokens(image_sizes=[(480, 640), (3, 5)])
-    assert tokens["num_image_patches"] == [1, 1] and len(set(tokens["num_image_tokens"])) == 1
-    count = tokens["num_image_tokens"][0]
+    size = Image.open(image).size[::-1]
+    tokens = processor._get_num_multimodal_tokens(image_sizes=[(480, 640), (3, 5), size])
+    assert tokens["num_image_patches"] == [1, 1, 1]
+    tiles = "image_sizes" in one
+    assert (len(set(tokens["num_image_tokens"])) > 1) == tiles == ("image_sizes" in processor.model_input_names)
+    count = tokens["num_image_tokens"][2]
     text = f"{processor.image_token} what is it?"
     found = processor(text=text, images=[Image.open(image)], return_mm_token_type_ids=True, return_tensors="pt")
     kinds = found["mm_token_type_ids"]
     assert kinds.shape == found["input_ids"].shape and int(kinds.sum()) == count
-    assert (found["input_ids"][kinds.bool()] == processor.image_token_id).all()
+    at = torch.nonzero(kinds[0])[:, 0]
+    assert at.tolist() == list(range(int(at[0]), int(at[-1]) + 1))  # in one piece, as a placeholder must be
+    embedded = found["input_ids"][kinds.bool()] == processor.image_token_id
+    assert embedded.all() or tiles
     assert processor.image_token_id == processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     assert AutoTokenizer.from_pretrained(folder, **TRUST).convert_tokens_to_ids("<image>") == processor.image_token_id
 
     assert type(model)._supports_attention_backend and model.config.get_text_config() is not model.config
-    seen = model.get_image_features(found["pixel_values"])
-    assert tuple(seen.pooler_output.shape) == (1, count, model.config.get_text_config().hidden_size)
+    given = {key: found[key] for key in ("pixel_values", "image_sizes") if key in found}
+    seen = model.get_image_features(**given).pooler_output
+    assert len(seen) == 1 and isinstance(seen, tuple) == tiles
+    assert tuple(seen[0].shape) == (int(embedded.sum()), model.config.get_text_config().hidden_size)
+    if tiles:  # an engine that puts requests together gives a row of its own for every image
+        apart = model.get_image_features(list(given["pixel_values"][None]), given["image_sizes"]).pooler_output
+        assert torch.equal(apart[0], seen[0])
     assert model.model.language_model.get_input_embeddings() is model.get_input_embeddings()
     with torch.device("meta"):
         bare = AutoModel.from_config(AutoConfig.from_pretrained(folder, **TRUST), **TRUST)

@@ -79,8 +79,10 @@ def language_model(name: str) -> Any:
     return model.eval()
 
 
-def model_of(place: Path, name: str = "llama", tower: str = "siglip", **vision: Any) -> VLM:
-    """A model of a tower, mlp2x_gelu and a row of MODELS, all drawn at random."""
+def model_of(
+    place: Path, name: str = "llama", tower: str = "siglip", connector: str = "mlp2x_gelu", **vision: Any
+) -> VLM:
+    """A model of a tower, a connector and a row of MODELS, all drawn at random."""
     import transformers
 
     language_model(name).save_pretrained(place / "language")
@@ -91,7 +93,7 @@ def model_of(place: Path, name: str = "llama", tower: str = "siglip", **vision: 
     eye.save_pretrained(place / "tower")
     recipe = ModelRecipe(
         vision=VisionRecipe(tower=str(place / "tower"), **vision),
-        connector=ConnectorRecipe(kind="mlp2x_gelu"),
+        connector=ConnectorRecipe(kind=connector),
         language=LanguageRecipe(name=str(place / "language")),
         chat="tiny",
     )
@@ -506,8 +508,8 @@ def test_a_composition_that_libmtmd_has_not_is_named(tmp_path: Path, capsys: pyt
         with pytest.raises(RecipeError, match=said):
             write(vlm, tmp_path / "x", "gguf")
     tower.facts = facts
-    vlm.recipe = recipe.model_copy(update={"connector": ConnectorRecipe(kind="linear")})
-    with pytest.raises(RecipeError, match=r"only the connector mlp2x_gelu.*has linear"):
+    vlm.recipe = recipe.model_copy(update={"connector": ConnectorRecipe(kind="ldp")})
+    with pytest.raises(RecipeError, match=r"mlp2x_gelu and linear are written.*has ldp"):
         write(vlm, tmp_path / "x", "gguf")
     vlm.recipe, words = recipe, vlm.tokenizer
     vlm.tokenizer = None
@@ -516,7 +518,7 @@ def test_a_composition_that_libmtmd_has_not_is_named(tmp_path: Path, capsys: pyt
     vlm.tokenizer = words
     assert not any(tmp_path.iterdir())
     # A model that the package ships: the tower is none that libmtmd has.
-    checkpoint.save(tiny_vlm(connector="linear"), tmp_path / "ours")
+    checkpoint.save(tiny_vlm(connector="residual_2d"), tmp_path / "ours")
     assert run(["convert", str(tmp_path / "ours"), str(tmp_path / "x"), "--to", "gguf"]) == 2
     said = capsys.readouterr().err
     assert "mlp2x_gelu" in said and "--to hf-llava" in said and not (tmp_path / "x").exists()

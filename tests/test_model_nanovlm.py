@@ -164,6 +164,131 @@ def test_the_converted_folder_is_whole(form: str, tmp_path: Path, capsys: pytest
     assert not [name for tower in ours.towers.values() for name, _ in tower.unused()]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_what_is_written_is_what_was_read(form: str, tmp_path: Path) -> None:
+    """Its folder -> ours -> its folder: the same tensors and settings, and what is read of it computes the same."""
+    nano = Nano(tmp_path, form)
+    vlm = peers.load(nano.folder, hub=nano.hub)
+    write(vlm, tmp_path / "theirs", "nanovlm")
+    made, published = load_file(tmp_path / "theirs/model.safetensors"), load_file(nano.folder / "model.safetensors")
+    assert made.keys() == published.keys()
+    for name, tensor in published.items():
+        torch.testing.assert_close(made[name], tensor, atol=0, rtol=0)
+    said = json.loads((tmp_path / "theirs/config.json").read_text())
+    free = {"lm_tokenizer", "lm_max_length", "lm_eos_token_id", "hf_repo_name", "vlm_load_backbone_weights"}
+    for name, value in nano.config.items():
+        assert name in free or said[name] == value, name
+    assert said.keys() - nano.config.keys() <= {"resize_to_max_side_len"}
+    again = peers.load(tmp_path / "theirs")
+    assert again.spec == vlm.spec and again.chat == vlm.chat
+    assert again.tokenizer.get_vocab() == vlm.tokenizer.get_vocab()
+    batch = collate([row_of(vlm, [turn("What is it?", 1)], [noise(*WIDE)])], 0)
+    assert torch.equal(again(batch, logits="all").logits, vlm(batch, logits="all").logits)
+
+
+def composed(vision: dict[str, Any], connector: dict[str, Any], language: dict[str, Any], chat: str) -> VLM:
+    """A model of ours of tiny parts, each as recipes say it."""
+    from fakes import tiny_language_folder, tiny_vision_folder
+    from leveret.model.build import build
+    from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, VisionRecipe
+
+    seen = {"tower": str(tiny_vision_folder()), "layer": -1, "norm": True, "normalise": "none", "resize": "squash"}
+    return build(
+        ModelRecipe(
+            vision=VisionRecipe(**(seen | vision)),
+            connector=ConnectorRecipe(**({"kind": "pixel_shuffle"} | connector)),
+            language=LanguageRecipe(**({"name": str(tiny_language_folder())} | language)),
+            chat=chat,
+        )
+    )
+
+
+def ready(vlm: VLM, resample: str = "bilinear") -> VLM:
+    """The same with the filter that nanoVLM scales with, and the ends of its formats."""
+    from dataclasses import replace
+
+    vlm.spec = replace(vlm.spec, towers=(replace(vlm.spec.towers[0], resample=resample),))  # type: ignore[arg-type]
+    vlm.tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], special_tokens=True)
+    return vlm
+
+
+@pytest.mark.parametrize("chat", ["nanovlm", "nanovlm_question"])
+@torch.no_grad()
+def test_a_model_of_ours_in_its_layout(chat: str, tmp_path: Path) -> None:
+    """Composed here, written, read: the same logits; a token for the image where the tokenizer has none."""
+    vlm = ready(composed({}, {}, {"vocab": 323}, chat))
+    batch = collate([row_of(vlm, [turn("What is it?", 1)], [noise(*SMALL)])], 0)
+    expected = vlm(batch, logits="all").logits
+    write(vlm, tmp_path / "theirs", "nanovlm")
+    again = peers.load(tmp_path / "theirs")
+    assert again.chat == chat and again.spec.towers[0] == vlm.spec.towers[0]
+    theirs = collate([row_of(again, [turn("What is it?", 1)], [noise(*SMALL)])], 0)
+    assert torch.equal(theirs.image_mask, batch.image_mask) and torch.equal(
+        theirs.pixels["vision"], batch.pixels["vision"]
+    )
+    found = again(theirs, logits="all").logits[..., : expected.shape[-1]]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    # what a plain re-computation makes of the file
+    state = load_file(tmp_path / "theirs/model.safetensors")
+    said = json.loads((tmp_path / "theirs/config.json").read_text())
+    assert ("vlm_extra_tokens" in said) == (chat == "nanovlm")
+    other = Nano(tmp_path / "nano", "chat" if chat == "nanovlm" else "question")
+    other.config, other.weights = other.config | said, state
+    torch.testing.assert_close(
+        other.see(batch.pixels["vision"]), vlm.connector(vlm.see(batch.pixels)), atol=3e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("vision", "connector", "chat", "said"),
+    [
+        ({}, {}, "tiny", "spoken to as nanovlm or nanovlm_question, and this model as tiny"),
+        ({"norm": False}, {}, "nanovlm", "runs the norm behind the tower's last block"),
+        ({"normalise": None}, {}, "nanovlm", "values from 0 to 1"),
+        ({"resize": "pad"}, {}, "nanovlm", r"squashes images \(bilinear\), and this model was taught with `pad`"),
+        ({"s2": [32, 64]}, {}, "nanovlm", r"patches of one scale.*\[32, 64\]"),
+        ({"tokens": "drop_first"}, {"kind": "linear"}, "nanovlm", "patches of one scale, and this model drop_first"),
+        ({"split": {"side": 64}}, {}, "nanovlm", "has tokens before tiles"),
+        ({"tiles": {}, "norm": False}, {}, "nanovlm", r"`split`, and this model with `tiles` \(merge unpad\)"),
+        ({}, {"kind": "mlp2x_gelu"}, "nanovlm", "one connector, pixel_shuffle without a bias, and .* mlp2x_gelu"),
+        ({}, {"options": {"bias": True}}, "nanovlm", "one with a bias"),
+        ({"tower": "world/vision", "norm": False}, {}, "nanovlm", "one SigLIP tower, and this model has world/vision"),
+    ],
+)  # fmt: skip
+def test_what_its_layout_cannot_hold_is_named(
+    vision: dict[str, Any], connector: dict[str, Any], chat: str, said: str, tmp_path: Path
+) -> None:
+    from leveret.runs import RecipeError
+
+    with pytest.raises(RecipeError, match=said):
+        write(ready(composed(vision, connector, {}, chat)), tmp_path / "x", "nanovlm")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "gelu"}, "the activation silu"), ({"attention_bias": True}, "no biases"),
+        ({"head_dim": 16}, "heads as wide"), ({"model_type": "qwen2"}, "is a Llama, and .* is a qwen2"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "plain rotary positions"),
+    ],
+)  # fmt: skip
+def test_a_language_model_that_it_has_not_is_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    import transformers
+
+    from fakes import LLAMA, tiny_tokenizer
+    from leveret.runs import RecipeError
+
+    kind = {"qwen2": "Qwen2"}.get(change.get("model_type", ""), "Llama")
+    config = getattr(transformers, f"{kind}Config")(**LLAMA | change)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "language")
+    tiny_tokenizer().save_pretrained(tmp_path / "language")
+    vlm = ready(composed({}, {}, {"name": str(tmp_path / "language")}, "nanovlm"))
+    with pytest.raises(RecipeError, match=said):
+        write(vlm, tmp_path / "x", "nanovlm")
+
+
 def test_an_output_layer_of_its_own(tmp_path: Path) -> None:
     nano = Nano(tmp_path, "chat", lm_tie_weights=False)
     vlm = peers.load(nano.folder, hub=nano.hub)

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,22 +19,25 @@ import torch
 from PIL import Image
 
 import leveret
-from fakes import HIDDEN, loud, tiny_batch, tiny_language_folder, tiny_tokenizer, tiny_vlm
+from fakes import HIDDEN, loud, tiny_batch, tiny_language_folder, tiny_tokenizer, tiny_vision_folder, tiny_vlm
 from leveret import images
 from leveret.cli import run
 from leveret.generate.engine import Engine, Request
+from leveret.inputs.batches import Item, collate
 from leveret.inputs.chat import CHATS, encode
 from leveret.inputs.resize import prepare
+from leveret.inputs.tiles import prepare_all
 from leveret.model import checkpoint, peers
 from leveret.model.build import build
 from leveret.model.connectors import CONNECTORS, build_connector, read_settings
 from leveret.model.peers import remote
 from leveret.model.peers.convert import convert
 from leveret.model.peers.write import write
-from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, TowerRecipe, VisionRecipe
+from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, TilesRecipe, TowerRecipe, VisionRecipe
 from leveret.model.vlm import VLM
 from leveret.records import IMAGE_MARK, Batch, ImageRef, TowerView, Turn
 from leveret.runs import RecipeError
+from nanovlm_fakes import Nano
 from tower_fakes import CLASSES, eva_file, toy
 
 TESTS = Path(__file__).resolve().parent
@@ -66,6 +69,7 @@ def phi(folder: Path) -> VLM:
     """CLIP at two scales, pixel shuffle, and a Phi whose output layer has a bias and whose tokenizer has no mark."""
     from transformers import PhiConfig, PhiForCausalLM
 
+    torch.manual_seed(0)
     sizes = dict(hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     model = loud(PhiForCausalLM(PhiConfig(vocab_size=320, max_position_embeddings=256, **sizes)))
     model.lm_head.bias.data.normal_()
@@ -106,7 +110,30 @@ def fused(folder: Path) -> VLM:
     )
 
 
-KINDS = ("siglip-mlp-llama", "world", "clip-s2-shuffle-phi", "eva-dino-resampler-llama")
+def tiles(folder: Path, limit: int = 0) -> VLM:
+    """LLaVA 1.6's tiles, with newlines, seen by two towers side by side."""
+    toy("dinov2").save_pretrained(folder / "dinov2-tiles")
+    towers = [TowerRecipe(tower=str(tiny_vision_folder())), TowerRecipe(tower=str(folder / "dinov2-tiles"), size=32)]
+    grids = TilesRecipe(grids=[(1, 2), (2, 1), (2, 2)], limit=limit)
+    return build(
+        ModelRecipe(
+            vision=VisionRecipe(towers=[tower.model_copy(update={"tokens": "patch"}) for tower in towers], tiles=grids),
+            connector=ConnectorRecipe(kind="mlp2x_gelu"),
+            language=LanguageRecipe(name=str(tiny_language_folder())),
+            chat="tiny",
+        )
+    )
+
+
+def split(folder: Path) -> VLM:
+    """nanoVLM's tiles, each with a token of its own before it."""
+    nano = Nano(folder / "nano", "global")
+    return peers.load(nano.folder, hub=nano.hub)
+
+
+KINDS = (
+    "siglip-mlp-llama", "world", "clip-s2-shuffle-phi", "eva-dino-resampler-llama", "tiles-newlines", "tiles-tokens"
+)  # fmt: skip
 VIEWS = [
     TowerView("a", 32),
     TowerView("b", 24, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "pad"),
@@ -150,7 +177,7 @@ IMAGES = sorted(path for end in ("png", "jpg") for path in PARITY.rglob(f"*.{end
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, picture: Path) -> Elsewhere:
     folder = tmp_path_factory.mktemp("elsewhere")
-    made = (tiny_vlm(), world(), phi(folder), fused(folder))
+    made = (tiny_vlm(), world(), phi(folder), fused(folder), tiles(folder), split(folder))
     return Elsewhere(folder, dict(zip(KINDS, made, strict=True)), picture, IMAGES)
 
 
@@ -158,17 +185,11 @@ def asked(vlm: VLM, question: str, picture: Path) -> tuple[Batch, list[int]]:
     """Our own batch of one question about a picture, and its ids with the published id at the image's positions."""
     image = images.load(ImageRef(str(picture)))
     turns = (Turn("user", f"{IMAGE_MARK}\n{question}"),)
-    row = encode(turns, vlm.chat, vlm.tokenizer, vlm.spec, [(image.height, image.width)], generate=True)
+    sizes = [(image.height, image.width)]
+    row = encode(turns, vlm.chat, vlm.tokenizer, vlm.spec, sizes, generate=True)
     mark = checkpoint.config_of(vlm)["image_token_id"]
     ids = [mark if seen else token for token, seen in zip(row.input_ids, row.image_mask, strict=True)]
-    text = torch.tensor([row.input_ids])
-    pixels = {view.name: torch.from_numpy(prepare(image, view))[None] for view in vlm.spec.towers}
-    batch = Batch(
-        input_ids=text, labels=torch.full_like(text, -100), attention_mask=torch.ones_like(text, dtype=torch.bool),
-        position_ids=torch.arange(text.shape[1])[None], segments=torch.zeros_like(text),
-        image_mask=torch.tensor([row.image_mask]), pixels=pixels, tile_image=torch.arange(1),
-    )  # fmt: skip
-    return batch, ids
+    return collate([Item(row, pixels=[prepare_all(image, vlm.spec)], sizes=sizes)], 0), ids
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -226,7 +247,8 @@ def same(elsewhere: Elsewhere, name: str, picture: Path) -> None:
         assert found["padded_greedy"][number].tolist() == greedy
     batch, ids = asked(vlm, QUESTIONS[0], picture)
     sizes = [view.size for view in vlm.spec.towers]
-    seen = [found["pixels"]] if len(sizes) == 1 else [found["pixels"][:, place] for place in range(len(sizes))]
+    pixels = found["pixels"] if vlm.spec.tiling is None else found["pixels"][0]
+    seen = [pixels] if len(sizes) == 1 else [pixels[:, place] for place in range(len(sizes))]
     for view, pixels in zip(vlm.spec.towers, seen, strict=True):
         assert np.array_equal(pixels[..., : view.size, : view.size], batch.pixels[view.name].numpy())
     text = encode((Turn("user", QUESTIONS[0]),), vlm.chat, vlm.tokenizer, vlm.spec, (), generate=True)
@@ -421,8 +443,6 @@ def test_chat_formats_are_written_or_refused(chat: str) -> None:
 
 
 def test_what_cannot_be_published_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from leveret.records import Tiling
-
     def refused(vlm: VLM, words: str) -> None:
         with pytest.raises(RecipeError, match=words):
             write(vlm, tmp_path / "out", "remote-code")
@@ -431,9 +451,6 @@ def test_what_cannot_be_published_is_named(tmp_path: Path, capsys: pytest.Captur
     vlm = tiny_vlm()
     vlm.tokenizer = None
     refused(vlm, "needs a tokenizer")
-    vlm = tiny_vlm()
-    vlm.spec = replace(vlm.spec, tiling=Tiling(32, 2, ((64, 64),)))
-    refused(vlm, "images in tiles")
     vlm = tiny_vlm()
     vlm.language.lm_head.register_forward_hook(lambda _, args, out: out)
     vlm.language.base_model_prefix = "transformer"
@@ -473,3 +490,60 @@ def test_a_picture_that_is_none_is_refused(picture: Path) -> None:
         processor(images=array, text="<|user|><image>", truncation=True, max_length=3)
     with pytest.raises(ValueError, match="2 <image> in the text, but 1 image"):
         processor(images=array, text="<image><image>")
+
+
+# --- images in tiles --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tiles-newlines", "tiles-limit", "tiles-tokens"])
+@torch.no_grad()
+def test_images_of_several_shapes_are_seen_in_tiles(kind: str, tmp_path: Path) -> None:
+    """Two images in one text and one in another, of one to five pictures: our ids, pixels, logits, and refusals."""
+    from leveret.model.hf import LeveretForConditionalGeneration
+    from leveret.model.hf_inputs import FolderProcessor
+
+    vlm = split(tmp_path) if kind == "tiles-tokens" else tiles(tmp_path, limit=int(kind == "tiles-limit"))
+    assert vlm.tiles is not None
+    write(vlm, tmp_path / "published", "remote-code")  # which compares ids and logits
+    folder = checkpoint.save(vlm, tmp_path / "model")
+    processor = FolderProcessor.from_pretrained(folder)
+    model = LeveretForConditionalGeneration.from_pretrained(folder)
+    random = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((20, 19), (41, 90), (70, 33))
+    ]
+    said = [[{"type": "image", "image": picture} for picture in some] for some in (pictures[:2], pictures[2:])]
+    asked = [[{"role": "user", "content": [*some, {"type": "text", "text": "How many?"}]}] for some in said]
+    given = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )  # fmt: skip
+    items = []
+    for some in (pictures[:2], pictures[2:]):
+        sizes = [(picture.height, picture.width) for picture in some]
+        turns = [Turn("user", f"{IMAGE_MARK}\n" * len(some) + "How many?")]
+        row = encode(turns, vlm.chat, vlm.tokenizer, vlm.spec, sizes, generate=True)
+        items.append(Item(row, pixels=[prepare_all(picture, vlm.spec) for picture in some], sizes=sizes))
+    batch = collate(items, processor.tokenizer.pad_token_id, "left")
+    ids = batch.input_ids.masked_fill(batch.image_mask, processor.image_token_id)
+    assert torch.equal(given["input_ids"], ids) and given["image_sizes"].tolist() == [[20, 19], [41, 90], [70, 33]]
+    logits = vlm(batch, logits="all").logits
+    real = batch.attention_mask
+    assert torch.allclose(model(**given).logits[real], logits[real], atol=1e-5 * max(1.0, float(logits.abs().max())))
+    told = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    made = model.generate(**given, **told)[:, ids.shape[1] :]
+    assert torch.equal(made, vlm.generate(batch, **told))
+    seen = model.get_image_features(given["pixel_values"], given["image_sizes"]).pooler_output
+    assert [len(tokens) for tokens in seen] == [vlm.spec.count(*size) for size in given["image_sizes"].tolist()]
+
+    with pytest.raises(ValueError, match="give image_sizes"):
+        model(input_ids=ids, pixel_values=given["pixel_values"])
+    with pytest.raises(ValueError, match="tiles, but"):
+        model(**{**given, "pixel_values": given["pixel_values"][:, :1]})
+
+
+def test_the_code_of_a_model_without_tiles_says_nothing_of_them(elsewhere: Elsewhere) -> None:
+    for name, folder in elsewhere.folders.items():
+        for file in ("modeling_leveret.py", "processing_leveret.py"):
+            assert ("class Tiling:" in (folder / file).read_text()) == name.startswith("tiles"), (name, file)
+            assert "pydantic" not in (folder / file).read_text()

@@ -263,7 +263,7 @@ def test_the_chat_format_follows_the_language_model(tmp_path: Path) -> None:
 
 def test_layouts_without_tiles_refuse_them(tmp_path: Path) -> None:
     vlm = build(tiled())
-    for layout in set(LAYOUTS) - {"hf-llava", "llava"}:
+    for layout in set(LAYOUTS) - {"hf-llava", "llava", "remote-code"}:
         with pytest.raises(RecipeError, match="tiles"):
             write(vlm, tmp_path / "x", layout)
     with pytest.raises(RecipeError, match="puts tiles together as unpad"):

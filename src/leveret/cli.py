@@ -68,6 +68,9 @@ JudgeCache = Annotated[Path | None, typer.Option(help="Where replies are kept; b
 Replay = Annotated[Path | None, typer.Option(help="Replies on disk: ours, a batch's, or the benchmark's own.")]
 AtOnce = Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+LoadIn = Annotated[
+    str | None, typer.Option("--load-in", help="8bit or 4bit: the language model in few bits, on a GPU (bitsandbytes).")
+]
 EmbedPrecision = Annotated[
     str, typer.Option("--precision", help="Of the encoder: auto (bf16 where native), fp32, bf16.")
 ]
@@ -387,6 +390,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Processes that answer, on a CPU; one a core where there are many questions."),
     ] = None,
+    load_in: LoadIn = None,
     own: Own = None,
     model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
     judge: JudgeUrl = None,
@@ -426,8 +430,9 @@ def evaluate(
     )  # fmt: skip
     with _reporting(json), helpers:
         other = open_other(model, key_env=model_key, parallel=at_once)
+        subject = _examined(model, other, load_in)
         results = station(
-            other or model, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
+            subject, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
             judge=judging, memory=allowed, prompts=prompts, how=how, helpers=helpers,
         )  # fmt: skip
     if not json:
@@ -445,6 +450,17 @@ def evaluate(
             file=sys.stderr,
         )
     _report(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
+
+
+def _examined(model: str, other: Any, load_in: str | None) -> Any:
+    """What is examined: a folder's name, what answers for another's, or a model that is loaded in few bits already."""
+    if load_in is None:
+        return other or model
+    if other is not None:
+        raise RecipeError(f"--load-in {load_in}: {model} is not run by leveret itself; leave it out")
+    from leveret.generate import load
+
+    return load(model, load_in=load_in)
 
 
 def _pair(given: str) -> tuple[str, str]:
@@ -598,13 +614,15 @@ def chat(
     model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
     image: Annotated[Path | None, typer.Argument(help="The picture to talk about.")] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once, print the answer, and end.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    load_in: LoadIn = None,
     own: Own = None,
 ) -> None:
     """Talk with a model about a picture."""
     _allow(own)
     from leveret.serve.chat import chat as station
 
-    station(model, image=image, prompt=prompt)
+    station(model, image=image, prompt=prompt, device=device, load_in=load_in)
 
 
 @_verb("show", "leveret.show", LOOK)
@@ -635,7 +653,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[
-        str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava, prismatic, gguf, remote-code.")
+        str, typer.Option(help="leveret, hf-llava, bunny, llava, tinyllava, prismatic, nanovlm, gguf, remote-code.")
     ] = "leveret",
     hub: Annotated[
         Path | None, typer.Option(help="A folder with OWNER/NAME folders, looked at before the model hub.")

@@ -247,7 +247,7 @@ def _devices(memory: int | None) -> list[dict[str, Any]]:
             }
         )
     if getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available():
-        devices.append({"id": "mps", "name": "Apple GPU", "memory": memory, "bf16": "fast"})
+        devices.append({"id": "mps", "name": "Apple GPU", "memory": memory, "bf16": "not used: float32"})
     return devices
 
 

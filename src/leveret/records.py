@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE", "IMAGE_MARK", "Batch", "Cutting", "ImageRef", "ImageSpec", "NaFlex", "Prediction", "Resize", "Role",
-    "Sample", "Split", "Tiling", "TowerView", "Turn",
+    "Sample", "Split", "Tiling", "TowerView", "Turn", "read_tiling",
 ]  # fmt: skip
 
 IMAGE_MARK = "<image>"
@@ -325,6 +325,14 @@ class Split:
         """Image tokens of an image of (height, width) pixels; the tokens before them do not count."""
         return self.tiles(height, width) * self.tokens
 
+    @property
+    def marks(self) -> list[str]:
+        """Every token that may stand before a tile, in order."""
+        most = self.side // self.size
+        places = range(1, most + 1) if most > 1 or self.whole is None else ()  # one tile is the whole
+        tiles = [self.tile.format(row=row, column=column) for row in places for column in places]
+        return list(dict.fromkeys(mark for mark in [self.whole or "", *tiles] if mark))
+
     def layout(self, height: int, width: int) -> list[int]:
         """Which of the tower's tokens stands at each image position: all of them, as they come."""
         return list(range(self.count(height, width)))
@@ -342,6 +350,17 @@ class Split:
 
 Cutting = Tiling | Split | NaFlex
 """How images are cut, where they are not one square."""
+
+
+def read_tiling(said: Mapping[str, Any] | None) -> Cutting | None:
+    """What `dataclasses.asdict` made of a way of cutting, as one again."""
+    if said is None:
+        return None
+    if "side" in said:
+        return Split(**said)
+    if "patches" in said:
+        return NaFlex(**said)
+    return Tiling(**{**said, "grids": tuple(tuple(grid) for grid in said["grids"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,14 +404,7 @@ class ImageSpec:
         views = tuple(
             TowerView(**{**view, "mean": tuple(view["mean"]), "std": tuple(view["std"])}) for view in data["towers"]
         )
-        tiling = data.get("tiling")
-        if tiling is not None and "side" in tiling:
-            tiling = Split(**tiling)
-        elif tiling is not None and "patches" in tiling:
-            tiling = NaFlex(**tiling)
-        elif tiling is not None:
-            tiling = Tiling(**{**tiling, "grids": tuple(tuple(grid) for grid in tiling["grids"])})
-        return cls(towers=views, tokens=int(data["tokens"]), tiling=tiling)
+        return cls(towers=views, tokens=int(data["tokens"]), tiling=read_tiling(data.get("tiling")))
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from leveret.generate.remote import pieces, refuse_choices, shared_out
 from leveret.images import load as load_image
 from leveret.model.hub import quiet, read_config
+from leveret.model.precision import pick_device
 from leveret.records import Prediction
 from leveret.runs import DataError, EnvironmentFault, Interrupted, sha256_of, stop_requested
 
@@ -33,14 +34,13 @@ def is_known(folder: Path) -> bool:
 class Foreign:
     """A model folder of transformers that answers requests, greedily, `batch` at a time.
 
-    device  "auto" is a CUDA device when there is one, else the CPU; or any that torch knows.
+    device  "auto" is a CUDA device when there is one, else Apple's MPS, else the CPU; or any that torch knows.
 
     Raises DataError where there is no such model, or its processor has no chat template; EnvironmentFault where its
     processor needs a package that is not here.
     """
 
     def __init__(self, folder: str | Path, *, device: str = "auto", batch: int = 8, max_new_tokens: int = 64) -> None:
-        import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -76,9 +76,7 @@ class Foreign:
             raise DataError(
                 f"{folder}: its processor has no chat template (chat_template.jinja), so how to ask is open."
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = self.model.to(device).eval()
+        self.model = self.model.to(pick_device(device)).eval()
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:

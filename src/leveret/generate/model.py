@@ -12,7 +12,8 @@ import torch
 
 from leveret.generate.engine import Engine, Request
 from leveret.images import ImageFault
-from leveret.model.precision import Precision
+from leveret.model import fewbits
+from leveret.model.precision import Precision, pick_device
 from leveret.model.source import load as load_vlm
 from leveret.model.vlm import VLM
 from leveret.own import allow
@@ -71,28 +72,37 @@ def load(
     device: str = "auto",
     *,
     precision: Precision = "auto",
+    load_in: str | None = None,
     own: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """The model in a model folder, in the folder of a finished run, or of the hub.
 
     path    a folder (also one that Bunny, LLaVA, TinyLLaVA or Prismatic wrote), or `OWNER/NAME[/FOLDER][@REVISION]`.
-    device  "auto" is a CUDA device when there is one, else the CPU; or any that torch knows.
+    device  "auto" is a CUDA device when there is one, else Apple's MPS, else the CPU; or any that torch knows.
+    load_in "8bit" or "4bit": the language model's layers in so few bits, on a GPU, through bitsandbytes
+            (`model.fewbits`); None keeps weights as they were saved.
     own     Python files that parts of the model are built by: they may run.
 
     Raises DataError when there is no readable model, or a part of it is built by a file that was not named;
-    EnvironmentFault when the device is not there or the hub cannot be asked.
+    EnvironmentFault when the device is not there, few bits cannot be had or the hub cannot be asked; RecipeError for
+    another `load_in`.
     """
     allow(own, "own")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, bits = pick_device(device), fewbits.bits_of(load_in)
+    if bits is not None:
+        fewbits.refuse(f"--load-in {load_in}", device, "leave it out")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).strip().splitlines()[0]
         raise EnvironmentFault(f"device {device!r} cannot be used ({reason}); try auto or cpu") from fault
+    if bits is not None:
+        return Model(fewbits.put(load_vlm(path, "cpu"), bits, device), precision=precision)
     vlm = load_vlm(path, device)
     if vlm.device.type == "cpu" and vlm.dtype == torch.float16:
         vlm.cast(torch.float32)  # on a CPU bf16 autocast takes no halves, and without it they are emulated
+    if vlm.device.type == "mps" and vlm.dtype == torch.bfloat16:
+        vlm.cast(torch.float16)  # which every version of macOS computes in
     return Model(vlm, precision=precision)
 
 

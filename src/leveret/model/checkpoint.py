@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from leveret import own
 from leveret.inputs.formats import ChatFormat, bring, find_chat
 from leveret.inputs.reader import end_ids
+from leveret.model import fewbits, tensors, tower_keys, towers
 from leveret.model import language as languages
-from leveret.model import tensors, tower_keys, towers
 from leveret.model.build import join
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe
@@ -53,6 +53,10 @@ def save(vlm: VLM, folder: str | Path) -> Path:
     the disk fails; what stood there stays.
     """
     folder = Path(folder)
+    if fewbits.stands_in_few_bits(vlm):
+        raise ValueError(
+            "the language model stands in few bits (load_in), which no folder of ours holds: load it whole"
+        )
     if adapters := [name for name in vlm.state_dict() if "lora_" in name]:
         raise ValueError(f"the language model still carries adapters ({adapters[0]}, ..): merge them before saving")
     with fresh_folder(folder) as fresh:

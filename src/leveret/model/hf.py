@@ -22,12 +22,15 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from leveret.model.connectors import build_connector
 from leveret.model.fusion import fuse, fused
+from leveret.model.tiles import Tiles
 from leveret.model.tower_facts import TowerFacts
 from leveret.model.towers import build_tower
+from leveret.records import read_tiling
 
 OUR_NAMES = {
     r"^towers\.": "model.vision_tower.",
     r"^connector\.": "model.multi_modal_projector.",
+    r"^tiles\.": "model.tiles.",
     r"^language\.model\.": "model.language_model.",
     r"^language\.lm_head\.": "lm_head.",
 }
@@ -76,7 +79,7 @@ class LeveretConfig(PretrainedConfig):
 @dataclass
 class LeveretOutput(ModelOutput):
     """What one forward pass gives. loss: the mean over supervised positions. logits [B, T, V] and last_hidden_state
-    [B, T, D]: one of the two, by the class. image_hidden_states: the images' tokens [N, m, D]."""
+    [B, T, D]: one of the two, by the class. image_hidden_states: the images' tokens [N, m, D], in tiles [M, D]."""
 
     loss: Any = None
     logits: Any = None
@@ -118,6 +121,8 @@ class LeveretModel(LeveretPreTrainedModel):
         hidden = config.text_config.hidden_size
         self.multi_modal_projector = build_connector(kind, width, hidden, tokens, options)
         self.dropout = float(config.recipe["connector"].get("dropout", 0.0))
+        tiling = read_tiling(config.spec.get("tiling"))
+        self.tiles = None if tiling is None else Tiles(tiling, hidden)
         self.language_model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.post_init()
 
@@ -128,25 +133,56 @@ class LeveretModel(LeveretPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`pooler_output` [N, m, D]: what stands at an image's positions; `last_hidden_state`: what the towers see.
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output` [N, m, D], in tiles N times [m, D]: what stands at an image's positions;
+        `last_hidden_state`: what the towers see.
 
         pixel_values  [N, 3, S, S]; of several towers [N, towers, 3, S, S] in fusion order, where a tower that sees less
-                      than the largest finds its pixels in the upper left corner.
+                      than the largest finds its pixels in the upper left corner. In tiles [N, T, 3, S, S] or
+                      [N, T, towers, 3, S, S]; or for every image its own [T, ..].
+        image_sizes   [N, 2], (height, width) of the images; only in tiles, and there says how many T are.
+
+        ValueError when the sizes are not given, or do not fit the tiles.
         """
+        if self.tiles is None:
+            features = self.see(pixel_values)
+            return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.connect(features))
+        if image_sizes is None or len(image_sizes) != len(pixel_values):
+            raise ValueError("this model sees images in tiles: give image_sizes, (height, width) of every image")
+        tiling = self.tiles.tiling
+        sizes = [(int(height), int(width)) for height, width in torch.as_tensor(image_sizes).tolist()]
+        counts = [tiling.tiles(*size) for size in sizes]
+        whole = 4 if len(self.vision_tower) == 1 else 5  # an engine may give every image a row of its own around it
+        given = [tiles.flatten(0, 1) if tiles.dim() > whole else tiles for tiles in pixel_values]
+        tiles = [tiles[:count] for tiles, count in zip(given, counts, strict=True)]
+        owner = torch.tensor([image for image, own in enumerate(tiles) for _ in range(len(own))])
+        features = self.see(torch.cat(tiles))
+        laid = self.tiles(self.connect(features), owner, torch.tensor(sizes))  # [K, D]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=laid.split([tiling.count(*size) for size in sizes])
+        )
+
+    def connect(self, features: Tensor) -> Tensor:
+        """Features [N, n, W] in the language model's width: [N, m, D]."""
+        dropped = F.dropout(features.to(self.language_model.dtype), self.dropout, self.training)
+        return self.multi_modal_projector(dropped)
+
+    def see(self, pixel_values: Tensor) -> Tensor:
+        """What the towers see of pictures [N, 3, S, S], or [N, towers, 3, S, S]: [N, n, W]."""
         towers = list(self.vision_tower.values())
         seen = [pixel_values] if len(towers) == 1 else pixel_values.unbind(1)
         sizes = [tower.facts.size for tower in towers]
         seen = [pixels[..., :size, :size] for pixels, size in zip(seen, sizes, strict=True)]
-        features = fuse([tower(pixels) for tower, pixels in zip(towers, seen, strict=True)], self.fusion)
-        dropped = F.dropout(features.to(self.language_model.dtype), self.dropout, self.training)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.multi_modal_projector(dropped))
+        return fuse([tower(pixels) for tower, pixels in zip(towers, seen, strict=True)], self.fusion)
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -161,12 +197,15 @@ class LeveretModel(LeveretPreTrainedModel):
             raise ValueError("pixel_values need input_ids, which say where the images stand")
         visual = None
         if input_ids is not None:
-            # an id behind the token table is no fault here: its row is written over
             marks = input_ids == (-1 if self.config.image_token_id is None else self.config.image_token_id)
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(marks, 0))
+            # an id behind the token table is no fault here, its row is written over; one in it may also be said
+            behind = marks & (input_ids >= self.config.text_config.vocab_size)
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(behind, 0))
             if pixel_values is not None:
-                visual = self.get_image_features(pixel_values, return_dict=True).pooler_output
-            tokens = 0 if visual is None else visual.shape[0] * visual.shape[1]
+                visual = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
+                if self.tiles is not None:
+                    visual = torch.cat(visual)
+            tokens = 0 if visual is None else visual.shape[:-1].numel()
             # a lone id is a step of an answer: nothing is counted there, which would make a device wait
             if (tokens or input_ids.shape[1] > 1) and (marked := int(marks.sum())) != tokens:
                 raise ValueError(
@@ -220,8 +259,10 @@ class LeveretForConditionalGeneration(LeveretPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, **kwargs)
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
 
     def scaled(self, logits: Tensor) -> Tensor:
         """What families do to their logits: Granite divides, Cohere multiplies, Gemma 2 caps."""
@@ -239,6 +280,7 @@ class LeveretForConditionalGeneration(LeveretPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -253,6 +295,7 @@ class LeveretForConditionalGeneration(LeveretPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

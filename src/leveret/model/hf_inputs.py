@@ -1,7 +1,7 @@
 """Pictures and text for a model of ours in transformers' classes: the pixels of resize.py, the ids of chat.py.
 
     conversation -> chat template (Jinja) -> text with <image> -> one <image> per token -> chunks between them -> ids
-    image -> RGB, upright -> `prepare` for every tower -> pixel_values
+    image -> RGB, upright -> `prepare` (or its tiles: `prepare_tiles`) for every tower -> pixel_values
 
 peers/remote.py writes the two classes, and what they need of others, as the code of a published model; what stands
 below them stays here.
@@ -23,7 +23,8 @@ from transformers.processing_utils import MultiModalData
 from leveret.images import as_rgb
 from leveret.inputs.reader import check_unicode, reader_of
 from leveret.inputs.resize import prepare
-from leveret.records import IMAGE_MARK, ImageSpec, NaFlex, TowerView
+from leveret.inputs.tiles import prepare_tiles
+from leveret.records import IMAGE_MARK, ImageSpec, NaFlex, Split, TowerView, read_tiling
 from leveret.runs import RecipeError
 
 
@@ -31,13 +32,19 @@ class LeveretImageProcessor(BaseImageProcessor):
     """Images as the towers want to see them.
 
     towers  fields of a TowerView each, in fusion order.
+    tiling  fields of a Tiling or a Split, where images are seen in tiles.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' own declaration)
 
-    def __init__(self, towers: Sequence[dict[str, Any]] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, towers: Sequence[dict[str, Any]] = (), tiling: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.towers = [dict(tower) for tower in towers]
+        self.tiling = tiling
+        if tiling is not None:
+            self.model_input_names = ["pixel_values", "image_sizes"]
 
     def __call__(self, images: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
         return self.preprocess(images, return_tensors)
@@ -46,25 +53,28 @@ class LeveretImageProcessor(BaseImageProcessor):
         """`pixel_values` float32 [N, 3, S, S]; of several towers [N, towers, 3, S, S], S the largest's side, and a
         smaller one's pixels in the upper left corner.
 
+        In tiles [N, T, 3, S, S] or [N, T, towers, 3, S, S], where T is what the image with most of them has and others
+        end in zeros; and `image_sizes` int64 [N, 2], the images' (height, width), which say how many they are.
+
         images  PIL images (any mode), uint8 arrays [H, W, 3], paths or addresses; one, a list, or lists of lists.
         """
         views = [
             TowerView(**{**tower, "mean": tuple(tower["mean"]), "std": tuple(tower["std"])}) for tower in self.towers
         ]
-        seen = [self._see(image, views) for image in make_flat_list_of_images(self.fetch_images(images))]
-        return BatchFeature({"pixel_values": np.stack(seen)}, tensor_type=return_tensors)
+        upright = [_picture(image) for image in make_flat_list_of_images(self.fetch_images(images))]
+        tiling: Any = read_tiling(self.tiling)
+        if tiling is None:
+            seen = [self._see(image, views) for image in upright]
+            return BatchFeature({"pixel_values": np.stack(seen)}, tensor_type=return_tensors)
+        cut = [[prepare_tiles(image, view, tiling) for view in views] for image in upright]
+        tiles = [made[0] if len(views) == 1 else np.stack(made, axis=1) for made in cut]
+        pixels = np.zeros((len(tiles), max(map(len, tiles)), *tiles[0].shape[1:]), dtype=np.float32)
+        for place, own in zip(pixels, tiles, strict=True):
+            place[: len(own)] = own
+        sizes = np.array([(image.height, image.width) for image in upright], dtype=np.int64)
+        return BatchFeature({"pixel_values": pixels, "image_sizes": sizes}, tensor_type=return_tensors)
 
     def _see(self, image: Any, views: list[TowerView]) -> Any:
-        from PIL import Image as pil
-
-        if not isinstance(image, pil.Image):
-            array = np.asarray(image)
-            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-                raise ValueError(
-                    f"an image is a PIL image or a uint8 array [H, W, 3]; got {array.dtype} {list(array.shape)}"
-                )
-            image = pil.fromarray(array)
-        image = as_rgb(image)
         if len(views) == 1:
             return prepare(image, views[0])
         side = max(view.size for view in views)
@@ -87,10 +97,24 @@ class LeveretImageProcessor(BaseImageProcessor):
         return image_url_or_urls
 
 
+def _picture(image: Any) -> Any:
+    """A PIL image or an array as an RGB image that stands upright."""
+    from PIL import Image as pil
+
+    if not isinstance(image, pil.Image):
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(
+                f"an image is a PIL image or a uint8 array [H, W, 3]; got {array.dtype} {list(array.shape)}"
+            )
+        image = pil.fromarray(array)
+    return as_rgb(image)
+
+
 class LeveretProcessor(ProcessorMixin):
     """Text and images as the model reads them.
 
-    num_image_tokens  positions an image fills.
+    num_image_tokens  positions an image fills; in tiles, one of them.
     image_token       stands in a text once per image; a token of the tokenizer.
 
     Text is cut at the image tokens and every chunk is tokenised by itself, with the start token (where the tokenizer
@@ -113,7 +137,7 @@ class LeveretProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
 
     def __call__(self, images: Any = None, text: Any = None, *_: Any, **kwargs: Any) -> BatchFeature:
         """`input_ids`, `attention_mask` and `pixel_values` of texts that hold `image_token` once per image.
@@ -164,7 +188,7 @@ class LeveretProcessor(ProcessorMixin):
             )
         )
         if asked.get("return_mm_token_type_ids"):
-            data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in data["input_ids"]]
+            data["mm_token_type_ids"] = [self._kinds(row) for row in data["input_ids"]]
         if asked.get("return_offsets_mapping"):
             left = (asked.get("padding_side") or self.tokenizer.padding_side) == "left"
             data["offset_mapping"] = []
@@ -197,14 +221,34 @@ class LeveretProcessor(ProcessorMixin):
                 place += len(chunk)
         return ids, offsets
 
+    def _kinds(self, row: list[int]) -> list[int]:
+        """1 where an image stands, the tokens before its tiles included (as of Idefics3 in transformers)."""
+        kinds = [int(token == self.image_token_id) for token in row]
+        tiling = read_tiling(self.image_processor.tiling)
+        if isinstance(tiling, Split):
+            marks = {self.tokenizer.convert_tokens_to_ids(mark) for mark in tiling.marks}
+            for place, token in enumerate(row[:-1]):
+                kinds[place] |= int(token in marks and row[place + 1] == self.image_token_id)
+        return kinds
+
+    def _runs(self, height: int, width: int) -> list[tuple[str, int]]:
+        """What stands for an image, as `ImageSpec.runs` says it."""
+        tiling = read_tiling(self.image_processor.tiling)
+        if isinstance(tiling, Split):
+            return tiling.runs(height, width)
+        return [("", self.num_image_tokens if tiling is None else tiling.count(height, width))]
+
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """What stands in the text for an image: one token per position."""
-        return self.image_token * self.num_image_tokens
+        size = (0, 0) if self.image_processor.tiling is None else image_inputs["image_sizes"][image_idx]
+        return "".join(mark + self.image_token * count for mark, count in self._runs(*map(int, size)))
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """For engines: positions and rows of `pixel_values` of images of (height, width) each."""
-        count = len(image_sizes or [])
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        """For engines: positions (as `mm_token_type_ids` counts them) and rows of `pixel_values` of images of
+        (height, width) each; the tiles of an image are one row."""
+        runs = [self._runs(int(height), int(width)) for height, width in image_sizes or []]
+        tokens = [sum(count + bool(mark) for mark, count in each) for each in runs]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
 
 
 # --- what does not travel ---------------------------------------------------------------------------------------------
@@ -253,7 +297,8 @@ def processor_for(spec: ImageSpec, chat: str, tokenizer: Any) -> LeveretProcesso
     template = _TIDY + start + find_chat(chat).template
     tokenizer.padding_side, tokenizer.chat_template = "left", template
     tokenizer.init_kwargs["padding_side"] = "left"  # what is saved
-    views = LeveretImageProcessor(towers=spec.to_dict()["towers"])
+    said = spec.to_dict()
+    views = LeveretImageProcessor(towers=said["towers"], tiling=said["tiling"])
     return LeveretProcessor(views, tokenizer, chat_template=template, num_image_tokens=spec.tokens)
 
 

@@ -9,8 +9,20 @@ import torch
 Precision = Literal["auto", "bf16", "fp32"]
 
 
+def pick_device(device: str) -> str:
+    """`auto` is CUDA where there is a GPU, else MPS (Apple's), else the CPU; any other name is itself."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def native_bf16(device: str | torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 natively; where it does not, it is emulated, and slower than float32."""
+    """Whether `device` multiplies bfloat16 natively; where it does not, it is emulated, and slower than float32.
+
+    Of MPS it is taken that it does not: before macOS 14 it has no bfloat16, and nothing here was run on it.
+    """
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -38,17 +38,19 @@ def chat(
     top_p: float = 1.0,
     seed: int | None = None,
     device: str = "auto",
+    load_in: str | None = None,
 ) -> None:
     """Answer `prompt`; or, without one, the lines of standard input; or, in a terminal, converse until Ctrl-D.
 
     image            what the first question is about; the talk's `/image PATH` takes another.
     max_new_tokens   of one answer.
-    temperature,...  see `leveret.generate.Sampling`.
+    temperature,...  see `leveret.generate.Sampling`. device, load_in: see `leveret.load`.
 
     In a conversation a fault is one line and the talk goes on. Elsewhere it is raised: DataError for a model, image or
     question that cannot be read, EnvironmentFault for a device that is not there.
     """
-    talk = Talk(load(model_folder, device), max_new_tokens, {"temperature": temperature, "top_p": top_p, "seed": seed})
+    model = load(model_folder, device, load_in=load_in)
+    talk = Talk(model, max_new_tokens, {"temperature": temperature, "top_p": top_p, "seed": seed})
     if image is not None:
         preview = talk.show(str(image))
     if prompt is not None:

@@ -184,10 +184,51 @@ def _first_name(node: ast.stmt) -> str:
     return next(name.id for name in ast.walk(target) if isinstance(name, ast.Name))
 
 
+_LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
 def _names(node: ast.AST) -> list[str]:
-    """Names that a definition reads, in order, each once; builtins left out."""
-    found = {each.id: None for each in ast.walk(node) if isinstance(each, ast.Name)}
+    """Names that a definition reads of its file, in order, each once: not builtins, and not what is bound inside."""
+    found: dict[str, None] = {}
+
+    def visit(node: ast.AST, bound: frozenset[str]) -> None:
+        if isinstance(node, ast.Name) and node.id not in bound:
+            found[node.id] = None
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            inner = bound | _bound(node)
+            outside = [node.args, *getattr(node, "decorator_list", []), *filter(None, [getattr(node, "returns", None)])]
+            for each in outside:
+                visit(each, bound)
+            for each in node.body if isinstance(node.body, list) else [node.body]:
+                visit(each, inner)
+            return
+        if isinstance(node, _LOOPS):
+            bound |= {
+                name.id for each in node.generators for name in ast.walk(each.target) if isinstance(name, ast.Name)
+            }
+        for child in ast.iter_child_nodes(node):
+            visit(child, bound)
+
+    visit(node, frozenset())
     return [name for name in found if not hasattr(builtins, name)]
+
+
+def _bound(function: ast.FunctionDef | ast.Lambda) -> frozenset[str]:
+    """Names of a function's own: its arguments, and what its body assigns, outside of loops in brackets."""
+    given = function.args
+    names = {
+        each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg) if each
+    }
+    waiting: list[ast.AST] = list(function.body) if isinstance(function.body, list) else []
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, ast.FunctionDef | ast.ClassDef):
+            names.add(each.name)
+        elif isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
+            names.add(each.id)
+        elif not isinstance(each, (ast.Lambda, *_LOOPS)):
+            waiting += ast.iter_child_nodes(each)
+    return frozenset(names)
 
 
 def _inside(node: ast.AST) -> dict[str, str]:

@@ -5,12 +5,12 @@
 
 `gguf_language.py` and `gguf_tokenizer.py` say what goes into the first. The second is what llama.cpp's libmtmd calls a
 projector of the type `mlp`: a CLIP or SigLIP tower, one layer of it, two linear layers with a GELU between them
-(`tools/mtmd/models/llava.cpp`).
+(`tools/mtmd/models/llava.cpp`). A single linear layer is written as two, for GELU(x) - GELU(-x) is x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from leveret.inputs.formats import find_chat
 from leveret.model.peers import gguf_language, gguf_tokenizer
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
-from leveret.records import NaFlex
 from leveret.runs import EnvironmentFault, RecipeError
 
 State = dict[str, Tensor]
@@ -103,25 +102,26 @@ def _finish(file: Any, tensors: State, dtype: torch.dtype) -> None:
 def _vision(vlm: VLM, tower: Tower, scale: float) -> tuple[State, dict[str, Any], list[str]]:
     """(tensors, what is said of them, notes). scale: what the images' tokens are multiplied with."""
     facts, config = tower.facts, tower.facts.config
+    assert vlm.spec.tiling is None, (
+        "`parts.eye` refuses them: libmtmd shows the whole image behind its tiles, no newlines"
+    )
     source, width, deep = facts.source, int(config["hidden_size"]), int(config["intermediate_size"])
     if facts.s2:
         raise RecipeError(f"llama.cpp has no multi-scale towers, and {source} runs at {facts.s2}")
-    if isinstance(vlm.spec.tiling, NaFlex):
-        raise RecipeError(f"llama.cpp is told of squares here, and {source} sees each image at its own shape (NaFlex)")
-    if vlm.spec.tiling is not None:
-        raise RecipeError("llama.cpp is not told here how this model cuts images into tiles")
     if facts.tokens == "cls_patch" and facts.family == "clip_vision_model":
         raise RecipeError(f"llama.cpp leaves the class token of {source} out, and this model was taught with it")
     if facts.tokens == "drop_first" and facts.family == "siglip_vision_model":
         raise RecipeError(f"llama.cpp drops no patch of {source}, and this model was taught without the first")
-    if (kind := vlm.recipe.connector.kind) != "mlp2x_gelu":
-        raise RecipeError(f"llama.cpp: only the connector mlp2x_gelu is written as GGUF, and this model has {kind}")
+    if (kind := vlm.recipe.connector.kind) not in CONNECTORS:
+        raise RecipeError(
+            f"llama.cpp: of connectors {' and '.join(CONNECTORS)} are written as GGUF, and this model has {kind}"
+        )
     if (act := str(config["hidden_act"])) not in _ACTS:
         raise RecipeError(f"llama.cpp has no activation {act} for towers, and {source} has it")
     if width == deep:
         raise RecipeError(f"llama.cpp takes the layers of {source} the wrong way round, for they are {width} x {deep}")
     state = _tower(tower)
-    mlp = vlm.connector.state_dict()
+    mlp = CONNECTORS[kind](vlm.connector.state_dict())
     for place in (0, 2):
         for what in ("weight", "bias"):
             tensor = mlp[f"{place}.{what}"]
@@ -158,6 +158,19 @@ def _vision(vlm: VLM, tower: Tower, scale: float) -> tuple[State, dict[str, Any]
         )
     return state, said, notes
 
+
+def _doubled(state: Mapping[str, Tensor]) -> State:
+    """A linear layer as two with a GELU between them: x as GELU(x) - GELU(-x), which holds for its tanh form too."""
+    weight, bias = state["weight"], state["bias"]
+    one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    return {
+        "0.weight": torch.cat([weight, -weight]), "0.bias": torch.cat([bias, -bias]),
+        "2.weight": torch.cat([one, -one], dim=1), "2.bias": torch.zeros_like(bias),
+    }  # fmt: skip
+
+
+CONNECTORS: dict[str, Callable[[Mapping[str, Tensor]], State]] = {"mlp2x_gelu": dict, "linear": _doubled}
+"""Connectors that are written -> (state) -> weights and biases of two linear layers, 0 and 2."""
 
 _NAMES = {
     "layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",

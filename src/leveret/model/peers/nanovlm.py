@@ -29,16 +29,16 @@ from leveret.model.tower_facts import TowerFacts
 from leveret.runs import DataError
 
 TOWER, LANGUAGE, CONNECTOR = "vision_encoder.", "decoder.", "MP."
-_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_BLOCK = (
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCK = (
     ("attn.out_proj.", "self_attn.o_proj."),
     ("attn.", "self_attn."),
     ("norm1.", "input_layernorm."),
     ("norm2.", "post_attention_layernorm."),
     ("mlp.", "mlp."),
 )
-_WHOLE = (("token_embedding.", "model.embed_tokens."), ("norm.", "model.norm."), ("head.", "lm_head."))
-_FREQUENCIES = "rotary_embd.inv_freq"
+WHOLE = (("token_embedding.", "model.embed_tokens."), ("norm.", "model.norm."), ("head.", "lm_head."))
+FREQUENCIES = "rotary_embd.inv_freq"
 """A table that is computed, and saved all the same."""
 
 TEMPLATE = (
@@ -46,6 +46,7 @@ TEMPLATE = (
     "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """lm_chat_template in all versions of models/config.py, its newlines as they come out there; our format `nanovlm`."""
+PLAIN = MOMENTS["none"]
 SIGNS = ("vit_hidden_dim", "lm_hidden_dim", "mp_pixel_shuffle_factor")
 MARK = "<row_{row}_col_{column}>"
 
@@ -117,7 +118,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     where, said = str(folder.path / "config.json"), settings(folder)
     notes: list[str] = []
     tower, language, connector = _parts(folder, said)
-    rows = rows_of(language, _TABLE, folder.path)
+    rows = rows_of(language, TABLE, folder.path)
     if rows != said.lm_vocab_size:
         raise DataError(f"{where}: lm_vocab_size is {said.lm_vocab_size}, and the token table has {rows} rows")
     source = called(said.lm_model_type, folder)
@@ -183,7 +184,7 @@ def settings(folder: Folder) -> Settings:
 def _parts(folder: Folder, said: Settings) -> tuple[State, State, State]:
     """Tower (under its own names), language model and connector."""
     whole = folder.state()
-    frequencies = whole.pop(LANGUAGE + _FREQUENCIES, None)
+    frequencies = whole.pop(LANGUAGE + FREQUENCIES, None)
     if frequencies is not None and frequencies.device.type != "meta":
         _same_positions(frequencies, said, folder)
     tower, decoder, connector = (renamed(whole, (prefix, "")) for prefix in (TOWER, LANGUAGE, CONNECTOR))
@@ -197,11 +198,11 @@ def _parts(folder: Folder, said: Settings) -> tuple[State, State, State]:
             f"{shown(extra)}"
         )
     if said.lm_tie_weights:
-        head, table = language.pop(_HEAD, None), language.get(_TABLE)
+        head, table = language.pop(HEAD, None), language.get(TABLE)
         if head is not None and table is not None and head.device.type != "meta" and not head.equal(table):
             raise DataError(f"{folder.path}: lm_tie_weights is true, but decoder.head and token_embedding differ")
         if table is None and head is not None:  # safetensors keeps one name of two that share their numbers
-            language[_TABLE] = head
+            language[TABLE] = head
     return tower, language, connector
 
 
@@ -209,9 +210,9 @@ def _ours(name: str) -> str:
     """A name of the decoder as Llama's; "" where it is none."""
     if name.startswith("blocks."):
         _, number, rest = (*name.split(".", 2), "")[:3]
-        inside = next((new + rest.removeprefix(old) for old, new in _BLOCK if rest.startswith(old)), "")
+        inside = next((new + rest.removeprefix(old) for old, new in BLOCK if rest.startswith(old)), "")
         return f"model.layers.{number}.{inside}" if inside and number.isdigit() else ""
-    return next((new + name.removeprefix(old) for old, new in _WHOLE if name.startswith(old)), "")
+    return next((new + name.removeprefix(old) for old, new in WHOLE if name.startswith(old)), "")
 
 
 def _block_of(name: str) -> int:
@@ -228,7 +229,7 @@ def _same_positions(frequencies: Any, said: Settings, folder: Folder) -> None:
     due = 1.0 / said.lm_re_base ** (torch.arange(0, wide, 2).float() / wide)
     if frequencies.shape != due.shape or not torch.allclose(frequencies.float(), due, rtol=1e-2, atol=0):
         raise DataError(
-            f"{folder.path}: decoder.{_FREQUENCIES} is not what lm_re_base {said.lm_re_base:g} makes of heads of {wide}"
+            f"{folder.path}: decoder.{FREQUENCIES} is not what lm_re_base {said.lm_re_base:g} makes of heads of {wide}"
         )
 
 
@@ -259,7 +260,7 @@ def _llama(said: Settings) -> dict[str, Any]:
 def _eye(said: Settings) -> TowerFacts:
     """SigLIP without its head, its norm running. One picture is squashed as torchvision's Resize does it (bilinear);
     what is cut into tiles is scaled before (bicubic)."""
-    mean, std = MOMENTS["none"]
+    mean, std = PLAIN
     config = {
         "model_type": "siglip_vision_model",
         "hidden_size": said.vit_hidden_dim,

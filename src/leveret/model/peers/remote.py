@@ -68,8 +68,7 @@ def written(vlm: VLM) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]
     """config.json, tensors and other files of the model, for `write.write`.
 
     RecipeError naming the part that cannot be published so: a language model that is not `model` and `lm_head`, or does
-    more to its logits than is known; a chat format that transformers' templates cannot say; images in tiles; a
-    connector from elsewhere.
+    more to its logits than is known; a chat format that transformers' templates cannot say; a connector from elsewhere.
     """
     from leveret.model.hf import LeveretConfig
     from leveret.model.hf_inputs import processor_for
@@ -79,8 +78,6 @@ def written(vlm: VLM) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]
         raise RecipeError(f"{name} needs a tokenizer, in which {IMAGE_MARK} is a token; this model has none")
     if isinstance(vlm.spec.tiling, NaFlex):
         raise RecipeError(f"{name} has images as squares, and this model sees each at its own shape (NaFlex)")
-    if vlm.spec.tiling is not None:
-        raise RecipeError(f"{name} has no images in tiles, and this model sees them so")
     language, head = vlm.language, vlm.language.get_output_embeddings()
     if language.base_model_prefix != "model" or head is not getattr(language, "lm_head", None):
         raise RecipeError(
@@ -99,6 +96,8 @@ def written(vlm: VLM) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]
         "auto_map": _map("AutoImageProcessor", "AutoProcessor"),
         "towers": processor.image_processor.towers,
     }
+    if processor.image_processor.tiling is not None:
+        images["tiling"] = processor.image_processor.tiling
     words = {
         "processor_class": "LeveretProcessor",
         "auto_map": _map("AutoProcessor"),
@@ -108,7 +107,7 @@ def written(vlm: VLM) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]
     files = {
         "tokenizer": processor.tokenizer,
         f"{MODELING}.py": _modeling(vlm),
-        f"{PROCESSING}.py": _processing(),
+        f"{PROCESSING}.py": _processing(vlm),
         "chat_template.jinja": processor.chat_template,
         "generation_config.json": {key: value for key, value in ends.items() if value is not None},
         "preprocessor_config.json": images,
@@ -190,7 +189,8 @@ def _modeling(vlm: VLM) -> str:
     head = _HEAD.format(what="A vision-language model as transformers' classes.")
     names = ("LeveretConfig", "LeveretModel", "LeveretForConditionalGeneration")
     roots = [("leveret.model.hf", name) for name in names]
-    return bundle(roots, head, {(module, "build_connector"): "\n".join(lines), **_NOT_OWN})
+    gone = _NOT_OWN if vlm.tiles is not None else _NOT_OWN | _WHOLE
+    return bundle(roots, head, {(module, "build_connector"): "\n".join(lines), **gone})
 
 
 _NOT_OWN = {
@@ -205,10 +205,22 @@ _NOT_OWN = {
 """In a published model nothing is built by a user's own file: such a model is refused."""
 
 
-def _processing() -> str:
+_WHOLE = {
+    ("leveret.model.tiles", "Tiles"): "class Tiles(nn.Module):\n    pass",
+    ("leveret.inputs.tiles", "prepare_tiles"): (
+        "def prepare_tiles(image: Any, view: TowerView, tiling: Any) -> Any:\n    raise AssertionError(tiling)"
+    ),
+    ("leveret.records", "Split"): "class Split:\n    pass",
+    ("leveret.records", "read_tiling"): "def read_tiling(said: Any) -> Any:\n    return said",
+}
+"""A model that sees every image as one picture says nothing of tiles."""
+
+
+def _processing(vlm: VLM) -> str:
     head = _HEAD.format(what="Pictures and text as a vision-language model reads them.")
     names = ("LeveretImageProcessor", "LeveretProcessor")
-    return bundle([("leveret.model.hf_inputs", name) for name in names], head)
+    gone = {} if vlm.tiles is not None else _WHOLE
+    return bundle([("leveret.model.hf_inputs", name) for name in names], head, gone)
 
 
 def _to_the_letter(tokenizer: Any) -> Any:
@@ -232,6 +244,7 @@ def _joined(vlm: VLM, config: Any) -> Any:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.model.vision_tower = vlm.towers
     model.model.multi_modal_projector = vlm.connector
+    model.model.tiles = vlm.tiles
     model.model.language_model = vlm.language.model
     model.lm_head = vlm.language.lm_head
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -242,28 +255,33 @@ def _joined(vlm: VLM, config: Any) -> Any:
 
 def _same_logits(vlm: VLM, model: nn.Module, image_token_id: int) -> None:
     random = torch.Generator().manual_seed(0)
-    count, rows = vlm.spec.tokens, vlm.language.get_input_embeddings().weight.shape[0]
+    views, tiling = vlm.spec.towers, vlm.spec.tiling
+    height, width = views[0].size, 2 * views[0].size + 1
+    rows = vlm.language.get_input_embeddings().weight.shape[0]
+    count, tiles = vlm.spec.count(height, width), 1 if tiling is None else tiling.tiles(height, width)
     ids = torch.randint(0, rows, (1, count + 6), generator=random)
     ids = ids.masked_fill(ids == image_token_id, (image_token_id + 1) % rows)
     marks = torch.zeros_like(ids, dtype=torch.bool)
     marks[:, 2 : 2 + count] = True
-    views = vlm.spec.towers
-    pixels = {view.name: torch.randn(1, 3, view.size, view.size, generator=random) for view in views}
+    pixels = {view.name: torch.randn(tiles, 3, view.size, view.size, generator=random) for view in views}
+    sizes = None if tiling is None else torch.tensor([[height, width]])
     batch = Batch(
         input_ids=ids.masked_fill(marks, 0), labels=torch.full_like(ids, IGNORE),
         attention_mask=torch.ones_like(marks), position_ids=torch.arange(ids.shape[1])[None],
-        segments=torch.zeros_like(ids), image_mask=marks, pixels=pixels, tile_image=torch.arange(1),
+        segments=torch.zeros_like(ids), image_mask=marks, pixels=pixels,
+        tile_image=torch.zeros(tiles, dtype=torch.long), image_sizes=sizes,
     ).to(vlm.device)  # fmt: skip
     stacked = next(iter(pixels.values()))
     if len(views) > 1:
         side = max(view.size for view in views)
-        stacked = torch.zeros(1, len(views), 3, side, side)
+        stacked = torch.zeros(tiles, len(views), 3, side, side)
         for place, view in enumerate(views):
             stacked[:, place, :, : view.size, : view.size] = pixels[view.name]
     with torch.no_grad():
         ours = vlm.eval()(batch, logits="all").logits.float()
         marked = ids.masked_fill(marks, image_token_id).to(vlm.device)
-        theirs = model(input_ids=marked, pixel_values=stacked.to(vlm.device)).logits.float()
+        stacked = (stacked if tiling is None else stacked[None]).to(vlm.device)
+        theirs = model(input_ids=marked, pixel_values=stacked, image_sizes=sizes).logits.float()
     allowed = (1e-4 if vlm.dtype == torch.float32 else 5e-2) * float(ours.abs().max())
     if not float((ours - theirs).abs().max()) <= allowed:
         kind = vlm.language.config.model_type
@@ -281,8 +299,9 @@ _ASKED = (
 
 
 def _same_ids(vlm: VLM, processor: Any) -> None:
-    for turns in _ASKED:
-        sizes = [(1, 1)] * sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    side = vlm.spec.towers[0].size
+    for number, turns in enumerate(_ASKED):
+        sizes = [(side + number, 2 * side)] * sum(turn.text.count(IMAGE_MARK) for turn in turns)
         try:
             found = encode(turns, vlm.chat, vlm.tokenizer, vlm.spec, sizes, generate=True)
         except (DataError, RecipeError):
@@ -291,7 +310,9 @@ def _same_ids(vlm: VLM, processor: Any) -> None:
         ours = [processor.image_token_id if seen else token for token, seen in pairs]
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
-        theirs, _ = processor._read(text.replace(IMAGE_MARK, processor.replace_image_token({}, 0)), True)
+        if sizes:
+            text = text.replace(IMAGE_MARK, processor.replace_image_token({"image_sizes": sizes}, 0))
+        theirs, _ = processor._read(text, True)
         if ours != theirs:
             raise RecipeError(
                 f"remote-code: the chat format {vlm.chat} is not one that a template of transformers can write; asked "

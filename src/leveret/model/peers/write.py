@@ -1,5 +1,6 @@
 """Models of ours in the layouts of others: Bunny, LLaVA and Prismatic here, TinyLLaVA Factory (tinyllava_write.py),
-HF LLaVA (hfllava_write.py), GGUF (gguf_write.py); and with their own code, for transformers (remote.py).
+HF LLaVA (hfllava_write.py), nanoVLM (nanovlm_write.py), GGUF (gguf_write.py); and with their own code, for
+transformers (remote.py).
 
 Where a layout cannot hold a composition the part that does not fit is named, and nothing is written. Weights are
 safetensors alone, or GGUF. A folder is written beside its place and renamed into it.
@@ -17,7 +18,7 @@ from typing import Any
 from leveret.inputs.formats import find_chat, published
 from leveret.inputs.views import STRATEGIES
 from leveret.model.checkpoint import fresh_folder
-from leveret.model.peers import gguf_write, hfllava_write, merged, prismatic, remote, tinyllava_write
+from leveret.model.peers import gguf_write, hfllava_write, merged, nanovlm_write, prismatic, remote, tinyllava_write
 from leveret.model.peers import write_parts as parts
 from leveret.model.peers.write_parts import Written
 from leveret.model.published import write_state
@@ -249,6 +250,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "tinyllava": Layout("TinyLLaVA Factory, tuned", tinyllava_write.written),
     "prismatic": Layout("Prismatic, its tensors as safetensors", _prismatic, weights=f"{prismatic.WEIGHTS}safetensors"),
+    "nanovlm": Layout("nanoVLM", nanovlm_write.written),
     "gguf": Layout("two GGUF files, which llama.cpp runs", files=_gguf),
     "remote-code": Layout("transformers with trust_remote_code, without leveret", remote.written),
 }  # fmt: skip

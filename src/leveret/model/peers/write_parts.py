@@ -58,7 +58,12 @@ def newline(vlm: VLM, name: str) -> State:
 
 def seen(tower: Tower, layout: str, prefix: str) -> State:
     """The tower's tensors under the names of a layout of tower_keys, `prefix` before them."""
-    return tower_keys.to_theirs(tower.model.state_dict(), tower.facts.family, layout, prefix)
+    return seen_so(tower.model.state_dict(), tower.facts.family, layout, prefix)
+
+
+def seen_so(state: Mapping[str, Tensor], family: str, layout: str, prefix: str) -> State:
+    """The same of these tensors of a tower."""
+    return tower_keys.to_theirs(state, family, layout, prefix)
 
 
 def language(vlm: VLM, prefix: str = "") -> State:
