@@ -84,7 +84,7 @@ def watched(language: Any, rows: Tensor, take: Take) -> Iterator[None]:
     """Inside, the attention weights of `rows` (positions in a batch of one row) go to `take`, layer after layer.
 
     The model is left as it was, whatever happens inside. Raises EnvironmentFault where its attention code is one that
-    takes no mask (FlashAttention), or its layers do not go through transformers' interface, so that nothing can be read.
+    takes no mask (FlashAttention), or its layers do not go through transformers' interface.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -93,8 +93,8 @@ def watched(language: Any, rows: Tensor, take: Take) -> Iterator[None]:
     before = str(config._attn_implementation)
     if before not in ("eager", "sdpa"):
         raise EnvironmentFault(
-            f"attention {before!r} cannot be read: it takes no mask; allowed are eager and sdpa; set language.attention "
-            "in the model's recipe"
+            f"attention {before!r} cannot be read: it takes no mask; allowed are eager and sdpa; set "
+            "language.attention in the model's recipe"
         )
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, eager_mask)

@@ -3,15 +3,14 @@ words each visual token is near to.
 
     turns, images -> the model's own answer, or one that is given -> one teacher-forced pass -> `Look`
 
-The row that a word is read from is the one that chose it: the position before each of its tokens, in whose last hidden
-state the token's probability stands too. What attention does and does not say: docs/look.md.
+An answer's word is read at the row that chose it: the position before each of its tokens, in whose last hidden state
+the token's probability stands too. A question's word is read at its own row: what it gathers there is what the answer
+may find in the text later, without a look at the picture. What attention does and does not say: docs/look.md.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from leveret.generate.engine import Eyes
 from leveret.generate.gaze import watched
+from leveret.generate.looked import SHARES, Look, Near, Read, Token, split_words
 from leveret.generate.model import Model, reference
 from leveret.generate.slots import Reply, Slots
 from leveret.generate.text import BROKEN, Detokenizer, Stops, decode
 from leveret.inputs.chat import encode, find_chat
 from leveret.model.language import reach
-from leveret.model.places import Canvas, canvases
+from leveret.model.places import canvases
 from leveret.model.precision import resolve_precision
 from leveret.model.rows import only_rows
 from leveret.model.vlm import VLM
@@ -38,147 +38,8 @@ MOST = 2**26
 """Weights that are kept at most: 256 MB of float32. Of an answer that needs more only the first tokens are read."""
 PIECE = 2**24
 """Cosines that are computed at once."""
-SHARES = ("image", "first", "text", "answer", "nowhere")
-"""Where attention goes, told apart: image tokens; the very first position (mostly a sink: where heads look that have
-nothing to look for); the rest of the prompt; the answer so far; and what a family's own sinks swallow."""
-
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-"""A word: what blanks part, and each character of scripts that know no blanks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of the answer.
-
-    text         what it adds to the answer.
-    probability  that the model gave it, here.
-    top          (token, probability) of the likeliest, likeliest first; this one may or may not be among them.
-    """
-
-    text: str
-    probability: float
-    top: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """A word of the answer: tokens first .. last - 1."""
-
-    text: str
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class Near:
-    """A word of the language model's table near a visual token.
-
-    cosine  between the two, the table's mean taken off both.
-    usual   the mean of the same cosine over all visual tokens of the conversation: what is not special to this one.
-    """
-
-    text: str
-    cosine: float
-    usual: float
-
-
-@dataclass(frozen=True)
-class Look:
-    """What was seen inside one answer. A tokens, W words, L layers, H heads, m visual tokens of all images.
-
-    answer    the text.
-    tokens    of the answer, A of them; `unread` more at its end were left out, so that memory stays bounded.
-    words     tokens joined to words.
-    canvases  the grids on the images that the visual tokens lie in.
-    weights   float32 [A, L, m]: attention to each visual token, mean over heads. Together with what falls elsewhere it
-              sums to 1.
-    heads     float32 [A, L, H, m], where it was asked for.
-    shares    float32 [A, L, 5]: where all attention went, by SHARES; sums to 1.
-    nearest   for every visual token, nearest first; empty where not asked for.
-    notes     what a reader has to know of these maps.
-    """
-
-    answer: str
-    tokens: tuple[Token, ...]
-    words: tuple[Word, ...]
-    canvases: tuple[Canvas, ...]
-    weights: Tensor
-    heads: Tensor | None
-    shares: Tensor
-    nearest: tuple[tuple[Near, ...], ...]
-    notes: tuple[str, ...] = ()
-    unread: int = 0
-
-    @property
-    def layers(self) -> int:
-        return self.weights.shape[1]
-
-    def of_words(self, values: Tensor) -> Tensor:
-        """Means over the tokens of each word: [A, ..] -> [W, ..]."""
-        rows = [values[word.first : word.last].mean(0) for word in self.words]
-        return torch.stack(rows) if rows else values.new_zeros(0, *values.shape[1:])
-
-    def maps(self, canvas: int) -> Tensor:
-        """The attention of every word laid on one canvas: float32 [W, L, rows, columns]. What a token without a place
-        (a newline, a class token) draws is on no canvas."""
-        chosen = self.canvases[canvas]
-        return chosen.lay(self.of_words(self.weights)).unflatten(-1, chosen.grid)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data; numbers rounded to 4 decimals.
-
-        words         text, and the texts of its tokens.
-        images        one entry a canvas: grid [rows, columns], shown [left, top, right, bottom] in fractions of the
-                      upright picture; which image; part (picture, whole, tiles); placed (false: nobody knows where).
-        layers        how many.
-        weights       [canvas][word][layer][rows * columns], mean over heads.
-        shares        names, and values [word][layer][name].
-        alternatives  of each token: its probability, and the likeliest [text, probability].
-        nearest       [canvas][cell]: [word, cosine, usual cosine] of the visual token that stands there, or null.
-        """
-        return {
-            "answer": self.answer,
-            "words": [
-                {"text": word.text, "tokens": [token.text for token in self.tokens[word.first : word.last]]}
-                for word in self.words
-            ],
-            "images": [
-                {
-                    "grid": list(canvas.grid),
-                    "shown": [round(side, 5) for side in canvas.shown],
-                    "image": canvas.image,
-                    "part": canvas.part,
-                    "placed": canvas.placed,
-                }
-                for canvas in self.canvases
-            ],
-            "layers": self.layers,
-            "weights": [_rounded(self.maps(place).flatten(2)) for place in range(len(self.canvases))],
-            "shares": {"names": list(SHARES), "values": _rounded(self.of_words(self.shares))},
-            "alternatives": [
-                {
-                    "token": token.text,
-                    "probability": round(token.probability, 4),
-                    "top": [[text, round(probability, 4)] for text, probability in token.top],
-                }
-                for token in self.tokens
-            ],
-            "nearest": [
-                [
-                    None if token is None or not self.nearest else [
-                        [near.text, round(near.cosine, 4), round(near.usual, 4)] for near in self.nearest[token]
-                    ]
-                    for token in canvas.stands()
-                ]
-                for canvas in self.canvases
-            ],
-            "notes": list(self.notes),
-            "unread": self.unread,
-        }  # fmt: skip
-
-
-def _rounded(values: Tensor) -> Any:
-    return values.double().mul(1e4).round().div(1e4).tolist()
+ASKED = 64
+"""Tokens of the question that are read, at most: the last ones."""
 
 
 def look(
@@ -290,19 +151,20 @@ class _Seen:
     ) -> Look:
         vlm, device = self.vlm, self.vlm.device
         config = vlm.language.config.get_text_config()
-        layers, count = int(config.num_hidden_layers), sum(marks)
-        each = layers * max(count, 1) * (1 + int(config.num_attention_heads) * heads)
+        layers, count, every = int(config.num_hidden_layers), sum(marks), int(config.num_attention_heads)
+        room = max(2, most // (layers * max(count, 1) * (1 + every * heads)))
+        asked = self._asked(ids, marks, first)[-min(ASKED, room // 2) :]
         said = len(ids) - first
-        read = min(said, max(1, most // each))
+        read = min(said, room - len(asked))
         answer = decode(vlm.tokenizer, ids[first:]).strip()
         ids, marks = ids[: first + read], marks[: first + read]
         batch = self._batch(ids, marks)
-        rows = torch.arange(first - 1, first - 1 + read, device=device)
+        rows = torch.tensor([*asked, *range(first - 1, first - 1 + read)], device=device)
         kinds = _kinds(marks, first, device)
         eye = batch.image_mask[0]
-        weights = torch.zeros(read, layers, count)
-        each_head = torch.zeros(read, layers, int(config.num_attention_heads), count) if heads else None
-        shares = torch.zeros(read, layers, len(SHARES))
+        weights = torch.zeros(len(rows), layers, count)
+        each_head = torch.zeros(len(rows), layers, every, count) if heads else None
+        shares = torch.zeros(len(rows), layers, len(SHARES))
 
         def take(layer: int, at: int, found: Tensor) -> None:
             """found [rows, heads, T]"""
@@ -325,12 +187,29 @@ class _Seen:
                     position_ids=batch.position_ids, use_cache=False,
                 ).logits[0].float()  # fmt: skip
             lying, notes = ([], []) if batch.features is None else canvases(vlm, batch.features, self.sizes)
-        chosen = ids[first:]
-        tokens = self._tokens(chosen, logits, top)
+        # The row before the answer may be a word of the question, too: `only_rows` gives it once.
+        tokens = self._tokens(ids[first:], logits[-read:], top)
+
+        def piece(part: slice, texts: Sequence[str]) -> Read:
+            return Read(split_words(texts), weights[part], None if each_head is None else each_head[part], shares[part])
+
         return Look(
-            answer, tokens, _words([token.text for token in tokens]), tuple(lying), weights, each_head, shares,
+            answer, tokens, piece(slice(len(asked), None), [token.text for token in tokens]),
+            piece(slice(0, len(asked)), self._texts([ids[place] for place in asked])), tuple(lying),
             nearest(vlm, embeddings[0, eye], near) if near and count else (), tuple(notes), said - read,
         )  # fmt: skip
+
+    def _asked(self, ids: Sequence[int], marks: Sequence[bool], first: int) -> list[int]:
+        """Where the question's tokens stand."""
+        begin = max((place + 1 for place, mark in enumerate(marks) if mark), default=0)
+        special = {*self.vlm.tokenizer.all_special_ids, *self.stops.ids}
+        return [place for place in range(begin, first) if ids[place] not in special]
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text; what was never a whole character comes with the last one."""
+        writer = Detokenizer(self.vlm.tokenizer)
+        texts = [writer.push(token) for token in ids]
+        return [*texts[:-1], texts[-1] + writer.finish()] if texts else []
 
     def _batch(self, ids: list[int], marks: list[bool]) -> Batch:
         device = self.vlm.device
@@ -346,10 +225,6 @@ class _Seen:
         tokenizer = self.vlm.tokenizer
         chances = logits.softmax(-1)
         best = chances.topk(min(top, chances.shape[-1]), dim=-1)
-        writer, texts = Detokenizer(tokenizer), []
-        for place, token in enumerate(ids):
-            text = writer.push(token)
-            texts.append(text + writer.finish() if place == len(ids) - 1 else text)
         return tuple(
             Token(
                 text,
@@ -359,7 +234,7 @@ class _Seen:
                     for other, chance in zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True)
                 ),
             )
-            for place, (token, text) in enumerate(zip(ids, texts, strict=True))
+            for place, (token, text) in enumerate(zip(ids, self._texts(ids), strict=True))
         )
 
 
@@ -375,33 +250,6 @@ def _spelled(tokenizer: Any, token: int) -> str:
     """A token for reading: its text, or its name where that is no text by itself."""
     text = decode(tokenizer, [token])
     return text if text and BROKEN not in text else str(tokenizer.convert_ids_to_tokens(token))
-
-
-def _words(texts: Sequence[str]) -> tuple[Word, ...]:
-    """Pieces of an answer joined to words; every token is in exactly one word.
-
-    A token that holds parts of two words joins them; one that is only a blank, or only part of a character, goes with
-    what follows.
-    """
-    whole = "".join(texts)
-    spans = [found.span() for found in _WORD.finditer(whole)]
-    if not spans:
-        return (Word(whole, 0, len(texts)),) if texts else ()
-    word_at: list[int] = []  # of every character; a blank's is the next one
-    for number, (_, end) in enumerate(spans):
-        word_at += [number] * (end - len(word_at))
-    word_at += [len(spans) - 1] * (len(whole) - len(word_at) + 1)
-    groups: list[list[int]] = []  # first word, last word, first token, last token + 1
-    place = 0
-    for token, text in enumerate(texts):
-        inked = [word_at[place + at] for at, letter in enumerate(text) if not letter.isspace()]
-        low, high = (inked[0], inked[-1]) if inked else (word_at[place],) * 2
-        place += len(text)
-        if groups and low <= groups[-1][1]:
-            groups[-1][1], groups[-1][3] = max(high, groups[-1][1]), token + 1
-        else:
-            groups.append([low, high, token, token + 1])
-    return tuple(Word(whole[spans[low][0] : spans[high][1]], first, last) for low, high, first, last in groups)
 
 
 def nearest(vlm: VLM, visual: Tensor, count: int) -> tuple[tuple[Near, ...], ...]:

@@ -148,7 +148,9 @@ def connected(connector: nn.Module, places: Places, features: Tensor) -> tuple[l
     remark in words where they do not simply keep their places."""
     kind, pictures = type(connector), len(features)
     if kind in SQUARE and not places.plain and not (kind is Spp and getattr(connector, "version", "") is None):
-        return [None] * pictures, f"{kind.__name__}: the tower's tokens are no plain grid, so nobody knows where its lie"
+        return [
+            None
+        ] * pictures, f"{kind.__name__}: the tower's tokens are no plain grid, so nobody knows where its lie"
     if kind in JOINED:
         return [JOINED[kind](connector, places)] * pictures, ""
     if kind in KEPT:
