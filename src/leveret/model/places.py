@@ -22,6 +22,7 @@ from leveret.model.fusion import fuse
 from leveret.model.grids import Grouped, Ldp, PixelShuffle, Residual2d, Spp
 from leveret.model.looks import looks
 from leveret.model.tower_facts import grid as grid_of
+from leveret.model.tower_facts import patch as patch_of
 from leveret.model.tower_facts import prefix
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
@@ -91,37 +92,40 @@ class Canvas:
 def tower_places(tower: Tower) -> Places:
     """Where the tokens that a tower gives lie; class tokens and registers lie nowhere."""
     side, leading = grid_of(tower.facts), prefix(tower.facts)
+    reach = side * patch_of(tower.facts) / tower.facts.side  # a rest that fills no patch is dropped (SigLIP: 6 of 384)
     first = {"patch": leading, "cls_patch": 0, "drop_first": 1}[tower.facts.tokens]
     mix = torch.zeros(tower.tokens, side * side)
     for token in range(tower.tokens):
         if 0 <= (patch := token + first - leading) < side * side:
             mix[token, patch] = 1.0
-    return Places((side, side), WHOLE, mix)
+    return Places((side, side), (0.0, 0.0, reach, reach), mix)
 
 
 # --- through the connector --------------------------------------------------------------------------------------------
 
 
-def _smaller(side: int, reach: float = 1.0, start: float = 0.0) -> Places:
-    return Places((side, side), (start, start, start + reach, start + reach), torch.eye(side * side))
+def _smaller(old: Places, side: int, reach: float = 1.0, start: float = 0.0) -> Places:
+    """A grid of its own, from `start` on over a `reach` of the old one's sides."""
+    box = inside(old.box, (start, start, start + reach, start + reach))
+    return Places((side, side), box, torch.eye(side * side))
 
 
 def _shuffled(connector: Any, old: Places) -> Places:
-    return _smaller(old.grid[0] // connector.factor)
+    return _smaller(old, old.grid[0] // connector.factor)
 
 
 def _pooled(connector: Any, old: Places) -> Places:
     if connector.version is None:
         return old
     side = old.grid[0] // connector.pool  # a last row and column that fill no square are dropped
-    return _smaller(side, side * connector.pool / old.grid[0])
+    return _smaller(old, side, side * connector.pool / old.grid[0])
 
 
 def _strided(connector: Any, old: Places) -> Places:
     # The 3 x 3 convolution with stride 2 and padding 1: output r is centred on the middle of patch 2 r.
     size = old.grid[0]
     side = (size + 1) // 2
-    return _smaller(side, 2 * side / size, -0.5 / size)
+    return _smaller(old, side, 2 * side / size, -0.5 / size)
 
 
 def _twice(connector: Any, old: Places) -> Places:
