@@ -56,7 +56,8 @@ def look(
 ) -> Look:
     """Look inside `answer` to a conversation that ends with a user turn; None takes the model's own, greedily.
 
-    model           a Model keeps its precision and the image features it has; nothing of either is changed.
+    model           a Model with its precision and the image features it keeps; a VLM computes as `Engine` does when
+                    nothing is said. Neither is changed.
     images          one per image mark in the user turns, in reading order: paths, bytes, PIL images or ImageRefs.
     max_new_tokens  of an answer of its own.
     top             alternatives per token. near: words per visual token; 0 leaves them out.
@@ -111,8 +112,8 @@ class _Seen:
         """The same of an answer that somebody gives."""
         if not answer.strip():
             raise DataError("the answer is empty: give it some words, or none to look into the model's own")
-        if turns and turns[-1].role != "user":
-            raise DataError(f"nothing to answer: the last turn is the {turns[-1].role}'s, it must be the user's")
+        if not turns or turns[-1].role != "user":
+            raise DataError("nothing to answer: the last turn must be the user's")
         whole = encode(
             (*turns, Turn("assistant", answer)), self.vlm.chat, self.vlm.tokenizer, self.vlm.spec, self.sizes
         )
@@ -252,6 +253,7 @@ def _spelled(tokenizer: Any, token: int) -> str:
     return text if text and BROKEN not in text else str(tokenizer.convert_ids_to_tokens(token))
 
 
+@torch.inference_mode()
 def nearest(vlm: VLM, visual: Tensor, count: int) -> tuple[tuple[Near, ...], ...]:
     """The `count` words of the language model's table nearest to each visual token [m, D], by cosine.
 
