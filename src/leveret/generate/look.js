@@ -105,7 +105,7 @@
         const pen = picture(stage, stage.heat, "grayscale(1)");
         laid[number].forEach((value, cell) => {
           const share = value / most;
-          pen.fillStyle = `rgba(${colour(share).join(",")},${0.55 + 0.3 * share})`;
+          pen.fillStyle = `rgba(${colour(share).join(",")},${0.4 + 0.45 * share})`;
           pen.fillRect(...place(stage, cell));
         });
         outline(stage, stage.plain);
