@@ -57,7 +57,7 @@ def page(look: Look, pictures: Sequence[Image], *, question: str, model: str) ->
         pages.Section(
             "Where it looked",
             _viewer(look, pictures),
-            lead="Choose a word and a layer. Point at a cell, or move over the right picture with the arrow keys.",
+            lead="Choose a word and a layer. Point at a cell, or move over the coloured picture with the arrow keys.",
         ),
         pages.Section("Where the attention went", _shares(look), lead=_LEAD),
         pages.Section("What else it might have said", _alternatives(look)),
