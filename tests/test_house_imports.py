@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "leveret"
 # A room may import rooms of the rows above it, never its neighbours in the row. Only the first row's members may
 # import each other, in the order they stand in.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("records", "runs", "recipe", "own", "processes", "cells", "images", "pages"),
+    ("naflex", "records", "runs", "recipe", "own", "processes", "cells", "images", "pages"),
     ("pool",),
     ("inputs",),
     ("model",),

@@ -71,6 +71,7 @@ def near(folder: Path, image: str, views: tuple[TowerView, ...], arrays: Any, ke
     for key, view in zip(named, views, strict=True):
         ours, theirs = prepare(picture, view), arrays[key]
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.float32
+        assert np.isfinite(ours).all() and ours.std() > 0  # `max` below would pass over what is no number
         differences.append(float(np.abs(ours - theirs).max()))
     return max(differences)
 

@@ -89,7 +89,9 @@ def test_compositions(tower: str) -> None:
         for part, parameter in vlm.named_parameters():
             assert part in idle or parameter.grad is not None, f"{where}: no gradient at {part}"
             assert parameter.grad is None or parameter.grad.isfinite().all(), f"{where}: {part}"
-        assert any(p.grad is not None and p.grad.any() for p in vlm.towers.parameters()), where
+        for learns in (vlm.towers, vlm.connector, vlm.language):
+            held = list(learns.parameters())
+            assert not held or any(p.grad is not None and p.grad.any() for p in held), where
         vlm.zero_grad(set_to_none=True)
         request = Request("q", (picture(0),), (Turn("user", "<image>\nhow many ?"),), max_new_tokens=2)
         (answer,) = Engine(vlm, slots=1, precision="fp32").answer([request])

@@ -204,9 +204,11 @@ def original(vlm: VLM, place: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"image_aspect_ratio": "anyres_max_9"}, "shrink large images once more"),
+        ({"image_aspect_ratio": "anyres_max_0"}, "what is known of tiles"),
+        ({"image_aspect_ratio": "anyres_6_pinpoints"}, "what is known of tiles"),
+        ({"image_aspect_ratio": "anyres_max_2", "mm_patch_merge_type": "flat"}, "limit is 2 with merge flat"),
         ({"image_grid_pinpoints": [[32, 50]]}, "all multiples of the tile"),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "all multiples of the tile"),
+        ({"image_grid_pinpoints": "(2x2),...,(1x1)"}, "all multiples of the tile"),
         ({"image_grid_pinpoints": None}, "all multiples of the tile"),
         ({"mm_patch_merge_type": "unpad_flat"}, "mm_patch_merge_type is 'unpad_flat'"),
         ({"mm_patch_merge_type": "spatial"}, "unexpected: tiles.newline"),

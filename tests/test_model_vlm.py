@@ -118,8 +118,8 @@ def test_padding_changes_nothing(side: str) -> None:
     last = vlm(batch, logits="last").logits
     for row, length in enumerate(lengths):
         alone = vlm(take(batch, row, length, side), logits="all").logits[0]
-        torch.testing.assert_close(together[row][batch.attention_mask[row]], alone, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(last[row], alone[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[row][batch.attention_mask[row]], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(last[row], alone[-1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -133,8 +133,8 @@ def test_packed_samples_do_not_see_each_other(attention: str, lengths: tuple[int
     row = packed(batch, lengths, padding)
     one, many = vlm(row), vlm(batch)
     assert one.supervised == many.supervised == 3 * len(lengths)
-    torch.testing.assert_close(one.loss_sum, many.loss_sum, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(one.logits, many.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.loss_sum, many.loss_sum, atol=3e-5, rtol=0)  # of some ten tokens
+    torch.testing.assert_close(one.logits, many.logits, atol=1e-5, rtol=0)
 
 
 _built: dict[str, VLM] = {}
@@ -203,6 +203,27 @@ def test_nothing_supervised_is_a_zero_loss() -> None:
     out = vlm(replace(batch, labels=torch.full_like(batch.labels, IGNORE)))
     out.loss_sum.backward()
     assert out.supervised == 0 and out.loss_sum.item() == 0.0 and out.logits.shape == (0, VOCAB)
+
+
+def test_ragged_prompts_are_answered_as_each_alone() -> None:
+    """Greedy ids of a left-padded batch, with and without images, are those of every row by itself."""
+    vlm = tiny_vlm()
+    vlm.language.generation_config.eos_token_id = None
+    lengths, images = (21, 7, 13, 9), (True, False, True, True)
+    batch = tiny_batch(vlm, lengths, images, "left")
+    together = vlm.generate(batch, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    seen = 0
+    for row, (length, image) in enumerate(zip(lengths, images, strict=True)):
+        alone = take(replace(batch, pixels={}), row, length, "left")
+        if image:
+            alone = replace(alone, pixels={name: value[seen : seen + 1] for name, value in batch.pixels.items()})
+        alone = replace(alone, tile_image=torch.zeros(int(image), dtype=torch.long))
+        seen += image
+        assert (
+            vlm.generate(alone, max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
+            == together[row].tolist()
+        )
+    assert len({tuple(row) for row in together.tolist()}) == len(lengths), "the rows say different things"
 
 
 def test_generate_continues_with_the_likeliest_token() -> None:

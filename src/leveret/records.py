@@ -13,8 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from leveret.naflex import NaFlex
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = [
+    "IGNORE", "IMAGE_MARK", "Batch", "Cutting", "ImageRef", "ImageSpec", "NaFlex", "Prediction", "Resize", "Role",
+    "Sample", "Split", "Tiling", "TowerView", "Turn",
+]  # fmt: skip
 
 IMAGE_MARK = "<image>"
 """Marks, in a turn's text, where an image stands. As many marks as images, or the sample is refused."""
@@ -140,12 +147,15 @@ class Tiling:
             ties. transformers writes pinpoints this way; LLaVA's own are (width, height): `from_llava` turns them.
     merge   "unpad": tokens of the tiles row by row over the whole image, those of the black borders left out, a newline
             token after every row. "spatial": row by row, borders in, no newlines. "flat": tile after tile.
+    limit   LLaVA-OneVision's "anyres_max_N": where the tiles have more tokens than N tiles, by over a tenth in either
+            direction, their grid is scaled down to as many, bilinearly (`shrunk`). 0 for never. Only with "unpad".
     """
 
     size: int
     cells: int
     grids: tuple[tuple[int, int], ...]
     merge: Literal["unpad", "spatial", "flat"] = "unpad"
+    limit: int = 0
 
     def __post_init__(self) -> None:
         odd = [grid for grid in self.grids if min(grid) < self.size or grid[0] % self.size or grid[1] % self.size]
@@ -153,21 +163,33 @@ class Tiling:
             raise ValueError(f"grids {odd or self.grids}: give at least one, all multiples of the tile's {self.size}")
         if self.merge not in ("unpad", "spatial", "flat"):
             raise ValueError(f"merge is {self.merge!r}; allowed: unpad, spatial, flat")
+        if self.limit < 0 or (self.limit and self.merge != "unpad"):
+            raise ValueError(f"limit is {self.limit} with merge {self.merge}; allowed: 0, or with unpad 1 and more")
 
     @classmethod
     def from_llava(
-        cls, size: int, cells: int, pinpoints: Sequence[Sequence[int]], merge: str = "spatial_unpad"
+        cls, size: int, cells: int, pinpoints: Sequence[Sequence[int]], merge: str = "spatial_unpad", limit: int = 0
     ) -> Tiling:
-        """From LLaVA's config: `image_grid_pinpoints`, (width, height) pairs, and `mm_patch_merge_type`."""
+        """From LLaVA's config: `image_grid_pinpoints`, (width, height) pairs, `mm_patch_merge_type`, and the N of an
+        `image_aspect_ratio` anyres_max_N."""
         kinds: dict[str, Any] = {"spatial_unpad": "unpad", "spatial": "spatial", "flat": "flat"}
         if merge not in kinds:
             raise ValueError(f"mm_patch_merge_type is {merge!r}; allowed: {', '.join(kinds)}")
-        return cls(size, cells, tuple((height, width) for width, height in pinpoints), kinds[merge])
+        return cls(size, cells, tuple((height, width) for width, height in pinpoints), kinds[merge], limit)
 
     @property
     def most(self) -> int:
         """Tokens of an image at most."""
-        return max(self.count(*grid) for grid in self.grids)
+        if not self.limit:
+            return max(self.count(*grid) for grid in self.grids)
+        # borders left out may spare a grid the scaling down: every window that a grid can have is looked at
+        windows = set()
+        for height, width in self.grids:
+            rows, columns = height // self.size * self.cells, width // self.size * self.cells
+            windows |= {(row, columns) for row in range(rows, -1, -2)} | {(rows, one) for one in range(columns, -1, -2)}
+        return self.cells**2 + max(
+            rows * (columns + 1) for rows, columns in (self._held(*window) or window for window in windows)
+        )
 
     def best(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the grid for an image: most pixels of it kept, then least left over, then the first.
@@ -183,6 +205,10 @@ class Tiling:
             return kept, kept - grid[0] * grid[1]
 
         return max(self.grids, key=worth)  # the first of equals
+
+    def said(self, height: int, width: int) -> str:
+        """What the tower sees of an image, in words."""
+        return f"{self.tiles(height, width)} tiles of {self.size} x {self.size}"
 
     def tiles(self, height: int, width: int) -> int:
         """How many pictures the tower sees of an image: the whole, then its tiles."""
@@ -200,15 +226,30 @@ class Tiling:
         border = (columns - int(round(width * (rows / height), 7))) // 2
         return 0, rows, border, columns - border
 
-    def count(self, height: int, width: int) -> int:
-        """Tokens of an image of (height, width) pixels, newlines included: the length of its `layout`."""
+    def _held(self, rows: int, columns: int) -> tuple[int, int] | None:
+        """(rows, columns) that so many tokens of tiles are scaled down to; None where they stay."""
+        times = math.sqrt(rows * columns / (self.limit * self.cells**2)) if self.limit else 0.0
+        return (max(1, int(rows // times)), max(1, int(columns // times))) if times > 1.1 else None
+
+    def extent(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of an image's tokens over all its tiles, without those of borders that are left out."""
         top, bottom, left, right = self._window(height, width)
-        return self.cells**2 + (bottom - top) * (right - left + (self.merge == "unpad"))
+        return bottom - top, right - left
+
+    def shrunk(self, height: int, width: int) -> tuple[int, int] | None:
+        """(rows, columns) that these are scaled down to before newlines are put behind them; None where they stay."""
+        return self._held(*self.extent(height, width))
+
+    def count(self, height: int, width: int) -> int:
+        """Tokens of an image of (height, width) pixels, newlines included: the length of its `layout`, unless that is
+        `shrunk`."""
+        rows, columns = self.shrunk(height, width) or self.extent(height, width)
+        return self.cells**2 + rows * (columns + (self.merge == "unpad"))
 
     def layout(self, height: int, width: int) -> list[int]:
         """Which token stands at each position: its place among tiles x cells x cells tower tokens, -1 for a newline.
 
-        The whole image (tile 0) comes first, then its tiles.
+        The whole image (tile 0) comes first, then its tiles; these as they are before they are `shrunk`.
         """
         cells, across = self.cells, self.best(height, width)[1] // self.size
         places = list(range(cells * cells))
@@ -271,6 +312,10 @@ class Split:
         rows, columns = self.best(height, width)
         return rows // self.size, columns // self.size
 
+    def said(self, height: int, width: int) -> str:
+        """What the tower sees of an image, in words."""
+        return f"{self.tiles(height, width)} tiles of {self.size} x {self.size}"
+
     def tiles(self, height: int, width: int) -> int:
         """How many pictures the tower sees of an image."""
         rows, columns = self._grid(height, width)
@@ -295,19 +340,23 @@ class Split:
         return [(mark, self.tokens) for mark in tiles]
 
 
+Cutting = Tiling | Split | NaFlex
+"""How images are cut, where they are not one square."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
     """Everything inputs must know about a model's eyes; pure data, saved in config.json.
 
     towers   one view per tower, in fusion order.
     tokens   positions one image fills in the language model (after fusion and connector); of one tile, where it is
-             seen in tiles.
-    tiling   how images are cut into tiles; None for one picture per image.
+             seen in tiles; at most, where it keeps its shape.
+    tiling   how images are cut into tiles, or into patches where they keep their shape; None for one square an image.
     """
 
     towers: tuple[TowerView, ...]
     tokens: int
-    tiling: Tiling | Split | None = None
+    tiling: Cutting | None = None
 
     def count(self, height: int, width: int) -> int:
         """Positions that an image of (height, width) pixels fills; with tiles they depend on its size."""
@@ -319,6 +368,12 @@ class ImageSpec:
         if isinstance(self.tiling, Split):
             return self.tiling.runs(height, width)
         return [("", self.count(height, width))]
+
+    def shape(self, view: TowerView) -> tuple[int, int, int]:
+        """[3, H, W] of one picture as a tower is given it: a square, or of NaFlex its patches side by side."""
+        if isinstance(self.tiling, NaFlex):
+            return 3, self.tiling.patch, self.tiling.patch * self.tiling.patches
+        return 3, view.size, view.size
 
     def to_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
@@ -333,6 +388,8 @@ class ImageSpec:
         tiling = data.get("tiling")
         if tiling is not None and "side" in tiling:
             tiling = Split(**tiling)
+        elif tiling is not None and "patches" in tiling:
+            tiling = NaFlex(**tiling)
         elif tiling is not None:
             tiling = Tiling(**{**tiling, "grids": tuple(tuple(grid) for grid in tiling["grids"])})
         return cls(towers=views, tokens=int(data["tokens"]), tiling=tiling)
@@ -353,7 +410,7 @@ class Batch:
     features       [N, tokens, width] tower outputs computed earlier (a cache), instead of pixels.
     ids            sample ids, for messages.
     image_sizes    [images, 2] int64; (height, width) in pixels of every image, upright, in reading order. Only models
-                   that see images in tiles need it.
+                   that see images in tiles, or in their own shape, need it.
     bounds         where the samples of one packed row begin, each with the padding behind it, and the row's end; empty
                    where every row is one sample.
     """

@@ -15,7 +15,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.records import IGNORE, IMAGE_MARK, Sample
+from leveret.records import IGNORE, IMAGE_MARK, NaFlex, Sample
 from leveret.runs import DataError, atomic_write, closest
 
 if TYPE_CHECKING:
@@ -196,11 +196,12 @@ def _through(trace: Trace, sample: Sample, encoded: Encoded, decoded: Sequence[I
     with torch.no_grad():
         shapes = {"input_ids": batch.input_ids} | {f"pixels[{name}]": p for name, p in batch.pixels.items()}
         if batch.pixels:
-            shapes["tower features"] = vlm.see(batch.pixels)
+            shapes["tower features"] = vlm.see(batch.pixels, batch.image_sizes)
             shapes["image tokens (after the connector)"] = vlm.connector(shapes["tower features"].to(vlm.dtype))
         if batch.pixels and vlm.tiles is not None:
             tokens = shapes["image tokens (after the connector)"]
-            shapes["image tokens (tiles put together)"] = vlm.tiles(tokens, batch.tile_image, batch.image_sizes)
+            name = "of their own shape" if isinstance(vlm.spec.tiling, NaFlex) else "tiles put together"
+            shapes[f"image tokens ({name})"] = vlm.tiles(tokens, batch.tile_image, batch.image_sizes)
         shapes["embeddings"] = vlm.embed(batch)
         output = vlm(batch)
         shapes["logits where the next token is supervised"] = output.logits
@@ -212,12 +213,18 @@ def _through(trace: Trace, sample: Sample, encoded: Encoded, decoded: Sequence[I
 def _views(image: Image, vlm: VLM) -> Iterator[tuple[str, Image]]:
     """What the towers are shown of an image, in words and as pictures, before mean and std."""
     from leveret.inputs import fit
+    from leveret.inputs.resize import filter_of
     from leveret.inputs.tiles import cut
 
     tiling = vlm.spec.tiling
     for view in vlm.spec.towers:
         if tiling is None:
             yield f"{view.name} sees it ({view.resize}, {view.size} x {view.size})", fit(image, view)
+            continue
+        if isinstance(tiling, NaFlex):
+            height, width = tiling.best(image.height, image.width)
+            words = f"{view.name} sees it ({width} x {height}, {tiling.said(image.height, image.width)})"
+            yield words, image.resize((width, height), filter_of(view.resample))
             continue
         rows, columns = (side // tiling.size for side in tiling.best(image.height, image.width))
         tiles = cut(image, tiling, view.resample)

@@ -273,7 +273,8 @@ class Eyes:
     def name(self, ref: ImageRef) -> tuple[str, tuple[int, int]]:
         """(key, (height, width)) of an image; reads its bytes, unpacks nothing. ImageFault if it is refused.
 
-        Where the model sees tiles the size is that of the upright image, which says how many tokens it fills.
+        Where the model sees tiles, or images at their own shape, the size is that of the upright image, which says how
+        many tokens it fills.
         """
         try:
             data = read_bytes(ref)
@@ -315,11 +316,13 @@ class Eyes:
             counts, device = [], self.vlm.device
             pixels = {}
             for view in self.vlm.spec.towers:
-                each = [torch.from_numpy(image[view.name]).reshape(-1, 3, view.size, view.size) for image in seen]
+                shape = self.vlm.spec.shape(view)
+                each = [torch.from_numpy(image[view.name]).reshape(-1, *shape) for image in seen]
                 counts = [len(tiles) for tiles in each]
                 pixels[view.name] = torch.cat(each).to(device)
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                blocks += self.vlm.see(pixels).split(counts)
+                sizes = torch.tensor([self._sizes[key] for key in some])
+                blocks += self.vlm.see(pixels, sizes).split(counts)
         return blocks
 
     def _passes(self, keys: Sequence[str]) -> list[list[str]]:

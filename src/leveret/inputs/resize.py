@@ -45,10 +45,15 @@ def prepare(image: Image.Image, view: TowerView) -> NDArray[np.float32]:
     Each value is between `(0 - mean) / std` and `(1 - mean) / std`. An image that already has the tower's size is not
     resized, whatever `view.resize` says.
     """
+    return normalised(fit(image, view), view)
+
+
+def normalised(image: Image.Image, view: TowerView) -> NDArray[np.float32]:
+    """An RGB image as numbers, whatever its size: float32 `[3, height, width]`, `(value / 255 - mean) / std`."""
     mean, std = _moments(view.mean, view.std)
     # Channel-first in memory while casting: the three passes below then run over contiguous rows. For all 256 values,
     # x / 255 in float32 equals transformers' float32(float64(x) * (1 / 255)); a test holds it.
-    pixels = np.asarray(fit(image, view)).transpose(2, 0, 1).astype(np.float32, order="C")
+    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     pixels /= np.float32(255)
     pixels -= mean
     pixels /= std

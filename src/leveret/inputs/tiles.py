@@ -1,4 +1,4 @@
-"""An image becomes tiles: the pixels of what `records.Tiling` and `records.Split` describe.
+"""An image becomes tiles, or patches: the pixels of what `records.Tiling`, `Split` and `NaFlex` describe.
 
 LLaVA-1.6's "anyres" (`Tiling`), equal to the last bit to LLaVA's `process_anyres_image` and to
 `LlavaNextImageProcessorPil` of transformers:
@@ -10,6 +10,10 @@ nanoVLM's (`Split`), whose whole is made of the scaled image and is not rounded 
 
     image -> scaled to a multiple of the tile -> the whole, squashed to one tile
                                               -> cut into tiles, row by row
+
+SigLIP2's (`NaFlex`), equal to the last bit to `Siglip2ImageProcessorPil`:
+
+    image -> scaled to its own shape in whole patches -> cut into patches, side by side; nothing (0) behind them
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from leveret.inputs.resize import filter_of, prepare
-from leveret.records import ImageSpec, Split, Tiling, TowerView
+from leveret.inputs.resize import filter_of, normalised, prepare
+from leveret.records import ImageSpec, NaFlex, Split, Tiling, TowerView
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,9 +97,22 @@ def prepare_tiles(image: Image.Image, view: TowerView, tiling: Tiling | Split) -
     return found
 
 
+def prepare_patches(image: Image.Image, view: TowerView, shape: NaFlex) -> NDArray[np.float32]:
+    """The image as a NaFlex tower sees it: float32 `[3, patch, patches * patch]`, row by row one patch beside the
+    other, and zeros where it has fewer than `shape.patches`. ValueError when `view.resample` is not a filter."""
+    (height, width), (rows, columns) = shape.best(image.height, image.width), shape.grid(image.height, image.width)
+    scaled = image.convert("RGB").resize((width, height), filter_of(view.resample))
+    pixels = normalised(scaled, view).reshape(3, rows, shape.patch, columns, shape.patch)
+    found = np.zeros((3, shape.patch, shape.patches * shape.patch), np.float32)
+    found[..., : rows * columns * shape.patch] = pixels.transpose(0, 2, 1, 3, 4).reshape(3, shape.patch, -1)
+    return found
+
+
 def prepare_all(image: Image.Image, spec: ImageSpec) -> dict[str, NDArray[np.float32]]:
     """The image as every tower of a model sees it: float32 `[3, size, size]` by the tower's name, or, where the model
-    sees images in tiles, `[tiles, 3, size, size]`."""
-    if spec.tiling is None:
+    sees images in tiles, `[tiles, 3, size, size]`, or, in their own shape, `[3, patch, patches * patch]`."""
+    if isinstance(tiling := spec.tiling, NaFlex):
+        return {view.name: prepare_patches(image, view, tiling) for view in spec.towers}
+    if tiling is None:
         return {view.name: prepare(image, view) for view in spec.towers}
-    return {view.name: prepare_tiles(image, view, spec.tiling) for view in spec.towers}
+    return {view.name: prepare_tiles(image, view, tiling) for view in spec.towers}

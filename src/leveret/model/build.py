@@ -14,7 +14,7 @@ from leveret.model.connectors import build_connector, connector_tokens, settle
 from leveret.model.fusion import fused
 from leveret.model.language import LanguageFacts
 from leveret.model.recipe import ModelRecipe, named
-from leveret.model.tiles import tiling_of
+from leveret.model.tiles import check_shapes, tiling_of
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
 from leveret.records import ImageSpec
@@ -107,6 +107,8 @@ def join(recipe: ModelRecipe, eyes: Sequence[towers.Tower], language: Any, *, to
     # every setting of the connector is written out, so that a saved model does not depend on today's defaults
     recipe = recipe.model_copy(update={"connector": settle(recipe.connector)})
     kind, options = recipe.connector.kind, recipe.connector.options
+    if any(eye.facts.patches for eye in eyes):
+        check_shapes(recipe.vision, eyes, kind)
     tokens, seen = fused([(eye.facts.name, eye.tokens, eye.width) for eye in eyes], recipe.vision.fusion)
     connector = build_connector(kind, seen, width, tokens, options)
     given = connector_tokens(kind, tokens, options)

@@ -146,16 +146,18 @@ class ConnectorRow:
     tokens    (in_tokens, settings) -> tokens that come out. RecipeError where the kind cannot take so many.
     settings  what `model.connector.options` may say.
     plain     the module leaves the width as it is, so that the tower's must be the language model's.
+    each      every token becomes one by itself: any number of them will do, in any grid (images at their own shape).
     """
 
     build: Callable[[int, int, int, Any], nn.Module]
     tokens: Callable[[int, Any], int] = lambda count, _: count
     settings: type[Settings] = Settings
     plain: bool = False
+    each: bool = False
 
 
 def _mlp_row(depth: int) -> ConnectorRow:
-    return ConnectorRow(lambda w, d, n, s: mlp(w, d, depth=depth))
+    return ConnectorRow(lambda w, d, n, s: mlp(w, d, depth=depth), each=True)
 
 
 def _spp_row(version: Literal["v1", "v2", "v3"]) -> ConnectorRow:
@@ -178,10 +180,10 @@ def _grouped_row(kind: str, interleave: bool) -> ConnectorRow:
 
 
 CONNECTORS: dict[str, ConnectorRow] = {
-    "linear": ConnectorRow(lambda w, d, n, s: nn.Linear(w, d)),
+    "linear": ConnectorRow(lambda w, d, n, s: nn.Linear(w, d), each=True),
     "mlp2x_gelu": _mlp_row(2),
     "mlp3x_gelu": _mlp_row(3),
-    "fused-gelu-mlp": ConnectorRow(lambda w, d, n, s: _fused_mlp(w, d)),
+    "fused-gelu-mlp": ConnectorRow(lambda w, d, n, s: _fused_mlp(w, d), each=True),
     "residual_2d": ConnectorRow(
         lambda w, d, n, s: Residual2d(w, d, n), lambda count, s: side_of(count, "residual_2d") ** 2
     ),
@@ -197,7 +199,7 @@ CONNECTORS: dict[str, ConnectorRow] = {
     "spp_v1": _spp_row("v1"),
     "spp_v2": _spp_row("v2"),
     "spp_v3": _spp_row("v3"),
-    "spp": ConnectorRow(lambda w, d, n, s: Spp(w, d, 1, None), plain=True),
+    "spp": ConnectorRow(lambda w, d, n, s: Spp(w, d, 1, None), plain=True, each=True),
     "minigpt": _grouped_row("minigpt", interleave=False),
     "vanilla": _grouped_row("vanilla", interleave=True),
     "pixel_shuffle": ConnectorRow(
@@ -205,7 +207,7 @@ CONNECTORS: dict[str, ConnectorRow] = {
         lambda count, s: divided(side_of(count, "pixel_shuffle"), s.factor, "a grid with a side", "pixel_shuffle") ** 2,
         ShuffleSettings,
     ),
-    "identity": ConnectorRow(lambda w, d, n, s: nn.Identity(), plain=True),
+    "identity": ConnectorRow(lambda w, d, n, s: nn.Identity(), plain=True, each=True),
 }
 
 

@@ -23,7 +23,8 @@ from transformers.processing_utils import MultiModalData
 from leveret.images import as_rgb
 from leveret.inputs.reader import check_unicode, reader_of
 from leveret.inputs.resize import prepare
-from leveret.records import IMAGE_MARK, ImageSpec, TowerView
+from leveret.records import IMAGE_MARK, ImageSpec, NaFlex, TowerView
+from leveret.runs import RecipeError
 
 
 class LeveretImageProcessor(BaseImageProcessor):
@@ -238,9 +239,15 @@ _TIDY = """\
 
 def processor_for(spec: ImageSpec, chat: str, tokenizer: Any) -> LeveretProcessor:
     """The processor of a model. Its tokenizer is a copy that knows `<image>`, pads on the left (answers grow on the
-    right) and has the chat format's template in the form that transformers and engines fill."""
+    right) and has the chat format's template in the form that transformers and engines fill. RecipeError where images
+    keep their own shape."""
     from leveret.inputs.chat import find_chat
 
+    if isinstance(spec.tiling, NaFlex):
+        raise RecipeError(
+            "transformers' AutoProcessor is given squares here, and this model sees each image at its own shape "
+            "(NaFlex); load it with leveret.load"
+        )
     tokenizer = with_image(tokenizer)
     start = "{{ bos_token }}" if reader_of(tokenizer).start else ""
     template = _TIDY + start + find_chat(chat).template

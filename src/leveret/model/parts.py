@@ -11,6 +11,7 @@ from torch import nn
 from leveret.model.tables import unknown
 from leveret.model.towers import Tower, whole
 from leveret.model.vlm import VLM
+from leveret.records import NaFlex
 from leveret.runs import RecipeError
 
 if TYPE_CHECKING:
@@ -225,6 +226,8 @@ def tokens_of(vlm: VLM) -> str:
     tiling = vlm.spec.tiling
     if tiling is None:
         return f"{vlm.spec.tokens} tokens"
+    if isinstance(tiling, NaFlex):
+        return f"at most {tiling.most:,} tokens"
     return f"{vlm.spec.tokens} tokens a tile, at most {tiling.most:,} an image"
 
 
@@ -234,7 +237,7 @@ def _seen(tower: Tower) -> str:
     scales = f" at {', '.join(map(str, tower.facts.s2))} pixels" if tower.facts.s2 else ""
     return (
         f"{tower.facts.source}{scales}, {len(tower.blocks)} of {tower.published_depth} layers, "
-        f"{tower.tokens} tokens x {tower.width}{kept}"
+        f"{'at most ' if tower.facts.patches else ''}{tower.tokens} tokens x {tower.width}{kept}"
     )
 
 

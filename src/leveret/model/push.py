@@ -89,7 +89,8 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
 
     vlm     may be on the meta device. merged: what `leveret merge` wrote down, or nothing. name: OWNER/NAME.
     """
-    from leveret.model.parts import parts_table
+    from leveret.model.parts import parts_table, tokens_of
+    from leveret.records import NaFlex
 
     rows = [
         f"| {row.part} | {_shown(row.note)} | {row.parameters:,} |" for row in parts_table(vlm, {})
@@ -108,7 +109,11 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
     }
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items())]
     lines += ["base_model:", *(f"  - {base}" for base in bases)] if bases and not merged else []
-    views = ", ".join(f"{view.size} x {view.size} pixels ({view.resize})" for view in vlm.spec.towers)
+    views = "seen as " + ", ".join(f"{view.size} x {view.size} pixels ({view.resize})" for view in vlm.spec.towers)
+    if isinstance(tiling := vlm.spec.tiling, NaFlex):
+        views = f"seen at its own shape, in patches of {tiling.patch} x {tiling.patch} pixels,"
+    elif tiling is not None:
+        views = f"cut into tiles of {tiling.size} x {tiling.size} pixels"
     lines += [
         "---",
         "",
@@ -121,7 +126,7 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
         "| --- | --- | ---: |",
         *rows,
         "",
-        f"- An image is {views} and fills {vlm.spec.tokens} tokens.",
+        f"- An image is {views} and fills {tokens_of(vlm)}.",
         f"- Chat format: `{vlm.chat}`, in `chat_template.jinja`.",
     ]
     if merged and "weights" in merged:

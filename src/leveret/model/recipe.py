@@ -6,6 +6,7 @@ model is built, so that a saved model can be read where a path it was once built
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,12 @@ class _TowerChoices(_Strict):
         default_factory=list,
         description="S2 multi-scale: sides of the image, multiples of the smallest (Bunny: 384, 768, 1152). Features "
         "of all scales are joined on channels; the number of tokens is that of the smallest.",
+    )
+    patches: int | None = Field(
+        default=None,
+        ge=1,
+        description="NaFlex towers (SigLIP2's): each image keeps its shape and is cut into at most so many patches "
+        "(published: 256), each of them a token. Default: a square of `size`.",
     )
     resize: Resize | None = Field(default=None, description="How an image becomes a square. Default: the tower's row.")
     crop: float | None = Field(
@@ -98,13 +105,35 @@ class TilesRecipe(_Strict):
         default=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
         min_length=1,
         description="Grids of tiles, (rows, columns). An image gets the one that keeps most of its pixels, of these "
-        "the one that leaves least empty, of these the first. Default: LLaVA-1.6's.",
+        "the one that leaves least empty, of these the first. 6x6 is short for all of up to 6 rows and 6 columns "
+        "(LLaVA-OneVision's). Default: LLaVA-1.6's.",
     )
     merge: Literal["unpad", "spatial", "flat"] = Field(
         default="unpad",
         description="unpad: tokens row by row over the whole grid, without those of borders, and a learned newline "
         "after every row. spatial: row by row, borders in, no newlines. flat: tile after tile.",
     )
+    limit: int = Field(
+        default=0,
+        ge=0,
+        description="Where the tiles of an image fill more tokens than so many tiles do (by over a fifth), they are "
+        "scaled down to as many, bilinearly; goes with unpad. LLaVA-OneVision's anyres_max_9 is 9. 0: never.",
+    )
+
+    @field_validator("grids", mode="before")
+    @classmethod
+    def _all(cls, grids: Any) -> Any:
+        """`6x6`: every grid up to it, by rows."""
+        if isinstance(grids, str) and (found := re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", grids.strip())):
+            rows, columns = map(int, found.groups())
+            return [(row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)]
+        return grids
+
+    @model_validator(mode="after")
+    def _limited(self) -> TilesRecipe:
+        if self.limit and self.merge != "unpad":
+            raise ValueError(f"limit {self.limit} given beside merge {self.merge}; only `unpad` is scaled down")
+        return self
 
 
 class SplitRecipe(_Strict):

@@ -1,7 +1,10 @@
 """Tokens of an image's tiles become the tokens of the image: LLaVA-1.6's "anyres", behind the connector.
 
+Images at their own shape (NaFlex) pass here too: of their one picture the tokens that are no padding.
+
 [N, m, D]   tokens of all pictures that the towers saw: of every image the whole, then its tiles
-    |  by the layout of each image (records.Tiling): rows over the whole grid, borders left out, newlines
+    |  by the layout of each image (records.Tiling): rows over the whole grid, borders left out, newlines; of large
+    |  images scaled down before the newlines, where there is a limit (LLaVA-OneVision)
     v
 [K, D]      tokens of all images in reading order, as many for each as `ImageSpec.count` says
 """
@@ -12,10 +15,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from leveret.model.connectors import CONNECTORS, find_connector
 from leveret.model.recipe import TilesRecipe, VisionRecipe
+from leveret.model.tower_facts import patch
 from leveret.model.towers import Tower
-from leveret.records import Split, Tiling
+from leveret.records import Cutting, NaFlex, Split, Tiling
 from leveret.runs import RecipeError
 
 GRIDLESS = ("resampler", "resampler_paper", "qformer", "mof_mlp", "minigpt", "vanilla")
@@ -28,7 +34,7 @@ class Tiles(nn.Module):
     newline  [D], learned: what stands at the end of every row of tokens. None but for merge "unpad".
     """
 
-    def __init__(self, tiling: Tiling | Split, width: int) -> None:
+    def __init__(self, tiling: Cutting, width: int) -> None:
         super().__init__()
         self.tiling = tiling
         # drawn as LLaVA draws it (llava/model/llava_arch.py, initialize_vision_modules)
@@ -57,7 +63,25 @@ class Tiles(nn.Module):
         laid = tokens.flatten(0, 1)[at.clamp(min=0)]
         if self.newline is None:
             return laid
-        return torch.where((at < 0).unsqueeze(-1), self.newline.to(laid.dtype), laid)
+        laid = torch.where((at < 0).unsqueeze(-1), self.newline.to(laid.dtype), laid)
+        assert isinstance(self.tiling, Tiling), "only they have newlines"
+        if not any(self.tiling.shrunk(*size) for size in sizes):
+            return laid
+        images = laid.split([len(layout) for layout in places])
+        return torch.cat([self._shrunk(image, *size) for image, size in zip(images, sizes, strict=True)])
+
+    def _shrunk(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The laid tokens of an image of (height, width) pixels, those of its tiles scaled down where they are more
+        than the limit allows: LLaVA-OneVision's way, bilinear and without antialias."""
+        assert isinstance(self.tiling, Tiling) and self.newline is not None
+        to = self.tiling.shrunk(height, width)
+        if to is None:
+            return image
+        whole, (rows, columns) = self.tiling.cells**2, self.tiling.extent(height, width)
+        grid = image[whole:].unflatten(0, (rows, columns + 1))[:, :-1].permute(2, 0, 1)  # [D, rows, columns]
+        small = F.interpolate(grid.unsqueeze(0), to, mode="bilinear")[0].permute(1, 2, 0)
+        lines = torch.cat([small, self.newline.to(small.dtype).expand(to[0], 1, -1)], dim=1)
+        return torch.cat([image[:whole], lines.flatten(0, 1)])
 
     def _layout(self, size: tuple[int, int]) -> Tensor:
         """`Tiling.layout` as a tensor, kept: a data set has few sizes."""
@@ -68,13 +92,15 @@ class Tiles(nn.Module):
         return self._layouts[size]
 
 
-def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: int) -> Tiling | Split | None:
-    """The tiling that a recipe asks for; None where it asks for none.
+def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: int) -> Cutting | None:
+    """How a recipe asks images to be cut; None where it asks for squares.
 
     kind, tokens  the connector's, and how many come out of it for one tile.
     RecipeError when towers or connector do not leave a square grid of tokens, which is what `tiles` puts together, or
     the tiles are none of the towers'.
     """
+    if patches := eyes[0].facts.patches:
+        return NaFlex(patch(eyes[0].facts), patches)
     if vision.tiles is None and vision.split is None:
         return None
     where = "model.vision.tiles" if vision.split is None else "model.vision.split"
@@ -103,6 +129,24 @@ def tiling_of(vision: VisionRecipe, eyes: Sequence[Tower], kind: str, tokens: in
     return tiling(vision.tiles, sizes[0], cells)
 
 
+def check_shapes(vision: VisionRecipe, eyes: Sequence[Tower], kind: str) -> None:
+    """RecipeError when images are to keep their shape and anything else is asked for besides, or the connector `kind`
+    needs a fixed number of tokens."""
+    where = "model.vision.patches" if len(eyes) == 1 else "model.vision.towers"
+    if vision.tiles is not None or vision.split is not None:
+        given = "tiles" if vision.split is None else "split"
+        raise RecipeError(f"{where}: given beside `{given}`; an image keeps its shape, or is cut into tiles")
+    if len(eyes) > 1:
+        raise RecipeError(f"{where}: `patches` is for a tower alone; others cannot see an image in the same patches")
+    if not find_connector(kind).each:
+        able = ", ".join(name for name, row in CONNECTORS.items() if row.each)
+        raise RecipeError(
+            f"model.connector.kind: {kind} needs a fixed grid or number of tokens, and with `patches` every image has "
+            f"its own; choose one of {able}"
+        )
+
+
 def tiling(recipe: TilesRecipe, size: int, cells: int) -> Tiling:
     """The recipe's grids in pixels. size: of a tile. cells: tokens along its side."""
-    return Tiling(size, cells, tuple((rows * size, columns * size) for rows, columns in recipe.grids), recipe.merge)
+    grids = tuple((rows * size, columns * size) for rows, columns in recipe.grids)
+    return Tiling(size, cells, grids, recipe.merge, recipe.limit)

@@ -38,6 +38,7 @@ class TowerFacts:
     s2      sides of the scales in rising order; () for one scale.
     short   what the short side is scaled to before the centre is cut, where not `size` (TowerView.short).
     norm    whether the norm behind the last block runs.
+    patches NaFlex: patches of an image at most, each image at its own shape; 0 for a square of `size`.
     """
 
     family: str
@@ -55,6 +56,7 @@ class TowerFacts:
     resample: Resample = "bicubic"
     short: int = 0
     norm: bool = False
+    patches: int = 0
 
     @property
     def view(self) -> TowerView:
@@ -115,7 +117,7 @@ TOWER_FAMILIES: dict[str, Family] = {
     "siglip_vision_model": Family(
         "SiglipVisionModel", "encoder.layers", "post_layernorm", "siglip", head="head", sizes="flag"
     ),
-    # NaFlex; here at one fixed square size, its positions interpolated as the class does
+    # NaFlex: at one fixed square size, or with `patches` at each image's own; positions interpolated as the class does
     "siglip2_vision_model": Family(
         "Siglip2VisionModel", "encoder.layers", "post_layernorm", "siglip2", head="head", resample="bilinear"
     ),

@@ -186,6 +186,8 @@ def _sized(facts: TowerFacts, recipe: TowerRecipe, resampled: bool, where: str) 
         raise RecipeError(
             f"{where}.tokens: {recipe.tokens} given beside s2, which needs a grid of patches; choose patch"
         )
+    if recipe.patches is not None:
+        return _shaped(facts, recipe, where)
     side = scales[0] if scales else recipe.size or facts.size
     published = int(facts.config.get("image_size") or facts.size)
     family = family_of(facts)
@@ -204,6 +206,27 @@ def _sized(facts: TowerFacts, recipe: TowerRecipe, resampled: bool, where: str) 
     if recipe.crop is not None:
         short = _short(size, recipe.crop)
     return replace(facts, size=size, s2=scales, config=config, short=short)
+
+
+def _shaped(facts: TowerFacts, recipe: TowerRecipe, where: str) -> TowerFacts:
+    """With images at their own shape. RecipeError where the tower is no NaFlex, or the recipe wants a square too."""
+    assert recipe.patches is not None
+    if facts.family != "siglip2_vision_model":
+        able = ", ".join(name for name in TOWERS if "naflex" in name)
+        raise RecipeError(
+            f"{where}.patches: {recipe.patches} given, but {facts.source} sees squares; towers that see an image at "
+            f"its own shape: {able}"
+        )
+    stray = [name for name in ("size", "s2", "resize", "crop") if getattr(recipe, name)]
+    stray += ["tokens"] if recipe.tokens != "patch" else []
+    if stray:
+        raise RecipeError(
+            f"{where}.patches: {recipe.patches} given beside {', '.join(stray)}, but images keep their shape then; "
+            "leave one out"
+        )
+    # `size` is that of a square with as many patches: what is said of the tower's cost holds
+    side = isqrt(recipe.patches) * patch(facts)
+    return replace(facts, size=side, patches=recipe.patches, resize="squash", short=0)
 
 
 def _activation(name: str, config: Mapping[str, Any], where: str) -> str:

@@ -45,7 +45,8 @@ __all__ = [
 
 
 class Tower(nn.Module):
-    """A tower as the VLM sees it. `forward(pixels [N, 3, S, S]) -> [N, tokens, width]`.
+    """A tower as the VLM sees it. `forward(pixels [N, 3, S, S]) -> [N, tokens, width]`; of images at their own shape
+    `forward(pixels [N, 3, p, tokens * p], grids)`, the patches of an image side by side (inputs/tiles.py).
 
     Parameters that cannot influence the output (kept parts) never require gradients.
     """
@@ -60,7 +61,7 @@ class Tower(nn.Module):
         # with S2 every scale adds its own numbers to a token
         self.width = width(facts) * max(1, len(facts.s2))
         extra = {"patch": 0, "cls_patch": prefix(facts), "drop_first": prefix(facts) - 1}[facts.tokens]
-        self.tokens = grid(facts) ** 2 + extra
+        self.tokens = facts.patches or grid(facts) ** 2 + extra
         for _, parameter in self.unused():
             parameter.requires_grad_(False)
 
@@ -117,11 +118,32 @@ class Tower(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, grids: Tensor | None = None) -> Tensor:
+        """grids: int64 [N, 2], (rows, columns) of patches of images at their own shape. Tokens behind an image's own
+        are zero. ValueError where the tower needs them and they are not given."""
         pixels = pixels.to(next(self.parameters()).dtype)
+        if self.facts.patches:
+            if grids is None:
+                raise ValueError(
+                    f"{self.facts.source} sees images at their own shape, and is not told how large each is"
+                )
+            return self._see_shaped(pixels, grids)
         if self.facts.s2:
             return multiscale(self._see, pixels, self.facts.s2)
         return self._see(pixels)
+
+    def _see_shaped(self, pixels: Tensor, grids: Tensor) -> Tensor:
+        """NaFlex: [N, 3, p, tokens * p] -> [N, tokens, W], as Siglip2VisionModel does; nobody attends to padding."""
+        from transformers.masking_utils import create_bidirectional_mask
+
+        real = torch.arange(self.tokens, device=pixels.device) < grids.prod(1, keepdim=True).to(pixels.device)
+        hidden = self.model.embeddings(strip(pixels), grids)
+        mask = create_bidirectional_mask(config=self.model.config, inputs_embeds=hidden, attention_mask=real)
+        for block in self.blocks:
+            hidden = block(hidden, mask)
+        if self.facts.norm:
+            hidden = self.model.get_submodule(self._family.norm)(hidden)
+        return hidden * real.unsqueeze(-1)
 
     def _see(self, pixels: Tensor) -> Tensor:
         """One scale: [N, 3, s, s] -> [N, tokens, W]."""
@@ -166,6 +188,12 @@ def cut(pixels: Tensor, patch: int) -> Tensor:
     cells = side // patch
     tiles = pixels.reshape(count, channels, cells, patch, cells, patch)
     return tiles.permute(0, 2, 4, 3, 5, 1).reshape(count, cells * cells, patch * patch * channels)
+
+
+def strip(pixels: Tensor) -> Tensor:
+    """Patches side by side as NaFlex eats them: [N, 3, p, n * p] -> [N, n, p * p * 3], each as `cut` has it."""
+    patches = pixels.unflatten(3, (-1, pixels.shape[2]))  # [N, 3, row, patch, column]
+    return patches.permute(0, 3, 2, 4, 1).flatten(2)
 
 
 def build_tower(facts: TowerFacts) -> Tower:

@@ -37,7 +37,7 @@ from leveret.model.fusion import fuse
 from leveret.model.recipe import ModelRecipe
 from leveret.model.rows import only_rows
 from leveret.model.tiles import Tiles
-from leveret.records import IGNORE, Batch, ImageSpec
+from leveret.records import IGNORE, Batch, ImageSpec, NaFlex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,8 @@ class VLM(nn.Module):
     towers     name of a view -> module with `forward(pixels) -> [N, tokens, width]`, in the order of `spec.towers`.
     connector  [N, n, W] -> [N, m, D], where m is `spec.tokens`.
     language   a transformers causal language model (or one that peft has wrapped).
-    tiles      puts the tiles of an image together, where `spec.tiling` says that there are any; else None.
+    tiles      puts the tiles of an image together, or takes the tokens that are no padding, where `spec.tiling` says
+               that there are any; else None.
     """
 
     def __init__(
@@ -113,18 +114,27 @@ class VLM(nn.Module):
                 tensor.data = tensor.data.to(dtype)
         return self
 
-    def see(self, pixels: Mapping[str, Tensor]) -> Tensor:
+    def see(self, pixels: Mapping[str, Tensor], image_sizes: Tensor | None = None) -> Tensor:
         """Tower outputs [N, n, W], several towers fused as the recipe says; what a feature cache stores.
 
-        Raises ValueError when a tower's pixels are missing.
+        image_sizes  as in `records.Batch`; only images at their own shape need it (n is then the most, and zero what an
+                     image does not fill).
+        Raises ValueError when a tower's pixels are missing, or the sizes.
         """
         if missing := [name for name in self.towers if name not in pixels]:
             raise ValueError(f"no pixels for {missing}: the model's towers are {list(self.towers)}, got {list(pixels)}")
+        if isinstance(shape := self.spec.tiling, NaFlex):
+            if image_sizes is None:
+                raise ValueError("this model sees images at their own shape, and is not told how large they are")
+            grids = torch.tensor([shape.grid(*size) for size in image_sizes.tolist()], device="cpu")
+            return fuse([tower(pixels[name], grids) for name, tower in self.towers.items()], "channel")
         return fuse([tower(pixels[name]) for name, tower in self.towers.items()], self.recipe.vision.fusion)
 
     def visual(self, batch: Batch) -> tuple[Tensor | None, int]:
         """What stands in the text for the images of a batch, [N, m, D] or, of tiles, [M, D], and how many it saw."""
-        features = batch.features if batch.features is not None else self.see(batch.pixels) if batch.pixels else None
+        features = batch.features
+        if features is None and batch.pixels:
+            features = self.see(batch.pixels, batch.image_sizes)
         if features is None or not len(features):
             return None, 0
         dropped = F.dropout(features.to(self.dtype), self.recipe.connector.dropout, self.connector.training)
@@ -150,7 +160,7 @@ class VLM(nn.Module):
             embeddings = embeddings + 0 * unseen.sum().to(embeddings.dtype)
         tokens = 0 if visual is None else visual.shape[:-1].numel()
         if (marked := int(batch.image_mask.sum())) != tokens:
-            what = "image" if self.tiles is None else "tile"
+            what = "image" if self.tiles is None or isinstance(self.spec.tiling, NaFlex) else "tile"
             raise ValueError(
                 f"images and marks disagree: image_mask marks {marked} positions, but {seen} {what}(s) give {tokens} "
                 f"tokens ({self.spec.tokens} each); samples {', '.join(batch.ids) or '(without ids)'}"

@@ -163,7 +163,7 @@ class Talk:
         spec = self.model.vlm.spec
         views = ", ".join(f"{view.size} x {view.size} ({view.resize})" for view in spec.towers)
         if spec.tiling is not None:
-            views = f"{spec.tiling.tiles(seen.height, seen.width)} tiles of {spec.tiling.size} x {spec.tiling.size}"
+            views = spec.tiling.said(seen.height, seen.width)
         tokens = spec.count(seen.height, seen.width)
         return f"{ref.path}: {seen.width} x {seen.height} pixels, seen as {views}, {tokens} tokens"
 

@@ -6,7 +6,8 @@
       offsets.npy                       [samples + 1] int64
       words.npy                         [samples] int64: words of its turns, image marks left out
       images.npy image_offsets.npy      which distinct images sample i shows, in order
-      sizes.npy                         [distinct images, 2] int64: (height, width), where they are seen in tiles
+      sizes.npy                         [distinct images, 2] int64: (height, width), where they are seen in tiles or in
+                                        their own shape
       features.npy                      [distinct images, tokens, width] float32, or bfloat16 as int16; in tiles
                                         [all their tiles, tokens, width], one image's after another's
 
@@ -33,7 +34,7 @@ from leveret.inputs.chat import encode
 from leveret.inputs.tiles import prepare_all
 from leveret.model.threads import torch_threads
 from leveret.pool.base import SampleFault
-from leveret.records import IGNORE, IMAGE_MARK, Batch, ImageRef, ImageSpec, Split, Tiling
+from leveret.records import IGNORE, IMAGE_MARK, Batch, Cutting, ImageRef, ImageSpec
 from leveret.runs import (
     DataError,
     EnvironmentFault,
@@ -63,14 +64,21 @@ Failed = list[tuple[str, str]]
 """Ids of samples that failed while a batch was made, with the reasons."""
 
 
-def pixels_of(ref: ImageRef, spec: ImageSpec) -> Pixels:
-    """The image as every tower sees it: float32 [pictures, 3, size, size] by tower name, one picture unless it is seen
-    in tiles. Raises ImageFault."""
-    seen = prepare_all(images.load(ref), spec)
+def pixels_of(ref: ImageRef, spec: ImageSpec, size: Sequence[int]) -> Pixels:
+    """The image as every tower sees it: float32 [pictures, 3, H, W] (`ImageSpec.shape`) by tower name, one picture
+    unless it is seen in tiles.
+
+    size  (height, width) that it had when its positions were laid out. Raises ImageFault, also where it has another
+          now and would fill other positions.
+    """
+    image = images.load(ref)
+    if spec.tiling is not None and (image.height, image.width) != tuple(size):
+        raise ImageFault("damaged", "it is no longer as large as it was when the data was prepared")
+    seen = prepare_all(image, spec)
     return {name: array.reshape(-1, *array.shape[-3:]) for name, array in seen.items()}
 
 
-def pictures_of(tiling: Tiling | Split | None, sizes: np.ndarray) -> np.ndarray:
+def pictures_of(tiling: Cutting | None, sizes: np.ndarray) -> np.ndarray:
     """How many pictures the towers see of images of these (height, width): int64 [images]."""
     if tiling is None:
         return np.ones(len(sizes), np.int64)
@@ -165,14 +173,14 @@ def _encode_all(source: Source, chat: str, vlm: VLM, max_tokens: int) -> tuple[l
 
 
 def _features(
-    vlm: VLM, refs: Mapping[ImageRef, tuple[int, int]], folder: Path, see: Callable[[Pixels], torch.Tensor]
+    vlm: VLM, refs: Mapping[ImageRef, tuple[int, int]], folder: Path, see: Callable[[Pixels, np.ndarray], torch.Tensor]
 ) -> tuple[dict[ImageRef, int], dict[ImageRef, ImageFault]]:
     """Fill features.npy; returns the number of every good image and the fault of every bad one. refs: with sizes."""
     most = int(pictures_of(vlm.spec.tiling, np.asarray(list(refs.values())).reshape(-1, 2)).sum())
 
     def decode(ref: ImageRef) -> Pixels | ImageFault:
         try:
-            return pixels_of(ref, vlm.spec)
+            return pixels_of(ref, vlm.spec, refs[ref])
         except ImageFault as fault:
             return fault
 
@@ -181,7 +189,9 @@ def _features(
         good = [item for item in decoded if not isinstance(item, ImageFault)]
         if not good:
             return decoded, None
-        seen = see({name: np.concatenate([item[name] for item in good]) for name in good[0]}).cpu()
+        shown = [ref for ref, item in zip(chunk, decoded, strict=True) if not isinstance(item, ImageFault)]
+        sizes = np.asarray([refs[ref] for ref in shown])
+        seen = see({name: np.concatenate([item[name] for item in good]) for name in good[0]}, sizes).cpu()
         return decoded, seen.view(torch.int16).numpy() if seen.dtype == torch.bfloat16 else seen.numpy()
 
     rows: dict[ImageRef, int] = {}
@@ -238,12 +248,13 @@ def prepare(
     chat: str,
     max_tokens: int,
     bad_share: float,
-    see: Callable[[Pixels], torch.Tensor] | None,
+    see: Callable[[Pixels, np.ndarray], torch.Tensor] | None,
     facts: Mapping[str, Any],
 ) -> Prepared:
     """Make the cache, or open it when it was made from the same `facts`.
 
-    see  gives features [N, tokens, width] of pixels by tower name; None leaves images to be decoded when needed.
+    see  gives features [N, tokens, width] of pixels by tower name and (height, width) of the images; None leaves images
+         to be decoded when needed.
     Refused samples are written to `quarantine.jsonl` beside the cache. Raises DataError when their share passes
     `bad_share`, or nothing is left.
     """
@@ -408,7 +419,7 @@ class Prepared:
         )
         return batch, [(self.names[rows[place]], reason) for place, reason in bad.items()]
 
-    def _tiles(self, shown: Sequence[int], tiling: Tiling | Split | None) -> np.ndarray:
+    def _tiles(self, shown: Sequence[int], tiling: Cutting | None) -> np.ndarray:
         """Rows of `features` of images, in their order."""
         if tiling is None:
             return np.asarray(shown)
@@ -426,12 +437,9 @@ class Prepared:
 
         def see(image: int) -> Pixels | ImageFault:
             try:
-                pixels = pixels_of(ImageRef(**self.meta["refs"][image]), spec)
-                if any(len(array) != pictures_of(spec.tiling, self.sizes[[image]])[0] for array in pixels.values()):
-                    raise ImageFault("damaged", "it is no longer as large as it was when the data was prepared")
+                return pixels_of(ImageRef(**self.meta["refs"][image]), spec, self.sizes[image].tolist())
             except ImageFault as fault:
                 return fault
-            return pixels
 
         bad: dict[int, str] = {}
         found: dict[str, list[np.ndarray]] = {view.name: [] for view in spec.towers}
@@ -440,7 +448,7 @@ class Prepared:
             if isinstance(pixels, ImageFault):
                 bad.setdefault(place, reason_of(pixels))
                 count = int(pictures_of(spec.tiling, self.sizes[[image]])[0])
-                pixels = {view.name: np.zeros((count, 3, view.size, view.size), np.float32) for view in spec.towers}
+                pixels = {view.name: np.zeros((count, *spec.shape(view)), np.float32) for view in spec.towers}
             for name, array in pixels.items():
                 found[name].append(array)
         return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}, bad

@@ -96,12 +96,14 @@ def teach_mode(vlm: VLM, stage: StageRecipe) -> None:
 def set_resize(vlm: VLM, resize: str | None) -> None:
     """Change how images become square, in the model's spec and its recipe, so that the saved model keeps it.
 
-    RecipeError where images are seen in tiles, which no resize has a say in.
+    RecipeError where images are seen in tiles or in their own shape, which no resize has a say in.
     """
     if resize is None:
         return
     if vlm.spec.tiling is not None:
-        raise RecipeError(f"resize: {resize} given, but this model sees images in tiles; take it out")
+        raise RecipeError(
+            f"resize: {resize} given, but this model sees images in tiles or in their own shape; take it out"
+        )
     views = tuple(replace(view, resize=resize) for view in vlm.spec.towers)  # type: ignore[arg-type]
     vlm.spec = replace(vlm.spec, towers=views)
     vision = vlm.recipe.vision.resized(resize)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.model.parts import PartRow, adapted, parts_table, render, tokens_of
+from leveret.records import NaFlex
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
 from leveret.train.quantised import BYTES
@@ -160,7 +161,8 @@ def describe(
     if stage.held_out is not None or stage.keep_best is not None:
         lines.append(("validation", _validation(stage)))
     square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
-    seen = square if vlm.spec.tiling is None else "cut into tiles"
+    shaped = isinstance(vlm.spec.tiling, NaFlex)
+    seen = square if vlm.spec.tiling is None else "seen at their own shape" if shaped else "cut into tiles"
     lines.append(("chat", f"{stage.chat or vlm.chat}; images are {seen}"))
     if job is not None:
         begun = f", going on from {Path(job.resume).name}" if job.resume else ""

@@ -41,6 +41,8 @@ from leveret.runs import (
 from leveret.train.stages import FREE, StageRecipe, TrainRecipe, binding, given, total_steps
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from leveret.model.vlm import VLM
     from leveret.pool.base import Source
     from leveret.train.changes import Changes
@@ -381,9 +383,10 @@ def _data(
     from leveret.train.data import Pixels, prepare
     from leveret.train.loop import autocast
 
-    def see(pixels: Pixels) -> torch.Tensor:
+    def see(pixels: Pixels, sizes: np.ndarray) -> torch.Tensor:
         with torch.no_grad(), autocast(device, precision):
-            seen = vlm.see({name: torch.from_numpy(array).to(device) for name, array in pixels.items()})
+            given = {name: torch.from_numpy(array).to(device) for name, array in pixels.items()}
+            seen = vlm.see(given, torch.from_numpy(sizes))
         return seen.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
     cached = stage.cache_features and "vision" not in stage.learn

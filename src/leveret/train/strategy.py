@@ -262,7 +262,7 @@ def blank_image(data: Prepared, vlm: VLM) -> Batch | None:
         kind = torch.bfloat16 if data.features.dtype.kind == "i" else torch.float32
         features = torch.zeros((count, *data.features.shape[1:]), dtype=kind)
     else:
-        pixels = {view.name: torch.zeros(count, 3, view.size, view.size) for view in spec.towers}
+        pixels = {view.name: torch.zeros(count, *spec.shape(view)) for view in spec.towers}
     return replace(
         idle(), pixels=pixels, features=features, tile_image=torch.zeros(count, dtype=torch.int64),
         image_sizes=torch.from_numpy(data.sizes[[first]]),

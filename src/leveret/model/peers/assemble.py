@@ -81,7 +81,7 @@ def outline(foreign: Foreign) -> VLM:
 
 def _tokenizer(foreign: Foreign, where: str = "model.language.name") -> Any:
     """The tokenizer, with the tokens that the tool adds; those that it has keep their ids."""
-    tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=where)
+    tokenizer = languages.load_tokenizer(str(foreign.tokenizer), where=where, as_saved=foreign.letter)
     tokenizer.add_tokens(list(foreign.extra), special_tokens=True)
     return tokenizer
 

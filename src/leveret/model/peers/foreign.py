@@ -73,6 +73,8 @@ class Foreign:
     eyes       facts of the towers, where the folder itself has them; else they follow from the recipe.
     extra      special tokens that the tool adds behind the tokenizer's own, in this order.
     newline    [D] what stands at the end of every row of an image's tiles, where there is one.
+    letter     whether the tool takes tokenizer.json to the letter, as transformers' fast tokenizers did before 5.
+               Llama's class of today builds its rules anew, and then no blank stands before what follows an end token.
     """
 
     tool: str
@@ -89,6 +91,7 @@ class Foreign:
     eyes: tuple[TowerFacts, ...] = ()
     newline: Tensor | None = None
     extra: tuple[str, ...] = ()
+    letter: bool = False
 
 
 def rows_of(state: Mapping[str, Any], name: str, where: Path) -> int:

@@ -21,6 +21,7 @@ from leveret.inputs.formats import find_chat
 from leveret.model.peers import gguf_language, gguf_tokenizer
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
+from leveret.records import NaFlex
 from leveret.runs import EnvironmentFault, RecipeError
 
 State = dict[str, Tensor]
@@ -105,6 +106,8 @@ def _vision(vlm: VLM, tower: Tower, scale: float) -> tuple[State, dict[str, Any]
     source, width, deep = facts.source, int(config["hidden_size"]), int(config["intermediate_size"])
     if facts.s2:
         raise RecipeError(f"llama.cpp has no multi-scale towers, and {source} runs at {facts.s2}")
+    if isinstance(vlm.spec.tiling, NaFlex):
+        raise RecipeError(f"llama.cpp is told of squares here, and {source} sees each image at its own shape (NaFlex)")
     if vlm.spec.tiling is not None:
         raise RecipeError("llama.cpp is not told here how this model cuts images into tiles")
     if facts.tokens == "cls_patch" and facts.family == "clip_vision_model":

@@ -4,7 +4,10 @@
     [model.]multi_modal_projector.      ->  the connector: linear_1 and linear_2
     language_model.model.  or  model.language_model.          ->  the language model
     language_model.lm_head.  or  lm_head.                     ->  its output layer
-    [model.]image_newline               ->  the newline of tiles (LLaVA 1.6, `llava_next`)
+    [model.]image_newline               ->  the newline of tiles (LLaVA 1.6, `llava_next`; `llava_onevision`)
+
+Of LLaVA-OneVision what concerns pictures; videos are not read. Its processor gives each of several images of a sample
+one tile alone; here every image is cut.
 
 Everything is in the folder: config.json says what the tower and the language model are, and no id of the hub is asked.
 """
@@ -20,14 +23,17 @@ from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, renamed, shown
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, template_of, written_as
 from leveret.model.peers.languages import language_config
-from leveret.model.peers.towers import tiles_of
+from leveret.model.peers.towers import limit_of, tiles_of
 from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe, TilesRecipe, VisionRecipe
 from leveret.model.tower_facts import TOWER_FAMILIES, TowerFacts
 from leveret.model.tower_table import TOWERS, backbones
 from leveret.records import TowerView
 from leveret.runs import DataError, RecipeError
 
-KINDS = {"llava": "LLaVA 1.5", "llava_next": "LLaVA 1.6"}
+KINDS = {"llava": "LLaVA 1.5", "llava_next": "LLaVA 1.6", "llava_onevision": "LLaVA-OneVision"}
+TILED = ("llava_next", "llava_onevision")
+PLAIN = {"llava_onevision": ("qwen2", "siglip_vision_model")}
+"""(language model, tower) where the configuration does not say; of others llama and CLIP."""
 TOWERS_HELD = ("clip_vision_model", "siglip_vision_model")
 SCALED = ("gemma2", "granite", "cohere", "cohere2")
 """Language models whose logits are scaled or capped after the output layer, which transformers' LLaVA leaves out."""
@@ -87,7 +93,9 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     source = called(folder.config.get("text_config", {}).get("_name_or_path"), folder)
     facts = LanguageFacts(text, rows, head_bias=False, attention=None, source=source)
     eye = _eye(folder, config)
-    tiles = _tiles(folder, config, eye) if config["model_type"] == "llava_next" else None
+    tiles = _tiles(folder, config, eye) if config["model_type"] in TILED else None
+    if config["model_type"] == "llava_onevision":
+        notes.append("videos are not read, and each of several images of a question is cut into tiles")
     recipe = ModelRecipe(
         vision=VisionRecipe(
             tower=eye.source, layer=config["vision_feature_layer"], tokens=eye.tokens, resize=eye.resize,
@@ -121,6 +129,7 @@ def _settled(folder: Folder) -> dict[str, Any]:
 
     said, where = folder.config, folder.path / "config.json"
     kind = str(said["model_type"])
+    spoken, seen = PLAIN.get(kind, ("llama", "clip_vision_model"))
     parts: dict[str, Any] = {}
     for name in ("text_config", "vision_config"):
         if not isinstance(part := said.get(name, {}), Mapping):
@@ -128,9 +137,9 @@ def _settled(folder: Folder) -> dict[str, Any]:
         if part:
             parts[name] = dict(part)
     if "text_config" in parts:
-        parts["text_config"] = language_config({"model_type": "llama"} | parts["text_config"], f"{where}: text_config")
+        parts["text_config"] = language_config({"model_type": spoken} | parts["text_config"], f"{where}: text_config")
     if "vision_config" in parts:
-        family = str(parts["vision_config"].setdefault("model_type", "clip_vision_model"))
+        family = str(parts["vision_config"].setdefault("model_type", seen))
         if family not in TOWERS_HELD:
             raise DataError(f"{where}: the tower is a {family!r}; known here are {' and '.join(TOWERS_HELD)}")
         known = AutoConfig.for_model(family).to_dict()
@@ -159,7 +168,7 @@ def _eye(folder: Folder, config: Mapping[str, Any]) -> TowerFacts:
     choice = {("clip_vision_model", True): "patch", ("clip_vision_model", False): "cls_patch",
               ("siglip_vision_model", True): "drop_first"}.get((family, default), "patch")  # fmt: skip
     view = _view(folder, family, int(vision["image_size"]))
-    if config["model_type"] == "llava_next":
+    if config["model_type"] in TILED:
         view = replace(view, resize="squash")  # so the whole becomes the first tile
     for key in ("transformers_version", "dtype", "torch_dtype"):  # it is built in float32, and filled as it was saved
         vision.pop(key, None)
@@ -184,12 +193,13 @@ def _view(folder: Folder, family: str, size: int) -> TowerView:
             f"{folder.path}: its processor scales to {view.short or view.size} and gives {view.size} pixels, its tower "
             f"takes {size}; they must be the same"
         )
-    # in LLaVA 1.6's `do_pad` evens out a batch
+    # in LLaVA 1.6 and later `do_pad` evens out a batch
     return replace(view, resize="pad") if said.get("do_pad") and folder.config["model_type"] == "llava" else view
 
 
 def _tiles(folder: Folder, config: Mapping[str, Any], eye: TowerFacts) -> TilesRecipe:
-    """LLaVA 1.6's tiles. transformers' class puts them together in one way, and has the grids in two places."""
+    """LLaVA 1.6's tiles, and OneVision's. transformers' classes put them together in one way, and have the grids in two
+    places."""
     where, grids = folder.path / "config.json", config["image_grid_pinpoints"]
     if eye.tokens != "patch":
         raise DataError(
@@ -199,7 +209,10 @@ def _tiles(folder: Folder, config: Mapping[str, Any], eye: TowerFacts) -> TilesR
     said = _processor(folder).get("image_grid_pinpoints", grids)
     if said != grids:
         raise DataError(f"{folder.path}: the model's image_grid_pinpoints are {grids}, its processor's {said}")
-    return tiles_of(grids, eye.size, "spatial_unpad", str(where), wide=False)
+    limit = limit_of(aspect := str(config.get("vision_aspect_ratio", "anyres")))
+    if limit is None or (config["model_type"] == "llava_onevision") != bool(limit):
+        raise DataError(f"{where}: vision_aspect_ratio {aspect!r}; known is anyres_max_N, LLaVA-OneVision's own")
+    return tiles_of(grids, eye.size, "spatial_unpad", str(where), wide=False, limit=limit)
 
 
 def _moments(eye: TowerFacts) -> Any:

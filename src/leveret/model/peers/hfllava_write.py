@@ -24,6 +24,11 @@ def written(vlm: VLM) -> Written:
     name, tiling = "HF LLaVA", vlm.spec.tiling if isinstance(vlm.spec.tiling, Tiling) else None
     eyes = {"siglip_vision_model": "transformers", "clip_vision_model": "transformers"}
     tower = parts.eye(vlm, name, eyes, ("unpad",))
+    if tiling is not None and tiling.limit:
+        raise RecipeError(
+            f"{name}: tiles with a limit are LLaVA-OneVision's, whose folders are read here and not written; "
+            "`--to llava` writes LLaVA's own layout"
+        )
     facts, text = tower.facts, parts.language_config(vlm)
     if facts.s2:
         raise RecipeError(f"{name} has no multi-scale towers, and {facts.source} runs at {facts.s2}")

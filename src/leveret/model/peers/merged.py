@@ -19,7 +19,7 @@ from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, read_adapters, renamed
 from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, written_as
 from leveret.model.peers.languages import language_config
-from leveret.model.peers.towers import tiles_of, tower_of
+from leveret.model.peers.towers import limit_of, tiles_of, tower_of
 from leveret.model.published import of_llava, read_state
 from leveret.model.recipe import LanguageRecipe, ModelRecipe
 from leveret.model.tower_table import describe_all
@@ -88,10 +88,11 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     dialect, config = dialect_of(folder), folder.config
     assert dialect is not None, "`recognise` said so"
     aspect = str(config.get("image_aspect_ratio"))
-    if aspect.startswith("anyres") and (aspect != "anyres" or dialect.name != "LLaVA"):
+    limit = limit_of(aspect)
+    if aspect.startswith("anyres") and (limit is None or dialect.name != "LLaVA"):
         raise DataError(
             f"{folder.path}: image_aspect_ratio {aspect!r} of {dialect.name}: what is known of tiles is LLaVA 1.6's "
-            "'anyres'; later systems shrink large images once more"
+            "'anyres' and LLaVA-OneVision's 'anyres_max_9', with any number"
         )
     notes: list[str] = []
     if folder.weights():
@@ -126,15 +127,15 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         trained=bool(config.get(dialect.trained)),
         layer=int(config.get("mm_vision_select_layer", -2)),
         tokens=str(config.get("mm_vision_select_feature", "patch")),
-        resize={"pad": "pad", "anyres": "squash"}.get(aspect),
+        resize="squash" if limit is not None else {"pad": "pad"}.get(aspect),
         s2=_scales(config),
         size=size,
     )
-    if aspect == "anyres":
+    if limit is not None:
         side = describe_all(vision)[0].size
         merge = str(config.get("mm_patch_merge_type") or "flat")
         pinpoints, where = config.get("image_grid_pinpoints"), str(folder.path / "config.json")
-        vision = vision.model_copy(update={"tiles": tiles_of(pinpoints, side, merge, where, wide=True)})
+        vision = vision.model_copy(update={"tiles": tiles_of(pinpoints, side, merge, where, wide=True, limit=limit)})
     recipe = ModelRecipe(
         vision=vision,
         connector=of_llava({"mm_projector_type": "linear"} | config),
@@ -143,7 +144,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     )
     return Foreign(
         dialect.name, recipe, seen, read_state(whole), language, facts, _spoken(folder, home), notes, (tower,),
-        cut=True, newline=newline,
+        cut=True, newline=newline, letter=dialect.name == "Bunny",
     )  # fmt: skip
 
 

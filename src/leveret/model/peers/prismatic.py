@@ -125,4 +125,4 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     )
     connector = read_state(renamed(whole, ("model.projector.", "")))
     called = tuple(f"timm/{name}" for _, name in backbone.towers)
-    return Foreign("Prismatic", recipe, seen, connector, language, facts, home.path, notes, called)
+    return Foreign("Prismatic", recipe, seen, connector, language, facts, home.path, notes, called, letter=True)

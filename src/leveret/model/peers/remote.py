@@ -27,7 +27,7 @@ from leveret.model.peers.bundle import PACKAGE, bundle, called
 from leveret.model.tower_facts import is_own
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
-from leveret.records import IGNORE, IMAGE_MARK, Batch, Turn
+from leveret.records import IGNORE, IMAGE_MARK, Batch, NaFlex, Turn
 from leveret.runs import DataError, RecipeError
 
 MODELING, PROCESSING = "modeling_leveret", "processing_leveret"
@@ -77,6 +77,8 @@ def written(vlm: VLM) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]
     name = "remote-code"
     if vlm.tokenizer is None:
         raise RecipeError(f"{name} needs a tokenizer, in which {IMAGE_MARK} is a token; this model has none")
+    if isinstance(vlm.spec.tiling, NaFlex):
+        raise RecipeError(f"{name} has images as squares, and this model sees each at its own shape (NaFlex)")
     if vlm.spec.tiling is not None:
         raise RecipeError(f"{name} has no images in tiles, and this model sees them so")
     language, head = vlm.language, vlm.language.get_output_embeddings()

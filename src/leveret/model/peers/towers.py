@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,23 +55,34 @@ def fused(
     return VisionRecipe(towers=recipes), seen
 
 
-def tiles_of(grids: Any, size: int, merge: str, where: str, *, wide: bool) -> TilesRecipe:
+def tiles_of(grids: Any, size: int, merge: str, where: str, *, wide: bool, limit: int = 0) -> TilesRecipe:
     """How a checkpoint cuts an image into tiles of `size` pixels.
 
     grids  `image_grid_pinpoints`: pairs of pixels, (width, height) where `wide` (LLaVA's own) and else (height, width)
-           (transformers'); LLaVA may write them as text. merge: LLaVA's `mm_patch_merge_type`.
+           (transformers'); LLaVA may write them as text, or the first and the last of a range of grids.
+    merge  LLaVA's `mm_patch_merge_type`. limit: the N of anyres_max_N.
     DataError where they are no pairs of multiples of the tile, or the tiles are put together otherwise than is known.
     """
+    if isinstance(grids, str) and (span := re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", grids)):
+        wide_from, high_from, wide_to, high_to = map(int, span.groups())  # LLaVA's: in tiles, (width, height)
+        grids = [(x * size, y * size) for x in range(wide_from, wide_to + 1) for y in range(high_from, high_to + 1)]
     try:
         pairs = [(int(one), int(two)) for one, two in (ast.literal_eval(grids) if isinstance(grids, str) else grids)]
     except (TypeError, ValueError, SyntaxError):
         pairs = []
     try:
-        told = Tiling.from_llava(size, 1, pairs if wide else [(width, height) for height, width in pairs], merge)
+        told = Tiling.from_llava(size, 1, pairs if wide else [(width, height) for height, width in pairs], merge, limit)
     except ValueError as fault:
         raise DataError(f"{where}: image_grid_pinpoints {grids!r} for a tower of {size} pixels: {fault}") from None
     found = [(height // size, width // size) for height, width in told.grids]
-    return TilesRecipe(grids=found, merge=told.merge)
+    return TilesRecipe(grids=found, merge=told.merge, limit=told.limit)
+
+
+def limit_of(aspect: str) -> int | None:
+    """The N of "anyres_max_N", 0 of "anyres"; None of what says something else about images (or about tiles that are
+    not put together so)."""
+    found = re.fullmatch(r"anyres(_max_([1-9]\d*))?", aspect)
+    return None if found is None else int(found[2] or 0)
 
 
 def source_of(name: str, hub: Hub) -> tuple[str, bool]:

@@ -113,7 +113,7 @@ def _merged(name: str, types: Mapping[str, str], trained: str) -> Callable[[VLM]
             config["s2_scales"] = ",".join(map(str, tower.facts.s2))
         if isinstance(tiling := vlm.spec.tiling, Tiling):
             config |= {
-                "image_aspect_ratio": "anyres",
+                "image_aspect_ratio": f"anyres_max_{tiling.limit}" if tiling.limit else "anyres",
                 "image_grid_pinpoints": [[width, height] for height, width in tiling.grids],
                 "mm_patch_merge_type": MERGES[tiling.merge],
             }

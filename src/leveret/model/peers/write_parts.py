@@ -11,7 +11,7 @@ from leveret.model import tower_keys
 from leveret.model.checkpoint import stored
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
-from leveret.records import Tiling
+from leveret.records import NaFlex, Tiling
 from leveret.runs import RecipeError
 
 State = dict[str, Tensor]
@@ -40,6 +40,8 @@ def eye(vlm: VLM, layout: str, families: Mapping[str, str], tiles: Sequence[str]
 def check_tiles(vlm: VLM, layout: str, tiles: Sequence[str] = ()) -> None:
     """RecipeError where the model sees tiles, and the layout does not put them together in that way."""
     tiling = vlm.spec.tiling
+    if isinstance(tiling, NaFlex):
+        raise RecipeError(f"{layout} sees every image as a square, and this model sees each at its own shape (NaFlex)")
     merge = tiling.merge if isinstance(tiling, Tiling) else "split, each with a token before it"
     if tiling is not None and merge not in tiles:
         known = f"puts tiles together as {', '.join(tiles)}" if tiles else "sees every image as one picture"
