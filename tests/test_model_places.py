@@ -103,14 +103,15 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     import transformers
 
     root = tmp_path_factory.mktemp("towers")
-    for family in ("siglip_vision_model", "clip_vision_model", "dinov2_with_registers"):
+    for family in ("siglip_vision_model", "clip_vision_model", "dinov2_with_registers", "siglip2_vision_model"):
         config, cls, extra, _ = CLASSES[family]
         sizes = {
             "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": SIDE, "patch_size": PATCH,
+            "image_size": SIDE, "patch_size": PATCH, "num_patches": 36,
         }  # fmt: skip
+        del sizes["image_size" if family == "siglip2_vision_model" else "num_patches"]
         torch.manual_seed(0)
-        model = loud(getattr(transformers, cls)(getattr(transformers, config)(**sizes, **extra)), 0.05)
+        model = loud(getattr(transformers, cls)(getattr(transformers, config)(**{**extra, **sizes})), 0.05)
         model.save_pretrained(root / family)
     return {family.partition("_")[0]: str(root / family) for family in CLASSES if (root / family).is_dir()}
 
@@ -201,6 +202,7 @@ GRIDS: dict[str, tuple[dict[str, Any], str]] = {
     "anyres spatial": ({"tiles": {"merge": "spatial"}}, "mlp2x_gelu"),
     "anyres flat": ({"tiles": {"merge": "flat"}}, "mlp2x_gelu"),
     "anyres shuffled": ({"tiles": {}}, "pixel_shuffle"),
+    "anyres_max": ({"tiles": {"limit": 1}}, "mlp2x_gelu"),
     "split": ({"split": {"side": 144}}, "pixel_shuffle"),
     "split without the whole": ({"split": {"side": 144, "whole": None, "grow": True}}, "linear"),
 }
@@ -241,6 +243,18 @@ def test_every_grid_is_laid_where_it_looks(kind: str, towers: dict[str, str], wo
         check(vlm, size, slack={"minigpt": 3.5, "vanilla": 3.5, "ldp": 1.0, "ldp odd": 1.0}.get(kind, 0.3))
 
 
+def test_images_at_their_own_shape(towers: dict[str, str], words: str) -> None:
+    """NaFlex: every picture has a grid of its own."""
+    vlm = model(towers, words, {"tower": towers["siglip2"], "patches": 30}, "linear")
+    grids = set()
+    for size in SIZES:
+        check(vlm, size, slack=0.6)  # the picture is scaled bilinearly: a spot at an edge reaches the next patch
+        _, (canvas,), _ = tokens_of(vlm, spotted(*size, None))
+        assert canvas.grid == vlm.spec.tiling.grid(size[1], size[0])  # type: ignore[union-attr]
+        grids.add(canvas.grid)
+    assert len(grids) > 3
+
+
 @pytest.mark.parametrize("fusion", ["channel", "interleave"])
 @pytest.mark.parametrize("connector", ["linear", "mof_mlp"])
 def test_fused_towers(fusion: str, connector: str, towers: dict[str, str], words: str) -> None:
@@ -277,6 +291,16 @@ def test_newlines_lie_nowhere_and_borders_are_left_out(towers: dict[str, str], w
     assert tiles.grid[0] < tiles.grid[1] and len(visual) == 36 + tiles.grid[0] * (tiles.grid[1] + 1)
     assert None not in tiles.stands()
     assert tiles.shown[0] > -0.2 and tiles.shown[2] < 1.2
+
+
+def test_a_grid_that_is_scaled_down_covers_the_same(towers: dict[str, str], words: str) -> None:
+    plain, limited = (model(towers, words, {"tiles": {"limit": limit}}) for limit in (0, 1))
+    tiling = limited.spec.tiling
+    assert isinstance(tiling, Tiling) and tiling.shrunk(210, 200) is not None
+    _, (_, whole), _ = tokens_of(plain, spotted(200, 210, None))
+    visual, (_, small), _ = tokens_of(limited, spotted(200, 210, None))
+    assert small.grid == tiling.shrunk(210, 200) and small.grid[0] < whole.grid[0] and small.shown == whole.shown
+    assert None not in small.stands() and len(visual) == 36 + small.grid[0] * (small.grid[1] + 1)
 
 
 # --- learned queries --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from leveret.model.tower_facts import patch as patch_of
 from leveret.model.tower_facts import prefix
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
-from leveret.records import Split, Tiling
+from leveret.records import NaFlex, Split, Tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,22 +182,20 @@ def canvases(vlm: VLM, features: Tensor, sizes: Sequence[tuple[int, int]]) -> tu
               upright, in pixels.
     """
     tiling = vlm.spec.tiling
-    shaped = tiling is not None and not isinstance(tiling, Tiling | Split)  # images at their own shape
     notes: list[str] = []
     found: list[Canvas] = []
     picture = offset = 0
     view = vlm.spec.towers[0]
-    if shaped:
-        lying: list[Places | None] = []
-    else:
+    lying: list[Places | None] = []
+    if not isinstance(tiling, NaFlex):
         places, note = _fused(vlm)
         lying, more = connected(vlm.connector, places, features.to(vlm.dtype))
         notes += [said for said in (note, more) if said]
     for image, (height, width) in enumerate(sizes):
         count = vlm.spec.count(height, width)
-        if shaped:
-            grid = tiling.grid(height, width)  # type: ignore[union-attr]
-            found += [_canvas(image, "picture", Places(grid, WHOLE, torch.eye(count)), WHOLE, offset, count)]
+        if isinstance(tiling, NaFlex):
+            own = Places(tiling.grid(height, width), WHOLE, torch.eye(count))
+            found += [_canvas(image, "picture", own, WHOLE, offset, count)]
         elif tiling is None:
             square = seen(view, height, width)
             found += [_canvas(image, "picture", lying[picture], square, offset, count)]
@@ -207,7 +205,7 @@ def canvases(vlm: VLM, features: Tensor, sizes: Sequence[tuple[int, int]]) -> tu
             found += _tiles(tiling, image, height, width, lying[picture : picture + tiles], offset)
             picture += tiles
         offset += count
-    if not shaped and tiling is None and len({seen(one, *size) for one in vlm.spec.towers for size in sizes[:1]}) > 1:
+    if tiling is None and len({seen(one, *size) for one in vlm.spec.towers for size in sizes[:1]}) > 1:
         notes.append(f"The towers see different parts of the picture; the maps lie where {view.name} sees it.")
     return found, notes
 
@@ -278,6 +276,9 @@ def _tiles(
         shown = inside(shown, (left / grid[1], top / grid[0], end / grid[1], bottom / grid[0]))
         grid = (bottom - top, end - left)
         cells = (down - top) * grid[1] + right - left
+        if (to := tiling.shrunk(height, width)) is not None:  # scaled down as a whole, a newline after every row
+            grid, cells, shares = to, torch.arange(to[0] * to[1]), torch.ones(to[0] * to[1])
+            tokens = offset + tiling.cells**2 + cells // to[1] * (to[1] + 1) + cells % to[1]
     part: Part = "tiles" if whole else "picture"
     return [*found, Canvas(image, part, grid, shown, True, tokens, cells, shares)]
 
