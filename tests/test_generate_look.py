@@ -83,7 +83,10 @@ def test_weights_are_those_of_transformers(family: str, attention: str) -> None:
     chances = logits[rows].softmax(-1)
     for place, token in enumerate(found.tokens):
         assert token.probability == pytest.approx(float(chances[place, ids[first + place]]), rel=1e-3, abs=1e-6)
-        assert [p for _, p in token.top] == pytest.approx(chances[place].topk(5).values.tolist(), rel=1e-3, abs=1e-6)
+        assert token.top[-1][1] == token.probability or token.probability in [p for _, p in token.top]
+        assert [p for _, p in token.top[:5]] == pytest.approx(
+            chances[place].topk(5).values.tolist(), rel=1e-3, abs=1e-6
+        )
     assert vlm.language.config._attn_implementation == attention
 
 

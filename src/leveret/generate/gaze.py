@@ -73,10 +73,30 @@ def _read(
         key, value = key.float(), value.float()
         for first in range(0, len(watch.rows), step):
             rows = watch.rows[first : first + step]
-            some = None if mask is None else mask[:, :, rows].float()
+            some = _added(mask, rows, key.shape[2])
             _, weights = own(module, query[:, :, rows].float(), key, value, some, **options)
             watch.take(layer, first, weights[0].transpose(0, 1))
     watch.layers.add(layer)
+
+
+def _added(mask: Tensor | None, rows: Tensor, length: int) -> Tensor:
+    """What is added to the scores of some rows, [1, 1, rows, T]: 0, or the least number where they may not look. Fused
+    code is given True and False, or nothing where a mask would be plainly causal."""
+    if mask is None:
+        allowed = torch.arange(length, device=rows.device) <= rows[:, None]
+        mask = allowed[None, None]
+    else:
+        mask = mask[:, :, rows]
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def _mask(**options: Any) -> Tensor | None:
+    """The mask that the answering code takes."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return ALL_MASK_ATTENTION_FUNCTIONS[_WATCH.get().before](**options)
 
 
 @contextlib.contextmanager
@@ -87,7 +107,7 @@ def watched(language: Any, rows: Tensor, take: Take) -> Iterator[None]:
     takes no mask (FlashAttention), or its layers do not go through transformers' interface.
     """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     config = language.config.get_text_config()
     before = str(config._attn_implementation)
@@ -97,7 +117,7 @@ def watched(language: Any, rows: Tensor, take: Take) -> Iterator[None]:
             "language.attention in the model's recipe"
         )
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     watch = Watch(rows, take, before)
     token = _WATCH.set(watch)
     config._attn_implementation = NAME

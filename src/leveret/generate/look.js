@@ -102,7 +102,7 @@
       const most = state.alone ? own : Math.max(1e-12, ...stages.map((stage) => stage.canvas.top));
       stages.forEach((stage, number) => {
         picture(stage, stage.plain, "none");
-        const pen = picture(stage, stage.heat, "grayscale(1)");
+        const pen = picture(stage, stage.heat, "grayscale(1) brightness(0.6)");
         laid[number].forEach((value, cell) => {
           const share = value / most;
           pen.fillStyle = `rgba(${colour(share).join(",")},${0.4 + 0.45 * share})`;

@@ -226,17 +226,15 @@ class _Seen:
         tokenizer = self.vlm.tokenizer
         chances = logits.softmax(-1)
         best = chances.topk(min(top, chances.shape[-1]), dim=-1)
-        return tuple(
-            Token(
-                text,
-                float(chances[place, token]),
-                tuple(
-                    (_spelled(tokenizer, other), chance)
-                    for other, chance in zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True)
-                ),
-            )
-            for place, (token, text) in enumerate(zip(ids, self._texts(ids), strict=True))
-        )
+        found = []
+        for place, (token, text) in enumerate(zip(ids, self._texts(ids), strict=True)):
+            others, values = best.indices[place].tolist(), best.values[place].tolist()
+            mine = float(chances[place, token])
+            if token not in others:
+                others, values = [*others, token], [*values, mine]
+            spelled = [_spelled(tokenizer, other) for other in others]
+            found.append(Token(text, mine, tuple(zip(spelled, values, strict=True))))
+        return tuple(found)
 
 
 def _kinds(marks: Sequence[bool], first: int, device: Any) -> Tensor:
@@ -278,7 +276,9 @@ def nearest(vlm: VLM, visual: Tensor, count: int) -> tuple[tuple[Near, ...], ...
         for values, ids in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             kept: list[Near] = []
             for cosine, token in zip(values, ids, strict=True):
-                text = spelled.setdefault(token, decode(tokenizer, [token]))
+                if token not in spelled:
+                    spelled[token] = decode(tokenizer, [token])
+                text = spelled[token]
                 if text.strip() and BROKEN not in text and cosine >= -1.5 and len(kept) < count:
                     kept.append(Near(text.strip(), cosine, float(usual[token])))
             found.append(tuple(kept))

@@ -122,12 +122,15 @@ def _said(look: Look, place: int) -> Markup:
     """A word of the answer, and under it how likely its first token and the likeliest others were."""
     word = look.words[place]
     token = look.tokens[word.first]
+    likeliest = list(token.top[:BARS])
+    if likeliest and token.probability < likeliest[-1][1]:  # the token itself is always shown
+        likeliest[-1] = next(pair for pair in token.top if pair[1] == token.probability)
     bar = Markup('<rect class="track" width="100%" height="8" rx="2"/><rect class="bar" width="{}" height="8" rx="2"/>')
     rows = [
         Markup('<li><span>{}</span><svg height="8" aria-hidden="true">{}</svg><small>{}</small></li>').format(
             text.strip() or repr(text), bar.format(f"{100 * chance:.2f}%"), _percent(chance)
         )
-        for text, chance in token.top[:BARS]
+        for text, chance in likeliest
     ]
     return Markup('<div class="said">{}<ol>{}</ol></div>').format(
         _button("said", place, word.text), Markup("").join(rows)

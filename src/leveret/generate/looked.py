@@ -29,7 +29,7 @@ class Token:
 
     text         what it adds to the answer.
     probability  that the model gave it, here.
-    top          (token, probability) of the likeliest, likeliest first; this one may or may not be among them.
+    top          (token, probability) of the likeliest, likeliest first; this one comes last where it is none of them.
     """
 
     text: str
