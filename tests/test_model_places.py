@@ -367,6 +367,48 @@ def test_a_planted_look_is_found() -> None:
     assert found is not None and found[0].argmax(-1).tolist() == [2, 7, 5, 0] and float(found.amax(-1).min()) > 0.9
 
 
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+WHOLE_WAY: dict[str, tuple[dict[str, Any], str]] = {
+    **{kind: GRIDS[kind] for kind in ("plain", "s2", "ldp", "vanilla", "anyres", "anyres_max", "split")},
+    "own shape": ({"patches": 30}, "linear"),
+    "class token": ({"tokens": "cls_patch"}, "linear"),
+    **{kind: ({}, kind) for kind in SMALL},
+    "queries of tiles": ({"split": {"side": 96}}, "resampler"),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE_WAY)
+def test_a_model_of_every_kind_is_looked_into(kind: str, towers: dict[str, str], words: str) -> None:
+    """Two pictures of different shapes: rows sum to 1, what lies on maps and what lies nowhere is the image's share,
+    and there is a page."""
+    from leveret.generate.look import look
+    from leveret.generate.look_page import page
+    from leveret.generate.model import Model
+    from leveret.records import Turn
+
+    vision, connector = WHOLE_WAY[kind]
+    tower = {"own shape": "siglip2", "class token": "clip"}.get(kind, "siglip")
+    vlm = model(towers, words, {"tower": towers[tower], **vision}, connector)
+    pictures = [spotted(97, 48, (0.3, 0.5)), spotted(40, 70, (0.5, 0.5))]
+    found = look(
+        Model(vlm, precision="fp32"), (Turn("user", "<image>\n<image>\nhow many red square ?"),), pictures, "two"
+    )
+    assert {canvas.image for canvas in found.canvases} == {0, 1}
+    assert torch.allclose(found.said.shares.sum(-1), torch.ones(found.said.shares.shape[:2]), atol=1e-5)
+    total = found.said.shares[..., 0].mean(0)
+    laid = sum(found.maps(place)[0].sum((-1, -2)) for place in range(len(found.canvases)))
+    held = {token for canvas in found.canvases for token in canvas.token.tolist()}
+    loose = [token for token in range(found.said.weights.shape[-1]) if token not in held]
+    assert bool(loose) == (kind in ("anyres", "anyres_max", "class token"))
+    assert torch.allclose(laid + found.said.weights[..., loose].sum(-1).mean(0), total, atol=1e-5)
+    facts = found.as_json()
+    for canvas, weights in zip(facts["images"], facts["weights"], strict=True):
+        assert len(weights[0][0]) == canvas["grid"][0] * canvas["grid"][1]
+    html = page(found, pictures, question="q", model="m")
+    assert html.count('class="stage"') == len(found.canvases)
+
+
 # --- what nobody knows ------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from leveret.generate.engine import Eyes
 from leveret.generate.gaze import watched
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 MOST = 2**26
 """Weights that are kept at most: 256 MB of float32. Of an answer that needs more only the first tokens are read."""
 PIECE = 2**24
-"""Cosines that are computed at once."""
+"""Numbers of the language model's table, or cosines to it, that are held at once."""
 ASKED = 64
 """Tokens of the question that are read, at most: the last ones."""
 
@@ -239,10 +240,8 @@ class _Seen:
 
 def _kinds(marks: Sequence[bool], first: int, device: Any) -> Tensor:
     """[T, 4]: one 1 a position, by the first four of SHARES."""
-    found = torch.zeros(len(marks), 4, device=device)
-    for place, mark in enumerate(marks):
-        found[place, 0 if mark else 1 if place == 0 else 2 if place < first else 3] = 1.0
-    return found
+    kinds = [0 if mark else 1 if place == 0 else 2 if place < first else 3 for place, mark in enumerate(marks)]
+    return torch.eye(4)[kinds].to(device)
 
 
 def _spelled(tokenizer: Any, token: int) -> str:
@@ -260,26 +259,31 @@ def nearest(vlm: VLM, visual: Tensor, count: int) -> tuple[tuple[Near, ...], ...
     words.
     """
     tokenizer = vlm.tokenizer
-    table = vlm.language.get_input_embeddings().weight[: len(tokenizer)].float()
-    mean = table.mean(0)
-    rows = torch.nn.functional.normalize(table - mean, dim=-1)
-    tokens = torch.nn.functional.normalize(visual.float() - mean, dim=-1)
-    usual = rows @ tokens.mean(0)  # [V]
-    special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long, device=rows.device)
+    table = vlm.language.get_input_embeddings().weight[: len(tokenizer)]
+    mean = table.mean(0, dtype=torch.float32)
+    tokens = normalize(visual.float() - mean, dim=-1)
+    middle = tokens.mean(0)
+    special = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    special[[token for token in tokenizer.all_special_ids if token < len(table)]] = True
+    best = tokens.new_zeros(len(tokens), 0)
+    words = torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)
+    usual: list[Tensor] = []
+    step = max(1, PIECE // max(len(tokens), table.shape[1]))
+    for first in range(0, len(table), step):  # a table of 150,000 rows is never held in float32
+        rows = normalize(table[first : first + step].float() - mean, dim=-1)
+        usual.append(rows @ middle)
+        cosines = (tokens @ rows.T).masked_fill(special[first : first + step], -2.0)
+        here = torch.arange(first, first + len(rows), device=words.device).expand(len(tokens), -1)
+        best, order = torch.cat([best, cosines], 1).topk(min(8 * count, first + len(rows)), dim=1)
+        words = torch.cat([words, here], 1).gather(1, order)
+    mostly = torch.cat(usual).tolist()
+    spelled = {token: decode(tokenizer, [token]) for token in set(words.flatten().tolist())}
     found: list[tuple[Near, ...]] = []
-    spelled: dict[int, str] = {}
-    step = max(1, PIECE // len(rows))
-    for first in range(0, len(tokens), step):
-        cosines = tokens[first : first + step] @ rows.T
-        cosines[:, special[special < len(rows)]] = -2
-        best = cosines.topk(min(8 * count, len(rows)), dim=-1)
-        for values, ids in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            kept: list[Near] = []
-            for cosine, token in zip(values, ids, strict=True):
-                if token not in spelled:
-                    spelled[token] = decode(tokenizer, [token])
-                text = spelled[token]
-                if text.strip() and BROKEN not in text and cosine >= -1.5 and len(kept) < count:
-                    kept.append(Near(text.strip(), cosine, float(usual[token])))
-            found.append(tuple(kept))
+    for values, ids in zip(best.tolist(), words.tolist(), strict=True):
+        fit = [
+            Near(spelled[token].strip(), cosine, mostly[token])
+            for cosine, token in zip(values, ids, strict=True)
+            if cosine > -1.5 and spelled[token].strip() and BROKEN not in spelled[token]
+        ]
+        found.append(tuple(fit[:count]))
     return tuple(found)
