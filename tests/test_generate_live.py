@@ -659,6 +659,18 @@ def test_pieces_come_while_the_answer_is_made(endless: VLM) -> None:
         assert client.text == decode(endless.tokenizer, from_nothing(endless_twin(), long_request(4, 150))[0]).strip()
 
 
+def test_bfloat16_answers_and_reuses_too(vlm: VLM) -> None:
+    live = Live(Engine(vlm, precision="bf16", slots=4))
+    try:
+        for _ in range(2):
+            clients = [asked(live, request, logprobs=2) for request in the_requests()]
+            assert all(client.last().fault is None for client in clients)
+        same = sum(client.text == solo(number) for number, client in enumerate(clients))
+        assert same > 8 and live.figures()["reused_tokens"] > 0
+    finally:
+        live.close()
+
+
 def test_rows_are_moved_and_grown_without_a_trace(endless: VLM) -> None:
     """Long and short answers by turns: rows end in every order, and become longer meanwhile."""
     rng = np.random.default_rng(0)

@@ -381,7 +381,11 @@ class Lanes(Slots):
             return
         said = np.asarray(guest.tokens, np.int64)
         trace = np.concatenate([guest.trace, said])[: guest.filled]
-        self.past.put(trace, lambda first, last: self.cache.copy_out(row, last, first), self.kv)
+        try:
+            self.past.put(trace, lambda first, last: self.cache.copy_out(row, last, first), self.kv)
+        except Exception as fault:  # it can be done without
+            if not self._out_of_memory(fault):
+                raise
 
     def _settle(self, active: list[Guest], *entering: list[Guest], over: Sequence[Guest] = ()) -> None:
         """Rows for these, in this order of groups; inside its group each stays where it is, if it can.

@@ -280,7 +280,7 @@ class Live:
     def figures(self) -> dict[str, float]:
         """How it stands: requests that wait, come in and are being made; what was counted since it began; what is kept;
         measured speeds. Cheap, and never waits for a pass."""
-        lanes, eyes = self.lanes, self.engine.eyes
+        lanes, eyes, rows = self.lanes, self.engine.eyes, self.lanes.cache.kv
         with self._door:
             found = {
                 "waiting": len(self._line),
@@ -300,7 +300,7 @@ class Live:
                 "image_misses": eyes.misses,
                 "past_runs": len(lanes.past),
                 "past_bytes": lanes.past.bytes,
-                "row_bytes": lanes.cache.kv.nbytes if lanes.cache.kv is not None else 0,
+                "row_bytes": 0 if rows is None else rows.nbytes,
             }
         return {name: float(value) for name, value in found.items()}
 
@@ -391,12 +391,17 @@ class Live:
             guest = ticket._guest
             if not self.lanes.room(guest):
                 return
-            if not self.lanes.admit(guest):
-                continue
+            try:
+                if not self.lanes.admit(guest):
+                    continue
+            except Exception as fault:  # no memory for its row
+                guest.finish, guest.fault = "failed", fault
             self._inside[id(guest)] = ticket
             with self._door:
                 self._line.remove((ticket._rank, ticket))
                 self._line_tokens -= len(ticket._guest.ids)
+            if guest.finish:
+                self._tell(ticket)
 
     def _turn(self) -> None:
         """One pass, of prompts or of answers, and what it gave."""
@@ -520,10 +525,13 @@ class Live:
             work()
         for ticket in [*self._inside.values(), *line]:
             if not ticket._ended:
-                self.lanes.leave(ticket._guest, "closed")
+                try:
+                    self.lanes.leave(ticket._guest, "closed")
+                except Exception:
+                    log.exception("a row could not be given back")
                 ticket._guest.finish = ticket._guest.finish or "closed"
                 self._tell(ticket)
-        self.lanes.release()
+        self.lanes.empty()
         with self._door:
             self._state = "closed"
             self._door.notify_all()
