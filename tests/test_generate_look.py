@@ -50,10 +50,10 @@ def by_transformers(vlm: VLM, answer: str) -> tuple[torch.Tensor, torch.Tensor, 
     supervised = [place for place, label in enumerate(whole.labels) if label != IGNORE]
     ids = torch.tensor([whole.input_ids])
     eyes = Eyes(vlm, False, 0)
-    key, _ = eyes.name(picture(1))
+    seen = eyes.name(picture(1))
     batch = Batch(
         ids, torch.full_like(ids, IGNORE), torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1])[None],
-        torch.zeros_like(ids), torch.tensor([whole.image_mask]), {}, **eyes.features([key]),  # type: ignore[arg-type]
+        torch.zeros_like(ids), torch.tensor([whole.image_mask]), {}, **eyes.features([seen.key]),  # type: ignore[arg-type]
     )  # fmt: skip
     twin = copy.deepcopy(vlm.language)
     twin.config._attn_implementation = "eager"

@@ -171,12 +171,12 @@ def tokens_of(vlm: VLM, picture: Image.Image) -> tuple[torch.Tensor, list[Canvas
     ref = reference(held.getvalue())
     assert ref is not None
     eyes = Eyes(vlm, False, 0)
-    key, size = eyes.name(ref)
-    features = eyes.features([key])
+    named = eyes.name(ref)
+    features = eyes.features([named.key])
     visual = vlm.connector(features["features"])
     if vlm.tiles is not None:
         visual = vlm.tiles(visual, features["tile_image"], features["image_sizes"])
-    lying, notes = canvases(vlm, features["features"], [size])
+    lying, notes = canvases(vlm, features["features"], [named.size])
     return visual.reshape(-1, visual.shape[-1]), lying, notes
 
 
