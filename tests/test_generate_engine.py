@@ -169,9 +169,9 @@ def counting(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     see = VLM.see
 
-    def count(self: VLM, pixels: Any) -> torch.Tensor:
+    def count(self: VLM, pixels: Any, *sizes: Any) -> torch.Tensor:
         seen.append(len(next(iter(pixels.values()))))
-        return see(self, pixels)
+        return see(self, pixels, *sizes)
 
     monkeypatch.setattr(VLM, "see", count)
     return seen

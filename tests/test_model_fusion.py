@@ -254,7 +254,7 @@ def test_the_page_about_towers_holds(tmp_path: Path) -> None:
         with torch.device("meta"):
             eyes = [build_tower(facts) for facts in describe_all(vision)]
         shapes.append((eyes[0].tokens, sum(eye.width for eye in eyes)))
-    assert shapes == [(729, 1152), (729, 2176), (729, 3456), (576, 1024), (1024, 768)]
+    assert shapes == [(729, 1152), (729, 2176), (729, 3456), (576, 1024), (1024, 768), (256, 1152)]
     names: dict[str, Any] = {
         "TOWERS": tower_table.TOWERS, "TowerRow": tower_table.TowerRow, "Family": tower_facts.Family,
         "TOWER_FAMILIES": tower_facts.TOWER_FAMILIES,

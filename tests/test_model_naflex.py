@@ -375,6 +375,7 @@ def test_an_image_that_changed_its_shape_since_is_named(tmp_path: Path) -> None:
     """Features not kept: the picture is read again when it is shown, and no longer fills its positions."""
     from leveret.pool import open_source
     from leveret.train.data import prepare
+    from leveret.train.strategy import blank_image, idle
 
     data = shapes_set(tmp_path / "data")
     vlm = build(shaped())
@@ -383,6 +384,8 @@ def test_an_image_that_changed_its_shape_since_is_named(tmp_path: Path) -> None:
         facts={},
     )  # fmt: skip
     noise(500, 10).save(tmp_path / "data/0.png")
+    blank = blank_image(prepared, vlm)  # what a rank shows that has no image
+    assert blank is not None and vlm(idle(), blank=blank).loss_sum == 0
     batch, failed = prepared.batch([0, 1], vlm.spec)
     assert [name for name, _ in failed] == ["toy-0"] and "damaged" in failed[0][1]
     assert vlm(batch).loss_sum.isfinite()

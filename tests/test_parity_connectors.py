@@ -21,7 +21,7 @@ from leveret.model import published
 from leveret.model.connectors import build_connector, connector_tokens, find_connector, read_settings
 from leveret.model.recipe import ConnectorRecipe
 
-CLOSE = 3e-5
+CLOSE = 1e-5
 REPO = Path(__file__).resolve().parents[1]
 PARITY = Path(os.environ.get("LEVERET_PARITY", REPO.parent / "shared" / "parity"))
 
