@@ -643,6 +643,27 @@ def show(
     station(source, index=index, id=id, images=images, model=model, out=out, json=json)
 
 
+@_verb("look", "leveret.generate.look_terminal", LOOK)
+def look(
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    question: Annotated[str, typer.Argument(help="What is asked about it.")],
+    answer: Annotated[str | None, typer.Option(help="Look inside this answer instead of the model's own.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page here instead of a summary.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Of the summary's maps, from 1; by default the mean of all.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own answer.")] = 64,
+    own: Own = None,
+    json: Json = False,
+) -> None:
+    """Where each word of an answer looked on the picture, and what else it might have been."""
+    _allow(own)
+    from leveret.generate.look_terminal import run as station
+
+    station(model, image, question, answer=answer, out=out, layer=layer, max_new_tokens=max_new_tokens, json=json)
+
+
 @_verb("convert", "leveret.model.peers")
 def convert(
     source: Annotated[

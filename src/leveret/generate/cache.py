@@ -38,6 +38,7 @@ class SlotCache(Cache):
         self.rows = self.columns = 0
         self._first = self._last = self._reach = 0
         self._at: int | Tensor = 0
+        self._across = torch.zeros(1, 1, dtype=torch.long)
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for at least `rows` x `columns`, keeping what is there; grows by doubling, never shrinks."""
@@ -46,7 +47,7 @@ class SlotCache(Cache):
         if columns > self.columns:
             self.columns = -(-columns // 32) * 32
         if self.kv is not None and (self.kv.shape[2] < self.rows or self.kv.shape[4] < self.columns):
-            self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv)
+            self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv, self.kv)
 
     def fit(self, rows: int, columns: int) -> None:
         """Be exactly of this size and hold nothing; what was held is given back first."""
@@ -59,6 +60,25 @@ class SlotCache(Cache):
             self.kv = None
             self._allocate(heads, width, like)
 
+    def reshape(self, rows: int, columns: int, used: int) -> None:
+        """Be exactly of this size and keep what the first `used` rows hold."""
+        columns = -(-columns // 32) * 32
+        if (rows, columns) == (self.rows, self.columns):
+            return
+        before = self.rows, self.columns
+        self.rows, self.columns = rows, columns
+        try:
+            if self.kv is not None:
+                self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv, self.kv[:, :, :used])
+        except Exception:  # no memory: all is as it was
+            self.rows, self.columns = before
+            raise
+
+    def release(self) -> None:
+        """Hold nothing and take no memory until the next pass."""
+        self.kv = None
+        self.rows = self.columns = 0
+
     def aim(self, first: int, starts: list[int], length: int, at: Tensor) -> None:
         """The next pass is for rows `first`.. and writes `length` columns of each, from its start on.
 
@@ -69,6 +89,7 @@ class SlotCache(Cache):
         self.reserve(self._last, self._reach)
         # Equal starts (a batch of prefixes) are written as a slice, which is much cheaper than by index.
         self._at = starts[0] if len(set(starts)) == 1 else at
+        self._across = torch.arange(len(starts), device=at.device)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -85,32 +106,42 @@ class SlotCache(Cache):
                 rows[:, :, self._at : self._at + states.shape[2]] = states
             else:
                 # Two index tensors around a slice: torch puts the indexed axes first, [B, q, H, d].
-                across = torch.arange(len(rows), device=rows.device)[:, None]
-                rows[across, :, self._at] = states.transpose(1, 2).to(rows.dtype)
+                rows[self._across, :, self._at] = states.transpose(1, 2).to(rows.dtype)
             held.append(rows[:, :, : self._reach])
         return held[0], held[1]
 
-    def copy_out(self, row: int, length: int) -> Tensor:
-        """The first `length` columns of a row, in memory of their own: [layers, 2, H, length, d]."""
+    def copy_out(self, row: int, length: int, first: int = 0) -> Tensor:
+        """Columns `first` to `length` of a row, in memory of their own: [layers, 2, H, length - first, d]."""
         assert self.kv is not None
-        return self.kv[:, :, row, :, :length].clone()
+        return self.kv[:, :, row, :, first:length].clone()
 
-    def copy_in(self, row: int, block: Tensor) -> None:
-        """Start a row with what `copy_out` gave."""
+    def copy_in(self, row: int, block: Tensor, first: int = 0) -> None:
+        """Put what `copy_out` gave into a row, from column `first` on."""
+        if self.kv is None:  # given back since
+            self._allocate(block.shape[2], block.shape[4], block)
         assert self.kv is not None
-        self.kv[:, :, row, :, : block.shape[3]] = block
+        self.kv[:, :, row, :, first : first + block.shape[3]] = block
+
+    def wipe(self, row: int) -> None:
+        """Zeros for a whole row: one number that is none would spoil whatever comes to stand there."""
+        if self.kv is not None:
+            self.kv[:, :, row] = 0
 
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` columns of whole rows over other rows."""
+        """Copy the first `length` columns of whole rows over other rows, all at once: rows may change places."""
         assert self.kv is not None
-        self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
+        if set(sources).isdisjoint(targets):  # nothing is overwritten that is still to be read
+            for source, target in zip(sources, targets, strict=True):
+                self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
+        else:
+            self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the pass finds filled; models ask only when they get no positions, and they always do."""
         return self._reach
 
-    def _allocate(self, heads: int, width: int, like: Tensor) -> None:
-        old = self.kv
+    def _allocate(self, heads: int, width: int, like: Tensor, held: Tensor | None = None) -> None:
+        """New memory, of the type and the device of `like`; `held`, [layers, 2, rows, heads, columns, d], is copied."""
         # Zeros, not empty memory: a NaN in a column with weight zero would still spoil the sum.
         shape = (self.depth, 2, self.rows, heads, self.columns, width)
         dtype = self.dtype or like.dtype
@@ -118,13 +149,14 @@ class SlotCache(Cache):
             # NumPy's zeros are pages that the system fills when they are first written to; torch writes them all now.
             # They begin at a multiple of 64 bytes, as torch's do: products may sum in another order elsewhere.
             size = math.prod(shape) * dtype.itemsize
-            held = np.zeros(size + 64, np.uint8)
-            begin = -held.ctypes.data % 64
-            self.kv = torch.from_numpy(held[begin : begin + size]).view(dtype).view(shape)
+            zeros = np.zeros(size + 64, np.uint8)
+            begin = -zeros.ctypes.data % 64
+            self.kv = torch.from_numpy(zeros[begin : begin + size]).view(dtype).view(shape)
         else:
             self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
-        if old is not None:
-            self.kv[:, :, : old.shape[2], :, : old.shape[4]] = old
+        if held is not None:
+            rows, columns = min(self.rows, held.shape[2]), min(self.columns, held.shape[4])
+            self.kv[:, :, :rows, :, :columns] = held[:, :, :rows, :, :columns]
 
 
 class Shelf:
@@ -137,6 +169,9 @@ class Shelf:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
 
     def get(self, key: Hashable) -> Tensor | None:
         """The tensor, now the most recently used; None if it is not (or no longer) here."""
