@@ -247,3 +247,26 @@ def test_a_connector_comes_out_of_every_tools_model_without_the_rest(name: str) 
     if (folder / "pretrain").is_dir():
         alone = read(Start.model_validate({"from": str(folder / "pretrain"), "parts": ["connector"]})).state
         assert {key: x.shape for key, x in alone.items()} == {key: x.shape for key, x in found.items()}
+
+
+def test_a_language_model_whose_head_is_its_token_table(tmp_path: Path) -> None:
+    """The drawn world's is so: one tensor under two names, in what comes and in where it goes."""
+    from leveret.train.run import read as recipe_of
+
+    fresh = begin(recipe_of("world"), None, "cpu")
+    table = fresh.language.get_input_embeddings().weight
+    assert fresh.language.get_output_embeddings().weight is table
+    with torch.no_grad():
+        table.add_(1)
+    checkpoint.save(fresh, tmp_path / "model")
+    from_there = Start.model_validate({"from": str(tmp_path / "model")})
+    started = begin(recipe_of("world").model_copy(update={"start": from_there}), None, "cpu")
+    assert torch.equal(started.language.get_output_embeddings().weight, table)
+    # Two tensors do not fit where there is one.
+    with torch.no_grad():
+        fresh.language.lm_head.weight = torch.nn.Parameter(table + 1)
+    fresh.language.config.tie_word_embeddings = False
+    checkpoint.save(fresh, tmp_path / "apart")
+    apart = Start.model_validate({"from": str(tmp_path / "apart")})
+    with pytest.raises(DataError, match=r"1 unexpected: language\.lm_head\.weight"):
+        begin(recipe_of("world").model_copy(update={"start": apart}), None, "cpu")

@@ -39,6 +39,7 @@ world = typer.Typer(help="The drawn world and its tiny backbones.", **_OPTIONS)
 coreset = typer.Typer(help="Coresets that were made.", **_OPTIONS)
 runs = typer.Typer(help="Training runs: finished, stopped, or still going.", **_OPTIONS)
 tasks = typer.Typer(help="What models can be examined on, and whether its files are here.", **_OPTIONS)
+study = typer.Typer(help="Designs side by side, over seeds, beside what papers found.", **_OPTIONS)
 
 MAKE, LOOK, NOUNS = "Make", "Look and ask", "Look after"
 
@@ -1074,6 +1075,99 @@ def run_resume(path: Run, allow_change: AllowChange = False, json: Json = False)
     _report(json, {"model": str(model)}, f"the model is in {model}")
 
 
+@_verb("list", "leveret.study.runner", group=study)
+def study_list(json: Json = False) -> None:
+    """The studies that come with leveret: what each asks."""
+    from leveret.recipe import names
+    from leveret.study.files import cells, read
+
+    found = []
+    for name in names("studies"):
+        one = read(name)
+        found.append({"name": name, "title": one.title, "models": len(cells(one)), "axes": list(one.axes)})
+    text = "\n".join(f"{row['name']:<32} {row['title']} ({row['models']} models)" for row in found)
+    _report(json, {"studies": found}, text)
+
+
+@_verb("run", "leveret.study.runner", group=study)
+def study_run(
+    recipe: Annotated[str, typer.Argument(metavar="STUDY", help="A study's name (`leveret study list`) or file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to fill; by default runs/study/NAME.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Pieces of work at once; by default one a core.")] = None,
+    command: Annotated[
+        str | None, typer.Option(help="A shell line to run each piece with, {} for its own: 'srun -c 4 {}'.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep drawn worlds and embeddings.")] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Teach and examine what is missing of a study, and write its page."""
+    from leveret.study.files import read
+    from leveret.study.runner import Matrix, as_plain, describe, run
+
+    with _reporting(json):
+        one = read(recipe, overrides or [])
+        place = out or Path("runs/study") / one.name
+        if command is not None and "{}" not in command:
+            raise RecipeError(f"--command {command!r}: nothing says where a piece's own command goes; write {{}} there")
+        if dry_run:
+            matrix = Matrix.of(one)
+            facts = describe(matrix, place if (place / "study.json").exists() else None)
+        else:
+            results = run(one, place, jobs=jobs, command=command, keep=keep)
+    if dry_run:
+        return _report(json, {**facts, "plan": as_plain(matrix)}, _study_plan(facts, jobs))
+    if not json:
+        from leveret.study.page import say
+
+        say(results, place)
+    _report(json, {"out": str(place), "page": str(place / "report.html"), **results})
+
+
+def _study_plan(facts: dict[str, Any], jobs: int | None) -> str:
+    """What a study would do, in lines."""
+    lines = [f"{facts['study']}: {len(facts['cells'])} models, seeds {', '.join(map(str, facts['seeds']))}"]
+    lines += [f"  {name}: {', '.join(levels)}" for name, levels in facts["axes"].items()]
+    for kind, row in facts["kinds"].items():
+        shared = f", shared: {row['alone']} without" if row["alone"] > row["units"] else ""
+        done = f", {row['done']} done" if row["done"] else ""
+        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}; about {row['seconds'] / 60:.0f} min of one core")
+    at_once = jobs or facts["cores"]
+    lines.append(
+        f"about {facts['seconds'] / 60 / at_once:.0f} min, {at_once} at once "
+        f"({facts['without_sharing'] / 60 / at_once:.0f} min if nothing were shared nor done)"
+    )
+    return "\n".join(lines)
+
+
+@_verb("report", "leveret.study.runner", group=study)
+def study_report(
+    path: Annotated[Path, typer.Argument(help="The folder of `leveret study run`.")],
+    json: Json = False,
+) -> None:
+    """Write a study's page again, of what is done by now."""
+    from leveret.study.page import publish, say
+    from leveret.study.runner import reopen
+
+    with _reporting(json):
+        folder, matrix = reopen(path)
+        results = publish(folder, matrix)
+    if not json:
+        say(results, path)
+    _report(json, {"page": str(path / "report.html"), **results})
+
+
+@study.command("unit", hidden=True)
+def study_unit(path: Path, unit: str) -> None:
+    """Make one piece of a study: what `study run` starts, here or by --command."""
+    from leveret.runs import graceful_stop
+    from leveret.study.runner import make
+
+    with graceful_stop():
+        make(path, unit)
+
+
 @_verb("list", "leveret.evaluate.prepare", group=tasks)
 def tasks_list(
     data: Annotated[Path | None, typer.Option(help="The folder that is looked at.")] = None,
@@ -1169,7 +1263,8 @@ def world_backbones(
     _report(json, {"out": str(folder), "seed": seed}, f"the backbones are in {folder}")
 
 
-for _group, _name in ((pool, "pool"), (coreset, "coreset"), (runs, "run"), (tasks, "tasks"), (world, "world")):
+_GROUPS = {"pool": pool, "coreset": coreset, "run": runs, "tasks": tasks, "study": study, "world": world}
+for _name, _group in _GROUPS.items():
     if _group.registered_commands:
         app.add_typer(_group, name=_name, rich_help_panel=NOUNS)
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from statistics import median
+from typing import TYPE_CHECKING
 
 from leveret.study.measures import MEASURES, train_recipe
 from leveret.study.plan import Cell, Plan
+
+if TYPE_CHECKING:
+    from leveret.study.runner import Folder
+    from leveret.study.units import Unit
 
 KINDS = 8
 """Kinds of question in the world suite."""
@@ -84,3 +90,37 @@ def _measures(cells: Collection[Cell]) -> list[str]:
         longer = f" at {length} x the recipe's tune steps" if length else ""
         lines.append(f"  {measure}{longer}: {count} cells; {', '.join(strengths)}; {', '.join(arms)}")
     return lines
+
+
+ALONE = 1.6
+"""How much longer a unit takes on one core than a step of the quickstart on two."""
+
+
+def unit_seconds(units: Mapping[str, Unit], folder: Folder) -> dict[str, float]:
+    """About how long each unit of a study takes: as those of its kind and size took that are done in the folder, else
+    as the quickstart's steps do."""
+    measured: dict[str, list[float]] = {}
+    guesses = {id: ALONE * _guess(unit) for id, unit in units.items()}
+    for id, unit in units.items():
+        if (facts := folder.facts(id)) is not None:
+            measured.setdefault(_sort(unit), []).append(float(facts["seconds"]) / guesses[id])
+    return {id: guesses[id] * median(measured.get(_sort(unit), [1.0])) for id, unit in units.items()}
+
+
+def _sort(unit: Unit) -> str:
+    return f"{unit.kind} {unit.what}" if unit.kind == "teach" else unit.kind
+
+
+def _guess(unit: Unit) -> float:
+    """Of the drawn world's sizes; elsewhere a word only, until the first of its kind is done."""
+    settings = unit.settings
+    if unit.kind == "draw":
+        size = settings["size"]
+        return float((size["web"] + size["tune"] + 20 * size["test"]) * DRAW)
+    if unit.kind == "teach":
+        how = settings["how"]
+        deep = "language" in how["learn"] or "vision" in how["learn"]
+        return float((how["steps"] or 1000) * how["batch"] * (TUNE if deep else ALIGN))
+    if unit.kind == "examine":
+        return float(KINDS * (settings["n"] or 1000) * (2 if settings["blind"] else 1) * ASK)
+    return {"embed": 75_000 * EMBED, "choose": CHOOSE}.get(unit.kind, 2.0)

@@ -48,3 +48,35 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estima
     """Of ours minus theirs at the seeds that both have: what a seed does to both cancels. None without such a seed."""
     both = sorted(ours.keys() & theirs.keys())
     return t_interval([ours[seed] - theirs[seed] for seed in both]) if both else None
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Two-sided p of a mean that differs from zero, by Student's t with n - 1 degrees of freedom; None for one value.
+
+    Differences that are all alike have p 0, or 1 where they are zero. Source: as for `t_interval`.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    from scipy.special import stdtr
+
+    mean = math.fsum(values) / n
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    if not deviation:
+        return 0.0 if mean else 1.0
+    return float(2 * stdtr(n - 1, -abs(mean) / deviation * math.sqrt(n)))
+
+
+def holm(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """p-values corrected for how many there are, so that the chance of any false one is what each says.
+
+    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979): the
+    i-th smallest of m (from 0) times m - i, never below the one before it, at most 1. None stays None and counts not.
+    """
+    known = sorted((p, name) for name, p in values.items() if p is not None)
+    out: dict[str, float | None] = dict.fromkeys(values)
+    highest = 0.0
+    for place, (p, name) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - place)))
+        out[name] = highest
+    return out

@@ -164,11 +164,18 @@ def _refuse(vlm: VLM, brought: Brought, how: Start, where: str, empty: Collectio
     parts = parts_of(how)
     prefixes = tuple(prefix for part in parts for prefix in PREFIXES[part])
     own = {name: tensor for name, tensor in stored(vlm) if name.startswith(prefixes)}
+    first: dict[int, str] = {id(tensor): name for name, tensor in own.items()}
+    # Further names of a tied tensor, and its first: what comes may have both, where they are one tensor there too.
+    again = {name: first[id(x)] for name, x in vlm.named_parameters(remove_duplicate=False) if id(x) in first}
     spare = _idle(vlm) - {name for name in own if any(name.startswith(PREFIXES[part]) for part in empty)}
     given = {name: tensor for name, tensor in brought.state.items() if name.startswith(prefixes)}
     faults = {
         "missing": [name for name in own if name not in given and name not in spare],
-        "unexpected": [name for name in given if name not in own and name not in brought.idle],
+        "unexpected": [
+            name
+            for name in given
+            if name not in own and name not in brought.idle and given[name] is not given.get(again.get(name, ""))
+        ],
         "of another shape": [
             f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
             for name, tensor in own.items()

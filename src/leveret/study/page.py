@@ -1,0 +1,202 @@
+"""A study's page, table and results file: what varies, what it costs, and what the papers found beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from leveret import pages
+from leveret.evaluate.radar import radar
+from leveret.runs import atomic_write, write_json
+from leveret.study.figures import AGREES, DISAGREES, MISSING, gather, pareto
+from leveret.study.runner import Folder, Matrix
+
+Row = Mapping[str, Any]
+SIGNS = {AGREES: "+", DISAGREES: "-", MISSING: " "}
+
+
+def publish(folder: Folder, matrix: Matrix) -> dict[str, Any]:
+    """Writes results.json and report.html of what is known by now; returns the results."""
+    results = gather(folder, matrix)
+    write_json(folder.path / "results.json", results)
+    write_page(folder.path / "report.html", results, matrix)
+    return results
+
+
+def write_page(path: Path, results: Row, matrix: Matrix) -> None:
+    done, asked, seeds = len(results["cells"]), results["asked"], len(results["seeds"])
+    state = "" if done == asked else f" {done} of {asked} models are done."
+    subtitle = f"{results['name']}: {asked} models, {seeds} seed{'s' if seeds > 1 else ''} each.{state}"
+    sections = [_claims(results), *(_axis(name, axis, matrix) for name, axis in results["axes"].items())]
+    sections += [_cost(results), _shared(results)]
+    if matrix.study.about:
+        sections.insert(0, pages.Section("What this is", matrix.study.about))
+    atomic_write(path, pages.page(results["title"], [section for section in sections if section], subtitle))
+
+
+def _claims(results: Row) -> pages.Section:
+    rows = [
+        [
+            claim["verdict"],
+            claim["says"],
+            f"{claim['paper']}{': ' + claim['figures'] if claim['figures'] else ''}",
+            f"{claim['level']} less {claim['base']}, {' + '.join(claim['by'])}",
+            _difference(claim["difference"]),
+            (claim["difference"] or {}).get("n", 0),
+        ]
+        for claim in results["claims"]
+    ]
+    lead = (
+        "Agrees, disagrees: the whole 95 % interval of our difference lies where the finding would have it, or on the "
+        "other side. Not decided: it lies on both. Intervals are Student's over seeds, paired; the drawn world is "
+        "small, so what it says of large models is a hint."
+    )
+    header = ["verdict", "the finding", "the paper, its figures", "here", "difference (95 %)", "seeds"]
+    body: Any = pages.table(rows, header) if rows else "This study takes up no paper's finding."
+    return pages.Section("What the papers found", body, lead if rows else "")
+
+
+def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
+    levels, base = axis["levels"], axis["base"]
+    known = {level: row for level, row in levels.items() if row["n"]}
+    rows = [
+        [
+            f"{level} (base)" if level == base else level,
+            row["about"],
+            _value(row),
+            _difference(row["difference"]),
+            _p(row["difference"]),
+            row["n"],
+            None if row["seconds"] is None else round(row["seconds"]),
+            row["trainable"],
+        ]
+        for level, row in levels.items()
+    ]
+    header = [
+        "level",
+        "what it is",
+        "score (95 %)",
+        f"less {base}",
+        "p (Holm)",
+        "seeds",
+        "seconds taught",
+        "weights that learn",
+    ]
+    bars = [pages.Bar(level, row["mean"], row["low"], row["high"]) for level, row in known.items()]
+    tasks = list(dict.fromkeys(task for row in known.values() for task in row["tasks"]))
+    by_task = [
+        [
+            task,
+            *(_value(row["tasks"].get(task)) for row in known.values()),
+            *(
+                _difference((row["tasks"].get(task) or {}).get("difference"))
+                for level, row in known.items()
+                if level != base
+            ),
+        ]
+        for task in tasks
+    ]
+    more = [*known, *(f"{level} less {base}" for level in known if level != base)]
+    body: list[Markup | str] = [pages.table(rows, header)]
+    if bars:
+        body.append(pages.bars(bars, caption="Mean score over seeds, and its 95 % interval."))
+        body.append(pages.table(by_task, ["task", *more], caption="By kind of question."))
+        body.append(_radar(known, tasks, matrix))
+    return pages.Section(name, body, axis["question"])
+
+
+def _radar(known: Row, tasks: list[str], matrix: Matrix) -> Markup:
+    groups = dict(matrix.study.radar) or {task: (task,) for task in tasks}
+    series = {}
+    for level, row in list(known.items())[:6]:
+        values = []
+        for members in groups.values():
+            own = [row["tasks"][task]["mean"] for task in members if task in row["tasks"]]
+            values.append(sum(own) / len(own) if own else None)
+        series[level] = values
+    return radar(list(groups), series, "Mean score over seeds, one spoke a kind of question.")
+
+
+def _cost(results: Row) -> pages.Section:
+    points: dict[str, tuple[float, float]] = {}
+    for name, axis in results["axes"].items():
+        for level, row in axis["levels"].items():
+            if row["mean"] is not None and row["seconds"]:
+                label = "base" if level == axis["base"] else f"{name}={level}"
+                points.setdefault(label, (row["seconds"], row["mean"]))
+    if not points:
+        return pages.Section("Cost beside score", "Nothing is measured yet.")
+    best = set(pareto(points))
+    rows = [
+        [label, round(cost), score, "nothing is cheaper and as good" if label in best else ""]
+        for label, (cost, score) in sorted(points.items(), key=lambda item: item[1])
+    ]
+    body = [
+        pages.scatter(
+            list(points.values()),
+            ["on the front" if label in best else "beaten" for label in points],
+            "Seconds of teaching to the right, score upwards.",
+            "Map of cost and score; the table has the figures.",
+            height=260,
+        ),
+        pages.table(rows, ["level", "seconds taught, mean", "score, mean", ""]),
+    ]
+    return pages.Section(
+        "Cost beside score", body, "Seconds are this machine's, of every stage, as if nothing were shared."
+    )
+
+
+def _shared(results: Row) -> pages.Section:
+    rows = [
+        [kind, row["made"], row["needed"], round(row["seconds"]), round(row["saved"])]
+        for kind, row in results["ledger"].items()
+    ]
+    lead = "Each piece of work is known by what goes into it and made once, whichever models need it."
+    return pages.Section(
+        "What was shared", pages.table(rows, ["work", "made", "needed", "seconds", "seconds saved"]), lead
+    )
+
+
+def _value(row: Row | None) -> str | None:
+    if not row or row["mean"] is None:
+        return None
+    if row["low"] is None:
+        return f"{row['mean']:.3f}"
+    return f"{row['mean']:.3f} ({max(0.0, row['low']):.3f} to {min(1.0, row['high']):.3f})"
+
+
+def _difference(found: Row | None) -> str | None:
+    if not found:
+        return None
+    if found["low"] is None:
+        return f"{found['mean']:+.3f}"
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+def _p(found: Row | None) -> str | None:
+    if not found or found.get("p_holm") is None:
+        return None
+    return f"{found['p']:.3f} ({found['p_holm']:.3f})"
+
+
+def say(results: Row, out: Path) -> None:
+    """The tables in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for name, axis in results["axes"].items():
+        table = Table(title=f"{name}: {axis['question']}", title_justify="left")
+        for head in ("level", "score (95 %)", f"less {axis['base']}", "p (Holm)", "seeds"):
+            table.add_column(head)
+        for level, row in axis["levels"].items():
+            cells = (_value(row), _difference(row["difference"]), _p(row["difference"]), str(row["n"]))
+            table.add_row(level, *(cell or "" for cell in cells))
+        console.print(table)
+    for claim in results["claims"]:
+        found = _difference(claim["difference"]) or "-"
+        console.print(f"{claim['verdict']}: {claim['says']} [{claim['paper']}]; here {found}", markup=False)
+    console.print(f"{out / 'report.html'}", markup=False)

@@ -1,0 +1,408 @@
+"""Runs what is missing of a study: its units in an order in which each finds what it is made from.
+
+DIR/study.json              the study as it was last asked for
+DIR/units.json              all units, for processes that make one of them
+DIR/units/ID/               what a unit made; done.json last, with its seconds and facts
+DIR/ledger.jsonl            a line for each unit of each cell: made for it, shared with an earlier cell, or found
+DIR/results.json report.html
+
+Units run in this process, in several, or by a command of one's own for each (a cluster's scheduler), which need only
+see the same folder. One that fails costs the cells that need it, and no other.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from leveret.recipe import dump
+from leveret.runs import (
+    DataError,
+    Interrupted,
+    Progress,
+    RecipeError,
+    UserError,
+    append_jsonl,
+    claim,
+    cores,
+    graceful_stop,
+    read_json,
+    stop_requested,
+    write_json,
+)
+from leveret.study.files import Cell, StudyRecipe, cells
+from leveret.study.units import KINDS, Unit, Units, chain, of_cell
+
+KIND = "study"
+POLL = 0.2
+"""Seconds between two looks at the processes."""
+TAIL = 400
+"""Characters of a failed unit's log that are told."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A study taken apart. last: cell -> the unit that gives its figures."""
+
+    study: StudyRecipe
+    units: Units
+    last: dict[Cell, str]
+
+    @classmethod
+    def of(cls, study: StudyRecipe) -> Matrix:
+        """RecipeError with every cell whose recipe cannot be, at once."""
+        units: Units = {}
+        last: dict[Cell, str] = {}
+        faults: dict[str, None] = {}
+        for cell in cells(study):
+            try:
+                last[cell] = of_cell(study, cell, units)
+            except RecipeError as fault:
+                where = ",".join(f"{axis}={level}" for axis, level in cell.levels)
+                faults[f"{where}: {fault}"] = None
+        if faults:
+            raise RecipeError(f"study {study.name} cannot run:\n" + "\n".join(faults))
+        return cls(study, units, last)
+
+    def order(self) -> list[str]:
+        """All units, those of the first cells first."""
+        return list(dict.fromkeys(id for last in self.last.values() for id in chain(self.units, last)))
+
+    def users(self) -> dict[str, int]:
+        """How many cells need each unit."""
+        counts: dict[str, int] = {}
+        for last in self.last.values():
+            for id in chain(self.units, last):
+                counts[id] = counts.get(id, 0) + 1
+        return counts
+
+
+@dataclass
+class Folder:
+    """A study's folder."""
+
+    path: Path
+
+    def unit(self, id: str) -> Path:
+        return self.path / "units" / id
+
+    def facts(self, id: str) -> dict[str, Any] | None:
+        """What a finished unit found; None where it is not finished."""
+        done = self.unit(id) / "done.json"
+        found: dict[str, Any] | None = read_json(done) if done.exists() else None
+        return found
+
+    def open(self, matrix: Matrix) -> None:
+        """Begin the folder, or go on in it: with the same study, or one of that name that grew or changed."""
+        mark = self.path / "study.json"
+        if self.path.is_dir() and not mark.exists():
+            if strangers := sorted(item.name for item in self.path.iterdir() if item.name[0] != "."):
+                raise RecipeError(
+                    f"{self.path} is not empty and holds no study (it holds {', '.join(strangers[:5])}); name a new or "
+                    "empty folder with -o"
+                )
+        claim(self.path)
+        if mark.exists() and (there := read_json(mark)["name"]) != matrix.study.name:
+            raise RecipeError(f"{self.path} holds the study {there!r}, not {matrix.study.name!r}; name another with -o")
+        write_json(self.path / "units.json", {id: unit.plain() for id, unit in matrix.units.items()})
+        write_json(mark, dump(matrix.study))
+
+
+def make(path: Path, id: str) -> dict[str, Any]:
+    """Make one unit of a study's folder, in this process. Found again if it is done. DataError where what it is made
+    from is not done, or the folder knows no such unit."""
+    folder = Folder(path)
+    if (done := folder.facts(id)) is not None:
+        return done
+    known = read_json(path / "units.json") if (path / "units.json").exists() else {}
+    if id not in known:
+        raise DataError(f"{path} holds no study with the unit {id}; `leveret study run` writes {path / 'units.json'}")
+    unit = Unit(**known[id])
+    if missing := [one for one in unit.inputs.values() if folder.facts(one) is None]:
+        raise DataError(f"unit {id} is made from {', '.join(missing)}, which is not done")
+    place = folder.unit(id)
+    place.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    spent = place / "seconds.json"
+    before = float(read_json(spent)) if spent.exists() else 0.0
+    try:
+        facts = KINDS[unit.kind].make(place, unit.settings, {k: folder.unit(v) for k, v in unit.inputs.items()})
+    finally:
+        write_json(spent, before + time.time() - began)
+    found = {"unit": unit.plain(), "seconds": round(before + time.time() - began, 1), **facts}
+    write_json(place / "done.json", found)
+    return found
+
+
+def run(
+    study: StudyRecipe, out: str | Path, *, jobs: int | None = None, command: str | None = None, keep: bool = False
+) -> dict[str, Any]:
+    """Run what is missing, or go on; returns what stands in `out/results.json` and writes the page.
+
+    jobs     units at once, each in a process of one thread; None: as many as there are cores.
+    command  instead of a process here: a line for the shell with `{}` where the unit's own command stands (such as
+             `srun -c 4 {}`), which ends when that does.
+    keep     keep drawn worlds and embeddings, which can be made again to the byte, when no missing unit needs them.
+
+    Raises RecipeError (the study, or the folder), Interrupted (all that runs is stopped and saved; the same call goes
+    on), and DataError where units failed, after all others were made.
+    """
+    from leveret.study.page import publish
+
+    matrix, folder = Matrix.of(study), Folder(Path(out))
+    folder.open(matrix)
+    ledger = _Ledger(folder, matrix)
+    work = _Work(folder, matrix, jobs or cores(), command, keep, ledger)
+    try:
+        with graceful_stop():
+            work.run()
+    finally:
+        results = publish(folder, matrix)
+    if work.failed:
+        told = "\n".join(
+            f"  {matrix.units[id].kind} ({matrix.units[id].what}): {why}" for id, why in work.failed.items()
+        )
+        raise DataError(f"{len(work.failed)} of the study's units failed; the others are done.\n{told}")
+    return results
+
+
+@dataclass
+class _Running:
+    id: str
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+
+@dataclass
+class _Work:
+    folder: Folder
+    matrix: Matrix
+    jobs: int
+    command: str | None
+    keep: bool
+    ledger: _Ledger
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        order = self.matrix.order()
+        wanted = self._wanted(order)
+        done = [id for id in order if self.folder.facts(id) is not None]
+        self.ledger.found(done)
+        left = [id for id in order if id in wanted]
+        if not left:
+            return
+        from leveret.study.costs import unit_seconds
+
+        costs = unit_seconds({id: self.matrix.units[id] for id in left}, self.folder)
+        running: list[_Running] = []
+        with Progress(round(sum(costs.values())), "study", "s of work") as bar:
+            try:
+                while left or running:
+                    if stop_requested():
+                        raise Interrupted("stopped as asked; the same command goes on from there")
+                    ready = [id for id in left if self._ready(id)]
+                    left = [id for id in left if not self._hopeless(id)]
+                    while ready and len(running) < self.jobs:
+                        id = ready.pop(0)
+                        left.remove(id)
+                        if self.jobs == 1 and self.command is None:
+                            self._here(id)
+                            self._ended(id, bar, costs)
+                        else:
+                            running.append(self._start(id))
+                    for one in [one for one in running if one.process.poll() is not None]:
+                        running.remove(one)
+                        one.log.close()
+                        if one.process.returncode or self.folder.facts(one.id) is None:
+                            self._fail(one.id, _last_words(self.folder.unit(one.id) / "log.txt"))
+                        self._ended(one.id, bar, costs)
+                    if running:
+                        time.sleep(POLL)
+            finally:
+                _stop(running)
+
+    def _wanted(self, order: Sequence[str]) -> set[str]:
+        """Units that are not done and that a missing figure needs. What was thrown away is made again only for one."""
+        wanted: set[str] = set()
+
+        def need(id: str) -> None:
+            if id in wanted or self._usable(id):
+                return
+            (self.folder.unit(id) / "done.json").unlink(missing_ok=True)
+            wanted.add(id)
+            for one in self.matrix.units[id].inputs.values():
+                need(one)
+
+        for last in self.matrix.last.values():
+            if self.folder.facts(last) is None:
+                need(last)
+        return wanted
+
+    def _usable(self, id: str) -> bool:
+        heavy = KINDS[self.matrix.units[id].kind].heavy
+        place = self.folder.unit(id)
+        return self.folder.facts(id) is not None and all((place / name).exists() for name in heavy)
+
+    def _ready(self, id: str) -> bool:
+        return all(self.folder.facts(one) is not None for one in self.matrix.units[id].inputs.values())
+
+    def _hopeless(self, id: str) -> bool:
+        """Whether it needs what failed; told once."""
+        lost = [one for one in self.matrix.units[id].inputs.values() if one in self.failed]
+        if lost and id not in self.failed:
+            self.failed[id] = f"needs {lost[0]}, which failed"
+        return bool(lost)
+
+    def _here(self, id: str) -> None:
+        try:
+            make(self.folder.path, id)
+        except Interrupted:
+            raise
+        except UserError as fault:
+            self._fail(id, " ".join(str(fault).split()))
+
+    def _start(self, id: str) -> _Running:
+        own = [sys.executable, "-m", "leveret.cli", "study", "unit", str(self.folder.path), id]
+        log = open(_made(self.folder.unit(id)) / "log.txt", "ab")
+        threads = str(max(1, cores() // self.jobs))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads} if self.command is None else dict(os.environ)
+        what: Any = own if self.command is None else self.command.replace("{}", shlex.join(own))
+        process = subprocess.Popen(
+            what, shell=self.command is not None, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        return _Running(id, process, log)
+
+    def _fail(self, id: str, why: str) -> None:
+        self.failed[id] = why or "it ended without a word"
+        print(f"failed: {self.matrix.units[id].kind} ({self.matrix.units[id].what}): {self.failed[id]}",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    def _ended(self, id: str, bar: Progress, costs: dict[str, float]) -> None:
+        unit = self.matrix.units[id]
+        bar.advance(round(costs[id]), last=f"{unit.kind} {unit.what}")
+        if id not in self.failed:
+            self.ledger.made(id)
+            if not self.keep:
+                self._tidy()
+
+    def _tidy(self) -> None:
+        """Throw away what is large, can be made again, and is needed by nothing that is still to be made."""
+        needed = {
+            one
+            for id, unit in self.matrix.units.items()
+            if self.folder.facts(id) is None and id not in self.failed
+            for one in unit.inputs.values()
+        }
+        for id, unit in self.matrix.units.items():
+            if id not in needed and self.folder.facts(id) is not None:
+                for name in KINDS[unit.kind].heavy:
+                    shutil.rmtree(self.folder.unit(id) / name, ignore_errors=True)
+
+
+@dataclass
+class _Ledger:
+    """Who made what for whom: a line for each unit of each cell, when it is there for that cell the first time."""
+
+    folder: Folder
+    matrix: Matrix
+
+    def found(self, ids: Sequence[str]) -> None:
+        for id in ids:
+            self._lines(id, "found")
+
+    def made(self, id: str) -> None:
+        self._lines(id, "made")
+
+    def _lines(self, id: str, did: str) -> None:
+        path = self.folder.path / "ledger.jsonl"
+        told = self._told(path)
+        facts = self.folder.facts(id) or {}
+        for cell, last in self.matrix.last.items():
+            if id in chain(self.matrix.units, last) and (id, cell.name) not in told:
+                unit = self.matrix.units[id]
+                line = {"unit": id, "kind": unit.kind, "what": unit.what, "cell": cell.name, "did": did}
+                append_jsonl(path, {**line, "seconds": facts.get("seconds") if did == "made" else 0})
+                did = "shared" if did == "made" else did
+
+    def _told(self, path: Path) -> set[tuple[str, str]]:
+        from leveret.runs import read_jsonl, repair_jsonl
+
+        repair_jsonl(path)
+        return {(row["unit"], row["cell"]) for row in read_jsonl(path)} if path.exists() else set()
+
+
+def _made(place: Path) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _last_words(log: Path) -> str:
+    """The last line that says something: where a fault is told."""
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1][-TAIL:] if lines else ""
+
+
+def _stop(running: list[_Running]) -> None:
+    """SIGTERM to what runs, which saves and ends; after a while SIGKILL, which costs what was not saved."""
+    for one in running:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGTERM)
+    for one in running:
+        try:
+            one.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait()
+        one.log.close()
+
+
+def reopen(path: str | Path) -> tuple[Folder, Matrix]:
+    """A study's folder and the study that it was last run for. DataError where there is none."""
+    mark = Path(path) / "study.json"
+    if not mark.exists():
+        raise DataError(f"{path} holds no study (no study.json); `leveret study run STUDY -o {path}` makes one")
+    return Folder(Path(path)), Matrix.of(StudyRecipe.model_validate(read_json(mark)))
+
+
+def describe(matrix: Matrix, out: str | Path | None = None) -> dict[str, Any]:
+    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes. Writes
+    nothing."""
+    from leveret.study.costs import unit_seconds
+
+    folder = Folder(Path(out or "."))
+    users, order = matrix.users(), matrix.order()
+    done = {id for id in order if out is not None and folder.facts(id) is not None}
+    costs = unit_seconds(matrix.units, folder)
+    kinds: dict[str, dict[str, Any]] = {}
+    for id in order:
+        row = kinds.setdefault(matrix.units[id].kind, {"units": 0, "done": 0, "alone": 0, "seconds": 0.0})
+        row["units"] += 1
+        row["alone"] += users[id]
+        row["done"] += id in done
+        row["seconds"] += 0.0 if id in done else costs[id]
+    left = sum(row["seconds"] for row in kinds.values())
+    apart = sum(costs[id] * users[id] for id in order)
+    return {
+        "study": matrix.study.name,
+        "cells": [cell.name for cell in matrix.last],
+        "axes": {name: list(axis.levels) for name, axis in matrix.study.axes.items()},
+        "seeds": list(matrix.study.seeds),
+        "kinds": kinds,
+        "seconds": round(left),
+        "without_sharing": round(apart),
+        "cores": cores(),
+    }
+
+
+def as_plain(matrix: Matrix) -> list[dict[str, Any]]:
+    """The cells and their units, for `--json`."""
+    return [{**asdict(cell), "units": chain(matrix.units, last)} for cell, last in matrix.last.items()]

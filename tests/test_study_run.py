@@ -1,0 +1,365 @@
+"""Studies as files: what their cells share, that nothing is made twice, statistics with known answers, and the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leveret.cli import run as command
+from leveret.recipe import names
+from leveret.runs import DataError, RecipeError, read_json, read_jsonl
+from leveret.study.figures import AGREES, DISAGREES, MISSING, UNDECIDED, pareto, verdict
+from leveret.study.files import StudyRecipe, cells, read
+from leveret.study.paired import holm, p_value, t_interval
+from leveret.study.runner import Matrix, describe, make, run
+from leveret.study.units import KINDS, Kind, chain
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "title": "A tiny study",
+    "world": {"web": 200, "tune": 60, "test": 12, "captions": 0},
+    "choose": {"recipe": "world", "set": ["steps.budget.count=40", "steps.cluster.k=4"]},
+    "train": ["stages.align.steps=3", "stages.tune.steps=3"],
+    "seeds": [0, 1],
+    "axes": {
+        "length": {
+            "question": "Does longer tuning help?",
+            "base": "usual",
+            "levels": {
+                "usual": {"about": "three steps"},
+                "longer": {"train": ["stages.tune.steps=4"]},
+                "mean": {"average": {"levels": ["usual", "longer"]}},
+            },
+        }
+    },
+    "claims": [{"paper": "none", "says": "longer is better", "axis": "length", "level": "longer", "expect": "higher"}],
+}
+
+
+def study(**changes: Any) -> StudyRecipe:
+    return StudyRecipe.model_validate({**TINY, **changes})
+
+
+def axis(**levels: Any) -> dict[str, Any]:
+    return {"question": "?", "base": next(iter(levels)), "levels": levels}
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Units that cost nothing: a model is worth its steps; what was made, in order."""
+    made: list[str] = []
+
+    def making(kind: str) -> Any:
+        def make(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
+            made.append(kind)
+            if kind == "draw":
+                (place / "world").mkdir()
+            if kind == "embed":
+                (place / "embeddings").mkdir()
+            if kind == "choose":
+                (place / "coreset").mkdir()
+            if kind == "teach":
+                return {"trainable": 7, "worth": settings["how"]["steps"] + settings["recipe"]["seed"] / 10}
+            if kind == "average":
+                return {"worth": sum(read_json(one / "done.json")["worth"] for one in inputs.values()) / len(inputs)}
+            if kind == "examine":
+                worth = read_json(inputs["model"] / "done.json")["worth"]
+                return {"tasks": {name: {"score": worth / 100, "n": 5} for name in ("colour", "count", "word")}}
+            return {}
+
+        return make
+
+    for kind, row in list(KINDS.items()):
+        monkeypatch.setitem(KINDS, kind, Kind(making(kind), row.heavy))
+    return made
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_study_that_comes_with_leveret_can_be_planned() -> None:
+    assert "prismatic/one-stage" in names("studies")
+    for name in names("studies"):
+        one = read(name)
+        assert one.name == name and one.claims and len(one.seeds) >= 3
+        facts = describe(Matrix.of(one))
+        assert facts["kinds"]["examine"]["units"] == len(cells(one)) and facts["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"claims": [{**TINY["claims"][0], "axis": "lenght"}]}, "the axes are length"),
+        ({"claims": [{**TINY["claims"][0], "level": "usual"}]}, "allowed are longer, mean"),
+        ({"world": None}, "the suite's files need a folder"),
+        ({"axes": {"a": {"question": "?", "base": "c", "levels": {"a": {}, "b": {}}}}}, "none of its levels: a, b"),
+        ({"axes": {"a": axis(a={}, b={"average": {"levels": ["a", "z"]}})}}, "z is no level"),
+        ({"axes": {"a": axis(a={}, b={"train": ["x=1"], "average": {"levels": ["a", "a"]}})}}, "teaches nothing"),
+        ({"axes": {"a": axis(a={}, b={"average": {"levels": ["a", "a"], "weights": [1.0]}})}}, "as many weights"),
+    ],
+)
+def test_faults_of_a_file_are_told(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **change}))
+    with pytest.raises(RecipeError, match=said):
+        read(path)
+
+
+def test_a_field_of_the_world_that_is_none_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "world": {"wbe": 3}}))
+    with pytest.raises(RecipeError, match=r"no 'wbe'.*Did you mean web"):
+        read(path)
+
+
+def test_faults_of_levels_are_told_together_before_anything_is_made(tmp_path: Path) -> None:
+    levels = axis(a={}, b={"train": ["stages.tune.stps=1"]}, c={"choose": {"recipe": "nothing"}})
+    with pytest.raises(RecipeError, match=r"(?s)axis=b: .*stps.*axis=c: .*nothing"):
+        run(study(axes={"axis": levels}, claims=[]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_change_at_a_time_or_all_combinations() -> None:
+    two = {"a": axis(x={}, y={}), "b": axis(u={}, v={}, w={})}
+    assert len(cells(study(axes=two, claims=[], seeds=[0]))) == 1 + 1 + 2
+    crossed = cells(study(axes=two, claims=[], seeds=[0, 5], crossed=True))
+    assert len(crossed) == len(set(crossed)) == 12
+    assert crossed[0].name == "a=x,b=u@0" and crossed[6].name == "a=x,b=u@5"
+
+
+# --- sharing -------------------------------------------------------------------------------------------------------
+
+
+def test_eight_cells_that_share_an_align_stage_train_it_once(tmp_path: Path, worker: list[str]) -> None:
+    levels = axis(**{f"l{n}": {"train": [f"stages.tune.steps={n}"]} for n in range(1, 9)})
+    one = study(axes={"length": levels}, claims=[], seeds=[0])
+    results = run(one, tmp_path / "out", jobs=1)
+    assert worker.count("teach") == 1 + 8 and [worker.count(kind) for kind in ("draw", "embed", "choose")] == [1, 1, 1]
+    ledger = read_jsonl(tmp_path / "out" / "ledger.jsonl")
+    align = [row for row in ledger if (row["kind"], row["what"]) == ("teach", "align")]
+    assert [row["did"] for row in align] == ["made"] + ["shared"] * 7 and len({row["unit"] for row in align}) == 1
+    assert results["ledger"]["teach"] | {"seconds": 0, "saved": 0} == {
+        "made": 9,
+        "needed": 16,
+        "seconds": 0,
+        "saved": 0,
+    }
+
+
+def test_what_differs_is_not_shared() -> None:
+    def ids(**changes: Any) -> set[str]:
+        matrix = Matrix.of(study(seeds=[0], **changes))
+        return {id for id in matrix.units if id.startswith("teach")}
+
+    usual = ids()
+    assert usual == ids() and len(usual) == 3
+    assert usual.isdisjoint(ids(train=["stages.align.steps=2", "stages.tune.steps=3"]))
+    assert usual.isdisjoint(ids(world={**TINY["world"], "strength": "severe"}))
+    assert usual.isdisjoint(
+        ids(choose={"recipe": "random", "set": ["steps.random.count=40", "steps.random.share=null"]})
+    )
+    later = ids(train=["stages.align.steps=3", "stages.tune.steps=3", "stages.tune.batch=8"])
+    assert len(usual & later) == 1, "the align stage"
+    assert usual == ids(train=[*TINY["train"], "stages.tune.data=world/tune.json"])
+
+
+def test_a_study_that_grows_keeps_what_it_has(tmp_path: Path, worker: list[str]) -> None:
+    run(study(seeds=[0]), tmp_path / "out", jobs=1)
+    before = len(worker)
+    assert run(study(seeds=[0]), tmp_path / "out", jobs=1)["cells"] and len(worker) == before
+    run(study(), tmp_path / "out", jobs=1)
+    assert len(worker) == 2 * before
+    # What was thrown away is made again only where something is missing that needs it.
+    levels = {**TINY["axes"]["length"]["levels"], "short": {"train": ["stages.tune.steps=1"]}}
+    run(study(axes={"length": {**TINY["axes"]["length"], "levels": levels}}), tmp_path / "out", jobs=1)
+    more = worker[2 * before :]
+    assert sorted(more) == sorted(2 * ["draw", "teach", "examine"])
+    with pytest.raises(RecipeError, match="holds the study 'tiny', not 'other'"):
+        run(study(name="other"), tmp_path / "out", jobs=1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    with pytest.raises(RecipeError, match=r"holds no study \(it holds letter.txt\)"):
+        run(study(), tmp_path / "full", jobs=1)
+
+
+def test_a_unit_that_fails_costs_only_what_needs_it(
+    tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = KINDS["teach"].make
+
+    def fail(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
+        if settings["how"]["steps"] == 4 and settings["recipe"]["seed"] == 1:
+            raise DataError("no, says\nthe test")
+        return usual(place, settings, inputs)
+
+    monkeypatch.setitem(KINDS, "teach", Kind(fail))
+    with pytest.raises(DataError, match=r"(?s)4 of the study's units failed.*teach \(tune\): no, says the test"):
+        run(study(), tmp_path / "out", jobs=1)
+    results = read_json(tmp_path / "out" / "results.json")
+    assert len(results["cells"]) == 4 and results["axes"]["length"]["levels"]["longer"]["n"] == 1
+    monkeypatch.setitem(KINDS, "teach", Kind(usual))
+    assert len(run(study(), tmp_path / "out", jobs=1)["cells"]) == 6
+
+
+def test_a_unit_alone(tmp_path: Path, worker: list[str]) -> None:
+    run(study(seeds=[0]), tmp_path / "out", jobs=1)
+    with pytest.raises(DataError, match="no study with the unit teach-0"):
+        make(tmp_path / "out", "teach-0")
+    matrix = Matrix.of(study(seeds=[0]))
+    last = matrix.last[cells(study(seeds=[0]))[0]]
+    (tmp_path / "out" / "units" / chain(matrix.units, last)[-2] / "done.json").unlink()
+    (tmp_path / "out" / "units" / last / "done.json").unlink()
+    with pytest.raises(DataError, match="which is not done"):
+        make(tmp_path / "out", last)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_study_whose_answer_is_known(tmp_path: Path, worker: list[str]) -> None:
+    results = run(study(seeds=[0, 1, 2]), tmp_path / "out", jobs=1)
+    levels = results["axes"]["length"]["levels"]
+    assert [levels[name]["mean"] for name in ("usual", "longer", "mean")] == pytest.approx([0.031, 0.041, 0.036])
+    longer = levels["longer"]["difference"]
+    assert longer["mean"] == pytest.approx(0.01) and longer["high"] - longer["low"] < 1e-9
+    (claim,) = results["claims"]
+    assert claim["verdict"] == AGREES and results["comparisons"] == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "longer is better" in page and "agrees" in page and "Does longer tuning help?" in page
+
+
+LOW_HIGH = {
+    "higher": [(0.1, 0.2, AGREES), (-0.2, -0.1, DISAGREES), (-0.1, 0.1, UNDECIDED)],
+    "lower": [(-0.2, -0.1, AGREES), (0.1, 0.2, DISAGREES), (-0.1, 0.1, UNDECIDED)],
+    "same": [(-0.005, 0.009, AGREES), (0.02, 0.1, DISAGREES), (-0.1, -0.02, DISAGREES), (-0.005, 0.02, UNDECIDED)],
+    "not lower": [(-0.005, 0.3, AGREES), (-0.3, -0.02, DISAGREES), (-0.02, 0.3, UNDECIDED)],
+    "not higher": [(-0.3, 0.005, AGREES), (0.02, 0.3, DISAGREES), (-0.3, 0.02, UNDECIDED)],
+}
+
+
+def test_verdicts() -> None:
+    for expect, rows in LOW_HIGH.items():
+        for low, high, said in rows:
+            assert verdict(expect, 0.01, {"low": low, "high": high}) == said, (expect, low, high)
+        assert verdict(expect, 0.01, None) == MISSING
+        assert verdict(expect, 0.01, {"low": None, "high": None}) == UNDECIDED, "one seed has no interval"
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 5):
+        tried = rng.normal(0.3, 2.0, (4000, n))
+        found = [t_interval(list(row)) for row in tried]
+        inside = np.mean([one.low is not None and one.low <= 0.3 <= one.high for one in found])
+        assert abs(inside - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 4000), (n, inside)
+
+
+def test_false_findings_under_the_null_are_as_rare_as_stated() -> None:
+    """Each p alone is below .05 in 5 % of cases; of six comparisons any corrected one in at most 5 %."""
+    rng = np.random.default_rng(1)
+    alone, any_of_six = [], []
+    for _ in range(2000):
+        raw = {str(at): p_value(list(rng.normal(0, 1, 4))) for at in range(6)}
+        alone += [p < 0.05 for p in raw.values() if p is not None]
+        any_of_six.append(min(p for p in holm(raw).values() if p is not None) < 0.05)
+    assert abs(np.mean(alone) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / len(alone))
+    assert np.mean(any_of_six) < 0.05 + 4 * np.sqrt(0.05 * 0.95 / len(any_of_six))
+    assert np.mean(any_of_six) > 0.03, "and not so careful that nothing is ever found"
+
+
+def test_p_and_holm_against_known_answers() -> None:
+    from scipy.stats import ttest_1samp
+
+    for values in ([0.1, 0.3, 0.2], [-1.0, 2.0], [0.01, 0.02, 0.03, -0.01]):
+        assert p_value(values) == pytest.approx(ttest_1samp(values, 0.0).pvalue)
+    assert p_value([1.0]) is None and p_value([0.0, 0.0]) == 1.0 and p_value([0.5, 0.5]) == 0.0
+    # Holm's own rule, by hand: .01 x 4, .02 x 3, .03 x 2, .04 x 1, never below the one before.
+    found = holm({"a": 0.04, "b": 0.01, "c": None, "d": 0.03, "e": 0.02})
+    assert found == pytest.approx({"a": 0.06, "b": 0.04, "c": None, "d": 0.06, "e": 0.06})
+
+
+@given(st.dictionaries(st.text(max_size=3), st.tuples(st.floats(0, 9), st.floats(0, 1)), min_size=1, max_size=8))
+def test_the_front_is_beaten_by_none_and_beats_the_rest(points: dict[str, tuple[float, float]]) -> None:
+    front = pareto(points)
+    assert front
+    for name, (cost, score) in points.items():
+        beaten = any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points.values())
+        assert (name in front) != beaten
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_taught_and_examined_in_processes_and_goes_on_after_a_kill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "seeds": [0]}))
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "leveret.cli", "study", "run", str(tmp_path / "tiny.yaml"), "-o", str(out)]
+    child = subprocess.Popen([*line, "--jobs", "1"], stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + 120
+    while not list(out.glob("units/choose-*/done.json")) and child.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    made = {path.parent.name: path.read_bytes() for path in out.glob("units/*/done.json")}
+    assert made and not (out / "report.html").exists()
+    assert command(["study", "run", str(tmp_path / "tiny.yaml"), "-o", str(out), "--jobs", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["cells"]) == 3 and all(0 <= cell["score"] <= 1 for cell in found["cells"])
+    assert found["cells"][0]["trainable"] > 900_000 and set(found["cells"][0]["tasks"]) >= {"colour", "count"}
+    for name, facts in made.items():
+        assert (out / "units" / name / "done.json").read_bytes() == facts, "made once"
+    assert not list(out.glob("units/draw-*/world")), "drawn worlds are not kept"
+    assert command(["study", "report", str(out)]) == 0 and "longer is better" in capsys.readouterr().out
+    # In one process: the same scores, whatever ran beside.
+    assert (
+        command(["study", "run", str(tmp_path / "tiny.yaml"), "-o", str(tmp_path / "b"), "--jobs", "1", "--json"]) == 0
+    )
+    again = json.loads(capsys.readouterr().out)
+    assert [cell["tasks"] for cell in again["cells"]] == [cell["tasks"] for cell in found["cells"]]
+
+
+def test_the_command_line_tells_what_it_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["study", "list"]) == 0 and "prismatic/one-stage" in capsys.readouterr().out
+    assert command(["study", "run", "prismatic/one-stage", "-o", str(tmp_path / "x"), "--dry-run", "seeds=[0,1]"]) == 0
+    said = capsys.readouterr().out
+    assert "6 models, seeds 0, 1" in said and "min" in said and not (tmp_path / "x").exists()
+    assert command(["study", "run", "prismatic/one-stge", "--dry-run"]) == 2
+    assert "prismatic/one-stage" in capsys.readouterr().err
+    assert command(["study", "run", "prismatic/one-stage", "--command", "srun", "--dry-run"]) == 2
+    assert "write {} there" in capsys.readouterr().err
+    assert command(["study", "report", str(tmp_path)]) == 3 and "holds no study" in capsys.readouterr().err
+
+
+def test_units_run_by_a_command_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "seeds": [0], "train": ["stages.tune.steps=nonsense"]}))
+    said = tmp_path / "said.txt"
+    # The command only notes what it was given: nothing is made, so every unit that was tried failed.
+    line = [
+        "study",
+        "run",
+        str(tmp_path / "tiny.yaml"),
+        "-o",
+        str(tmp_path / "out"),
+        "--command",
+        f"echo {{}} >> {said}",
+    ]
+    assert command(line) == 2, "the study's own faults are told before any command runs"
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "seeds": [0]}))
+    assert command(line) == 3
+    (first,) = said.read_text().splitlines()
+    assert "study unit" in first and "draw-" in first
