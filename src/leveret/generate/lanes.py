@@ -198,9 +198,12 @@ class Lanes(Slots):
         chunks = [min(guest.rest, most) for guest in group]
         self._prompt(group, chunks, len(self.active))
         self._wait()
-        positions = len(group) * max(chunks)
-        if positions >= MANY or not self.prompts:  # of a short one most is what any pass costs
-            self.prompts = smooth(self.prompts, positions / (time.perf_counter() - began))
+        positions, took = len(group) * max(chunks), time.perf_counter() - began
+        # What any pass costs hides the speed of a small one, which must not make the next ones small for good.
+        if positions / took > self.prompts:
+            self.prompts = (self.prompts + positions / took) / 2 if self.prompts else positions / took
+        elif positions >= MANY:
+            self.prompts = smooth(self.prompts, positions / took)
         self.passes += 1
         ready = [guest for guest in group if not guest.rest and not guest.finish]
         self._settle(self.active + ready, [guest for guest in self.entering if guest not in ready])
