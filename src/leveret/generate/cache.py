@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,14 +127,16 @@ class SlotCache(Cache):
         if self.kv is not None:
             self.kv[:, :, row] = 0
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` columns of whole rows over other rows, all at once: rows may change places."""
+    def move(self, sources: list[int], targets: list[int], length: int | Sequence[int]) -> None:
+        """Copy the first `length` columns (of all, or of each) of whole rows over other rows, all at once: rows may
+        change places."""
         assert self.kv is not None
+        lengths = [length] * len(sources) if isinstance(length, int) else length
         if set(sources).isdisjoint(targets):  # nothing is overwritten that is still to be read
-            for source, target in zip(sources, targets, strict=True):
-                self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
-        else:
-            self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
+            for source, target, count in zip(sources, targets, lengths, strict=True):
+                self.kv[:, :, target, :, :count] = self.kv[:, :, source, :, :count]
+        elif (most := max(lengths)) > 0:
+            self.kv[:, :, targets, :, :most] = self.kv[:, :, sources, :, :most]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the pass finds filled; models ask only when they get no positions, and they always do."""

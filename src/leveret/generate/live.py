@@ -36,7 +36,7 @@ SHARE = 0.1
 """Seconds of passes over prompts between two steps of those who have theirs behind them."""
 PASS = 0.5
 """Seconds of one pass over prompts where nobody waits for a step: who comes meanwhile waits for its end."""
-LEAST = 32
+LEAST = 64
 """Positions of a pass over prompts, at least."""
 SMOOTH = 0.02
 """Seconds between two events of one answer, at least: fifty a second are as smooth as can be seen."""
