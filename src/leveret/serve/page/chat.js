@@ -65,7 +65,7 @@ const picturesUpTo = (message) => (message && thread ? thread.upTo(message).flat
 
 function enlarge(found) {
   const dialog = $("big");
-  dialog.replaceChildren(make("img", { src: found.url, alt: found.name }),
+  dialog.replaceChildren(make("img", { src: found.url, alt: found.name, class: Math.max(found.width, found.height) <= 128 ? "pixel" : null }),
     make("p", {}, make("span", {}, `${found.name} \u00b7 ${found.width} \u00d7 ${found.height}`), tool("close", "Close", () => dialog.close())));
   dialog.showModal();
 }
@@ -133,7 +133,7 @@ function drawModel() {
   $("model").replaceChildren(...(model ? [choose || model.name, facts.length ? ` \u00b7 ${facts.join(" \u00b7 ")}` : ""] : ["\u00a0"]));
   const seen = model?.vision !== false;
   $("attach").hidden = !seen;
-  $("text").placeholder = seen ? "Ask something, or drop a picture here" : "Ask something";
+  $("text").placeholder = seen ? "Ask about a picture" : "Ask something";
   const tries = seen ? ["What is in the image?", "How many objects are there?", "What colour is it?"] : ["What can you do?"];
   $("hello").replaceChildren(make("img", { src: "page/leveret.svg", alt: "", width: 56, height: 56 }),
     make("h2", {}, seen ? "Show me a picture" : "Ask me something"),

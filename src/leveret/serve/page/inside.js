@@ -20,7 +20,7 @@ function strip(words, label, shown) {
     shown(at);
   };
   const box = make("div", { class: "strip", role: "group", "aria-label": label });
-  words.forEach(({ text }, at) => box.append(buttons[at], ...(text.includes("\n") ? [make("br")] : [])));
+  words.forEach(({ text, gap }, at) => box.append(buttons[at], ...(text.includes("\n") ? [make("br")] : gap ? [" "] : [])));
   box.addEventListener("keydown", (event) => {
     const at = buttons.indexOf(document.activeElement);
     const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: buttons.length - 1 }[event.key];
@@ -108,7 +108,12 @@ export function looking(found, pictures) {
   const views = found.images.map((seen, at) => {
     const picture = pictures[Math.min(at, pictures.length - 1)];
     const canvas = make("canvas", { "aria-hidden": "true" });
-    const figure = make("figure", { class: "looked" }, make("img", { src: picture.url, alt: picture.name }), canvas);
+    const small = Math.max(picture.width, picture.height) <= 128;
+    const figure = make("figure", { class: "looked" },
+      make("img", { src: picture.url, alt: picture.name, class: small ? "pixel" : null }), canvas);
+    // As high as there is room for, and the shape of the picture.
+    const high = found.images.length > 1 ? 13 : 20;
+    figure.style.width = `min(100%, ${Math.max(6, high * picture.width / picture.height)}rem)`;
     return { seen, picture, canvas, figure };
   });
   let word = 0;
@@ -133,7 +138,7 @@ export function looking(found, pictures) {
       `${views.length > 1 ? "the pictures" : "the picture"}, most of it ${where === "middle" ? "in the middle" : `at the ${where}`}` +
       `${views.length > 1 ? ` of picture ${image + 1}` : ""}.`;
   };
-  const line = strip(found.words.map(({ text }) => ({ text, name: text.trim() || "space" })), "Words of the answer",
+  const line = strip(found.words.map(({ text }) => ({ text: text.trim(), name: text.trim() || "space", gap: true })), "Words of the answer",
     (at) => { if (at !== word || !told.textContent) { word = at; draw(); } });
   const number = make("output", {}, "mean of all");
   const slider = make("input", { type: "range", min: 0, max: found.layers, step: 1, value: 0, "aria-label": "Layer",

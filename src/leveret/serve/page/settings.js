@@ -80,6 +80,7 @@ function tell() {
 export function bind(heard, newToken) {
   painted.push(heard);
   const dialog = $("settings");
+  $("server").addEventListener("submit", (event) => { event.preventDefault(); $("set-token").blur(); });
   dialog.addEventListener("input", tell);
   dialog.addEventListener("change", (event) => {
     if (event.target.id === "set-token") {

@@ -62,6 +62,8 @@ export class Turn {
     const mine = message.role === "user";
     const making = message.state === "making";
     if (this.seen.text !== message.text) {
+      // What was told about the inside belonged to other words.
+      if (this.inside.firstChild) this.unfold();
       this.seen.text = message.text;
       if (mine) this.body.textContent = message.text;
       else words.show(this.body, message.text);
@@ -104,6 +106,7 @@ export class Turn {
         }
         image.src = found.url;
         image.alt = found.name;
+        image.classList.toggle("pixel", Math.max(found.width, found.height) <= 128);
         image.width = found.width;
         image.height = found.height;
         button.setAttribute("aria-label", `${found.name}: show it large`);
