@@ -82,6 +82,13 @@ class Browser:
         while self.run("document.readyState") != "complete":
             pass
 
+    def reload(self) -> None:
+        """The same page once more, from the start."""
+        self.run("window.leaving = true")
+        self.ask("Page.reload")
+        while self.run("window.leaving") or self.run("document.readyState") != "complete":
+            pass
+
     def run(self, script: str) -> Any:
         """The value of an expression in the page; of a promise, what it comes to."""
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
