@@ -128,7 +128,7 @@ class PageServer:
 
     def get(self, to: BaseHTTPRequestHandler) -> None:
         path = to.path.partition("?")[0]
-        name = {"/": "index.html", "/docs": "api.html"}.get(path) or path.removeprefix("/page/")
+        name = {"/": "index.html", "/docs": "docs.html"}.get(path) or path.removeprefix("/page/")
         if path == "/v1/models":
             if not self.refused(to):
                 self.json(to, 200, {"object": "list", "data": self.models})

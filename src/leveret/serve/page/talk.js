@@ -12,7 +12,7 @@ export function setToken(text) {
   } catch { /* a browser that keeps nothing asks again */ }
 }
 
-// kind: "away" (nothing answers), "lost" (it stopped in mid-answer), "busy" (429), "token" (401, 403), "closing" (the
+// kind: "away" (nothing answers), "lost" (it stopped in mid-answer), "busy" (429), "token" (401), "closing" (the
 // server ends), "refused" (the request will not do), "server" (its fault). retry: seconds, where the server told.
 export class Fault extends Error {
   constructor(kind, message, parts = {}) {
@@ -34,7 +34,7 @@ async function refusal(response) {
   const wait = response.headers.get("Retry-After");
   const seconds = wait === null ? NaN : Number.isFinite(Number(wait)) ? Number(wait) : (Date.parse(wait) - Date.now()) / 1000;
   const kind = response.status === 429 ? "busy"
-    : response.status === 401 || response.status === 403 ? "token"
+    : response.status === 401 ? "token"
     : told?.code === "server_shutdown" ? "closing"
     : response.status >= 500 ? "server" : "refused";
   const retry = Number.isFinite(seconds) ? Math.min(Math.max(seconds, 1), 600) : null;
