@@ -31,19 +31,18 @@ from leveret.runs import RecipeError
 
 log = logging.getLogger("leveret.serve")
 
+_ITSELF = "Send the image itself, as a data URI (data:image/png;base64,...)"
+
 REASONS = {
-    "fetching is off": "Send the image itself, as data:image/png;base64,...: this server fetches none",
+    "fetching is off": f"This server fetches no images. {_ITSELF}",
     "not a web address": "The form is https://host/path, in plain ASCII: no user, no port of its own, no blanks or"
     " backslashes",
-    "host not allowed": "This server fetches images from the hosts on its list only. Send the image itself, as"
-    " data:image/png;base64,...",
-    "address not allowed": "That host lies in a network that is not public. Send the image itself, as"
-    " data:image/png;base64,...",
+    "host not allowed": f"This server fetches images from the hosts on its list only. {_ITSELF}",
+    "address not allowed": f"That host does not lie in the open net. {_ITSELF}",
     "redirected": "Redirects are not followed: give the address where the image itself lies",
     "compressed": "Compressed answers are not unpacked: the host must send the image as it is",
     "not fetched": "The host could not be reached or did not give the file: see whether the address opens elsewhere",
-    "too slow": "The host took too long: send the image itself, as data:image/png;base64,...",
-    "too large a file": "Make it smaller",
+    "too slow": f"The host took too long. {_ITSELF}",
     "type not allowed": "The host says that this is no JPEG, PNG or WebP image",
 }
 """Every reason a fetch can be refused for, and how to mend it."""
@@ -202,6 +201,8 @@ def fetch(url: str, domains: Sequence[str], *, most: int, seconds: float, net: N
     try:
         with closing(_connect(where, clock, net)) as line:
             return _answer(line, where, clock, most)
+    except _Flood:
+        raise _too_large(most) from None
     except ImageFault as fault:
         log.info("%s: %s", where.host, fault.reason)
         raise
@@ -214,9 +215,9 @@ def fetch(url: str, domains: Sequence[str], *, most: int, seconds: float, net: N
         raise refused("not fetched") from None
 
 
-def refused(reason: str, detail: str = "", mending: str = "") -> ImageFault:
+def refused(reason: str, detail: str = "") -> ImageFault:
     """The fault of a reason in `REASONS`."""
-    return ImageFault(reason, detail, mending=mending or REASONS[reason])
+    return ImageFault(reason, detail, mending=REASONS[reason])
 
 
 class _Clock:
@@ -283,6 +284,10 @@ def _looked_up(where: Target, clock: _Clock, net: Net) -> list[str]:
     return told[0]
 
 
+class _Flood(OSError):
+    """More than the wire may bring. No `ImageFault`: http.client takes a ValueError for a wrong number of its own."""
+
+
 class _Wire(io.RawIOBase):
     """A connection as a file: all its reads share one clock, and one number of bytes that headers and chunks count to.
 
@@ -303,7 +308,7 @@ class _Wire(io.RawIOBase):
         got = self._line.recv_into(buffer)
         self._left -= got
         if self._left < 0:
-            raise refused("too large a file")
+            raise _Flood
         return got
 
 
@@ -343,4 +348,4 @@ def _answer(line: socket.socket, where: Target, clock: _Clock, most: int) -> byt
 
 
 def _too_large(most: int) -> ImageFault:
-    return refused("too large a file", mending=f"At most {most:,} bytes: make it smaller")
+    return ImageFault("too large a file", mending=f"At most {most:,} bytes: make it smaller")

@@ -48,7 +48,7 @@ _MENDING = {
     "empty": "There are no bytes",
     "not a data URI": "The form is data:image/png;base64,... with padded standard base64, no blanks and no line ends",
     "type not allowed": "Send it as image/jpeg, image/png or image/webp",
-    "scheme not allowed": "Send the image itself, as data:image/png;base64,...",
+    "scheme not allowed": "Send the image itself, as a data URI (data:image/png;base64,...)",
     "format not allowed": f"Send it as one of {', '.join(FORMATS)}",
     "not an image": f"Its content is none of {', '.join(FORMATS)}",
 }
