@@ -2,8 +2,8 @@
 
     submit -> events (engine's thread) -> a queue (event loop) -> one JSON object, or server-sent events
 
-Whatever ends a request (its answers, a client that left, a client that does not read, the server's end) ends in `leave`:
-no answer is made for nobody.
+Whatever ends a request (its answers, a client that left or does not read, the server's end) ends in `leave`: no answer
+is made for nobody.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Answers:
     # --- in pieces ------------------------------------------------------------------------------------------------
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Server-sent events: `chat.completion.chunk`s and [DONE]. What goes wrong on the way is an event of its own."""
+        """Server-sent events: `chat.completion.chunk`s and [DONE]. What goes wrong on the way is an event too."""
         options = self.request.stream_options
         wants_usage = bool(options and options.include_usage)
         for number in range(len(self.tickets)):

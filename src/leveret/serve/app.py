@@ -1,11 +1,11 @@
 """The application: routes, and what they need of one model.
 
-    GET  /                     the chat page, with its assets under /page
-    GET  /docs                 the API, explained by a page of our own from /openapi.json
-    GET  /health  /metrics     for who watches
-    GET  /v1/models            what answers here
-    POST /v1/chat/completions  a conversation goes on
-    POST /v1/look              where the model looked while it answered
+GET  /                     the chat page, with its assets under /page
+GET  /docs                 the API, explained by a page of our own from /openapi.json
+GET  /health  /metrics     for who watches
+GET  /v1/models            what answers here
+POST /v1/chat/completions  a conversation goes on
+POST /v1/look              where the model looked while it answered
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -161,7 +161,7 @@ def checked(kind: type[Body], body: bytes) -> Body:
         raise of_validation(fault.errors(include_url=False, include_context=False, include_input=False)) from None
 
 
-# --- routes -------------------------------------------------------------------------------------------------------------
+# --- routes -----------------------------------------------------------------------------------------------------------
 
 _REASONS = {
     400: "What was asked cannot be answered.",
@@ -286,7 +286,7 @@ def of_status(fault: Exception) -> Refusal:
     return Refusal(status, words.get(status, "refused"), kind=INVALID, code=codes.get(status), headers=headers)
 
 
-# --- what the documentation says ----------------------------------------------------------------------------------------
+# --- what the documentation says --------------------------------------------------------------------------------------
 
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
@@ -298,9 +298,7 @@ def _openapi(app: FastAPI, token: bool) -> dict[str, Any]:
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = made.setdefault("components", {}).setdefault("schemas", {})
-        _, more = models_json_schema(
-            [(ChatRequest, "validation")], ref_template="#/components/schemas/{model}"
-        )
+        _, more = models_json_schema([(ChatRequest, "validation")], ref_template="#/components/schemas/{model}")
         schemas.update(more.get("$defs", {}))
         for path, methods in made["paths"].items():
             for facts in methods.values():
@@ -318,7 +316,7 @@ def _honest(facts: dict[str, Any]) -> None:
     facts["responses"].pop("422", None)
 
 
-# --- pages --------------------------------------------------------------------------------------------------------------
+# --- pages ------------------------------------------------------------------------------------------------------------
 
 _TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",

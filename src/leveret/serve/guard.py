@@ -47,7 +47,12 @@ SAFE_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Content-Security-Policy": PLAIN_POLICY,
+    "Cache-Control": "no-store",
 }
+"""On every reply that does not say otherwise itself."""
+
+_SAFE = [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 _JSON = re.compile(r"application/json\s*(;.*)?", re.ASCII | re.IGNORECASE)
@@ -202,7 +207,8 @@ class Guard:
 
     async def _body(self, receive: Receive, headers: dict[str, str], visit: Visit) -> bytes:
         """The whole body, or Refusal: too large, too slow, too much of all together, not JSON."""
-        if not _JSON.fullmatch(headers.get("content-type", "")) or headers.get("content-encoding", "identity") != "identity":
+        packed = headers.get("content-encoding", "identity") != "identity"
+        if packed or not _JSON.fullmatch(headers.get("content-type", "")):
             raise Refusal(415, "send Content-Type: application/json, not compressed", code="unsupported_media_type")
         most = self.limits.body_bytes
         pieces: list[bytes] = []
@@ -239,8 +245,7 @@ async def _thrown_away(receive: Receive) -> None:
 
 def _with_safe(headers: Any, request_id: str) -> list[tuple[bytes, bytes]]:
     there = {name.lower() for name, _ in headers}
-    more = {**SAFE_HEADERS, "Content-Security-Policy": PLAIN_POLICY, "Cache-Control": "no-store"}
-    added = [(name.lower().encode(), value.encode()) for name, value in more.items() if name.lower().encode() not in there]
+    added = [(name, value) for name, value in _SAFE if name not in there]
     return [*headers, *added, (b"x-request-id", request_id.encode())]
 
 

@@ -57,7 +57,7 @@ class Limits:
             value = getattr(self, one.name)
             least = 0 if one.name in ("rate", "drain_seconds") else 1e-9
             if not (math.isfinite(value) and value >= least):
-                raise RecipeError(f"{one.name}: got {value}; give a number {'of 0 or more' if not least else 'above 0'}")
+                raise RecipeError(f"{one.name}: got {value}; give a number {'above 0' if least else 'of 0 or more'}")
 
 
 @dataclass(slots=True)

@@ -81,7 +81,8 @@ class Form:
 def asks_of(request: ChatRequest, manners: Manners, limits: Limits, look: Look) -> tuple[list[Ask], Form | None]:
     """One Ask for each of the `n` answers, and how a choice is written. `Refusal` for what cannot be answered."""
     turns, images = turns_of(request.messages, manners, limits, look)
-    form = form_of(request.response_format.json_schema.schema_) if isinstance(request.response_format, Choices) else None
+    wished = request.response_format
+    form = form_of(wished.json_schema.schema_) if isinstance(wished, Choices) else None
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     if request.top_logprobs is not None and not request.logprobs:
         raise bad("top_logprobs: needs logprobs to be true", "top_logprobs", "invalid_value")
@@ -133,7 +134,9 @@ def turns_of(
         if characters > limits.characters:
             raise bad(f"the texts have more than the {limits.characters:,} characters allowed", "messages", "too_long")
         if special := next((name for name in manners.special if name in text), None):
-            raise bad(f"{at}: holds {special!r}, which this model's chat format cannot take as text", at, "special_token")
+            raise bad(
+                f"{at}: holds {special!r}, which this model's chat format cannot take as text", at, "special_token"
+            )
         if not text.strip() and pictures == before:
             raise bad(f"{at}: the {role}'s message is empty", f"{at}.content", "empty")
         if role == "system" and said and said[-1][0] != "system":
@@ -179,7 +182,7 @@ def seen(part: ImagePart, at: str, look: Look) -> ImageRef:
         raise refusal from None
 
 
-# --- choices ------------------------------------------------------------------------------------------------------------
+# --- choices ----------------------------------------------------------------------------------------------------------
 
 _CHATTER = {"title", "description", "default", "examples", "$schema", "$defs", "$id"}
 _FORM = (
@@ -210,7 +213,7 @@ def form_of(schema: Mapping[str, Any]) -> Form:
 
 
 def strings_of(schema: Mapping[str, Any], root: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The strings that `enum` or `const` allows, behind at most one reference into `$defs`; None where neither stands."""
+    """The strings that `enum` or `const` allows, behind at most one reference into `$defs`; None without either."""
     if set(schema) - _CHATTER == {"$ref"}:
         home, _, name = str(schema["$ref"]).rpartition("/")
         shared = root.get("$defs")

@@ -34,7 +34,7 @@ class Written(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-# --- messages -----------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 class TextPart(Read):
@@ -89,12 +89,10 @@ class AssistantMessage(Read):
     annotations: Nothing | None = None
 
 
-Message = Annotated[
-    SystemMessage | DeveloperMessage | UserMessage | AssistantMessage, Field(discriminator="role")
-]
+Message = Annotated[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
-# --- the request --------------------------------------------------------------------------------------------------------
+# --- the request ------------------------------------------------------------------------------------------------------
 
 
 class StreamOptions(Read):
@@ -136,9 +134,7 @@ class ChatRequest(Read):
     max_completion_tokens: int | None = Field(None, ge=1, le=NEVER, description="OpenAI's newer name of the same.")
     stop: (
         Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]], Field(max_length=STOPS)
-        ]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]], Field(max_length=STOPS)]
         | None
     ) = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Answer i of n draws with seed + i.")
@@ -179,7 +175,7 @@ class LookRequest(Read):
     answer: str = Field(min_length=1, max_length=20_000)
 
 
-# --- the answer ---------------------------------------------------------------------------------------------------------
+# --- the answer -------------------------------------------------------------------------------------------------------
 
 
 class Alternative(Written):

@@ -62,7 +62,11 @@ def too_large(most: int) -> Refusal:
 
 def busy(wait: float) -> Refusal:
     return Refusal(
-        429, "the server has as many requests as it can hold; try again later", kind=LIMITED, code="overloaded", wait=wait
+        429,
+        "the server has as many requests as it can hold; try again later",
+        kind=LIMITED,
+        code="overloaded",
+        wait=wait,
     )
 
 
@@ -84,8 +88,7 @@ def of_fault(fault: BaseException, request_id: str) -> Refusal:
         return fault
     if isinstance(fault, ImageFault):
         detail = f" ({fault.detail})" if fault.detail else ""
-        mending = str(fault).rsplit(f"{fault.reason}{detail}. ", 1)[-1]
-        return bad(f"image refused: {fault.reason}{detail}. {mending}", "messages", "invalid_image")
+        return bad(f"image refused: {fault.reason}{detail}. {fault.mending}.", "messages", "invalid_image")
     if isinstance(fault, DataError):
         return bad(str(fault), "messages")
     if isinstance(fault, Full):

@@ -1,7 +1,7 @@
 """The socket, and connections that may not last for ever.
 
 uvicorn bounds how long a connection may be idle after a reply. Here it is also bounded how long headers may take, how
-long a client may leave a reply unread, and how many connections there are; what is no HTTP is answered in OpenAI's form.
+long a client may leave a reply unread, and how many connections there are; what is no HTTP gets OpenAI's form too.
 """
 
 from __future__ import annotations
