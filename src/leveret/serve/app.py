@@ -137,7 +137,8 @@ class Service:
         done = asyncio.get_running_loop().run_in_executor(self.pool, work)
         watch = asyncio.create_task(until_gone(receive))
         try:
-            await asyncio.wait({done, watch}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {done, watch}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 done.cancel()  # where it has begun it goes on, for nobody
                 raise Gone

@@ -101,7 +101,7 @@ def serve(
 
         imported = time.perf_counter()
         limits = limits or Limits()
-        rules = Rules(tuple(domains), max_bytes=min(limits.body_bytes, Rules.max_bytes), max_pixels=limits.pixels)
+        rules = Rules(tuple(domains), max_pixels=limits.pixels)
         loaded = load(model, device, precision=precision)
         loaded.engine = Engine(
             loaded.vlm, slots=slots, max_new_tokens=limits.answer_tokens, precision=precision, memory=memory

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import json
 import socket
-from typing import Any
+from typing import Any, Literal
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -42,8 +42,8 @@ class Patient(H11Protocol):  # type: ignore[misc]
         self._headers = self.loop.call_later(self.limits.header_seconds, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._headers = _stopped(self._headers)
-        self._unread = _stopped(self._unread)
+        self._clear("_headers")
+        self._clear("_unread")
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -61,9 +61,14 @@ class Patient(H11Protocol):  # type: ignore[misc]
         import h11
 
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
-            self._headers = _stopped(self._headers)
+            self._clear("_headers")
         elif begun and self._headers is None:
             self._headers = self.loop.call_later(self.limits.header_seconds, self._too_slow)
+
+    def _clear(self, name: Literal["_headers", "_unread"]) -> None:
+        if (timer := getattr(self, name)) is not None:
+            timer.cancel()
+            setattr(self, name, None)
 
     def _too_slow(self) -> None:
         self._headers = None
@@ -77,7 +82,7 @@ class Patient(H11Protocol):  # type: ignore[misc]
             self._unread = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._unread = _stopped(self._unread)
+        self._clear("_unread")
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -95,11 +100,6 @@ class Patient(H11Protocol):  # type: ignore[misc]
             )
             self.transport.write(head.encode("latin-1") + body)
         self.transport.close()
-
-
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
 
 
 def bind(host: str, port: int) -> socket.socket:
