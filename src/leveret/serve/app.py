@@ -30,14 +30,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive
 
 from leveret import __version__
-from leveret.generate.live import Ask, Live, Prepared
+from leveret.generate.live import Live, Prepared
+from leveret.generate.look import look
 from leveret.generate.model import Model
 from leveret.model.vlm import VLM
 from leveret.serve import metrics as measured
 from leveret.serve.answers import Answers, Gone, Stream, until_gone, whole
 from leveret.serve.guard import PAGE_POLICY, Door, Guard, Visit
 from leveret.serve.limits import Held, Limits
-from leveret.serve.messages import Form, Manners, asks_of
+from leveret.serve.messages import Form, Manners, asks_of, turns_of
 from leveret.serve.metrics import Metrics
 from leveret.serve.pictures import Rules, picture
 from leveret.serve.protocol import (
@@ -45,6 +46,7 @@ from leveret.serve.protocol import (
     ChatRequest,
     ErrorBody,
     Health,
+    LookRequest,
     ModelCard,
     ModelList,
 )
@@ -55,6 +57,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 PREPARING = 2
 """Requests whose pictures are unpacked at once; eight where they are fetched, which is mostly waiting."""
+
+LOOKED = 2**20
+"""Weights that one look tells, at most: 8 MB of JSON."""
 
 
 @dataclass(slots=True)
@@ -123,10 +128,17 @@ class Service:
         self.named(request.model)
         asks, form = asks_of(request, self.manners, self.limits, self.look_at)
         self.metrics.images.inc(len(asks[0].request.images))
-        return request, [self.prepare(ask) for ask in asks], form
+        first = self.live.prepare(asks[0])
+        return request, [first, *(first.again(ask.sampling) for ask in asks[1:])], form
 
-    def prepare(self, ask: Ask) -> Prepared:
-        return self.live.prepare(ask)
+    def looked(self, body: bytes) -> dict[str, Any]:
+        """Where the model looked. In a thread of `pool`; the model's own part is done in the engine's."""
+        request = checked(LookRequest, body)
+        if request.model is not None:
+            self.named(request.model)
+        turns, images = turns_of(request.messages, self.manners, self.limits, self.look_at)
+        answer = request.answer
+        return self.live.between(lambda: look(self.model, turns, images, answer, near=0, most=LOOKED).as_json())
 
     def look_at(self, url: str) -> Any:
         """The picture a request names; ImageFault."""
@@ -268,6 +280,28 @@ def build(service: Service, *, token: bool = False) -> FastAPI:
             visit.code = "client_left"
             return Response(status_code=400)  # nobody reads it
 
+    @app.post(
+        "/v1/look",
+        responses={
+            200: {"description": "docs/look.md explains it."},
+            **_errors(400, 404, 413, 415, 429, 500),
+            **locked,
+        },
+        openapi_extra=_takes(LookRequest),
+        tags=["leveret"],
+    )
+    async def looks(request: Request) -> Response:
+        """Where the model looked at the pictures while it said an answer: attention, averaged over heads."""
+        visit: Visit = request.scope["leveret"]
+        visit.route = "look"
+        if service.draining:
+            raise shutting_down()
+        try:
+            return JSONResponse(await service.aside(partial(service.looked, visit.take()), request.receive, visit))
+        except Gone:
+            visit.code = "client_left"
+            return Response(status_code=400)
+
     _pages(app)
     app.openapi = partial(_openapi, app, token)  # type: ignore[method-assign]
     return app
@@ -299,7 +333,9 @@ def _openapi(app: FastAPI, token: bool) -> dict[str, Any]:
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = made.setdefault("components", {}).setdefault("schemas", {})
-        _, more = models_json_schema([(ChatRequest, "validation")], ref_template="#/components/schemas/{model}")
+        _, more = models_json_schema(
+            [(ChatRequest, "validation"), (LookRequest, "validation")], ref_template="#/components/schemas/{model}"
+        )
         schemas.update(more.get("$defs", {}))
         for path, methods in made["paths"].items():
             for facts in methods.values():

@@ -103,7 +103,7 @@ class Door:
         if self.hosts is not None and not self._host_allowed(headers.get("host", "")):
             raise Refusal(
                 403, "the Host header names another server; if it is this one, start it with --allow-host NAME",
-                kind=AUTH, code="host_not_allowed",
+                code="host_not_allowed",
             )  # fmt: skip
         path = scope["path"]
         private = path.startswith("/v1/") or path == "/metrics"
