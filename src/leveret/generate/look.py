@@ -84,8 +84,8 @@ class _Seen:
 
     def __init__(self, vlm: VLM, bf16: bool, eyes: Eyes, refs: Sequence[ImageRef]) -> None:
         self.vlm, self.bf16, self.eyes = vlm, bf16, eyes
-        named = [eyes.name(ref) for ref in refs]
-        self.keys, self.sizes = tuple(key for key, _ in named), [size for _, size in named]
+        self.pictures = [eyes.name(ref) for ref in refs]  # held: the engine knows an image while somebody does
+        self.keys, self.sizes = tuple(one.key for one in self.pictures), [one.size for one in self.pictures]
         generation = getattr(vlm.language, "generation_config", None)
         self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
 
