@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,7 @@ from leveret.serve.protocol import (
 )
 from leveret.serve.refusals import INVALID, Refusal, failed, of_fault, of_validation, shutting_down
 
+log = logging.getLogger("leveret.serve")
 Result = TypeVar("Result")
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -210,7 +212,10 @@ def build(service: Service, *, token: bool = False) -> FastAPI:
         return JSONResponse(refusal.body(), refusal.status, refusal.headers)
 
     async def broken(request: Request, fault: Exception) -> Response:
-        return JSONResponse(failed(request.scope["leveret"].id).body(), 500)
+        visit: Visit = request.scope["leveret"]
+        visit.code = "internal"
+        log.error("%s: %s", visit.id, request.url.path[:200], exc_info=fault)
+        return JSONResponse(failed(visit.id).body(), 500)
 
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(HTTPException, refused)

@@ -194,7 +194,8 @@ class Guard:
                 return
             await self.app(scope, receive, reply)
         except Exception:
-            log.exception("%s: %s", visit.id, scope["path"][:200])
+            if visit.code != "internal":  # else it was told already, and is raised once more
+                log.exception("%s: %s", visit.id, scope["path"][:200])
             visit.code = "internal"
             if not status:
                 await refuse(failed(visit.id), reply, close=True)

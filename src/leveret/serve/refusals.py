@@ -115,8 +115,8 @@ UNSUPPORTED = {
 }
 """Fields of OpenAI's that would change the answer and that nothing here can follow."""
 
-_TAGGED = ("messages", "content")
-"""Lists whose entries are of several kinds: behind the number pydantic names the kind, which is no field."""
+_TAGS = {"system", "developer", "user", "assistant", "text", "image_url"}
+"""In lists whose entries are of several kinds pydantic names the kind behind the number; it is no field."""
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
@@ -141,12 +141,13 @@ def where(loc: Sequence[int | str]) -> str:
     """A place in a body as people write it: `messages[0].content[1].image_url.url`."""
     path, last, skip = "", "", False
     for step in loc:
-        if skip:
+        if skip and step in _TAGS:
             skip = False
             continue
+        skip = False
         if isinstance(step, int):
             path += f"[{step}]"
-            skip = last in _TAGGED
+            skip = last in ("messages", "content")
         elif not step.startswith(("list[", "str", "function-", "tagged-union", "constrained", "nullable")):
             path += f".{step}" if path else step
             last = step
