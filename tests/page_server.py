@@ -209,15 +209,31 @@ def told(text: str) -> dict[str, Any]:
 
 
 def look(body: dict[str, Any]) -> dict[str, Any]:
-    """For each word of an answer a spot that wanders over the pictures."""
+    """For each word of an answer a spot that wanders over the pictures; in the form of `generate.looked.Look.as_json`."""
     words = body["answer"].split()
     count = sum(part["type"] == "image_url" for m in body["messages"] if isinstance(m["content"], list) for part in m["content"])
     side, layers = 8, 3
+
+    def spot(image: int, word: int, layer: int) -> list[float]:
+        row, column = (2 * word + layer + image) % side, 3 * word % side
+        squares = (((i // side - row) ** 2 + (i % side - column) ** 2) / 4 for i in range(side * side))
+        return [round(0.05 * math.exp(-square), 4) for square in squares]
+
+    weights = [[[spot(i, w, layer) for layer in range(layers)] for w in range(len(words))] for i in range(count)]
     return {
-        "words": [{"text": word, "tokens": [at]} for at, word in enumerate(words)],
-        "images": [{"grid": [side, side], "shown": [0, 0, 1, 1]} for _ in range(count)],
+        "answer": body["answer"],
+        "words": [{"text": word, "tokens": [word]} for word in words],
+        "images": [
+            {"grid": [side, side], "shown": [0, -0.1, 1, 1.1], "image": i, "part": "picture", "placed": True}
+            for i in range(count)
+        ],
         "layers": layers,
-        "weights": [[[[
-            round(0.05 * math.exp(-((i // side - (2 * at + layer + image) % side) ** 2 + (i % side - 3 * at % side) ** 2) / 4), 4)
-            for i in range(side * side)] for layer in range(layers)] for at in range(len(words))] for image in range(count)],
+        "weights": weights,
+        "shares": {
+            "names": ["image", "first", "text", "answer", "nowhere"],
+            "values": [[[0.4, 0.3, 0.2, 0.1, 0.0] for _ in range(layers)] for _ in words],
+        },
+        "alternatives": [{"token": word, "probability": 0.9, "top": [[word, 0.9], ["other", 0.05]]} for word in words],
+        "notes": [],
+        "unread": 0,
     }  # fmt: skip

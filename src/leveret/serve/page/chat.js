@@ -10,7 +10,7 @@
 import { ask, isRunning, running, stop } from "./asking.js";
 import { Composer } from "./composer.js";
 import { $, download, fresh, icon, make, note, plural, say, tool } from "./dom.js";
-import { chances, looking } from "./inside.js";
+import { chances, looking, toldOf } from "./inside.js";
 import { dataUri } from "./pictures.js";
 import * as config from "./settings.js";
 import { drawList } from "./side.js";
@@ -292,18 +292,22 @@ async function edit(message) {
   draw();
 }
 
-async function lookInside(message) {
-  const asked = thread.messages.get(message.parent);
-  const ids = picturesUpTo(asked);
-  const request = await written(thread.upTo(asked), config.settings.system, uri, true);
-  const found = await look({ model: model?.id, messages: request, answer: message.text });
-  return looking(found, await Promise.all(ids.map(picture)));
+const seen = new Map(); // message id -> what the server told of its inside
+async function insideOf(message) {
+  if (!seen.has(message.id)) {
+    const request = await written(thread.upTo(thread.messages.get(message.parent)), config.settings.system, uri, model?.vision !== false);
+    seen.set(message.id, await look({ model: message.model || model?.id, messages: request, answer: message.text }));
+  }
+  return seen.get(message.id);
 }
 
 const hooks = {
   again, retry, picture, enlarge, edit,
-  look: lookInside,
-  chances: async (message) => chances(message.told),
+  look: async (message) => {
+    const shown = await Promise.all(picturesUpTo(thread.messages.get(message.parent)).map(picture));
+    return looking(await insideOf(message), shown);
+  },
+  chances: async (message) => chances(message.told.length ? message.told : toldOf(await insideOf(message))),
   hurry: (message) => running.get(message.id)?.hurry?.(),
   useToken: async (text, message) => { setToken(text); await meet(); await retry(message); },
   pick: async (message, step) => {

@@ -42,6 +42,7 @@ const visible = (text) => text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").
 
 // told: [[token, log probability, [[token, log probability], ...]], ...]
 export function chances(told) {
+  if (!told.length) return make("div", { class: "inside" }, make("p", {}, "The server told no probabilities of this answer."));
   const rows = make("table", { class: "chances" });
   const left = make("p", { class: "soft" });
   const tints = ["t0", "t1", "t2", "t3", "t4"];
@@ -103,43 +104,62 @@ function paint(canvas, picture, seen, values, most) {
   brush.drawImage(small, l, t, r - l, b - t);
 }
 
+const PARTS = { whole: "the whole picture", tiles: "its parts, larger" };
+const SHARES = { image: "pictures", first: "first position (where heads rest)", text: "question", answer: "answer so far", nowhere: "nowhere" };
+const share = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
+
+function viewOf(seen, at, found, pictures) {
+  const picture = pictures[Math.min(seen.image ?? at, pictures.length - 1)];
+  const canvas = make("canvas", { "aria-hidden": "true" });
+  const small = Math.max(picture.width, picture.height) <= 128;
+  // Where nobody knows how the model's grid lies on the picture, the grid is drawn without it.
+  const placed = seen.placed !== false;
+  const words = !placed ? "where its grid lies on the picture is not known" : PARTS[seen.part] ?? null;
+  const frame = make("div", { class: "looked" },
+    make("img", { src: picture.url, alt: picture.name, class: small ? "pixel" : null }), canvas);
+  // As high as there is room for, and the shape of the picture.
+  const high = found.images.length > 1 ? 13 : 20;
+  const figure = make("figure", {}, frame, words && make("figcaption", { class: "soft" }, words));
+  figure.style.width = `min(100%, ${Math.max(6, high * picture.width / picture.height)}rem)`;
+  frame.classList.toggle("nowhere", !placed);
+  return { seen: placed ? seen : { ...seen, shown: [0, 0, 1, 1] }, picture, canvas, figure, number: (seen.image ?? at) + 1 };
+}
+
 // found: what the server told; pictures: [{url, name, width, height}] in the order they were sent.
 export function looking(found, pictures) {
-  const views = found.images.map((seen, at) => {
-    const picture = pictures[Math.min(at, pictures.length - 1)];
-    const canvas = make("canvas", { "aria-hidden": "true" });
-    const small = Math.max(picture.width, picture.height) <= 128;
-    const figure = make("figure", { class: "looked" },
-      make("img", { src: picture.url, alt: picture.name, class: small ? "pixel" : null }), canvas);
-    // As high as there is room for, and the shape of the picture.
-    const high = found.images.length > 1 ? 13 : 20;
-    figure.style.width = `min(100%, ${Math.max(6, high * picture.width / picture.height)}rem)`;
-    return { seen, picture, canvas, figure };
-  });
-  let word = 0;
+  if (!found.words.length || !found.images.length) {
+    return make("div", { class: "inside" }, make("p", {}, "There is nothing to show: no word, or no picture that the model has a grid of."));
+  }
+  const views = found.images.map((seen, at) => viewOf(seen, at, found, pictures));
+  const several = new Set(views.map((view) => view.number)).size > 1;
+  let word = -1;
   let layer = 0; // 0: the mean over layers
-  const told = make("p", { class: "soft", "aria-live": "polite" });
-  const of = (image) => {
-    const layers = found.weights[image][word];
-    if (layer) return layers[layer - 1];
-    return layers[0].map((_, at) => layers.reduce((sum, one) => sum + one[at], 0) / layers.length);
-  };
+  const told = make("p", { "aria-live": "polite" });
+  const rest = make("p", { class: "soft" });
+  const over = (layers) =>
+    (layer ? layers[layer - 1] : layers[0].map((_, at) => layers.reduce((sum, one) => sum + one[at], 0) / layers.length));
   const draw = () => {
-    const all = views.map((_, at) => of(at));
-    const most = Math.max(...all.map((values) => Math.max(...values)));
-    const total = all.flat().reduce((sum, value) => sum + value, 0);
+    const all = views.map((_, image) => over(found.weights[image][word]));
+    const most = all.reduce((high, values) => values.reduce((a, b) => Math.max(a, b), high), 0);
     views.forEach((view, at) => paint(view.canvas, view.picture, view.seen, all[at], most));
-    const image = all.findIndex((values) => values.includes(most));
+    const image = Math.max(0, all.findIndex((values) => values.includes(most)));
     const [height, width] = views[image].seen.grid;
     const at = all[image].indexOf(most);
-    const where = WHERE[Math.floor(3 * Math.floor(at / width) / height)][Math.floor(3 * (at % width) / width)];
-    const share = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
-    told.textContent = `For \u201c${found.words[word].text.trim()}\u201d ${share(total)} of its attention lay on ` +
-      `${views.length > 1 ? "the pictures" : "the picture"}, most of it ${where === "middle" ? "in the middle" : `at the ${where}`}` +
-      `${views.length > 1 ? ` of picture ${image + 1}` : ""}.`;
+    const [l, t, r, b] = views[image].seen.shown;
+    const third = (from, to, place) => Math.min(2, Math.max(0, Math.floor(3 * (from + (to - from) * place))));
+    const where = WHERE[third(t, b, (Math.floor(at / width) + 0.5) / height)][third(l, r, ((at % width) + 0.5) / width)];
+    const names = found.shares?.names ?? ["image"];
+    const shares = found.shares
+      ? over(found.shares.values[word])
+      : [all.flat().reduce((sum, value) => sum + value, 0)];
+    told.textContent = `For \u201c${found.words[word].text.trim()}\u201d ${share(shares[0])} of its attention lay on ` +
+      `${several ? "the pictures" : "the picture"}` + (most > 0 ? `, most of it ${where === "middle" ? "in the middle" : `at the ${where}`}` +
+      `${several ? ` of picture ${views[image].number}` : ""}.` : ".");
+    rest.textContent = names.slice(1).map((name, one) => [SHARES[name] ?? name, shares[one + 1]]).filter(([, value]) => value >= 0.0005)
+      .map(([name, value]) => `${name} ${share(value)}`).join(" \u00b7 ");
   };
   const line = strip(found.words.map(({ text }) => ({ text: text.trim(), name: text.trim() || "space", gap: true })), "Words of the answer",
-    (at) => { if (at !== word || !told.textContent) { word = at; draw(); } });
+    (at) => { if (at !== word) { word = at; draw(); } });
   const number = make("output", {}, "mean of all");
   const slider = make("input", { type: "range", min: 0, max: found.layers, step: 1, value: 0, "aria-label": "Layer",
     "aria-valuetext": "mean of all",
@@ -150,9 +170,15 @@ export function looking(found, pictures) {
       draw();
     } });
   line.choose(Math.max(0, found.words.findIndex(({ text }) => text.trim().length > 2)));
+  const notes = [...(found.notes ?? []), ...(found.unread ? [`The last ${found.unread} tokens of the answer were not read.`] : [])];
   return make("div", { class: "inside" },
     make("h3", {}, "Where it looked"),
     make("p", { class: "soft" }, "Point at a word: bright is where the model's attention went when it chose it."),
-    line.box, make("div", { class: "views" }, views.map((view) => view.figure)), told,
-    make("label", { class: "layer" }, make("span", {}, "Layer "), slider, number));
+    line.box, make("div", { class: "views" }, views.map((view) => view.figure)), told, rest,
+    make("label", { class: "layer" }, make("span", {}, "Layer "), slider, number),
+    notes.map((text) => make("p", { class: "soft" }, text)));
 }
+
+// The server's look also tells what else each token might have been: for answers whose probabilities were not asked for.
+export const toldOf = (found) => (found.alternatives ?? []).map(({ token, probability, top }) =>
+  [token, Math.log(Math.max(probability, 1e-9)), top.map(([text, other]) => [text, Math.log(Math.max(other, 1e-9))])]);

@@ -85,7 +85,7 @@ export class Turn {
     }
     this.again.disabled = context.busy;
     this.look.hidden = making || !message.text || !context.looks;
-    this.chances.hidden = making || !message.told.length;
+    this.chances.hidden = making || !message.text;
     this.stats.textContent = making ? "" : figures(message.stats);
     this.drawState(message, context);
     this.drawFault(message, context);
