@@ -50,8 +50,9 @@ class Browser:
         return before
 
     def turn(self, session: str) -> str:
-        """Everything from now on is asked of this page; gives the one before."""
+        """Everything from now on is asked of this page, which comes to the front; gives the one before."""
         before, self.session = self.session, session
+        self.ask("Page.bringToFront")
         return before
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
@@ -91,7 +92,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; of a promise, what it comes to."""
-        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
+        answer = self.ask(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 

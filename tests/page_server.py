@@ -204,14 +204,18 @@ def told(text: str) -> dict[str, Any]:
     sure = 0.35 + (sum(map(ord, text)) % 64) / 100
     others = [(" blue", 0.6), (" round", 0.25), ("\n", 0.1), (" \ufffd", 0.02)]
     shares = [(text, sure)] + [(other, part * (1 - sure)) for other, part in others]
-    ways = [{"token": t, "logprob": math.log(p), "bytes": list(t.encode())} for t, p in sorted(shares, key=lambda s: -s[1])]
+    ways = [
+        {"token": t, "logprob": math.log(p), "bytes": list(t.encode())} for t, p in sorted(shares, key=lambda s: -s[1])
+    ]
     return {"token": text, "logprob": math.log(sure), "bytes": list(text.encode()), "top_logprobs": ways}
 
 
 def look(body: dict[str, Any]) -> dict[str, Any]:
     """For each word of an answer a spot that wanders over the pictures; in the form of `generate.looked.Look.as_json`."""
     words = body["answer"].split()
-    count = sum(part["type"] == "image_url" for m in body["messages"] if isinstance(m["content"], list) for part in m["content"])
+    count = sum(
+        part["type"] == "image_url" for m in body["messages"] if isinstance(m["content"], list) for part in m["content"]
+    )
     side, layers = 8, 3
 
     def spot(image: int, word: int, layer: int) -> list[float]:

@@ -84,16 +84,20 @@ function paint(canvas, picture, seen, values, most) {
   const small = make("canvas", { width, height });
   const pen = small.getContext("2d");
   const pixels = pen.createImageData(width, height);
+  // From the least to the most of them: attention is spread thin, and what stands out is what tells something.
+  const least = values.reduce((a, b) => Math.min(a, b), most);
   for (let at = 0; at < height * width; at += 1) {
-    const heat = most > 0 ? Math.sqrt(values[at] / most) : 0;
-    pixels.data.set([255 * heat, 150 * heat * heat, 20 * heat, 255 * (0.66 - 0.26 * heat)], 4 * at);
+    const heat = most > least ? ((values[at] - least) / (most - least)) ** 0.8 : 0;
+    const [veil, glow] = [0.68 * (1 - heat), 0.3 * heat * heat];
+    const part = glow / (veil + glow);
+    pixels.data.set([255 * part, 165 * part, 30 * part, 255 * (veil + glow)], 4 * at);
   }
   pen.putImageData(pixels, 0, 0);
   const scale = Math.min(1, 900 / Math.max(picture.width, picture.height));
   canvas.width = Math.max(1, Math.round(picture.width * scale));
   canvas.height = Math.max(1, Math.round(picture.height * scale));
   const brush = canvas.getContext("2d");
-  brush.fillStyle = "rgba(0, 0, 0, .66)";
+  brush.fillStyle = "rgba(0, 0, 0, .68)";
   // Told in pixels of the picture, or in shares of it.
   const shares = seen.shown.every((side) => Math.abs(side) <= 1.5);
   const [x, y] = shares ? [canvas.width, canvas.height] : [canvas.width / picture.width, canvas.height / picture.height];
