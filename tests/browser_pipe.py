@@ -98,7 +98,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 60) -> Any:
+    def wait(self, script: str, seconds: float = 12) -> Any:
         """The value of an expression, once it is true of the page."""
         until = time.monotonic() + seconds
         while not (value := self.run(f"(v => v instanceof Node ? true : v)({script})")):
@@ -128,6 +128,12 @@ class Browser:
         extra = {"windowsVirtualKeyCode": codes.get(name, 0), "key": name, "code": name, "modifiers": 8 if shift else 0}
         self.ask("Input.dispatchKeyEvent", type="keyDown", **extra, **({"text": text} if text else {}))
         self.ask("Input.dispatchKeyEvent", type="keyUp", **extra)
+
+    def offline(self, gone: bool) -> None:
+        """Pulls the plug, or puts it back."""
+        self.ask(
+            "Network.emulateNetworkConditions", offline=gone, latency=0, downloadThroughput=-1, uploadThroughput=-1
+        )
 
     def fetched(self) -> list[str]:
         """Addresses the pages asked for, themselves and what stands inside them left out."""

@@ -123,7 +123,7 @@ def test_a_turned_photograph_is_shown_upright_and_sent_as_it_is(page: Hands) -> 
 def test_what_is_no_picture_is_refused_with_its_reason(page: Hands) -> None:
     gif = photo(form="GIF")
     page.drag(
-        ("notes.txt", b"words", "text/plain"), ("broken.png", photo()[:60], "image/png"),
+        ("notes.txt", b"words", "text/plain"), ("broken.png", photo()[:8] + b"no more", "image/png"),
         ("empty.jpg", b"", "image/jpeg"), ("moving.gif", gif, "image/gif"),
     )  # fmt: skip
     assert page.held(1) == ["moving.gif: sent as PNG, its first picture alone"]
@@ -157,7 +157,7 @@ def test_an_answer_is_streamed_spoken_by_sentences_and_stopped(page: Hands) -> N
     page.browser.key("Escape")
     page.wait("document.getElementById('send').title === 'Send'")
     assert page.answer() == "One sentence. Half of another" and "Stopped." in page.text()
-    assert page.spoken().endswith("Half of another|Stopped.")
+    assert "Half of another" in page.spoken().split("|") and "Stopped." in page.spoken().split("|")
     page.server.reply = lambda body: ["Done."]
     assert page.run("document.getElementById('text').value") == "next"
     page.browser.key("Enter", "\r")
@@ -260,6 +260,7 @@ def test_conversations_are_listed_renamed_deleted_and_brought_back(page: Hands) 
     page.browser.click("document.getElementById('new')")
     page.wait(f"{TURN}.length === 0")
     page.ask("Two")
+    page.wait("document.querySelectorAll('#list li').length === 2")
     assert page.titles() == ["Two", "One"]
     page.browser.click("document.querySelector('#list li:last-child .open')")
     page.wait("document.getElementById('title').textContent === 'One'")
@@ -418,13 +419,17 @@ def test_refusals_and_a_server_that_is_not_there(page: Hands) -> None:
     page.wait(f"{TURN}.at(-1).innerText.includes('A red circle.')")
     page.idle()
     assert page.run(f"{TURN}.length") == 2
-    page.server.close()
+    page.browser.offline(True)
     page.send("Anybody?")
     page.wait("document.querySelector('.turn:last-child .fault:not([hidden])')")
     page.idle()
     assert "The server does not answer." in page.run(f"{TURN}.at(-1).innerText")
     page.wait("!document.getElementById('banner').hidden")
     assert page.turns()[2] == "Anybody?"
+    page.browser.offline(False)
+    page.wait("document.getElementById('banner').hidden")
+    page.browser.click("document.querySelector('.turn:last-child .fault button')")
+    page.wait(f"{TURN}.at(-1).innerText.includes('A red circle.')")
 
 
 # --- what is set ------------------------------------------------------------------------------------------------------
@@ -522,7 +527,7 @@ def test_how_sure_it_was_and_where_it_looked(page: Hands) -> None:
     body = page.server.looked[0]
     assert body["answer"] == "A red circle" and body["messages"][0]["content"][0]["type"] == "image_url"
     told = "document.querySelector('.inside [aria-live]').textContent"
-    assert page.run(told) == "For \u201cred\u201d 40 % of its attention lay on the picture, most of it at the top."
+    assert page.run(told) == "For \u201cred\u201d 40 % of its attention lay on the picture, most of it in the middle."
     pixels = "document.querySelector('.looked canvas').toDataURL()"
     before = page.run(pixels)
     page.browser.click("document.querySelectorAll('.word')[2]")
@@ -676,7 +681,7 @@ def test_nothing_that_is_planted_becomes_markup(page: Hands) -> None:
         == 0
     )
     assert page.run(f"[...{inside}.querySelectorAll('a')].map(a => a.href)") == [
-        "https://evil.example/p.png", "https://evil.example/",
+        "https://evil.example/p.png", "https://evil.example/", "https://ok.example/", "https://evil.example/",
     ]  # fmt: skip
     assert page.run(
         f"[...{inside}.querySelectorAll('a')].every(a => a.rel.includes('noopener') && a.target === '_blank')"
@@ -710,7 +715,7 @@ def test_markdown_is_shown_as_it_is_meant(page: Hands) -> None:
         "<blockquote><p>quoted<br>more</p></blockquote>", '<th class="middle" scope="col">a</th>', '<td class="middle">x | y</td>',
         "if a &lt; b:\n    **no**", "<hr>", ">https://ok.example/a_b_c</a>. end",
     ):  # fmt: skip
-        assert wanted in html.replace(' start="1"', ' start="1"' if "start" in wanted else ""), (wanted, html)
+        assert wanted in html, (wanted, html)
 
 
 def test_no_text_makes_the_page_think_for_long(page: Hands) -> None:
@@ -793,6 +798,8 @@ def test_with_the_real_server(chrome: Browser, real: Callable[[], str]) -> None:
     page.press("How sure it was")
     page.wait("document.querySelector('.chances tbody')")
     page.press("Where it looked")
+    page.wait("document.querySelector('.inside h3')?.innerText === 'Where it looked' || document.querySelector('.inside .bad')")
+    print(len(page.answer()), repr(page.run("document.querySelector('.inside').innerText")[-600:]))
     page.wait("document.querySelector('.looked canvas')?.width > 1")
     page.ask("and now")
     page.browser.open(server.address + "docs")
