@@ -59,6 +59,20 @@ class SlotCache(Cache):
             self.kv = None
             self._allocate(heads, width, like)
 
+    def reshape(self, rows: int, columns: int, used: int) -> None:
+        """Be exactly of this size and keep what the first `used` rows hold."""
+        columns = -(-columns // 32) * 32
+        if (rows, columns) == (self.rows, self.columns):
+            return
+        self.rows, self.columns = rows, columns
+        if self.kv is not None:
+            self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv[:, :, :used])
+
+    def release(self) -> None:
+        """Hold nothing and take no memory until the next pass."""
+        self.kv = None
+        self.rows = self.columns = 0
+
     def aim(self, first: int, starts: list[int], length: int, at: Tensor) -> None:
         """The next pass is for rows `first`.. and writes `length` columns of each, from its start on.
 
@@ -90,18 +104,25 @@ class SlotCache(Cache):
             held.append(rows[:, :, : self._reach])
         return held[0], held[1]
 
-    def copy_out(self, row: int, length: int) -> Tensor:
-        """The first `length` columns of a row, in memory of their own: [layers, 2, H, length, d]."""
+    def copy_out(self, row: int, length: int, first: int = 0) -> Tensor:
+        """Columns `first` to `length` of a row, in memory of their own: [layers, 2, H, length - first, d]."""
         assert self.kv is not None
-        return self.kv[:, :, row, :, :length].clone()
+        return self.kv[:, :, row, :, first:length].clone()
 
-    def copy_in(self, row: int, block: Tensor) -> None:
-        """Start a row with what `copy_out` gave."""
+    def copy_in(self, row: int, block: Tensor, first: int = 0) -> None:
+        """Put what `copy_out` gave into a row, from column `first` on."""
+        if self.kv is None:  # given back since
+            self._allocate(block.shape[2], block.shape[4], block)
         assert self.kv is not None
-        self.kv[:, :, row, :, : block.shape[3]] = block
+        self.kv[:, :, row, :, first : first + block.shape[3]] = block
+
+    def wipe(self, row: int) -> None:
+        """Zeros for a whole row: one number that is none would spoil whatever comes to stand there."""
+        if self.kv is not None:
+            self.kv[:, :, row] = 0
 
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` columns of whole rows over other rows."""
+        """Copy the first `length` columns of whole rows over other rows, all at once: rows may change places."""
         assert self.kv is not None
         self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
 
@@ -124,7 +145,8 @@ class SlotCache(Cache):
         else:
             self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         if old is not None:
-            self.kv[:, :, : old.shape[2], :, : old.shape[4]] = old
+            rows, columns = min(self.rows, old.shape[2]), min(self.columns, old.shape[4])
+            self.kv[:, :, :rows, :, :columns] = old[:, :, :rows, :, :columns]
 
 
 class Shelf:
@@ -137,6 +159,9 @@ class Shelf:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
 
     def get(self, key: Hashable) -> Tensor | None:
         """The tensor, now the most recently used; None if it is not (or no longer) here."""

@@ -14,16 +14,20 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from leveret.generate.cache import Shelf
 from leveret.generate.memory import Costs, Plan
 from leveret.generate.sampling import Sampling
 from leveret.generate.slots import Reply, Seen, Slots
-from leveret.generate.text import Detokenizer, Stops, decode
+from leveret.generate.text import Pieces, Stops, decode
 from leveret.images import ImageFault, declared_size, read_bytes, upright_size
 from leveret.images import decode as decode_image
 from leveret.inputs.chat import encode, find_chat
@@ -41,6 +45,9 @@ narrow enough that the questions about one image come soon after each other."""
 
 TILES = 64
 """Tiles that go through the tower at once, at most, where images are seen in tiles (one image may have more)."""
+
+SPELLED = 4096
+"""Choices whose tokens are remembered, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ class Engine:
         def of_pass(positions: int) -> int | None:
             return threads or threads_for_pass(usual, size, positions)
 
+        self.threads = of_pass
         self.slots = Slots(
             vlm, slots, self.eyes.features, self.stops, bf16=self.bf16, shelf=cache_bytes, alone=alone, threads=of_pass
         )
@@ -123,8 +131,8 @@ class Engine:
         do not match, a prompt longer than the model allows, choices that begin with the same token), and RecipeError
         when `memory` is too little for one answer.
         """
-        names: dict[ImageRef, tuple[str, tuple[int, int]]] = {}
-        replies = [self._reply(request, names) for request in requests]
+        seen: dict[ImageRef, Picture] = {}
+        replies = [self.reply(request, self.eyes.name, seen) for request in requests]
         self.plan = self.costs.plan(replies, self.most, self.kept, self.memory)
         if self.memory is not None:
             self.slots.follow(self.plan)
@@ -157,45 +165,40 @@ class Engine:
 
         temperature, top_p, seed: see `Sampling`. Raises what `answer` raises, before the first piece.
         """
-        reply = self._reply(request, {})
+        reply = self.reply(request, self.eyes.name)
         reply.picker = Sampling(temperature, top_p, seed).picker()
         return self._pieces(reply)
 
     def _pieces(self, reply: Reply) -> Generator[str, None, None]:
-        detokenizer, shown, kept = Detokenizer(self.vlm.tokenizer), 0, ""
-        said = False
+        pieces, shown = Pieces(self.vlm.tokenizer, self.stops), 0
         try:
             self.slots.join([reply])
             while True:
-                for token in reply.tokens[shown:]:
-                    kept += detokenizer.push(token)
+                pieces.add(reply.tokens[shown:])
                 shown = len(reply.tokens)
-                if reply.finish:
-                    kept += detokenizer.finish()
-                cut = self.stops.cut(kept)
-                kept = kept if cut is None else cut
-                # Blanks at the very beginning are no part of the answer; those at the end are known only later.
-                kept = kept if said else kept.lstrip()
-                last = bool(reply.finish) or cut is not None
-                ready = kept.rstrip() if last else kept[: len(kept) - self.stops.held(kept)].rstrip()
-                if ready:
-                    said = True
+                last = reply.finish is not None  # asked before the piece is handed out: others may end it meanwhile
+                if ready := pieces.take(last):
                     yield ready
-                    kept = kept[len(ready) :]
-                if last:
+                if last or pieces.stopped:
                     return
                 self.slots.step()
         finally:
             self.slots.leave(reply)
 
-    def _reply(self, request: Request, names: dict[ImageRef, tuple[str, tuple[int, int]]]) -> Reply:
-        """The prompt of a request. `names`: images this call has looked at."""
+    def reply(
+        self, request: Request, look: Callable[[ImageRef], Picture], seen: dict[ImageRef, Picture] | None = None
+    ) -> Reply:
+        """The prompt of a request. Raises DataError where it cannot be answered.
+
+        look  finds an image (`Eyes.name`, or `Eyes.look`, which unpacks it too). seen  images that were looked at.
+        """
+        seen = {} if seen is None else seen
         try:
             for ref in request.images:
-                if ref not in names:
-                    names[ref] = self.eyes.name(ref)
-            seen = [names[ref] for ref in request.images]
-            sizes = [size for _, size in seen]
+                if ref not in seen:
+                    seen[ref] = look(ref)
+            pictures = tuple(seen[ref] for ref in request.images)
+            sizes = [picture.size for picture in pictures]
             encoded = encode(request.turns, self.vlm.chat, self.vlm.tokenizer, self.vlm.spec, sizes, generate=True)
             shared, choices = self._choices(request.choices) if request.choices is not None else ([], ())
             ids, marks = encoded.input_ids + shared, encoded.image_mask + [False] * len(shared)
@@ -206,7 +209,7 @@ class Engine:
             if not request.question_id:  # a lone question needs no name
                 raise
             raise DataError(f"question {request.question_id!r}: {fault}") from fault
-        return Reply(ids, marks, tuple(key for key, _ in seen), limit, choices=choices)
+        return Reply(ids, marks, tuple(picture.key for picture in pictures), limit, pictures, choices=choices)
 
     def _limit(self, prompt: int, asked: int | None) -> int:
         """Tokens an answer may have: what was asked for, as far as the model's positions reach."""
@@ -227,6 +230,8 @@ class Engine:
 
         What all share (often a blank of its own) is put behind the prompt, so that one pass still tells them apart.
         """
+        if len(self._spelled) > SPELLED:
+            self._spelled.clear()
         for choice in choices:
             if choice not in self._spelled:
                 turns = (Turn("user", "?"), Turn("assistant", choice))
@@ -261,32 +266,79 @@ class Engine:
         return Prediction(request.question_id, (text if cut is None else cut).strip(), None, meta)
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Picture:
+    """An image that somebody asks about.
+
+    key     the hash of its bytes.
+    size    (height, width); where the model sees tiles, of the upright image.
+    pixels  as the towers see it, by their names, if it was unpacked already.
+    """
+
+    ref: ImageRef
+    key: str
+    size: tuple[int, int]
+    pixels: dict[str, NDArray[np.float32]] | None = None
+
+
 class Eyes:
-    """Images by the hash of their bytes: each goes through the tower once, as long as its features are kept."""
+    """Images by the hash of their bytes: each goes through the tower once, as long as its features are kept.
+
+    `name` and `look` may be called in any thread, the rest in the one that computes. Of an image that nobody asks
+    about any more only the features are left, and those within `limit` bytes.
+    """
 
     def __init__(self, vlm: VLM, bf16: bool, limit: int) -> None:
         self.vlm, self.bf16 = vlm, bf16
         self.shelf = Shelf(limit)
-        self._refs: dict[str, ImageRef] = {}
-        self._sizes: dict[str, tuple[int, int]] = {}
+        self.hits = self.misses = 0  # images that were asked for, and had been seen or not
+        self._known: WeakValueDictionary[str, Picture] = WeakValueDictionary()
+        self._lock = Lock()
 
-    def name(self, ref: ImageRef) -> tuple[str, tuple[int, int]]:
-        """(key, (height, width)) of an image; reads its bytes, unpacks nothing. ImageFault if it is refused.
+    def name(self, ref: ImageRef) -> Picture:
+        """An image with its key and size; reads its bytes, unpacks nothing. ImageFault if it is refused.
 
         Where the model sees tiles the size is that of the upright image, which says how many tokens it fills.
         """
+        return self._named(ref)[0]
+
+    def look(self, ref: ImageRef) -> Picture:
+        """What `name` gives, and unpacked and resized, unless it has been seen. ImageFault if it is refused."""
+        picture, data = self._named(ref)
+        with self._lock:
+            ready = picture.pixels is not None or (picture.key, False) in self.shelf
+        if not ready:
+            try:
+                picture.pixels = prepare_all(decode_image(data), self.vlm.spec)
+            except ImageFault as fault:
+                raise fault.at(str(ref)) from fault
+        return picture
+
+    def _named(self, ref: ImageRef) -> tuple[Picture, bytes]:
         try:
             data = read_bytes(ref)
             width, height = declared_size(data) if self.vlm.spec.tiling is None else upright_size(data)
         except ImageFault as fault:
             raise fault.at(str(ref)) from fault
         key = hashlib.sha256(data).hexdigest()
-        self._refs[key], self._sizes[key] = ref, (height, width)
-        return key, (height, width)
+        with self._lock:
+            # One picture a key: it is known for as long as anyone holds it.
+            picture = self._known.get(key)
+            if picture is None:
+                self._known[key] = picture = Picture(ref, key, (height, width))
+        return picture, data
 
     def follow(self, plan: Plan) -> None:
         """Keep to a plan from now on."""
-        self.shelf.shrink(plan.features)
+        with self._lock:
+            self.shelf.shrink(plan.features)
+
+    def forget(self) -> None:
+        """Give back the features that are kept."""
+        with self._lock:
+            limit = self.shelf.limit
+            self.shelf.shrink(0)
+            self.shelf.limit = limit
 
     def features(self, keys: Sequence[str], alone: bool = False) -> Seen:
         """What a batch needs of images that `name` has seen, in the order of `keys`: the tower's outputs of all their
@@ -294,24 +346,29 @@ class Eyes:
 
         alone  each goes through the tower by itself, so that its features are the same bits in any company.
         """
-        held = {key: block for key in keys if (block := self.shelf.get((key, alone))) is not None}
+        with self._lock:
+            pictures = {key: self._known[key] for key in keys}
+            held = {key: block for key in keys if (block := self.shelf.get((key, alone))) is not None}
         missing = [key for key in dict.fromkeys(keys) if key not in held]
+        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         for some in [[key] for key in missing] if alone else [missing] if missing else []:
-            for key, block in zip(some, self._see(some), strict=True):
+            for key, block in zip(some, self._see([pictures[key] for key in some]), strict=True):
                 held[key] = block.clone()  # memory of its own: a row of the batch would keep all of it
-                self.shelf.put((key, alone), held[key])
+                with self._lock:
+                    self.shelf.put((key, alone), held[key])
+                pictures[key].pixels = None
         tiles = torch.tensor([len(held[key]) for key in keys], device=self.vlm.device)
         return {
             "features": torch.cat([held[key] for key in keys]),
             "tile_image": torch.repeat_interleave(torch.arange(len(keys), device=tiles.device), tiles),
-            "image_sizes": torch.tensor([self._sizes[key] for key in keys]),
+            "image_sizes": torch.tensor([pictures[key].size for key in keys]),
         }
 
-    def _see(self, keys: Sequence[str]) -> list[Tensor]:
+    def _see(self, pictures: Sequence[Picture]) -> list[Tensor]:
         """Tower outputs of each image: [1, tokens, width], or [tiles, tokens, width]."""
         blocks: list[Tensor] = []
-        for some in self._passes(keys):
-            seen = [prepare_all(self._load(self._refs[key]), self.vlm.spec) for key in some]
+        for some in self._passes(pictures):
+            seen = [picture.pixels or prepare_all(self._load(picture.ref), self.vlm.spec) for picture in some]
             counts, device = [], self.vlm.device
             pixels = {}
             for view in self.vlm.spec.towers:
@@ -322,18 +379,18 @@ class Eyes:
                 blocks += self.vlm.see(pixels).split(counts)
         return blocks
 
-    def _passes(self, keys: Sequence[str]) -> list[list[str]]:
+    def _passes(self, pictures: Sequence[Picture]) -> list[list[Picture]]:
         """Images that are seen together: all of them, or, in tiles, as many as have at most TILES."""
         tiling = self.vlm.spec.tiling
         if tiling is None:
-            return [list(keys)]
-        passes: list[list[str]] = []
+            return [list(pictures)]
+        passes: list[list[Picture]] = []
         filled = TILES
-        for key in keys:
-            count = tiling.tiles(*self._sizes[key])
+        for picture in pictures:
+            count = tiling.tiles(*picture.size)
             if filled + count > TILES:
                 passes, filled = [*passes, []], 0
-            passes[-1].append(key)
+            passes[-1].append(picture)
             filled += count
         return passes
 

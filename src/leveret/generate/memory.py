@@ -18,6 +18,8 @@ from leveret.runs import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from leveret.generate.slots import Reply
     from leveret.model.vlm import VLM
 
@@ -134,6 +136,20 @@ class Costs:
 
 def pass_tokens(vlm: VLM) -> int:
     return PASS_TOKENS.get(vlm.device.type, MANY_TOKENS)
+
+
+def spare(device: torch.device) -> int:
+    """Bytes that are free where a model computes; on a CPU, of the machine's memory."""
+    import os
+
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # a system that does not tell
+        return 4 * 2**30
 
 
 def _pairs(vlm: VLM) -> list[tuple[Any, Any]]:

@@ -36,7 +36,7 @@ TAIL = 16
 Seen = dict[str, Tensor]
 """What a batch needs of its images: `features`, `tile_image` and `image_sizes` of `records.Batch`."""
 
-Finish = Literal["stop", "length", "choice", "left"]
+Finish = Literal["stop", "length", "choice", "left", "closed", "failed"]
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +45,7 @@ class Reply:
 
     ids, marks  the prompt's token ids, and True where an image token stands.
     images      a key per image of the prompt, in reading order.
+    pictures    whatever `features` needs to know its images by their keys; held for as long as the answer is.
     limit       tokens it may have.
     picker      draws its tokens; None takes the likeliest.
     choices     first token of every allowed answer: then nothing is generated, only `chances` is computed.
@@ -59,6 +60,7 @@ class Reply:
     marks: list[bool]
     images: tuple[str, ...]
     limit: int
+    pictures: tuple[object, ...] = ()
     picker: Picker | None = None
     choices: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list)
@@ -249,23 +251,37 @@ class Slots:
 
     def _forward(self, first: int, starts: list[int], batch: Batch, *, logits: bool = True) -> Tensor:
         """Run rows `first`.. of the cache on; row i's tokens stand at starts[i].. Gives [rows, V] at each row's end."""
-        length = batch.input_ids.shape[1]
-        at = batch.position_ids + torch.tensor(starts, device=batch.position_ids.device)[:, None]
-        self.cache.aim(first, starts, length, at)
         last = batch.attention_mask & (batch.position_ids == batch.attention_mask.sum(1, keepdim=True) - 1)
+        with self._precision():
+            embeddings = self.vlm.embed(batch)
+            return self._run(first, starts, embeddings, batch.position_ids, last, last if logits else None)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.vlm.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _run(
+        self, first: int, starts: list[int], embeddings: Tensor, place: Tensor, last: Tensor, wanted: Tensor | None
+    ) -> Tensor:
+        """The language model over `embeddings` [B, q, D] of rows `first`..
+
+        place  [B, q], counted from 0. last  one True a row, at its last position. wanted  where logits are; None:
+               nowhere.
+        """
+        length = embeddings.shape[1]
+        at = place + torch.tensor(starts, device=place.device)[:, None]
+        self.cache.aim(first, starts, length, at)
         # Padding repeats the last real position: a model with a table of positions has no row beyond its end.
         positions = torch.minimum(at, (at * last).amax(1, keepdim=True))
-        device = self.vlm.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.vlm.embed(batch)
-            mask = self.masks.of(at, max(starts) + length, embeddings.dtype)
-            wanted = last if logits else torch.zeros_like(last)
-            with only_rows(self.vlm.language, wanted, MULTIPLE if self.bf16 else 1):
-                out = self.vlm.language(
-                    inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
-                    past_key_values=self.cache, use_cache=True,
-                )  # fmt: skip
-            return out.logits[0].float()
+        mask = self.masks.of(at, max(starts) + length, embeddings.dtype)
+        with only_rows(
+            self.vlm.language, torch.zeros_like(last) if wanted is None else wanted, MULTIPLE if self.bf16 else 1
+        ):
+            out = self.vlm.language(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
+                past_key_values=self.cache, use_cache=True,
+            )  # fmt: skip
+        logits: Tensor = out.logits[0].float()
+        return logits
 
     def _take(self, replies: Sequence[Reply], logits: Tensor) -> None:
         """Give every answer its next token (or its chances), and the reason why it ends where it does."""

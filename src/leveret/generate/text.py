@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from leveret.inputs.reader import end_ids
+from leveret.inputs.reader import end_ids, reader_of
 
 BROKEN = "\ufffd"
 """What a decoder writes for bytes that are not (or not yet) a character."""
@@ -57,7 +57,11 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that this token completes; often "" inside a character."""
-        self.ids.append(token)
+        return self.extend([token])
+
+    def extend(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens complete, as pushing one after the other."""
+        self.ids += tokens
         text = self._new()
         return "" if text.endswith(BROKEN) else self._take(text)
 
@@ -73,3 +77,70 @@ class Detokenizer:
         if text:
             self._context, self._done = self._done, len(self.ids)
         return text
+
+
+class Pieces:
+    """The text of an answer as far as it may be shown: whole characters, no stop string nor the beginning of one, no
+    blanks at either end.
+
+    stopped  a stop string came; what follows it is no part of the answer.
+    read     characters that came, those that are not shown among them.
+    given    of these, how many have been shown or left out for good.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Stops) -> None:
+        self.stops, self.stopped = stops, False
+        self.read = self.given = 0
+        self._detokenizer, self._kept, self._said = Detokenizer(tokenizer), "", False
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Further tokens."""
+        if ids and not self.stopped:
+            self._add(self._detokenizer.extend(ids))
+
+    def take(self, last: bool = False) -> str:
+        """What can be shown now and has not been; `last`: nothing more will come."""
+        if last and not self.stopped:
+            self._add(self._detokenizer.finish())
+        last = last or self.stopped
+        kept = self._kept if last else self._kept[: len(self._kept) - self.stops.held(self._kept)]
+        # Blanks at the very beginning are no part of the answer; those at the end are known only later.
+        ready = kept.rstrip()
+        skipped = 0 if self._said else len(ready) - len(ready.lstrip())
+        self._kept = self._kept[len(ready) :]
+        self.given += len(ready)
+        self._said = self._said or skipped < len(ready)
+        return ready[skipped:]
+
+    def _add(self, text: str) -> None:
+        self._kept += text
+        self.read += len(text)
+        if (cut := self.stops.cut(self._kept)) is not None:
+            self.read -= len(self._kept) - len(cut)
+            self._kept, self.stopped = cut, True
+
+
+def spelling(tokenizer: Any, token: int) -> tuple[str, bytes]:
+    """A token's text, and its bytes, which are no whole character where that is spread over several tokens."""
+    written = str(tokenizer.convert_ids_to_tokens(token))
+    if token in tokenizer.added_tokens_decoder:
+        return written, written.encode()
+    if written in tokenizer.get_added_vocab():
+        return written, written.encode()
+    if all(letter in _BYTES for letter in written) and reader_of(tokenizer).byte_level:
+        held = bytes(_BYTES[letter] for letter in written)
+    elif len(written) == 6 and written.startswith("<0x"):  # SentencePiece's way of writing a byte
+        held = bytes([int(written[3:5], 16)])
+    else:
+        held = written.replace("\u2581", " ").encode()
+    return held.decode(errors="replace"), held
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others for 256 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+
+
+_BYTES = _byte_letters()
