@@ -33,9 +33,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LEAK = re.compile(
-    rb"Traceback|File \"|site-packages|dist-packages|/tmp/|/root/|/home/|/usr/|root:x:|\.py\b|0x[0-9a-f]{8,}|object at"
-    rb"|leveret\.[a-z]|\bPIL\b|[Pp]illow|\btorch|[Pp]ydantic|[Ss]tarlette|[Ff]ast[Aa][Pp][Ii]|[Uu]vicorn|\bh11\b|asyncio"
-    rb"|\b[A-Z][A-Za-z]+(?:Error|Exception|Warning|Fault)\b|NoneType|'(?:str|int|dict|list|bytes)'|line \d+, in "
+    rb"Traceback|File \"|site-packages|dist-packages|/tmp/|/root/|/home/|/usr/|root:x:|\.py\b|line \d+, in "
+    rb"|0x[0-9a-f]{8,}|object at 0x|leveret\.[a-z]|\bPIL\b|[Pp]illow|\btorch|[Pp]ydantic|[Ss]tarlette|[Ff]ast[Aa][Pp][Ii]"
+    rb"|[Uu]vicorn|\bh11\b|asyncio|\b[A-Z][A-Za-z]+(?:Error|Exception|Warning|Fault)\b|NoneType"
+    rb"|'(?:str|int|dict|list|bytes)'"
 )
 """What no client should read: where the server lies, of what it is made, what its exceptions say."""
 
@@ -92,15 +93,16 @@ class Target:
         return socket.create_connection((self.host, self.port), PATIENCE)
 
     def raw(self, *pieces: bytes, method: str = "POST", half: bool = False, pause: float = 0.0) -> Reply:
-        """Send bytes as they are and read one reply. half: close our side when all is sent. pause: between pieces; the
-        sending ends as soon as the server has something to say."""
+        """Send bytes as they are and read one reply. half: close our side when all is sent and nothing comes. pause:
+        between pieces; the sending ends as soon as the server has something to say."""
         with self.line() as line:
             try:
                 for piece in pieces:
                     line.sendall(piece)
                     if pause and select.select([line], [], [], pause)[0]:
                         break
-                if half:
+                # Some servers take the end of our side for the end of us: time for a reply to what is whole.
+                if half and not select.select([line], [], [], 2.0)[0]:
                     line.shutdown(socket.SHUT_WR)
             except OSError:
                 pass  # it closed; perhaps it said why
@@ -204,8 +206,9 @@ def faults(case: Case, reply: Reply) -> list[str]:
     if b"HTTP/1." in reply.more:
         found.append(f"a second reply to one request: {reply.more[:100]!r}")
     head = "\n".join(f"{name}: {text}" for name, text in reply.headers.items()).encode()
-    if reply.status >= 400 and (leak := LEAK.search(head + b"\n" + reply.body)):
-        found.append(f"tells of the inside: {reply.body[max(0, leak.start() - 100) :][:300]!r}")
+    whole = head + b"\n" + reply.body
+    if reply.status >= 400 and (leak := LEAK.search(whole)):
+        found.append(f"tells of the inside, {leak[0]!r}: {whole[max(0, leak.start() - 100) :][:300]!r}")
     kind = reply.headers.get("content-type", "")
     if reply.body and kind.startswith("application/json"):
         found += of_json(reply.status, reply.body)

@@ -19,6 +19,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from itertools import chain, islice
 from typing import Any
 
@@ -90,7 +91,8 @@ def post(body: Any, path: str = CHAT, name_it: bool = True) -> Act:
 
 
 def with_model(body: Any, target: Target) -> Any:
-    """The body, asking for the model that is there where it asks for "?"."""
+    """The body, asking for the model that is there where it asks for "?". One that takes time to make is made here."""
+    body = body() if callable(body) else body
     return {**body, "model": target.model} if isinstance(body, dict) and body.get("model") == "?" else body
 
 
@@ -297,16 +299,25 @@ def wide_exif() -> bytes:
     return b"II*\0\x08\0\0\0" + struct.pack("<H", 60_000) + entries + bytes(4)
 
 
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "rgb": partial(bomb, 2, 8, 3), "clear": partial(bomb, 6, 8, 4), "16 bit": partial(bomb, 0, 16, 1),
+    "16 bit rgb": partial(bomb, 2, 16, 3), "one bit": partial(bomb, 0, 1, 1),
+    "palette": partial(bomb, 3, 8, 1, PLTE=bytes(768), tRNS=bytes(256)),
+    "progressive": partial(encoded, "JPEG", (5000, 5000), progressive=True),
+    "cmyk": partial(encoded, "JPEG", (5000, 5000), "CMYK", 0),
+}  # fmt: skip
+
+
 def bombs() -> Iterator[Case]:
     """As large as is allowed: each takes 75 to 200 MB while it is unpacked."""
-    for name, data in {
-        "rgb": bomb(2, 8, 3), "clear": bomb(6, 8, 4), "16 bit": bomb(0, 16, 1), "16 bit rgb": bomb(2, 16, 3),
-        "one bit": bomb(0, 1, 1), "palette": bomb(3, 8, 1, PLTE=bytes(768), tRNS=bytes(256)),
-        "progressive": encoded("JPEG", (5000, 5000), progressive=True), "cmyk": encoded("JPEG", (5000, 5000), "CMYK",
-        0),
-    }.items():  # fmt: skip
-        yield Case(f"bomb/{name}", post(about(data, max_tokens=1)), frozenset({200}))
-        yield Case(f"bomb/{name}, n", post(about(data, max_tokens=1, n=8)), frozenset({200}))
+    for name, make in BOMBS.items():
+        yield Case(f"bomb/{name}", post(lambda make=make: about(made(make), max_tokens=1)), frozenset({200}))
+        yield Case(f"bomb/{name}, n", post(lambda make=make: about(made(make), max_tokens=1, n=8)), frozenset({200}))
+
+
+@cache
+def made(make: Callable[[], bytes]) -> bytes:
+    return make()
 
 
 def damaged(rng: random.Random) -> Iterator[Case]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from abuse import Case, Reply, Target, reset, written
+from abuse import Case, Reply, Target, read, reset, written
 from abuse_cases import CHAT, HONEST, NOT_HERE, Act, said, with_model
 
 REFUSED = frozenset({400, 403, 404, 405, 408, 413, 415, 431})
@@ -18,7 +18,7 @@ REFUSED = frozenset({400, 403, 404, 405, 408, 413, 415, 431})
 
 
 def paths() -> Iterator[Case]:
-    outside = ["etc/passwd", "pyproject.toml", "app.py", "config.json", "model.safetensors"]
+    outside = ["etc/passwd", "pyproject.toml", "settings", "config.json", "model.safetensors"]
     climbs = [
         "../", "..%2f", "%2e%2e/", "%2e%2e%2f", "..%5c", "..\\", "....//", "%252e%252e%252f", "..%c0%af", "..;/",
         "%00../", "./../",
@@ -262,7 +262,10 @@ def _ask(target: Target, **more: Any) -> bytes:
 
 
 def _half(target: Target) -> Reply:
-    return target.raw(_ask(target, max_tokens=4), half=True)
+    with target.line() as line:
+        line.sendall(_ask(target, max_tokens=4))
+        line.shutdown(socket.SHUT_WR)
+        return read(line)
 
 
 def _gone(target: Target) -> Reply:
