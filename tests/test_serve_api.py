@@ -12,6 +12,8 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from fakes import tiny_vlm
@@ -19,6 +21,7 @@ from leveret.generate.engine import Request
 from leveret.generate.model import Model, opening, reference
 from leveret.inputs.chat import encode
 from leveret.records import IMAGE_MARK, ImageRef, Turn
+from leveret.serve.app import checked
 from leveret.serve.chat import Talk
 from leveret.serve.limits import Limits
 from leveret.serve.messages import Manners, form_of, turns_of
@@ -200,6 +203,38 @@ def test_other_schemas_are_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(Refusal) as found:
         form_of(schema)
     assert found.value.status == 400 and found.value.param == "response_format.json_schema.schema"
+
+
+KEYS = st.sampled_from(
+    ["enum", "const", "type", "properties", "required", "additionalProperties", "$ref", "$defs", "a"]
+)
+VALUES = st.sampled_from(["string", "object", "a", "#/$defs/a", "", None, True, False, 3, 0.5])
+JSON = st.recursive(
+    VALUES, lambda some: st.lists(some, max_size=3) | st.dictionaries(KEYS, some, max_size=4), max_leaves=12
+)
+
+
+@given(st.dictionaries(KEYS, JSON, max_size=5))
+def test_any_schema_is_a_choice_or_refused(schema: dict[str, Any]) -> None:
+    try:
+        form = form_of(schema)
+    except Refusal as refusal:
+        assert refusal.status == 400
+    else:
+        written = json.loads(form.write(form.choices[0]))
+        assert written == (form.choices[0] if form.name is None else {form.name: form.choices[0]})
+
+
+FIELDS = st.sampled_from(sorted(ChatRequest.model_fields))
+
+
+@given(st.dictionaries(FIELDS, JSON, max_size=4), JSON)
+def test_any_body_is_a_request_or_refused_in_one_line(more: dict[str, Any], message: Any) -> None:
+    body = json.dumps({"model": NAME, "messages": [message], **more}).encode()
+    try:
+        checked(ChatRequest, body)
+    except Refusal as refusal:
+        assert refusal.status == 400 and refusal.message and "\n" not in refusal.message
 
 
 def test_choices_that_begin_alike_are_refused_with_a_reason(up: Up) -> None:
