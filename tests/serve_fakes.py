@@ -59,12 +59,12 @@ class Up:
             return rest_of(line)
 
 
-def soon(true: Callable[[], Any], seconds: float = 30.0) -> None:
+def soon(true: Callable[[], Any], seconds: float = 60.0, every: float = 0.01) -> None:
     """Waits until something is so."""
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.01)
+        time.sleep(every)
 
 
 def rest_of(line: socket.socket) -> bytes:

@@ -159,7 +159,9 @@ def test_headers_that_drip_in_are_not_waited_for(up: Up) -> None:
         assert told(rest_of(line))[0] == 408, "nor is one who says nothing"
     with socket.create_connection(up.address, timeout=20) as line:
         line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert line.recv(65536).startswith(b"HTTP/1.1 200")
+        got = b""
+        while b'"ready"}' not in got:
+            got += line.recv(65536)
         reply = b""
         for letter in b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 10_000:  # the next request of the same connection
             try:
@@ -183,8 +185,9 @@ def test_headers_that_drip_in_are_not_waited_for(up: Up) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+     b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000,
      b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
      b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"],
 )  # fmt: skip
@@ -265,23 +268,23 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 
 
 def test_many_at_once_get_the_answers_of_one_alone(up: Up) -> None:
-    """What the terminal chat gives is in the tests of the API; here the company must not change it."""
-    asked = [
-        question(text, max_tokens=4 + 7 * place) for place, text in enumerate(["red", "two circles", "a", "is"] * 4)
-    ]
-    alone = [
-        up.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] for body in asked
-    ]
+    """What the terminal chat gives is in the tests of the API; here the company must not change it. Where two tokens
+    are as good as equally likely, the order of a sum decides, which is no fault."""
+    texts = ["red", "two circles", "a", "is"] * 3
+    told = {"logprobs": True, "top_logprobs": 2}
+    asked = [question(text, max_tokens=4 + 3 * place, **told) for place, text in enumerate(texts)]
 
-    def ask(body: dict[str, Any]) -> str:
-        return str(
-            httpx.post(f"{up.url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"][
-                "content"
-            ]
-        )
+    def ask(body: dict[str, Any]) -> Any:
+        return up.post(body).json()["choices"][0]["logprobs"]["content"]
 
-    with ThreadPoolExecutor(16) as crowd:
-        assert list(crowd.map(ask, asked)) == alone
+    alone = [ask(body) for body in asked]
+    with ThreadPoolExecutor(12) as crowd:
+        together = list(crowd.map(ask, asked))
+    for one, other in zip(alone, together, strict=True):
+        first = next((token for token, also in zip(one, other, strict=False) if token["token"] != also["token"]), None)
+        if first is not None:
+            best, second = first["top_logprobs"]
+            assert best["logprob"] - second["logprob"] < 1e-3
 
 
 # --- who may come in -------------------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ def test_a_token_is_asked_for_where_there_is_one() -> None:
     with serving(where=Where(port=0, token=token), key=token) as up:
         for headers in (
             {}, {"Authorization": "Bearer wrong"}, {"Authorization": token}, {"Authorization": f"Basic {token}"},
-            {"Authorization": "Bearer "}, {"Authorization": f"Bearer {token}x"}, {"Authorization": "Bearer \xff\xfe"},
+            {"Authorization": "Bearer"}, {"Authorization": f"Bearer {token}x"}, {"Authorization": "Bearer \xff\xfe"},
         ):  # fmt: skip
             raw = {name: value.encode("latin-1") for name, value in headers.items()}
             for path in ("/v1/models", "/metrics", "/v1/nothing"):

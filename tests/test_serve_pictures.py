@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import io
 import ipaddress
 import random
 import shutil
 import socket
 import ssl
-import struct
 import subprocess
 import threading
 import zlib
@@ -21,45 +19,30 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from leveret.images import MAX_BYTES, ImageFault, load
 from leveret.runs import RecipeError
 from leveret.serve import outside, pictures
 from leveret.serve.pictures import Rules, picture
-
-HOST = "images.example.org"
-OPEN = "93.184.215.14"
-"""An address of the open net. Nothing is ever sent there: `Fake.dial` leads to a server of this test."""
+from picture_fakes import (
+    HIDDEN,
+    HOST,
+    JPEG,
+    OPEN,
+    PNG,
+    REFUSED,
+    SPELLINGS,
+    TAKEN,
+    WEBP,
+    chunk,
+    encoded,
+    header,
+    png,
+    scans,
+    uri,
+)
 
 ALLOWING = Rules(domains=(HOST,), seconds=20.0)
-
-
-def encoded(
-    form: str, size: tuple[int, int] = (24, 16), mode: str = "RGB", color: Any = "red", **options: Any
-) -> bytes:
-    sink = io.BytesIO()
-    Image.new(mode, size, color).save(sink, form, **options)
-    return sink.getvalue()
-
-
-def uri(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-PNG, JPEG, WEBP = encoded("PNG"), encoded("JPEG"), encoded("WEBP")
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def header(width: int, height: int) -> bytes:
-    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-
-
-def png(*parts: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def reason(url: object, rules: Rules = ALLOWING, net: outside.Net | None = None) -> str:
@@ -127,48 +110,7 @@ def test_other_schemes_and_paths(url: str) -> None:
     assert not net.looked and not net.dialled
 
 
-FRAMES = [Image.new("RGB", (24, 16), color) for color in ("red", "blue", "green")]
-
-
-def animated(form: str) -> bytes:
-    sink = io.BytesIO()
-    FRAMES[0].save(
-        sink, form, save_all=True, append_images=FRAMES[1:], **({"lossless": True} if form == "WEBP" else {})
-    )
-    return sink.getvalue()
-
-
-def turned() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded("JPEG", exif=exif)
-
-
-PALETTE = Image.new("P", (24, 16), 0)
-PALETTE.putpalette([10, 20, 30] + [0] * 765)
-
-
-def clear() -> bytes:
-    sink = io.BytesIO()
-    PALETTE.save(sink, "PNG", transparency=0)
-    return sink.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("data", "size", "pixel"),
-    [
-        (encoded("PNG", (1, 1)), (1, 1), (255, 0, 0)),
-        (encoded("JPEG", (1, 1)), (1, 1), (254, 0, 0)),
-        (encoded("JPEG", mode="CMYK", color=(0, 0, 0, 0)), (24, 16), (255, 255, 255)),
-        (encoded("PNG", mode="I;16", color=0x8012), (24, 16), (128, 128, 128)),
-        (clear(), (24, 16), (255, 255, 255)),
-        (encoded("PNG", mode="RGBA", color=(0, 0, 0, 128)), (24, 16), (127, 127, 127)),
-        (turned(), (16, 24), (254, 0, 0)),
-        (animated("PNG"), (24, 16), (255, 0, 0)),
-        (animated("WEBP"), (24, 16), (255, 0, 0)),
-    ],
-    ids=["1x1", "1x1 jpeg", "cmyk", "16 bit", "clear palette", "half clear", "turned", "animated png", "animated webp"],
-)  # fmt: skip
+@pytest.mark.parametrize(("data", "size", "pixel"), TAKEN.values(), ids=TAKEN.keys())
 def test_unusual_pictures_are_taken_as_images_takes_them(
     data: bytes, size: tuple[int, int], pixel: tuple[int, int, int]
 ) -> None:
@@ -176,50 +118,7 @@ def test_unusual_pictures_are_taken_as_images_takes_them(
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", size, pixel)
 
 
-def scans(count: int) -> bytes:
-    """A JPEG whose last scan comes `count` times more."""
-    data = encoded("JPEG", progressive=True)
-    last = data[data.rindex(b"\xff\xda") : -2]
-    return data[:-2] + last * count + data[-2:]
-
-
-@pytest.mark.parametrize(
-    ("data", "why"),
-    [
-        (b"", "empty"),
-        (b"hello", "not an image"),
-        (b"<html><body>no</body></html>", "not an image"),
-        (b" " * 1_000_000, "not an image"),
-        (b"<!--" + b"--> " * 500_000, "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>", "format not allowed"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0", "format not allowed"),
-        (b"%PDF-1.7", "format not allowed"),
-        (encoded("GIF"), "format not allowed"),
-        (animated("GIF"), "format not allowed"),
-        (encoded("BMP"), "format not allowed"),
-        (encoded("TIFF"), "format not allowed"),
-        (PNG[:20], "truncated"),
-        (JPEG[:20], "truncated"),
-        (WEBP[:-4], "truncated"),
-        (png(header(0, 5), chunk(b"IDAT", b""), chunk(b"IEND", b"")), "zero size"),
-        (png(header(10_000, 10_000), chunk(b"IDAT", b""), chunk(b"IEND", b"")), "too many pixels"),
-        (png(header(20_000, 2), chunk(b"IDAT", b""), chunk(b"IEND", b"")), "too many pixels"),
-        (png(header(2**31 - 1, 2**31 - 1), chunk(b"IDAT", b""), chunk(b"IEND", b"")), "too many pixels"),
-        # The second header is the one that Pillow goes by.
-        (png(header(8, 8), header(6000, 6000), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")),
-        "too many pixels"),
-        (encoded("JPEG", (6000, 5000)), "too many pixels"),
-        (encoded("WEBP", (6000, 5000)), "too many pixels"),
-        (PNG[:33] + chunk(b"abCd", b"") * 20_000 + PNG[33:], "damaged"),
-        (PNG[:-12] + chunk(b"abCd", b"") * 20_000 + PNG[-12:], "damaged"),
-        (JPEG[:2] + b"\xff\xe0\0\2" * 20_000 + JPEG[2:], "damaged"),
-        (JPEG[:2] + b"\xff" * 1_000_000 + JPEG[2:], "damaged"),
-        (JPEG[:2] + b"\xff\xe0\0\2" + b"\0" * 1_000_000 + JPEG[2:], "damaged"),
-        (scans(200), "damaged"),
-        (b"\xff\xd8\xff\xd9", "truncated"),
-        (JPEG[:2] + b"\xff\xda\0\2", "damaged"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("data", "why"), REFUSED, ids=[why for _, why in REFUSED])
 def test_what_is_refused_before_a_pixel_is_unpacked(data: bytes, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("unpacked"))
     assert reason(uri(data)) == why
@@ -324,42 +223,6 @@ class Fake(outside.Net):
         return super().dial("127.0.0.1", self.port, seconds)
 
 
-SPELLINGS = {
-    "not a web address": [
-        "http://", "https://", "http:///a", "http:images.example.org/a", "http:/images.example.org/a",
-        "http://images.example.org@127.0.0.1/", "http://127.0.0.1@images.example.org/", "http://user:pw@images.example.org/",
-        "http://@images.example.org/", "http://images.example.org:80@127.0.0.1/", "http://images.example.org%40127.0.0.1/",
-        "http://images.example.org\\@127.0.0.1/", "http://127.0.0.1\\@images.example.org/",
-        "http:\\\\images.example.org\\a",
-        "http://images.example.org\\.evil.net/", "http://images.example.org/\\evil", "http://images.example.org:8080/",
-        "http://images.example.org:443/", "https://images.example.org:80/", "https://images.example.org:0/",
-        "https://images.example.org:99999/", "https://images.example.org:/", "https://images.example.org:4 43/",
-        "https://images.example.org:+443/", "https://images.example.org:-1/", "http://[::1]/", "http://[::ffff:127.0.0.1]/",
-        "http://[fe80::1%25eth0]/", "http://[images.example.org]/", "https://images.example.org /a",
-        "https://images.example.org/a b", "https://images.example.org/a\r\nHost: evil", "https://images.example.org/\n",
-        "https://images.example.org\n", "https://images.example.org\t/", "https://images.exam\tple.org/",
-        "https://images.example.org/é", "https://images\u3002example\u3002org/", "https://\u24d8mages.example.org/",
-        "https://image\u017f.example.org/", "https://images.example.org\u200b/", "https://images.example.org\0/",
-        "https://images.example.org/\0", "https://images.example.org/%zz", "https://images.example.org/%2",
-        "https://images.example.org/<svg>", 'https://images.example.org/"', "https://images.example.org/{{7*7}}",
-        "https://images.example.org/\udc80", "https://images.example.org/" + "a" * 5000, "https://images%2eexample.org/",
-        "https://images_example.org/", "http\u017f://images.example.org/", "https://images.example.org;evil.net/",
-        "https://127.0.0.1,images.example.org/", "https://images.example.org?a?b/\\@x",
-    ],
-    "host not allowed": [
-        "http://127.0.0.1/", "http://127.1/", "http://2130706433/", "http://017700000001/", "http://0177.0.0.1/",
-        "http://0x7f000001/", "http://0x7f.0.0.1/", "http://0x7F.1/", "http://0/", "http://0.0.0.0/", "http://127.000.000.001/",
-        "http://169.254.169.254/latest/meta-data/", "http://2852039166/", "http://10.0.0.1/", "http://localhost/",
-        "http://127.0.0.1.nip.io/", "http://images.example.org.evil.net/", "http://evilimages.example.org/",
-        "http://evil.net/images.example.org", "http://evil.net/?https://images.example.org/", "http://evil.net/#images.example.org",
-        "http://evil.net?@images.example.org/", "http://evil.net#@images.example.org/", "http://images.example.org./",
-        "http://images.example.org../", "http://.images.example.org/", "http://images..example.org/", "http://example.org/",
-        "http://images-example.org/", "http://images.example.org.127.0.0.1/", "http://xn--images-.example.org/",
-        "http://metadata.google.internal/", "http://-/", "http://./", "http://a.images.example.org/", "HTTP://EXAMPLE.ORG/",
-    ],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(("why", "url"), [(why, url) for why, urls in SPELLINGS.items() for url in urls])
 def test_spellings_that_lead_nowhere(why: str, url: str) -> None:
     net = Fake()
@@ -386,22 +249,6 @@ def test_without_a_list_nothing_is_fetched() -> None:
 def test_a_url_is_read_once(url: str, scheme: str, path: str) -> None:
     port = {"http": 80, "https": 443}[scheme]
     assert outside.target(url, (HOST,)) == outside.Target(scheme, HOST, port, path)
-
-
-HIDDEN = [
-    "127.0.0.1", "127.255.255.254", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1",
-    "169.254.169.254", "100.64.0.1", "100.100.100.200", "192.0.0.192", "192.0.2.1", "198.18.0.1", "198.51.100.1",
-    "203.0.113.9",
-    "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "168.63.129.16", "192.88.99.1",
-    "::", "::1", "fe80::1", "fe80::1%eth0", "2606:4700::1%1", "fec0::1", "fc00::1", "fd00:ec2::254", "ff02::1",
-    "ff0e::1",
-    "::ffff:127.0.0.1", "::ffff:7f00:1", "::ffff:93.184.215.14", "::127.0.0.1", "::93.184.215.14", "::ffff:0:127.0.0.1",
-    "64:ff9b::7f00:1", "64:ff9b::169.254.169.254", "64:ff9b::10.0.0.1", "64:ff9b:1::1", "64:ff9b::a83f:8110",
-    "2002:7f00:1::", "2002:a9fe:a9fe::", "2002:5db8:d70e::1", "2001::1", "2001:0:5ef5:79fb:0:59d:a0ff:fe8d",
-    "2001:db8::1",
-    "2001:10::1", "3fff::1", "100::1", "4000::1", "5f00::1", "", "images.example.org", "127.1", "0x7f.1",
-    "2130706433", "[::1]",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("address", HIDDEN)

@@ -38,6 +38,7 @@ class SlotCache(Cache):
         self.rows = self.columns = 0
         self._first = self._last = self._reach = 0
         self._at: int | Tensor = 0
+        self._across = torch.zeros(1, 1, dtype=torch.long)
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for at least `rows` x `columns`, keeping what is there; grows by doubling, never shrinks."""
@@ -83,6 +84,7 @@ class SlotCache(Cache):
         self.reserve(self._last, self._reach)
         # Equal starts (a batch of prefixes) are written as a slice, which is much cheaper than by index.
         self._at = starts[0] if len(set(starts)) == 1 else at
+        self._across = torch.arange(len(starts), device=at.device)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -99,8 +101,7 @@ class SlotCache(Cache):
                 rows[:, :, self._at : self._at + states.shape[2]] = states
             else:
                 # Two index tensors around a slice: torch puts the indexed axes first, [B, q, H, d].
-                across = torch.arange(len(rows), device=rows.device)[:, None]
-                rows[across, :, self._at] = states.transpose(1, 2).to(rows.dtype)
+                rows[self._across, :, self._at] = states.transpose(1, 2).to(rows.dtype)
             held.append(rows[:, :, : self._reach])
         return held[0], held[1]
 
@@ -124,7 +125,11 @@ class SlotCache(Cache):
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first `length` columns of whole rows over other rows, all at once: rows may change places."""
         assert self.kv is not None
-        self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
+        if set(sources).isdisjoint(targets):  # nothing is overwritten that is still to be read
+            for source, target in zip(sources, targets, strict=True):
+                self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
+        else:
+            self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the pass finds filled; models ask only when they get no positions, and they always do."""

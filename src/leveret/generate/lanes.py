@@ -32,6 +32,8 @@ WORTH = 16
 """Tokens that must be gained before a prompt waits for another that begins like it."""
 GROW = 1.5
 """Rows that become too short are made longer by this factor, so that they are seldom copied."""
+PROMISED = 1024
+"""Tokens of a row to begin with, on a CPU."""
 MANY = 64
 """Positions from which a pass tells how fast prompts are computed."""
 
@@ -151,22 +153,25 @@ class Lanes(Slots):
             if guest.awaits in self.entering:
                 return False
             guest.awaits = None
-        known, source, promised = 0, -1, 0
+        runs = self.past.match(guest.trace)
+        kept = guest.whole(sum(count for _, count in runs))
+        known, source, promised = kept, -1, kept
         for row, other in enumerate([*self.active, *self.entering]):
+            # Who knows more than is known already has the next token too.
+            if len(other.ids) <= known or other.trace[known] != guest.trace[known]:
+                continue
             shared = guest.whole(alike(guest.trace, other.trace))
             ready = guest.whole(min(shared, other.filled))
             if ready > known:
                 known, source = ready, row
             if row >= len(self.active) and shared > promised:
                 promised, guest.awaits = shared, other
-        runs = self.past.match(guest.trace)
-        kept = guest.whole(sum(count for _, count in runs))
-        if promised >= max(known, kept) + WORTH:
+        if promised >= known + WORTH:
             return False
         guest.awaits = None
         row = self.used
         self._room(row + 1, len(guest.ids) + 1 + min(guest.limit, COLUMNS))
-        if kept >= known:
+        if source < 0:
             at = 0
             for block, count in runs:
                 if (count := min(count, kept - at)) > 0:
@@ -174,7 +179,7 @@ class Lanes(Slots):
                     at += count
         else:
             self.cache.move([source], [row], known)
-        guest.filled = guest.reused = max(known, kept)
+        guest.filled = guest.reused = known
         self.entering.append(guest)
         return True
 
@@ -268,11 +273,13 @@ class Lanes(Slots):
 
         def one_pass(begin: int, end: int) -> None:
             some = self.active[begin:end]
-            batch = self._batch([([guest.tokens[-1]], [False]) for guest in some])
-            self._room(end, max(guest.position for guest in some) + 1)
             starts = [guest.position for guest in some]
-            with self._threaded(len(some)):
-                logits = self._forward(begin, starts, batch)
+            self._room(end, max(starts) + 1)
+            ids = torch.tensor([[guest.tokens[-1]] for guest in some], device=self.vlm.device)
+            every = torch.ones_like(ids, dtype=torch.bool)
+            with self._threaded(len(some)), self._precision():
+                embeddings = self.vlm.language.get_input_embeddings()(ids)
+                logits = self._run(begin, starts, embeddings, torch.zeros_like(ids), every, every)
             self._take(some, logits)
             for guest, start in zip(some, starts, strict=True):
                 guest.filled = start + 1
@@ -401,9 +408,10 @@ class Lanes(Slots):
             return
         if columns > cache.columns:
             columns = max(columns, min(int(GROW * cache.columns), self.bound // (self.kv * max(rows, cache.rows))))
+        many = 2 * cache.rows
+        if self.vlm.device.type == "cpu":  # memory is taken when it is written to: much can be promised at once
+            many, columns = self.size, max(columns, min(PROMISED, self.bound // (self.kv * self.size)))
         columns = -(-max(columns, cache.columns) // COLUMNS) * COLUMNS
-        # Memory of a CPU is taken when it is written to, so there all rows can be promised at once.
-        many = self.size if self.vlm.device.type == "cpu" else 2 * cache.rows
         cache.reshape(max(rows, min(many, self.size, self.bound // (self.kv * columns))), columns, self.used)
 
     def release(self) -> None:

@@ -5,7 +5,7 @@
     the engine's        admit -> advance | step -> events            (lanes.py)
 
 When a pass over prompts is worth it: at once where nothing is being made; else when enough prompts have come for one
-pass (an eighth of the answers in the making), or one has waited for `PATIENCE`, or a more urgent one came. Between two
+pass (a quarter of the answers in the making), or one has waited for `PATIENCE`, or a more urgent one came. Between two
 steps prompts get at most `SHARE` seconds (or three steps' time), so that answers in the making go on behind any prompt.
 """
 
@@ -423,7 +423,7 @@ class Live:
         if self._prompting >= share:
             return False
         return (
-            8 * len(lanes.entering) >= len(lanes.active)
+            4 * len(lanes.entering) >= len(lanes.active)
             or any(guest.inputs is not None for guest in lanes.entering)  # it has begun
             or now - min(guest.came for guest in lanes.entering) >= PATIENCE
             or max(guest.priority for guest in lanes.entering) > max(guest.priority for guest in lanes.active)

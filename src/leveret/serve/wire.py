@@ -89,8 +89,9 @@ class Patient(H11Protocol):  # type: ignore[misc]
         self._end(bad("this is no HTTP/1.1 request that can be read", code="invalid_http"))
 
     def _end(self, refusal: Refusal) -> None:
-        """Say why, and close. Only where no reply has begun: in the middle of one there is nothing to say."""
-        if self.cycle is None or self.cycle.response_complete:
+        """Say why, and close. In the middle of a reply there is nothing to say."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
             body = json.dumps(refusal.body()).encode()
             retry = "".join(f"{name}: {value}\r\n" for name, value in refusal.headers.items())
             reasons = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
@@ -99,6 +100,9 @@ class Patient(H11Protocol):  # type: ignore[misc]
                 f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode("latin-1") + body)
+        if cycle is not None and not cycle.response_complete:  # nobody hears what the application may still say
+            cycle.disconnected = True
+            cycle.message_event.set()
         self.transport.close()
 
 
