@@ -3,7 +3,7 @@
 import { say } from "./dom.js";
 import { answer, Fault } from "./talk.js";
 
-const KEEP_EVERY = 1000; // ms between two drafts in the database, so that a reload loses a second at most
+const PULSE = 1000; // ms between two drafts in the database: a reload loses no more, and other tabs see that it lives
 const TRIES = 6; // of a full server, before the reader has to ask again
 
 export const running = new Map(); // message id -> {message, controller, hurry}
@@ -57,7 +57,8 @@ export async function ask(message, body, { changed, keep, isOpen }) {
   const speak = speaker(isOpen);
   const { signal } = entry.controller;
   let began = performance.now();
-  let [first, last, pieces, kept, usage] = [0, 0, 0, began, null];
+  let [first, last, pieces, usage] = [0, 0, 0, null];
+  const pulse = setInterval(() => { message.beat = Date.now(); keep(message); }, PULSE);
 
   const read = async (request) => {
     began = performance.now();
@@ -73,11 +74,6 @@ export async function ask(message, body, { changed, keep, isOpen }) {
       message.told.push(...piece.told);
       speak(message.text, false);
       changed();
-      if (now - kept > KEEP_EVERY) {
-        kept = now;
-        message.beat = Date.now();
-        keep(message).catch(() => {});
-      }
     }
   };
 
@@ -113,6 +109,7 @@ export async function ask(message, body, { changed, keep, isOpen }) {
     read: usage?.prompt_tokens ?? null,
     reused: usage?.prompt_tokens_details?.cached_tokens ?? null,
   };
+  clearInterval(pulse);
   running.delete(message.id);
   speak(message.text, true);
   if (isOpen()) {

@@ -134,6 +134,9 @@ async function load(id) {
     if (row.state === "making") setTimeout(() => { if (openId() === id) refresh(); }, STALE);
     return row;
   });
+  // What this tab is making may not be written down yet.
+  const known = new Set(rows.map((row) => row.id));
+  for (const { message } of running.values()) if (message.conversation === id && !known.has(message.id)) rows.push(message);
   return new Thread(conversation, rows);
 }
 
@@ -178,6 +181,7 @@ async function begin() {
   $("text").focus();
 }
 
+const unkept = new Set(); // conversations that the browser had no room for: they live in this page alone
 let full = false;
 function trouble(error) {
   if (full) return;
@@ -187,6 +191,7 @@ function trouble(error) {
 }
 
 async function keep(message, rows = []) {
+  if (unkept.has(message.conversation)) return;
   try {
     if (!(await store.write(message.conversation, [message], rows))) stop(message.conversation);
   } catch (error) {
@@ -194,10 +199,18 @@ async function keep(message, rows = []) {
   }
 }
 
+// The page may have been drawn anew from what was kept, or another conversation opened, while something was written.
+function hold(message) {
+  if (openId() === message.conversation) thread.messages.set(message.id, message);
+}
+
 async function pick(message) {
   const parent = message.parent ?? ROOT;
-  thread.conversation.picked[parent] = message.id;
-  thread.conversation.updated = Date.now();
+  if (openId() === message.conversation) {
+    thread.conversation.picked[parent] = message.id;
+    thread.conversation.updated = Date.now();
+  }
+  if (unkept.has(message.conversation)) return;
   try {
     await store.change(message.conversation, (row) => { row.picked[parent] = message.id; row.updated = Date.now(); });
   } catch (error) {
@@ -214,27 +227,29 @@ async function send({ text, pictures: held, editing }) {
     thread = new Thread(conversation, []);
     composer.becomes(conversation.id);
     history.pushState(null, "", `#${conversation.id}`);
-    await store.create(structuredClone(conversation)).catch(trouble);
+    await store.create(structuredClone(conversation)).catch((error) => { unkept.add(conversation.id); trouble(error); });
   }
-  const id = openId();
+  const own = thread;
+  const id = own.conversation.id;
   const rows = held.map(({ blob, name, width, height, told, ...rest }) => (
     { id: rest.id ?? fresh(), conversation: id, blob, name, width, height, told }));
   rows.forEach((row, at) => keepOpen({ ...row, url: held[at].url }));
-  const parent = editing ? editing.parent : thread.path().at(-1)?.id ?? null;
+  const parent = editing ? editing.parent : own.path().at(-1)?.id ?? null;
   const message = { id: fresh(), conversation: id, parent, role: "user", at: Date.now(), text, pictures: rows.map((row) => row.id) };
-  thread.messages.set(message.id, message);
+  own.messages.set(message.id, message);
   await keep(message, rows);
   await pick(message);
-  await answerTo(message);
+  hold(message);
+  await answerTo(own, message);
 }
 
-async function answerTo(asked, temperature = null, again = null) {
-  const own = thread;
+async function answerTo(own, asked, temperature = null, again = null) {
   const message = {
     id: again?.id ?? fresh(), conversation: asked.conversation, parent: asked.id, role: "assistant", at: again?.at ?? Date.now(), text: "",
     pictures: [], state: "making", beat: Date.now(), tab, told: [], stats: null, fault: null, finish: null, asked: null, model: model?.id ?? "",
   };
   own.messages.set(message.id, message);
+  hold(message);
   pinned = true;
   const turnsSoFar = own.upTo(asked);
   const isOpen = () => openId() === message.conversation;
@@ -249,18 +264,19 @@ async function answerTo(asked, temperature = null, again = null) {
   await keep(message);
   await list();
   await done;
+  hold(message);
   if (message.fault?.kind === "away") meet();
   await list();
   if (isOpen()) draw();
 }
 
 async function again(message, temperature = null) {
-  if (!busy()) await answerTo(thread.messages.get(message.parent), temperature);
+  if (!busy()) await answerTo(thread, thread.messages.get(message.parent), temperature);
 }
 
 // A failure without a word is asked again in its place; where something had come, a new version stands beside it.
 const retry = (message) =>
-  (message.text ? again(message) : busy() ? null : answerTo(thread.messages.get(message.parent), message.asked?.temperature ?? null, message));
+  (message.text ? again(message) : busy() ? null : answerTo(thread, thread.messages.get(message.parent), message.asked?.temperature ?? null, message));
 
 async function edit(message) {
   if (message === null) { composer.leave(); return draw(); }
@@ -401,7 +417,7 @@ function bind() {
   addEventListener("online", () => { if (!model) meet(); });
   narrow.addEventListener("change", () => sidebar(!narrow.matches));
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !event.defaultPrevented && !document.querySelector("dialog[open]")) {
+    if (event.key === "Escape" && !event.defaultPrevented && !event.isComposing && !document.querySelector("dialog[open]")) {
       if (narrow.matches && sideOpen) sidebar(false);
       else if (busy()) stop(openId());
       else if (composer.editing) edit(null);

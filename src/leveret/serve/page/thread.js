@@ -46,7 +46,7 @@ export async function written(turns, system, uri, vision) {
   const messages = system.trim() ? [{ role: "system", content: system.trim() }] : [];
   for (const turn of turns) {
     if (turn.role === "assistant") {
-      if (turn.text) messages.push({ role: "assistant", content: turn.text });
+      if (turn.text.trim()) messages.push({ role: "assistant", content: turn.text });
       continue;
     }
     const parts = [];
