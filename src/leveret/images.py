@@ -18,7 +18,8 @@ import stat
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,19 +71,20 @@ MENDING = {
 class ImageFault(DataError):
     """An image that is refused.
 
-    reason  a key of `MENDING`: fixed words, fit for counting.
+    reason  a key of `MENDING`, or of the table `mending` was read from: fixed words, fit for counting.
     detail  what was found (sizes, the format), or "". Holds nothing that Pillow said.
+    mending what helps, where other limits or reasons than those of `MENDING` hold (`serve.pictures`).
     """
 
-    def __init__(self, reason: str, detail: str = "", where: str = "") -> None:
-        assert reason in MENDING, reason
-        self.reason, self.detail = reason, detail
+    def __init__(self, reason: str, detail: str = "", where: str = "", mending: str = "") -> None:
+        assert mending or reason in MENDING, reason
+        self.reason, self.detail, self.mending = reason, detail, mending or MENDING[reason]
         text = f"image {where}: {reason}" if where else f"image refused: {reason}"
-        super().__init__(f"{text}{f' ({detail})' if detail else ''}. {MENDING[reason]}.")
+        super().__init__(f"{text}{f' ({detail})' if detail else ''}. {self.mending}.")
 
     def at(self, where: str) -> ImageFault:
         """The same fault with the place in its text."""
-        return ImageFault(self.reason, self.detail, where)
+        return ImageFault(self.reason, self.detail, where, self.mending)
 
 
 _NO_PATH = re.compile("[\0\ud800-\udfff]")
@@ -265,38 +267,35 @@ def decode(data: bytes) -> Image:
 
     Grey, palette and CMYK images are converted. `ImageFault` if the bytes are refused.
     """
-    size = declared_size(data)
-    _check_size(size)
-    from io import BytesIO
-
-    from PIL import Image as pil
-
-    with _strict:
-        try:
-            image = pil.open(BytesIO(data), formats=FORMATS)
-        except pil.DecompressionBombError:
-            raise ImageFault("too many pixels") from None
-        except pil.DecompressionBombWarning:
-            raise ImageFault("too many pixels") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
-            raise _broken(error) from None
-        with image:
-            # Once more: the first frame of a GIF may be larger than the screen that its header declares.
-            _check_size(image.size)
-            try:
-                image.load()
-                return as_rgb(image)
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise _broken(error) from None
+    with _opened(data) as image:
+        image.load()
+        return as_rgb(image)
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
     """(width, height) of what `decode` would give: of the first frame, after the EXIF turn. Only a GIF is unpacked (and
     a PNG, unless it says first how it lies). `ImageFault` if the bytes are refused so far."""
+    with _opened(data) as image:
+        if image.format == "GIF":
+            image.load()
+        width, height = image.size
+        try:
+            turn = image.getexif().get(0x0112, 1)
+        except Exception:  # as in `_upright`
+            turn = 1
+    return (height, width) if turn in (5, 6, 7, 8) else (width, height)
+
+
+def opened_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels as Pillow reads the header, before the EXIF turn; nothing is unpacked. Another size
+    than `declared_size` only where a file has two headers. `ImageFault` if the bytes are refused so far."""
+    with _opened(data) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image]:
+    """The image with its size checked and nothing unpacked; what Pillow raises, also later on, becomes a fault."""
     _check_size(declared_size(data))
     from io import BytesIO
 
@@ -305,28 +304,23 @@ def upright_size(data: bytes) -> tuple[int, int]:
     with _strict:
         try:
             with pil.open(BytesIO(data), formats=FORMATS) as image:
+                # Once more: the first frame of a GIF may be larger than the screen that its header declares.
                 _check_size(image.size)
-                if image.format == "GIF":
-                    image.load()
-                width, height = image.size
-                try:
-                    turn = image.getexif().get(0x0112, 1)
-                except Exception:  # as in `_upright`
-                    turn = 1
+                yield image
         except (MemoryError, ImageFault):
             raise
         except (pil.DecompressionBombError, pil.DecompressionBombWarning):
             raise ImageFault("too many pixels") from None
-        except Exception as error:  # see `decode`
+        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             raise _broken(error) from None
-    return (height, width) if turn in (5, 6, 7, 8) else (width, height)
 
 
 def form_of(data: bytes) -> str:
     """Which of `FORMATS` an image's first bytes are of. `ImageFault` if of none."""
     if not data:
         raise ImageFault("empty")
-    form = next((form for form, magic in _MAGIC if magic.match(data)), None)
+    head = data[:4096]  # blanks and comments before an <svg> have no end
+    form = next((form for form, magic in _MAGIC if magic.match(head)), None)
     if form is None:
         raise ImageFault("not an image")
     if form not in FORMATS:
@@ -383,8 +377,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Walks the segments to the frame header (SOF0..SOF15 without DHT, JPG and DAC)."""
     at = 2
     while True:
-        while data[at] != 0xFF:  # bytes between segments are padding
-            at += 1
+        if (at := data.find(b"\xff", at)) < 0:  # bytes between segments are padding
+            raise IndexError
         while data[at] == 0xFF:
             at += 1
         marker = data[at]
@@ -469,7 +463,7 @@ def _rgb(image: Image, pil: ModuleType) -> Image:
         # Pillow's own conversion clips at 255, which makes nearly every 16-bit image white.
         import numpy as np
 
-        return pil.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return pil.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
