@@ -113,8 +113,8 @@ class Browser:
     def click(self, script: str) -> None:
         """A click of the mouse on the middle of the element that an expression gives."""
         x, y = self.run(
-            f"(() => {{ const e = {script}; e.scrollIntoView({{block: 'nearest'}}); const r = e.getBoundingClientRect();"
-            " return [r.x + r.width / 2, r.y + r.height / 2] })()"
+            f"(() => {{ const e = {script}; e.scrollIntoView({{block: 'nearest'}});"
+            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
         )
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         for kind in ("mousePressed", "mouseReleased"):
@@ -123,11 +123,18 @@ class Browser:
     def key(self, name: str, text: str = "", shift: bool = False) -> None:
         """One key, pressed and released."""
         codes = {
-            "Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
+            "Tab": 9, "Enter": 13, "Escape": 27, " ": 32,
+            "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
         }  # fmt: skip
         extra = {"windowsVirtualKeyCode": codes.get(name, 0), "key": name, "code": name, "modifiers": 8 if shift else 0}
         self.ask("Input.dispatchKeyEvent", type="keyDown", **extra, **({"text": text} if text else {}))
         self.ask("Input.dispatchKeyEvent", type="keyUp", **extra)
+
+    def offline(self, gone: bool) -> None:
+        """Pulls the plug, or puts it back."""
+        self.ask(
+            "Network.emulateNetworkConditions", offline=gone, latency=0, downloadThroughput=-1, uploadThroughput=-1
+        )
 
     def fetched(self) -> list[str]:
         """Addresses the pages asked for, themselves and what stands inside them left out."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
@@ -106,8 +108,8 @@ class Hands:
         """Drags files over the page, and drops them."""
         steps = ["dragenter", "dragover", *(["drop"] if drop else [])]
         self.run(
-            f"(() => {{ {self._transfer(list(files))} for (const kind of {json.dumps(steps)}) document.body.dispatchEvent("
-            "new DragEvent(kind, {dataTransfer: t, bubbles: true, cancelable: true})); })()"
+            f"(() => {{ {self._transfer(list(files))} for (const kind of {json.dumps(steps)}) "
+            "document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: t, bubbles: true, cancelable: true})); })()"
         )
 
     def paste(self, *files: tuple[str, bytes, str], text: str = "") -> bool:
@@ -133,3 +135,24 @@ class Hands:
                 if part["type"] == "image_url":
                     found.append(Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))))
         return found
+
+
+@contextmanager
+def opened(browser: Browser) -> Iterator[Hands]:
+    """The page, opened from a server of its own: a new origin, that knows nothing. At the end nothing foreign may have
+    been asked for, and nothing thrown or refused by the policy; a request that failed on purpose is not counted."""
+    server = PageServer()
+    browser.open("about:blank")
+    browser.events.clear()
+    first = browser.session
+    hands = Hands(browser, server)
+    hands.open()
+    hands.met()
+    yield hands
+    browser.run("1")
+    foreign = [url for url in browser.fetched() if not url.startswith((server.address, f"blob:{server.address}"))]
+    wrong = [told for told in browser.complaints() if told.get("entry", {}).get("source") != "network"]
+    browser.turn(first)
+    browser.open("about:blank")
+    server.close()
+    assert foreign == [] and wrong == []

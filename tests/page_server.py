@@ -46,7 +46,9 @@ def openapi() -> dict[str, Any]:
         "type": "object", "required": ["messages"], "title": "Chat",
         "properties": {
             "messages": {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1},
-            "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 1, "description": "0: the **likeliest**"},
+            "temperature": {
+                "type": "number", "minimum": 0, "maximum": 2, "default": 1, "description": "0: the **likeliest**",
+            },
             "again": {"$ref": "#/components/schemas/Chat"},
         },
     }  # fmt: skip
@@ -60,7 +62,9 @@ def openapi() -> dict[str, Any]:
             }},
             "/v1/models": {"get": {
                 "summary": "Which models there are", "responses": {"200": {"description": "The list"}},
-                "parameters": [{"name": "limit", "in": "query", "schema": {"type": "integer"}, "description": "how many"}],
+                "parameters": [
+                    {"name": "limit", "in": "query", "schema": {"type": "integer"}, "description": "how many"},
+                ],
             }},
         },
         "components": {"schemas": {"Chat": chat, "Message": message}},
@@ -211,7 +215,7 @@ def told(text: str) -> dict[str, Any]:
 
 
 def look(body: dict[str, Any]) -> dict[str, Any]:
-    """For each word of an answer a spot that wanders over the pictures; in the form of `generate.looked.Look.as_json`."""
+    """For each word of an answer a spot that wanders over the pictures; as `generate.looked.Look.as_json` writes it."""
     words = body["answer"].split()
     count = sum(
         part["type"] == "image_url" for m in body["messages"] if isinstance(m["content"], list) for part in m["content"]

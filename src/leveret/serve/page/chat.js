@@ -4,15 +4,19 @@
 // talk     the server's API                        thread     a conversation as a tree
 // asking   an answer while it is made              turns      turns on the page
 // composer where a message is written              pictures   pictures made small enough
+// album    pictures of what is open                saved      a conversation as a file
+// boxes    boxes that an answer names
 // inside   probabilities and attention             words      Markdown as elements
 // side     the list of conversations               settings   how answers are sampled; light and dark
 
+import { enlarge, keepOpen, picture, uri } from "./album.js";
 import { ask, isRunning, running, stop } from "./asking.js";
+import { boxed, boxesIn } from "./boxes.js";
 import { Composer } from "./composer.js";
-import { $, download, fresh, icon, make, note, plural, say, tool } from "./dom.js";
+import { $, fresh, icon, make, note, plural, say, tool } from "./dom.js";
 import { chances, looking, toldOf } from "./inside.js";
-import { dataUri } from "./pictures.js";
 import * as config from "./settings.js";
+import { save } from "./saved.js";
 import { drawList } from "./side.js";
 import * as store from "./store.js";
 import { look, models, setToken } from "./talk.js";
@@ -29,7 +33,6 @@ let kept = true;
 let looks = true; // whether the server can tell where the model looked
 let pinned = true; // whether the newest words are kept in view
 const turns = new Map(); // message id -> Turn
-const pictures = new Map(); // picture id -> promise of {id, url, blob, name, width, height}
 const tab = (() => {
   try {
     const known = sessionStorage.getItem("leveret.tab") ?? fresh();
@@ -40,35 +43,9 @@ const tab = (() => {
   }
 })();
 
+const picturesUpTo = (message) => (message && thread ? thread.upTo(message).flatMap((turn) => turn.pictures) : []);
 const openId = () => thread?.conversation.id ?? "";
 const busy = () => thread !== null && isRunning(openId());
-
-// --- pictures ---------------------------------------------------------------------------------------------------
-
-function picture(id) {
-  if (!pictures.has(id)) {
-    pictures.set(id, store.picture(id).then((row) => {
-      if (!row) pictures.delete(id);
-      return row ? { ...row, url: URL.createObjectURL(row.blob) } : null;
-    }));
-  }
-  return pictures.get(id);
-}
-
-async function uri(id) {
-  const found = await picture(id);
-  if (!found) throw new Error("A picture of this conversation is no longer kept in this browser. Edit the message and add it again.");
-  return dataUri(found.blob);
-}
-
-const picturesUpTo = (message) => (message && thread ? thread.upTo(message).flatMap((turn) => turn.pictures) : []);
-
-function enlarge(found) {
-  const dialog = $("big");
-  dialog.replaceChildren(make("img", { src: found.url, alt: found.name, class: Math.max(found.width, found.height) <= 128 ? "pixel" : null }),
-    make("p", {}, make("span", {}, `${found.name} \u00b7 ${found.width} \u00d7 ${found.height}`), tool("close", "Close", () => dialog.close())));
-  dialog.showModal();
-}
 
 // --- drawing ----------------------------------------------------------------------------------------------------
 
@@ -242,7 +219,7 @@ async function send({ text, pictures: held, editing }) {
   const id = openId();
   const rows = held.map(({ blob, name, width, height, told, ...rest }) => (
     { id: rest.id ?? fresh(), conversation: id, blob, name, width, height, told }));
-  rows.forEach((row, at) => pictures.set(row.id, Promise.resolve({ ...row, url: held[at].url })));
+  rows.forEach((row, at) => keepOpen({ ...row, url: held[at].url }));
   const parent = editing ? editing.parent : thread.path().at(-1)?.id ?? null;
   const message = { id: fresh(), conversation: id, parent, role: "user", at: Date.now(), text, pictures: rows.map((row) => row.id) };
   thread.messages.set(message.id, message);
@@ -307,6 +284,8 @@ const hooks = {
     const shown = await Promise.all(picturesUpTo(thread.messages.get(message.parent)).map(picture));
     return looking(await insideOf(message), shown);
   },
+  // The picture that was shown last is the one that is talked of.
+  boxes: async (message) => boxed(boxesIn(message.text), await picture(picturesUpTo(thread.messages.get(message.parent)).at(-1))),
   chances: async (message) => chances(message.told.length ? message.told : toldOf(await insideOf(message))),
   hurry: (message) => running.get(message.id)?.hurry?.(),
   useToken: async (text, message) => { setToken(text); await meet(); await retry(message); },
@@ -321,23 +300,6 @@ const hooks = {
     say(`Version ${versions.indexOf(other) + 1} of ${versions.length}.`);
   },
 };
-
-async function save() {
-  const path = thread.path();
-  const messages = [];
-  for (const turn of path) {
-    const [made] = await written([turn], "", uri, true);
-    if (made) messages.push({ ...made, at: new Date(turn.at).toISOString(), ...(turn.stats ? { stats: turn.stats } : {}) });
-  }
-  const { title, created } = thread.conversation;
-  const { system, temperature, top_p, max_tokens, seed } = config.settings;
-  const whole = {
-    format: "leveret conversation", version: 1, title, created: new Date(created).toISOString(), model: path.at(-1)?.model ?? model?.id ?? "",
-    settings: { system, temperature, top_p, max_tokens, seed }, messages,
-  };
-  const name = title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 60) || "conversation";
-  download(`${name}.json`, new Blob([JSON.stringify(whole, null, 2)], { type: "application/json" }));
-}
 
 // --- the server -------------------------------------------------------------------------------------------------
 
@@ -377,13 +339,14 @@ async function meet(delay = 2) {
 const narrow = matchMedia("(max-width: 54rem)");
 let sideOpen = true;
 function sidebar(there) {
-  if (sideOpen && !there && narrow.matches && $("side").contains(document.activeElement)) $("menu-place").firstChild.focus();
+  const held = $("side").contains(document.activeElement);
   sideOpen = there;
   document.body.classList.toggle("aside", there);
   $("side").inert = !there;
   $("room").inert = there && narrow.matches;
   $("veil").hidden = !(there && narrow.matches);
   menu.setAttribute("aria-expanded", String(there));
+  if (held && !there) menu.focus(); // what had the focus is out of reach now
 }
 const menu = tool("menu", "Conversations", () => { sidebar(!sideOpen); if (sideOpen && narrow.matches) $("new").focus(); },
   { "aria-controls": "side" });
@@ -407,7 +370,7 @@ const composer = new Composer({
 
 function bind() {
   $("menu-place").append(menu);
-  $("bar-tools").append(tool("save", "Save this conversation as JSON", () => save().catch((error) => note(error.message)), { id: "export" }), theme);
+  $("bar-tools").append(tool("save", "Save this conversation as JSON", () => save(thread, uri).catch((error) => note(error.message)), { id: "export" }), theme);
   for (const [id, name] of [["attach", "picture"], ["open-settings", "sliders"], ["close-settings", "close"]]) $(id).append(icon(name));
   $("new").prepend(icon("plus"));
   $("newest").prepend(icon("down"));

@@ -15,7 +15,7 @@ let renaming = null; // id of the conversation whose title is being typed
 // all: conversations, newest first. open: the id on the page. hooks: open(id), gone(id), redraw().
 export function drawList(all, open, busy, hooks) {
   const box = $("list");
-  if (renaming && box.contains(document.activeElement)) return;
+  if (renaming && document.activeElement?.matches("#list input")) return;
   const focused = document.activeElement?.closest?.("#list li")?.dataset.id;
   const wanted = $("find").value.trim().toLowerCase();
   const shown = all.filter((one) => one.title.toLowerCase().includes(wanted));

@@ -1,6 +1,7 @@
 // The turns of a conversation as they stand on the page. A turn's elements are made once and then brought up to date,
 // so that focus, selection and what is folded open stay while an answer grows.
 
+import { boxesIn } from "./boxes.js";
 import { copy, icon, make, plural, tool } from "./dom.js";
 import * as words from "./words.js";
 
@@ -26,7 +27,7 @@ const FAULTS = {
 };
 
 export class Turn {
-  // hooks: again, edit, retry, hurry, pick, look, chances, picture(id) -> {url, ...}, enlarge, useToken
+  // hooks: again, edit, retry, hurry, pick, look, boxes, chances, picture(id) -> {url, ...}, enlarge, useToken
   constructor(message, hooks) {
     this.hooks = hooks;
     this.message = message;
@@ -50,6 +51,7 @@ export class Turn {
       : [this.copy,
         (this.again = tool("again", "Answer again", () => hooks.again(this.message))),
         (this.look = tool("eye", "Where it looked", () => this.fold("look"), { "aria-expanded": "false" })),
+        (this.boxes = tool("box", "Show the box on the picture", () => this.fold("boxes"), { "aria-expanded": "false" })),
         (this.chances = tool("chances", "How sure it was", () => this.fold("chances"), { "aria-expanded": "false" }))];
     this.foot = make("div", { class: "foot" }, this.versions, this.tools, mine ? null : this.stats);
     this.element = make("li", { class: `turn ${mine ? "mine" : "theirs"}`, data: { id: message.id } },
@@ -86,6 +88,7 @@ export class Turn {
     this.again.disabled = context.busy;
     this.look.hidden = making || !message.text || !context.looks;
     this.chances.hidden = making || !message.text;
+    this.boxes.hidden = making || !context.sight || !boxesIn(message.text).length;
     this.stats.textContent = making ? "" : figures(message.stats);
     this.drawState(message, context);
     this.drawFault(message, context);
@@ -178,7 +181,7 @@ export class Turn {
 
   unfold() {
     this.inside.replaceChildren();
-    for (const button of [this.look, this.chances]) button?.setAttribute("aria-expanded", "false");
+    for (const button of [this.look, this.boxes, this.chances]) button?.setAttribute("aria-expanded", "false");
   }
 }
 

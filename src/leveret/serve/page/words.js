@@ -226,11 +226,13 @@ export function inline(text, depth = 0) {
     if (pair) {
       const [mark, tag] = pair;
       const from = at + mark.length;
-      // Opens before a letter, closes after one; an underscore inside a word is an underscore.
-      const opens = text[from] !== undefined && !/\s/.test(text[from]) && !(here === "_" && isWord(text[at - 1]));
+      // Opens before a letter, closes after one; inside a word a mark is itself (snake_case, 2*3*4); of three the last closes.
+      const single = mark.length === 1;
+      const opens = text[from] !== undefined && !/\s/.test(text[from]) && !((single || here === "_") && isWord(text[at - 1]));
       let to = opens ? find(mark, from + 1) : -1;
-      if (to > 0 && mark.length === 1 && text[to + 1] === mark) to = -1;
-      if (to > 0 && (/\s/.test(text[to - 1]) || (here === "_" && isWord(text[to + mark.length])))) to = -1;
+      if (to > 0 && single && text[to + 1] === mark) to = -1;
+      if (to > 0 && !single && text[to + 2] === here) to += 1;
+      if (to > 0 && (/\s/.test(text[to - 1]) || ((single || here === "_") && isWord(text[to + mark.length])))) to = -1;
       if (to > 0) {
         push(make(tag, {}, inline(text.slice(from, to), depth + 1)));
         at = to + mark.length;
