@@ -196,6 +196,22 @@ def test_what_is_no_http_is_told_so(up: Up, data: bytes) -> None:
     is_well(up)
 
 
+def test_where_a_body_ends_is_said_once(up: Up) -> None:
+    """Else a proxy before it may read one request where this one reads two."""
+    both = head(Content_Length="5", Transfer_Encoding="chunked") + b"0\r\n\r\n" + head("/smuggled", "GET")
+    reply = up.raw(both)
+    assert told(reply)[0] == 400 and reply.count(b"HTTP/1.1") == 1
+    is_well(up)
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/nothing"])
+def test_a_body_that_nobody_reads_ends_the_connection(up: Up, path: str) -> None:
+    for method in ("GET", "POST"):
+        reply = up.raw(head(path, method, Content_Length="1000000000") + b"x" * 1000)
+        assert reply.count(b"HTTP/1.1") == 1 and b"connection: close" in reply.lower()
+    is_well(up)
+
+
 def test_a_half_closed_connection_hangs_nothing(up: Up) -> None:
     body = json.dumps(question()).encode()
     with socket.create_connection(up.address, timeout=20) as line:
