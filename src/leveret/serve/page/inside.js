@@ -172,7 +172,7 @@ export function looking(found, pictures) {
       : [all.flat().reduce((sum, value) => sum + value, 0)];
     told.textContent = `For \u201c${found.words[word].text.trim()}\u201d ${share(shares[0])} of its attention lay on ` +
       `${several ? "the pictures" : "the picture"}` + (most > 0
-        ? `, most of it ${where === "middle" ? "in the middle" : `at the ${where}`}` +
+        ? `, strongest ${where === "middle" ? "in the middle" : `at the ${where}`}` +
       `${several ? ` of picture ${views[image].number}` : ""}.` : ".");
     rest.textContent = names.slice(1).map((name, one) => [SHARES[name] ?? name, shares[one + 1]])
       .filter(([, value]) => value >= 0.0005)
