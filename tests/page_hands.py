@@ -153,6 +153,7 @@ def opened(browser: Browser) -> Iterator[Hands]:
     foreign = [url for url in browser.fetched() if not url.startswith((server.address, f"blob:{server.address}"))]
     wrong = [told for told in browser.complaints() if told.get("entry", {}).get("source") != "network"]
     browser.turn(first)
+    browser.ask("Emulation.setEmulatedMedia", features=[])
     browser.open("about:blank")
     server.close()
     assert foreign == [] and wrong == []

@@ -347,7 +347,7 @@ def test_how_sure_it_was_and_where_it_looked(page: Hands) -> None:
     body = page.server.looked[0]
     assert body["answer"] == "A red circle" and body["messages"][0]["content"][0]["type"] == "image_url"
     told = "document.querySelector('.inside [aria-live]').textContent"
-    assert page.run(told) == "For \u201cred\u201d 40 % of its attention lay on the picture, most of it in the middle."
+    assert page.run(told) == "For \u201cred\u201d 40 % of its attention lay on the picture, strongest in the middle."
     pixels = "document.querySelector('.looked canvas').toDataURL()"
     before = page.run(pixels)
     page.browser.click("document.querySelectorAll('.word')[2]")

@@ -21,7 +21,9 @@ export const keepOpen = (found) => open.set(found.id, Promise.resolve(found));
 
 export async function uri(id) {
   const found = await picture(id);
-  if (!found) throw new Error("A picture of this conversation is no longer kept in this browser. Edit the message and add it again.");
+  if (!found) {
+    throw new Error("A picture of this conversation is no longer kept here. Edit the message and add it again.");
+  }
   return dataUri(found.blob);
 }
 
@@ -29,6 +31,7 @@ export function enlarge(found) {
   const dialog = $("big");
   const small = Math.max(found.width, found.height) <= 128;
   dialog.replaceChildren(make("img", { src: found.url, alt: found.name, class: small ? "pixel" : null }),
-    make("p", {}, make("span", {}, `${found.name} \u00b7 ${found.width} \u00d7 ${found.height}`), tool("close", "Close", () => dialog.close())));
+    make("p", {}, make("span", {}, `${found.name} \u00b7 ${found.width} \u00d7 ${found.height}`),
+      tool("close", "Close", () => dialog.close())));
   dialog.showModal();
 }

@@ -8,7 +8,8 @@ const TRIES = 6; // of a full server, before the reader has to ask again
 
 export const running = new Map(); // message id -> {message, controller, hurry}
 
-export const isRunning = (conversation) => [...running.values()].some((one) => one.message.conversation === conversation);
+export const isRunning = (conversation) =>
+  [...running.values()].some((one) => one.message.conversation === conversation);
 
 export function stop(conversation) {
   for (const one of running.values()) if (one.message.conversation === conversation) one.controller.abort();

@@ -21,11 +21,16 @@ export function boxed(boxes, picture) {
   const shapes = boxes.flatMap(([left, top, right, bottom]) => ["halo", "edge"].map((part) =>
     drawing("rect", { class: part, x: left, y: top, width: right - left, height: bottom - top })));
   const figure = make("figure", {}, make("div", { class: "looked" },
-    make("img", { src: picture.url, alt: picture.name, class: small ? "pixel" : null }),
-    drawing("svg", { class: "boxes", viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" }, ...shapes)));
+    make("img", {
+      src: picture.url, alt: picture.name, width: picture.width, height: picture.height, class: small ? "pixel" : null,
+    }),
+    drawing("svg", { class: "boxes", viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" },
+      ...shapes)));
   figure.style.width = `min(100%, ${Math.max(6, 20 * picture.width / picture.height)}rem)`;
   return make("div", { class: "inside" },
     make("h3", {}, boxes.length > 1 ? `The ${boxes.length} boxes it named` : "The box it named"),
-    make("p", { class: "soft" }, "Taken as shares of the picture's width and height. A model that was taught on padded pictures means the square around it."),
+    make("p", { class: "soft" },
+      "Taken as shares of the picture's width and height. "
+      + "A model that was taught on padded pictures means the square around it."),
     make("div", { class: "views" }, figure));
 }

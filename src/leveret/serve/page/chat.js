@@ -5,7 +5,7 @@
 // asking   an answer while it is made              turns      turns on the page
 // composer where a message is written              pictures   pictures made small enough
 // album    pictures of what is open                saved      a conversation as a file
-// boxes    boxes that an answer names
+// boxes    boxes that an answer names              frame      the list's place, light and dark
 // inside   probabilities and attention             words      Markdown as elements
 // side     the list of conversations               settings   how answers are sampled; light and dark
 
@@ -14,6 +14,7 @@ import { ask, isRunning, running, stop } from "./asking.js";
 import { boxed, boxesIn } from "./boxes.js";
 import { Composer } from "./composer.js";
 import { $, fresh, icon, make, note, plural, say, tool } from "./dom.js";
+import { closeAside, drawTheme, menu, sidebar, theme } from "./frame.js";
 import { chances, looking, toldOf } from "./inside.js";
 import * as config from "./settings.js";
 import { save } from "./saved.js";
@@ -74,11 +75,13 @@ function draw() {
     const sight = path.slice(0, at).some((one) => one.pictures.length);
     turn.update(message, place, versions.length, {
       busy: working, sight, looks: looks && sight && model?.vision !== false,
-      same: message.state === "done" && message.asked?.temperature === 0 && before?.text === message.text && message.text !== "",
+      same: message.state === "done" && message.asked?.temperature === 0 && before?.text === message.text
+        && message.text !== "",
     });
     turn.element.classList.toggle("edited", at === editing);
     turn.element.classList.toggle("later", editing >= 0 && at > editing);
-    if ($("turns").children[at] !== turn.element) $("turns").insertBefore(turn.element, $("turns").children[at] ?? null);
+    const there = $("turns").children[at] ?? null;
+    if (there !== turn.element) $("turns").insertBefore(turn.element, there);
   });
   $("title").textContent = thread?.conversation.title ?? "New conversation";
   document.title = thread ? `${thread.conversation.title} \u2013 leveret` : "leveret";
@@ -105,16 +108,20 @@ function drawModel() {
     facts.push(`${(model.parameters / unit).toFixed(model.parameters / unit < 10 ? 1 : 0)}${words} parameters`);
   }
   if (model && !model.vision) facts.push("reads text only");
-  const choose = offered.length > 1 && make("select", { "aria-label": "Model", onchange: (event) => meetOne(event.target.value) },
+  const choose = offered.length > 1 && make("select", { "aria-label": "Model",
+    onchange: (event) => meetOne(event.target.value) },
     offered.map((one) => make("option", { value: one.id, selected: one.id === model.id }, one.id)));
-  $("model").replaceChildren(...(model ? [choose || model.name, facts.length ? ` \u00b7 ${facts.join(" \u00b7 ")}` : ""] : ["\u00a0"]));
+  const more = facts.length ? ` \u00b7 ${facts.join(" \u00b7 ")}` : "";
+  $("model").replaceChildren(...(model ? [choose || model.name, more] : ["\u00a0"]));
   const seen = model?.vision !== false;
   $("attach").hidden = !seen;
   $("text").placeholder = seen ? "Ask about a picture" : "Ask something";
-  const tries = seen ? ["What is in the image?", "How many objects are there?", "What colour is it?"] : ["What can you do?"];
+  const tries = seen ? ["What is in the image?", "How many objects are there?", "What colour is it?"]
+    : ["What can you do?"];
   $("hello").replaceChildren(make("img", { src: "page/leveret.svg", alt: "", width: 56, height: 56 }),
     make("h2", {}, seen ? "Show me a picture" : "Ask me something"),
-    make("p", { class: "soft" }, seen ? "Drop it anywhere on this page, paste it, or add it below. Then ask." : "This model reads text only."),
+    make("p", { class: "soft" }, seen ? "Drop it anywhere on this page, paste it, or add it below. Then ask."
+      : "This model reads text only."),
     make("div", { class: "tries" }, tries.map((words) => make("button", { type: "button", onclick: () => {
       $("text").value = words;
       composer.grow();
@@ -136,7 +143,9 @@ async function load(id) {
   });
   // What this tab is making may not be written down yet.
   const known = new Set(rows.map((row) => row.id));
-  for (const { message } of running.values()) if (message.conversation === id && !known.has(message.id)) rows.push(message);
+  for (const { message } of running.values()) {
+    if (message.conversation === id && !known.has(message.id)) rows.push(message);
+  }
   return new Thread(conversation, rows);
 }
 
@@ -169,13 +178,13 @@ async function refresh() {
 }
 
 async function open(id) {
-  sidebar(!narrow.matches);
+  sidebar();
   if (location.hash.slice(1) === id) return show();
   location.hash = id;
 }
 
 async function begin() {
-  sidebar(!narrow.matches);
+  sidebar();
   if (location.hash) history.pushState(null, "", location.pathname + location.search);
   await show();
   $("text").focus();
@@ -186,7 +195,8 @@ let full = false;
 function trouble(error) {
   if (full) return;
   full = true;
-  note(error?.name === "QuotaExceededError" ? "This browser has no room left: delete some conversations to keep new ones."
+  note(error?.name === "QuotaExceededError"
+    ? "This browser has no room left: delete some conversations to keep new ones."
     : "This browser could not keep the conversation: it ends with this page.", null, 20);
 }
 
@@ -223,11 +233,15 @@ async function pick(message) {
 async function send({ text, pictures: held, editing }) {
   if (!thread) {
     const now = Date.now();
-    const conversation = { id: fresh(), title: titled(text, held), named: false, created: now, updated: now, picked: {} };
+    const conversation = { id: fresh(), title: titled(text, held), named: false, created: now, updated: now,
+      picked: {} };
     thread = new Thread(conversation, []);
     composer.becomes(conversation.id);
     history.pushState(null, "", `#${conversation.id}`);
-    await store.create(structuredClone(conversation)).catch((error) => { unkept.add(conversation.id); trouble(error); });
+    await store.create(structuredClone(conversation)).catch((error) => {
+      unkept.add(conversation.id);
+      trouble(error);
+    });
   }
   const own = thread;
   const id = own.conversation.id;
@@ -235,7 +249,8 @@ async function send({ text, pictures: held, editing }) {
     { id: rest.id ?? fresh(), conversation: id, blob, name, width, height, told }));
   rows.forEach((row, at) => keepOpen({ ...row, url: held[at].url }));
   const parent = editing ? editing.parent : own.path().at(-1)?.id ?? null;
-  const message = { id: fresh(), conversation: id, parent, role: "user", at: Date.now(), text, pictures: rows.map((row) => row.id) };
+  const message = { id: fresh(), conversation: id, parent, role: "user", at: Date.now(), text,
+    pictures: rows.map((row) => row.id) };
   own.messages.set(message.id, message);
   await keep(message, rows);
   await pick(message);
@@ -245,8 +260,9 @@ async function send({ text, pictures: held, editing }) {
 
 async function answerTo(own, asked, temperature = null, again = null) {
   const message = {
-    id: again?.id ?? fresh(), conversation: asked.conversation, parent: asked.id, role: "assistant", at: again?.at ?? Date.now(), text: "",
-    pictures: [], state: "making", beat: Date.now(), tab, told: [], stats: null, fault: null, finish: null, asked: null, model: model?.id ?? "",
+    id: again?.id ?? fresh(), conversation: asked.conversation, parent: asked.id, role: "assistant",
+    at: again?.at ?? Date.now(), text: "", pictures: [], state: "making", beat: Date.now(), tab, told: [], stats: null,
+    fault: null, finish: null, asked: null, model: model?.id ?? "",
   };
   own.messages.set(message.id, message);
   hold(message);
@@ -276,7 +292,8 @@ async function again(message, temperature = null) {
 
 // A failure without a word is asked again in its place; where something had come, a new version stands beside it.
 const retry = (message) =>
-  (message.text ? again(message) : busy() ? null : answerTo(thread, thread.messages.get(message.parent), message.asked?.temperature ?? null, message));
+  (message.text ? again(message) : busy() ? null
+    : answerTo(thread, thread.messages.get(message.parent), message.asked?.temperature ?? null, message));
 
 async function edit(message) {
   if (message === null) { composer.leave(); return draw(); }
@@ -288,7 +305,8 @@ async function edit(message) {
 const seen = new Map(); // message id -> what the server told of its inside
 async function insideOf(message) {
   if (!seen.has(message.id)) {
-    const request = await written(thread.upTo(thread.messages.get(message.parent)), config.settings.system, uri, model?.vision !== false);
+    const request = await written(thread.upTo(thread.messages.get(message.parent)), config.settings.system, uri,
+      model?.vision !== false);
     seen.set(message.id, await look({ model: message.model || model?.id, messages: request, answer: message.text }));
   }
   return seen.get(message.id);
@@ -296,12 +314,14 @@ async function insideOf(message) {
 
 const hooks = {
   again, retry, picture, enlarge, edit,
+  unpin: () => { pinned = false; },
   look: async (message) => {
     const shown = await Promise.all(picturesUpTo(thread.messages.get(message.parent)).map(picture));
     return looking(await insideOf(message), shown);
   },
   // The picture that was shown last is the one that is talked of.
-  boxes: async (message) => boxed(boxesIn(message.text), await picture(picturesUpTo(thread.messages.get(message.parent)).at(-1))),
+  boxes: async (message) => boxed(boxesIn(message.text),
+    await picture(picturesUpTo(thread.messages.get(message.parent)).at(-1))),
   chances: async (message) => chances(message.told.length ? message.told : toldOf(await insideOf(message))),
   hurry: (message) => running.get(message.id)?.hurry?.(),
   useToken: async (text, message) => { setToken(text); await meet(); await retry(message); },
@@ -321,7 +341,8 @@ const hooks = {
 
 function meetOne(id) {
   const one = offered.find((other) => other.id === id) ?? offered[0];
-  model = one ? { vision: true, max_images: Infinity, max_tokens: null, ...one.leveret, id: one.id, name: one.id } : null;
+  model = one ? { vision: true, max_images: Infinity, max_tokens: null, ...one.leveret, id: one.id, name: one.id }
+    : null;
   drawModel();
 }
 
@@ -339,41 +360,20 @@ async function meet(delay = 2) {
     meetOne(model?.id);
   } catch (fault) {
     if (fault.kind === "token") {
-      banner(icon("key"), make("div", {}, make("strong", {}, "The server asks for a token."), " It is kept in this tab alone.",
+      banner(icon("key"), make("div", {}, make("strong", {}, "The server asks for a token."),
+        " It is kept in this tab alone.",
         tokenForm((text) => { setToken(text); meet(); })));
       say("The server asks for a token.", true);
       return;
     }
-    banner(icon("warning"), make("div", {}, make("strong", {}, "The server does not answer."), ` Trying again every ${delay} s. `,
+    banner(icon("warning"), make("div", {}, make("strong", {}, "The server does not answer."),
+      ` Trying again every ${delay} s. `,
       make("button", { type: "button", class: "link", onclick: () => meet() }, "Try now")));
     meeting = setTimeout(() => meet(Math.min(delay * 2, 30)), delay * 1000);
   }
 }
 
 // --- the page around it -----------------------------------------------------------------------------------------
-
-const narrow = matchMedia("(max-width: 54rem)");
-let sideOpen = true;
-function sidebar(there) {
-  const held = $("side").contains(document.activeElement);
-  sideOpen = there;
-  document.body.classList.toggle("aside", there);
-  $("side").inert = !there;
-  $("room").inert = there && narrow.matches;
-  $("veil").hidden = !(there && narrow.matches);
-  menu.setAttribute("aria-expanded", String(there));
-  if (held && !there) menu.focus(); // what had the focus is out of reach now
-}
-const menu = tool("menu", "Conversations", () => { sidebar(!sideOpen); if (sideOpen && narrow.matches) $("new").focus(); },
-  { "aria-controls": "side" });
-
-const theme = tool("moon", "Dark", () => config.set({ theme: config.isDark() ? "light" : "dark" }), { id: "theme" });
-function drawTheme() {
-  const words = config.isDark() ? "Light colours" : "Dark colours";
-  theme.replaceChildren(icon(config.isDark() ? "sun" : "moon"));
-  theme.setAttribute("aria-label", words);
-  theme.title = words;
-}
 
 const composer = new Composer({
   send, busy, edit,
@@ -386,8 +386,10 @@ const composer = new Composer({
 
 function bind() {
   $("menu-place").append(menu);
-  $("bar-tools").append(tool("save", "Save this conversation as JSON", () => save(thread, uri).catch((error) => note(error.message)), { id: "export" }), theme);
-  for (const [id, name] of [["attach", "picture"], ["open-settings", "sliders"], ["close-settings", "close"]]) $(id).append(icon(name));
+  $("bar-tools").append(tool("save", "Save this conversation as JSON",
+    () => save(thread, uri).catch((error) => note(error.message)), { id: "export" }), theme);
+  for (const [id, name] of [["attach", "picture"], ["open-settings", "sliders"],
+    ["close-settings", "close"]]) $(id).append(icon(name));
   $("new").prepend(icon("plus"));
   $("newest").prepend(icon("down"));
   $("new").addEventListener("click", begin);
@@ -415,18 +417,21 @@ function bind() {
   addEventListener("resize", () => composer.grow());
   addEventListener("hashchange", show);
   addEventListener("online", () => { if (!model) meet(); });
-  narrow.addEventListener("change", () => sidebar(!narrow.matches));
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !event.defaultPrevented && !event.isComposing && !document.querySelector("dialog[open]")) {
-      if (narrow.matches && sideOpen) sidebar(false);
-      else if (busy()) stop(openId());
+    if (event.key === "Escape" && !event.defaultPrevented && !event.isComposing
+      && !document.querySelector("dialog[open]")) {
+      if (closeAside()) return;
+      if (busy()) stop(openId());
       else if (composer.editing) edit(null);
     }
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "");
-    if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) { event.preventDefault(); $("text").focus(); }
+    if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) {
+      event.preventDefault();
+      $("text").focus();
+    }
   });
   config.bind(drawTheme, () => meet());
-  sidebar(!narrow.matches);
+  sidebar();
 }
 
 bind();

@@ -53,11 +53,25 @@ export class Composer {
 
   dropping() {
     let depth = 0;
-    const isOurs = (event) => [...(event.dataTransfer?.types ?? [])].some((type) => type === "Files" || type === "text/uri-list");
+    const taken = new Set(["Files", "text/uri-list"]);
+    const isOurs = (event) => [...(event.dataTransfer?.types ?? [])].some((type) => taken.has(type));
     const show = (there) => { $("drop").hidden = !there; };
-    addEventListener("dragenter", (event) => { if (isOurs(event)) { depth += 1; show(true); event.preventDefault(); } });
-    addEventListener("dragleave", (event) => { if (isOurs(event)) { depth = Math.max(0, depth - 1); if (!depth) show(false); } });
-    addEventListener("dragover", (event) => { if (isOurs(event)) { event.preventDefault(); event.dataTransfer.dropEffect = "copy"; } });
+    addEventListener("dragenter", (event) => {
+      if (!isOurs(event)) return;
+      event.preventDefault();
+      depth += 1;
+      show(true);
+    });
+    addEventListener("dragleave", (event) => {
+      if (!isOurs(event)) return;
+      depth = Math.max(0, depth - 1);
+      if (!depth) show(false);
+    });
+    addEventListener("dragover", (event) => {
+      if (!isOurs(event)) return;
+      event.preventDefault();
+      event.dataTransfer.dropEffect = "copy";
+    });
     addEventListener("drop", (event) => {
       depth = 0;
       show(false);
@@ -65,7 +79,7 @@ export class Composer {
       event.preventDefault();
       const files = filesOf(event.dataTransfer);
       if (files.length) this.hold(files);
-      else note("Only its address came, and this page loads nothing from elsewhere. Copy the picture and paste it, or drop its file.");
+      else note("Only an address came, and this page loads nothing from elsewhere. Paste it, or drop its file.");
       this.text.focus();
     });
   }
@@ -79,7 +93,8 @@ export class Composer {
     for (const file of files) {
       const room = (model?.max_images ?? Infinity) - this.hooks.before(this.editing) - this.held.length;
       if (room <= 0) {
-        note(`${model.name} takes at most ${plural(model.max_images, "picture")} in a conversation: ${file.name || "the next one"} is left out.`);
+        const most = plural(model.max_images, "picture");
+        note(`${model.name} takes at most ${most} in a conversation: ${file.name || "the next one"} is left out.`);
         break;
       }
       try {
@@ -157,7 +172,8 @@ export class Composer {
   becomes(key) { this.key = key; this.remember(); }
 
   remember() {
-    try { sessionStorage.setItem(DRAFT, JSON.stringify({ key: this.key, text: this.editing ? "" : this.text.value })); } catch { /* lost on reload */ }
+    const draft = { key: this.key, text: this.editing ? "" : this.text.value };
+    try { sessionStorage.setItem(DRAFT, JSON.stringify(draft)); } catch { /* lost on reload */ }
   }
 
   remembered(key) {
@@ -200,12 +216,16 @@ export class Composer {
         this.draw();
         say(`${picture.name} is removed.`);
         ($("held").querySelectorAll("button")[Math.min(at, this.held.length - 1)] ?? this.text).focus();
-      }))), ...(this.loading ? [make("li", { class: "loading" }, make("span", { class: "soft" }, "Reading\u2026"))] : []));
+      }))), ...(this.loading ? [make("li", { class: "loading" }, make("span", { class: "soft" }, "Reading\u2026"))]
+        : []));
     const editing = $("editing");
     editing.hidden = !this.editing;
     if (this.editing) {
       editing.replaceChildren(make("span", {}, "Editing an earlier message: what followed stays as another version."),
-        make("button", { type: "button", class: "link", onclick: () => { this.hooks.editing(null); this.text.focus(); } }, "Keep it as it was"));
+        make("button", { type: "button", class: "link", onclick: () => {
+          this.hooks.editing(null);
+          this.text.focus();
+        } }, "Keep it as it was"));
     }
     this.drawSend();
   }

@@ -9,7 +9,8 @@ let whole = {};
 
 function resolved(schema) {
   for (let steps = 0; schema?.$ref && steps < 20; steps += 1) {
-    schema = schema.$ref.replace(/^#\//, "").split("/").reduce((at, key) => at?.[key.replace(/~1/g, "/").replace(/~0/g, "~")], whole);
+    schema = schema.$ref.replace(/^#\//, "").split("/").reduce((at, key) =>
+      at?.[key.replace(/~1/g, "/").replace(/~0/g, "~")], whole);
   }
   return schema ?? {};
 }
@@ -60,7 +61,8 @@ function objects(schema, depth = 0) {
   const one = resolved(schema);
   if (depth > 4) return [];
   if (one.properties) return [schema];
-  return [...(one.items ? [one.items] : []), ...(choices(one) ?? []), ...(one.allOf ?? [])].flatMap((part) => objects(part, depth + 1));
+  return [...(one.items ? [one.items] : []), ...(choices(one) ?? []),
+    ...(one.allOf ?? [])].flatMap((part) => objects(part, depth + 1));
 }
 
 // An object's fields; what stands in them folds open, made when it is (a schema may hold itself).
@@ -71,7 +73,8 @@ function fields(schema, depth = 0) {
     const below = depth < DEEPEST ? objects(inner) : [];
     const told = resolved(inner).description ?? inner.description;
     return make("div", {},
-      make("dt", {}, make("code", {}, name), make("span", { class: "kind" }, [kind(inner), ...limits(inner)].join(", ")),
+      make("dt", {}, make("code", {}, name), make("span", { class: "kind" },
+        [kind(inner), ...limits(inner)].join(", ")),
         must.has(name) && make("span", { class: "must" }, "required")),
       make("dd", {}, told && described(told), below.map((part) => folded(part, depth))));
   }));
@@ -93,11 +96,13 @@ function example(schema, depth = 0) {
   if (depth > 5) return null;
   if (choices(one)) return example(choices(one)[0], depth + 1);
   if (one.properties) {
-    return Object.fromEntries((one.required ?? []).map((name) => [name, example(one.properties[name] ?? {}, depth + 1)]));
+    return Object.fromEntries((one.required ?? []).map((name) =>
+      [name, example(one.properties[name] ?? {}, depth + 1)]));
   }
   const type = Array.isArray(one.type) ? one.type[0] : one.type;
   if (type === "array") return [example(one.items ?? {}, depth + 1)];
-  return { string: "Hello", integer: one.minimum ?? 1, number: one.minimum ?? 1, boolean: false, object: {} }[type] ?? null;
+  return { string: "Hello", integer: one.minimum ?? 1, number: one.minimum ?? 1, boolean: false, object: {} }[type]
+    ?? null;
 }
 
 function command(verb, path, schema) {
@@ -109,7 +114,8 @@ function command(verb, path, schema) {
     parts.push("-H 'Content-Type: application/json'", `-d '${body}'`);
   }
   const text = parts.join(" \\\n  ");
-  const button = make("button", { type: "button", class: "tool", "aria-label": "Copy the command", title: "Copy the command",
+  const button = make("button", { type: "button", class: "tool", "aria-label": "Copy the command",
+    title: "Copy the command",
     onclick: () => copy(text, button) }, icon("copy"));
   return make("figure", { class: "code" }, make("figcaption", {}, make("span", {}, "shell"), button),
     make("pre", { tabIndex: 0 }, make("code", {}, text)));
@@ -122,7 +128,8 @@ function operation(verb, path, about, id) {
   const answers = Object.entries(about.responses ?? {}).map(([status, answer]) => {
     const one = resolved(answer);
     const inner = Object.values(one.content ?? {})[0]?.schema;
-    return make("div", {}, make("dt", {}, make("span", { class: "status" }, status), make("span", { class: "kind" }, one.description ?? "")),
+    return make("div", {}, make("dt", {}, make("span", { class: "status" }, status),
+      make("span", { class: "kind" }, one.description ?? "")),
       make("dd", {}, inner ? objects(inner).map((part) => folded(part, 0)) : []));
   });
   return make("section", { id },
@@ -131,9 +138,11 @@ function operation(verb, path, about, id) {
     about.description && about.description !== about.summary && described(about.description),
     parameters.length > 0 && [make("h3", {}, "Parameters"), make("dl", { class: "fields" }, parameters.map((one) =>
       make("div", {}, make("dt", {}, make("code", {}, one.name), make("span", { class: "kind" },
-        [`in the ${one.in}`, kind(one.schema ?? {}), ...limits(one.schema ?? {})].join(", ")), one.required && make("span", { class: "must" }, "required")),
+        [`in the ${one.in}`, kind(one.schema ?? {}), ...limits(one.schema ?? {})].join(", ")), one.required
+          && make("span", { class: "must" }, "required")),
       make("dd", {}, one.description && described(one.description)))))],
-    schema && [make("h3", {}, "What is sent"), resolved(schema).properties ? fields(schema) : make("p", { class: "kind" }, kind(schema))],
+    schema && [make("h3", {}, "What is sent"), resolved(schema).properties ? fields(schema)
+      : make("p", { class: "kind" }, kind(schema))],
     answers.length > 0 && [make("h3", {}, "What comes back"), make("dl", { class: "fields" }, answers)],
     make("h3", {}, "Try it"), command(verb, path, schema));
 }
@@ -158,6 +167,7 @@ async function draw() {
 try {
   await draw();
 } catch (error) {
-  $("api").replaceChildren(make("h1", {}, "The API"), make("p", { class: "bad" }, `The description could not be read. ${error.message}`));
+  $("api").replaceChildren(make("h1", {}, "The API"), make("p", { class: "bad" },
+    `The description could not be read. ${error.message}`));
 }
 document.documentElement.dataset.ready = "yes";

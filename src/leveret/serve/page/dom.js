@@ -2,7 +2,8 @@
 
 export const $ = (id) => document.getElementById(id);
 
-const ATTRIBUTES = new Set(["role", "for", "list", "colspan", "class", "inputmode", "enterkeyhint", "scope", "popover"]);
+const ATTRIBUTES = new Set(["role", "for", "list", "colspan", "class", "inputmode", "enterkeyhint", "scope",
+  "popover"]);
 
 // make("button", {class: "quiet", onclick: f, "aria-label": "Copy"}, "text", node, null): null parts are left out.
 export function make(tag, parts = {}, ...inside) {
@@ -23,21 +24,25 @@ const ICONS = {
   plus: "M12 5v14M5 12h14",
   menu: "M4 7h16M4 12h16M4 17h10",
   close: "M6 6l12 12M18 6L6 18",
+  stop: "M8 6.5h8A1.5 1.5 0 0 1 17.5 8v8a1.5 1.5 0 0 1-1.5 1.5H8A1.5 1.5 0 0 1 6.5 16V8A1.5 1.5 0 0 1 8 6.5z",
   send: "M12 19V5M6 11l6-6 6 6",
-  picture: "M5 4h14a1 1 0 0 1 1 1v14a1 1 0 0 1-1 1H5a1 1 0 0 1-1-1V5a1 1 0 0 1 1-1zM4 16l4.5-4.5 4 4 2.5-2.5 5 5M15.5 9.5v.01",
+  picture: "M5 4h14a1 1 0 0 1 1 1v14a1 1 0 0 1-1 1H5a1 1 0 0 1-1-1V5a1 1 0 0 1 1-1z"
+    + "M4 16l4.5-4.5 4 4 2.5-2.5 5 5M15.5 9.5v.01",
   pencil: "M4 20l1-4L16.5 4.5l3 3L8 19zM14 7l3 3",
   bin: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13M10.5 11v5M13.5 11v5",
   copy: "M9 9h10v11H9zM15 9V4H5v11h4",
   tick: "M5 12.5l4.5 4.5L19 7",
   again: "M19 12a7 7 0 1 1-2.2-5.1M19 4v4.5h-4.5",
   save: "M12 4v11M7.5 11l4.5 4.5L16.5 11M5 20h14",
-  eye: "M3 12c2.5-4.5 5.5-6.5 9-6.5s6.5 2 9 6.5c-2.5 4.5-5.5 6.5-9 6.5S5.5 16.5 3 12zM12 9.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5z",
+  eye: "M3 12c2.5-4.5 5.5-6.5 9-6.5s6.5 2 9 6.5c-2.5 4.5-5.5 6.5-9 6.5S5.5 16.5 3 12z"
+    + "M12 9.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5z",
   chances: "M5 20v-6M10 20V9M15 20v-9M20 20V5",
   box: "M4 8V4h4M16 4h4v4M20 16v4h-4M8 20H4v-4M8.5 8.5h7v7h-7z",
   left: "M14.5 6L8.5 12l6 6",
   right: "M9.5 6l6 6-6 6",
   down: "M12 5v14M6 13l6 6 6-6",
-  sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M18.7 5.3l-1.4 1.4M6.7 17.3l-1.4 1.4",
+  sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8z"
+    + "M12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M18.7 5.3l-1.4 1.4M6.7 17.3l-1.4 1.4",
   moon: "M19.5 14.5A8 8 0 0 1 9.5 4.5a8 8 0 1 0 10 10z",
   sliders: "M4 7h9M17 7h3M4 17h3M11 17h9M15 5v4M9 15v4",
   warning: "M12 4L2.5 20h19zM12 10v4.5M12 17.2v.01",
@@ -52,7 +57,7 @@ export function icon(name) {
   svg.setAttribute("class", "icon");
   svg.setAttribute("aria-hidden", "true");
   if (name === "stop") path.setAttribute("class", "solid");
-  path.setAttribute("d", name === "stop" ? "M8 6.5h8A1.5 1.5 0 0 1 17.5 8v8a1.5 1.5 0 0 1-1.5 1.5H8A1.5 1.5 0 0 1 6.5 16V8A1.5 1.5 0 0 1 8 6.5z" : ICONS[name]);
+  path.setAttribute("d", ICONS[name]);
   svg.append(path);
   return svg;
 }

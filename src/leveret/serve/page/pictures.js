@@ -92,7 +92,8 @@ export async function prepared(file) {
 export function filesOf(transfer) {
   const files = [...(transfer?.files ?? [])];
   if (files.length) return files;
-  return [...(transfer?.items ?? [])].filter((one) => one.kind === "file").map((one) => one.getAsFile()).filter(Boolean);
+  return [...(transfer?.items ?? [])].filter((one) => one.kind === "file").map((one) =>
+    one.getAsFile()).filter(Boolean);
 }
 
 export const dataUri = (blob) => new Promise((yes, no) => {

@@ -5,6 +5,7 @@ import { $ } from "./dom.js";
 import { setToken, token } from "./talk.js";
 
 const KEY = "leveret.settings";
+const NAMES = ["temperature", "top_p", "max_tokens", "seed", "system"];
 const DEFAULTS = { temperature: 0, top_p: 1, max_tokens: 512, seed: "", system: "", chances: true, theme: "system" };
 
 function clean(given) {
@@ -62,7 +63,7 @@ export function paint() {
 }
 
 function fill() {
-  for (const name of ["temperature", "top_p", "max_tokens", "seed", "system"]) $(`set-${name}`).value = settings[name];
+  for (const name of NAMES) $(`set-${name}`).value = settings[name];
   $("set-chances").checked = settings.chances;
   $("set-token").value = token();
   for (const radio of document.getElementsByName("theme")) radio.checked = radio.value === settings.theme;
@@ -89,7 +90,7 @@ export function bind(heard, newToken) {
       return;
     }
     set({
-      ...Object.fromEntries(["temperature", "top_p", "max_tokens", "seed", "system"].map((name) => [name, $(`set-${name}`).value])),
+      ...Object.fromEntries(NAMES.map((name) => [name, $(`set-${name}`).value])),
       chances: $("set-chances").checked,
       theme: [...document.getElementsByName("theme")].find((radio) => radio.checked)?.value,
     });

@@ -7,7 +7,8 @@ const DAY = 86_400_000;
 
 function age(time) {
   const midnight = new Date().setHours(0, 0, 0, 0);
-  return time >= midnight ? "Today" : time >= midnight - DAY ? "Yesterday" : time >= midnight - 6 * DAY ? "This week" : "Earlier";
+  return time >= midnight ? "Today" : time >= midnight - DAY ? "Yesterday" : time >= midnight - 6 * DAY ? "This week"
+    : "Earlier";
 }
 
 let renaming = null; // id of the conversation whose title is being typed
@@ -42,7 +43,8 @@ function entry(one, open, busy, hooks) {
       if (renaming !== one.id) return;
       renaming = null;
       const title = box.value.trim();
-      if (kept && title && title !== one.title) await store.change(one.id, (row) => { row.title = title; row.named = true; });
+      if (kept && title && title !== one.title) await store.change(one.id,
+        (row) => { row.title = title; row.named = true; });
       await hooks.redraw();
       $("list").querySelector(`[data-id="${CSS.escape(one.id)}"] .open`)?.focus();
     };
@@ -57,7 +59,8 @@ function entry(one, open, busy, hooks) {
   return make("li", { data: { id: one.id }, class: one.id === open ? "now" : null },
     make("button", { type: "button", class: "open", "aria-current": one.id === open ? "true" : null, title: one.title,
       onclick: () => hooks.open(one.id) },
-      make("span", {}, one.title), busy(one.id) && make("span", { class: "busy", role: "img", "aria-label": "is being answered" })),
+      make("span", {}, one.title), busy(one.id) && make("span",
+        { class: "busy", role: "img", "aria-label": "is being answered" })),
     tool("pencil", `Rename \u201c${one.title}\u201d`, () => { renaming = one.id; hooks.redraw(); }),
     tool("bin", `Delete \u201c${one.title}\u201d`, async () => {
       const gone = await store.remove(one.id);

@@ -110,7 +110,9 @@ export async function write(id, rows, pictures = []) {
 export async function remove(id) {
   const gone = await within("readwrite", async (on) => {
     const bundle = {
-      conversation: await on.conversations.get(id), messages: await on.messages.of(id), pictures: await on.pictures.of(id),
+      conversation: await on.conversations.get(id),
+      messages: await on.messages.of(id),
+      pictures: await on.pictures.of(id),
     };
     await on.conversations.delete(id);
     for (const row of bundle.messages) await on.messages.delete(row.id);

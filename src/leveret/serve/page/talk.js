@@ -32,7 +32,8 @@ async function refusal(response) {
   try { told = (await response.json()).error; } catch { /* not JSON: its status has to do */ }
   const words = typeof told?.message === "string" ? told.message : `The server answered ${response.status}.`;
   const wait = response.headers.get("Retry-After");
-  const seconds = wait === null ? NaN : Number.isFinite(Number(wait)) ? Number(wait) : (Date.parse(wait) - Date.now()) / 1000;
+  const seconds = wait === null ? NaN : Number.isFinite(Number(wait)) ? Number(wait)
+    : (Date.parse(wait) - Date.now()) / 1000;
   const kind = response.status === 429 ? "busy"
     : response.status === 401 ? "token"
     : told?.code === "server_shutdown" ? "closing"

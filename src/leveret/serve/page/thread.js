@@ -35,7 +35,8 @@ export class Thread {
   // The turns up to and with a message, first to last.
   upTo(message) {
     const path = [];
-    for (let row = message; row && path.length <= this.messages.size; row = this.messages.get(row.parent)) path.unshift(row);
+    const most = this.messages.size; // a parent that is its own child would lead nowhere
+    for (let row = message; row && path.length <= most; row = this.messages.get(row.parent)) path.unshift(row);
     return path;
   }
 }

@@ -12,7 +12,8 @@ function figures(stats) {
   const parts = [`${stats.first.toLocaleString("en", SECONDS)} s to the first token`];
   if (stats.rate) parts.push(`${stats.rate >= 10 ? Math.round(stats.rate) : stats.rate.toFixed(1)} tokens/s`);
   parts.push(plural(stats.tokens, "token"));
-  if (stats.read) parts.push(`${stats.read.toLocaleString("en")} read${stats.reused ? ` (${stats.reused.toLocaleString("en")} reused)` : ""}`);
+  const reused = stats.reused ? ` (${stats.reused.toLocaleString("en")} reused)` : "";
+  if (stats.read) parts.push(`${stats.read.toLocaleString("en")} read${reused}`);
   return parts.join(" \u00b7 ");
 }
 
@@ -27,7 +28,7 @@ const FAULTS = {
 };
 
 export class Turn {
-  // hooks: again, edit, retry, hurry, pick, look, boxes, chances, picture(id) -> {url, ...}, enlarge, useToken
+  // hooks: again, edit, retry, hurry, pick, look, boxes, chances, unpin, picture(id) -> {url, ...}, enlarge, useToken
   constructor(message, hooks) {
     this.hooks = hooks;
     this.message = message;
@@ -51,7 +52,8 @@ export class Turn {
       : [this.copy,
         (this.again = tool("again", "Answer again", () => hooks.again(this.message))),
         (this.look = tool("eye", "Where it looked", () => this.fold("look"), { "aria-expanded": "false" })),
-        (this.boxes = tool("box", "Show the box on the picture", () => this.fold("boxes"), { "aria-expanded": "false" })),
+        (this.boxes = tool("box", "Show the box on the picture", () => this.fold("boxes"),
+          { "aria-expanded": "false" })),
         (this.chances = tool("chances", "How sure it was", () => this.fold("chances"), { "aria-expanded": "false" }))];
     this.foot = make("div", { class: "foot" }, this.versions, this.tools, mine ? null : this.stats);
     this.element = make("li", { class: `turn ${mine ? "mine" : "theirs"}`, data: { id: message.id } },
@@ -130,7 +132,9 @@ export class Turn {
       told = context.sight ? "Looking and thinking" : "Thinking";
     } else if (message.state === "stopped") told = message.text ? "Stopped." : "Stopped before the first word.";
     else if (message.state === "cut") told = "This page was closed before the answer was complete.";
-    else if (message.finish === "length") told = `Cut at ${plural(message.stats?.tokens ?? 0, "token")}: the settings allow no more.`;
+    else if (message.finish === "length") {
+      told = `Cut at ${plural(message.stats?.tokens ?? 0, "token")}: the settings allow no more.`;
+    }
     else if (message.state === "done" && !message.text) told = "The model said nothing.";
     else if (context.same) {
       told = "The same answer, as it has to be at temperature 0.";
@@ -141,7 +145,8 @@ export class Turn {
     if (this.seen.told === told) return;
     this.seen.told = told;
     const held = this.state.contains(document.activeElement);
-    this.state.replaceChildren(told, ...(act ? [" ", make("button", { type: "button", class: "link", onclick: act[1] }, act[0])] : []));
+    const button = act && make("button", { type: "button", class: "link", onclick: act[1] }, act[0]);
+    this.state.replaceChildren(told, ...(act ? [" ", button] : []));
     if (held) this.state.querySelector("button")?.focus();
   }
 
@@ -154,11 +159,13 @@ export class Turn {
     if (!fault) return this.fault.replaceChildren();
     const [title, help] = FAULTS[fault.kind] ?? ["The server could not answer.", ""];
     // The server's own words stand where they say more than ours.
-    const more = fault.kind === "away" || fault.kind === "lost" ? help : `${fault.words} ${fault.kind === "busy" ? "" : help}`;
+    const more = fault.kind === "away" || fault.kind === "lost" ? help
+      : `${fault.words} ${fault.kind === "busy" ? "" : help}`;
     this.fault.replaceChildren(icon(fault.kind === "token" ? "key" : "warning"),
       make("div", {}, make("strong", {}, title), " ", more,
         fault.kind === "token" ? tokenForm((text) => this.hooks.useToken(text, message))
-          : make("p", {}, make("button", { type: "button", disabled: context.busy, onclick: () => this.hooks.retry(message) }, "Try again"))));
+          : make("p", {}, make("button", { type: "button", disabled: context.busy,
+            onclick: () => this.hooks.retry(message) }, "Try again"))));
   }
 
   // Opens or closes what is told about the inside of the answer.
@@ -167,6 +174,7 @@ export class Turn {
     const open = button.getAttribute("aria-expanded") === "true";
     this.unfold();
     if (open) return;
+    this.hooks.unpin(); // what is read now shall not be scrolled away by what comes
     button.setAttribute("aria-expanded", "true");
     const box = make("div", {}, make("p", { class: "state thinking" }, "Looking inside"));
     this.inside.replaceChildren(box);
@@ -176,7 +184,9 @@ export class Turn {
     } catch (error) {
       made = make("div", { class: "inside" }, make("p", { class: "bad" }, error.message));
     }
-    if (box.isConnected) box.replaceWith(made);
+    if (!box.isConnected) return;
+    box.replaceWith(made);
+    made.scrollIntoView({ block: "nearest" });
   }
 
   unfold() {
@@ -186,7 +196,12 @@ export class Turn {
 }
 
 export function tokenForm(use) {
-  const box = make("input", { type: "password", autocomplete: "off", "aria-label": "Token of the server", placeholder: "Token" });
-  return make("form", { class: "token", onsubmit: (event) => { event.preventDefault(); if (box.value.trim()) use(box.value.trim()); } },
+  const box = make("input", { type: "password", autocomplete: "off", "aria-label": "Token of the server",
+    placeholder: "Token" });
+  const sent = (event) => {
+    event.preventDefault();
+    if (box.value.trim()) use(box.value.trim());
+  };
+  return make("form", { class: "token", onsubmit: sent },
     box, make("button", { type: "submit" }, "Use it"));
 }

@@ -35,7 +35,8 @@ const isDivider = (line) =>
 const isTable = (lines, at) => lines[at].includes("|") && isDivider(lines[at + 1]);
 
 const starts = (lines, at) =>
-  fence(lines[at]) || heading(lines[at]) || rule(lines[at]) || quote(lines[at]) || item(lines[at]) || isTable(lines, at);
+  fence(lines[at]) || heading(lines[at]) || rule(lines[at]) || quote(lines[at]) || item(lines[at])
+    || isTable(lines, at);
 
 // Text -> [{kind, lines}]: which lines belong together, in order; joined again they are the text.
 export function blocks(text) {
@@ -48,7 +49,8 @@ export function blocks(text) {
     const opened = fence(lines[at]);
     if (blank(lines[at])) { at += 1; continue; }
     if (opened) {
-      const closes = (line) => line.trimStart().startsWith(opened[1]) && blank(line.trimStart().slice(opened[1].length));
+      const closes = (line) => line.trimStart().startsWith(opened[1])
+        && blank(line.trimStart().slice(opened[1].length));
       while (to < lines.length && !closes(lines[to])) to += 1;
       take("code", Math.min(to + 1, lines.length));
     } else if (heading(lines[at])) take("heading", to);
@@ -70,7 +72,8 @@ export function blocks(text) {
           if (next === undefined || blank(next) || !(item(next) || indent(next) > first[1].length)) break;
         } else if (indent(line) <= first[1].length) {
           const other = item(line);
-          if (other ? /\d/.test(other[2]) !== (kind === "numbers") || rule(line) : starts(lines, to) || blank(lines[to - 1])) break;
+          if (other ? /\d/.test(other[2]) !== (kind === "numbers") || rule(line) : starts(lines, to)
+            || blank(lines[to - 1])) break;
         }
       }
       take(kind, to);
@@ -137,7 +140,8 @@ function code(lines) {
 }
 
 function table(lines) {
-  const sides = cells(lines[1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "middle" : "right") : null));
+  const sides = cells(lines[1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "middle" : "right")
+    : null));
   const row = (line, tag) => {
     const found = cells(line).slice(0, sides.length);
     while (found.length < sides.length) found.push("");
@@ -145,7 +149,8 @@ function table(lines) {
       make(tag, { class: sides[at], scope: tag === "th" ? "col" : null }, inline(cell))));
   };
   return make("div", { class: "scroll", role: "region", tabIndex: 0, "aria-label": "Table" },
-    make("table", {}, make("thead", {}, row(lines[0], "th")), make("tbody", {}, lines.slice(2).map((line) => row(line, "td")))));
+    make("table", {}, make("thead", {}, row(lines[0], "th")),
+      make("tbody", {}, lines.slice(2).map((line) => row(line, "td")))));
 }
 
 // --- inside a line ----------------------------------------------------------------------------------------------
@@ -226,9 +231,11 @@ export function inline(text, depth = 0) {
     if (pair) {
       const [mark, tag] = pair;
       const from = at + mark.length;
-      // Opens before a letter, closes after one; inside a word a mark is itself (snake_case, 2*3*4); of three the last closes.
+      // Opens before a letter and closes after one; inside a word a mark is itself (snake_case, 2*3*4); of three the
+      // last closes.
       const single = mark.length === 1;
-      const opens = text[from] !== undefined && !/\s/.test(text[from]) && !((single || here === "_") && isWord(text[at - 1]));
+      const opens = text[from] !== undefined && !/\s/.test(text[from])
+        && !((single || here === "_") && isWord(text[at - 1]));
       let to = opens ? find(mark, from + 1) : -1;
       if (to > 0 && single && text[to + 1] === mark) to = -1;
       if (to > 0 && !single && text[to + 2] === here) to += 1;
