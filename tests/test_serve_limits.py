@@ -196,6 +196,18 @@ def test_what_is_no_http_is_told_so(up: Up, data: bytes) -> None:
     is_well(up)
 
 
+def test_a_body_in_crumbs_is_refused() -> None:
+    """Else it would be read byte by byte while others wait."""
+    with serving() as up:
+        crumbs = head(Transfer_Encoding="chunked") + b"1\r\nx\r\n" * 120_000
+        assert told(up.raw(crumbs))[1]["message"] == "the body comes in pieces that are too small"
+        body = json.dumps(question("x" * 300)).encode()
+        pieces = (body[place : place + 5] for place in range(0, len(body), 5))
+        small = up.http.post("/v1/chat/completions", content=pieces, headers={"Content-Type": "application/json"})
+        assert small.status_code == 200
+        is_well(up)
+
+
 def test_where_a_body_ends_is_said_once(up: Up) -> None:
     """Else a proxy before it may read one request where this one reads two."""
     both = head(Content_Length="5", Transfer_Encoding="chunked") + b"0\r\n\r\n" + head("/smuggled", "GET")

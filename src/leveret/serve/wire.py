@@ -12,6 +12,7 @@ import json
 import socket
 from typing import Any, Literal
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from leveret.runs import EnvironmentFault
@@ -20,6 +21,10 @@ from leveret.serve.refusals import OURS, Refusal, bad
 
 HEADER_BYTES = 32 * 2**10
 """Of a request's line and headers together."""
+
+FRAMES = 256 * 2**10
+"""Bytes of a chunked body that may go into telling the sizes of its chunks. Every chunk costs microseconds in which
+nobody else is served; in pieces of a byte 16 MiB would take minutes."""
 
 LINGER = 1.0
 """Seconds in which a client that was refused may still send, to nobody."""
@@ -37,6 +42,7 @@ class Patient(H11Protocol):  # type: ignore[misc]
     _headers: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
     _ended = False
+    _frames = 0  # bytes of this request's body that only said how long its pieces are
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -53,8 +59,16 @@ class Patient(H11Protocol):  # type: ignore[misc]
     def data_received(self, data: bytes) -> None:
         if self._ended or self.transport.is_closing():
             return
+        cycle = self.cycle
+        before = len(cycle.body) if cycle is not None else 0
         super().data_received(data)
         self._watch_headers()
+        if cycle is None or cycle is not self.cycle or self.conn.their_state is not h11.SEND_BODY:
+            self._frames = 0
+            return
+        self._frames += len(data) - (len(cycle.body) - before)
+        if self._frames > FRAMES:
+            self._end(bad("the body comes in pieces that are too small", code="invalid_http"))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -62,8 +76,6 @@ class Patient(H11Protocol):  # type: ignore[misc]
 
     def _watch_headers(self, begun: bool = True) -> None:
         """Headers are being waited for: then there is one clock for all of them, however they drip in."""
-        import h11
-
         if self.conn.their_state is not h11.IDLE or self._ended or self.transport.is_closing():
             self._clear("_headers")
         elif begun and self._headers is None:
