@@ -144,4 +144,4 @@ def test_what_it_copies_is_there_and_sent_to_the_builder() -> None:
         assert (ROOT / source).exists() and sent(source), source
     for other in ("runs/quickstart/model.safetensors", ".git/config", ".venv/bin/python", "tests/fakes.py", ".env"):
         assert not sent(other), other
-    assert sent("src/leveret/cli.py")
+    assert sent("src/leveret/cli/__init__.py")

@@ -1,0 +1,5 @@
+"""`python -m leveret.cli`"""
+
+from leveret.cli import main
+
+main()
