@@ -53,6 +53,7 @@ def serve(
     memory: Annotated[str | None, typer.Option(help="Bound for answering, beside the weights: 2GB, 500MB.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto (bf16 where native), fp32, bf16.")] = "auto",
+    load_in: LoadIn = None,
     own: Own = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON line on stdout when it is ready.")] = False,
 ) -> None:
@@ -70,7 +71,7 @@ def serve(
     where = Where(host, port, token_from(token_file), tuple(allow_host or ()), tuple(allow_origin or ()))
     station(
         model, where, limits, name=name, domains=tuple(allow_domain or ()), device=device, precision=precision,
-        slots=slots, memory=None if memory is None else bytes_of(memory), json_line=json, begun=begun,
+        slots=slots, memory=None if memory is None else bytes_of(memory), load_in=load_in, json_line=json, begun=begun,
     )  # fmt: skip
 
 

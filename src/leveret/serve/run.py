@@ -69,6 +69,7 @@ def serve(
     precision: Any = "auto",
     slots: int = 64,
     memory: int | None = None,
+    load_in: Any = None,
     json_line: bool = False,
     begun: float | None = None,
 ) -> None:
@@ -79,6 +80,7 @@ def serve(
     domains   hosts that pictures may be fetched from; by default none are fetched.
     slots     answers made at once.
     memory    bytes that answering may take beside the weights; None puts no bound on it.
+    load_in   the language model in few bits, as `leveret.load` takes it.
     json_line put one JSON line on stdout when it is ready: url, pid, model, seconds.
     begun     `time.perf_counter()` when the command began; for the time that is told.
 
@@ -105,7 +107,7 @@ def serve(
         imported = time.perf_counter()
         limits = limits or Limits()
         rules = Rules(tuple(domains), max_pixels=limits.pixels)
-        loaded = load(model, device, precision=precision)
+        loaded = load(model, device, precision=precision, load_in=load_in)
         loaded.engine = Engine(
             loaded.vlm, slots=slots, max_new_tokens=limits.answer_tokens, precision=precision, memory=memory
         )
