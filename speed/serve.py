@@ -16,9 +16,10 @@ fair to both. A round of one question a client comes before, untimed.
 MODEL is a model or a run; without it, the drawn world's own tower and language model with an untrained connector, which
 talk at length about nothing. All in float32.
 
-Prints tokens a second of both, their ratio, times to the first token, and how many answers differ from those of
-`generate` (all asked once more, untimed) where its two likeliest tokens were closer than 1e-4 at the token that
-differs, and where they were not: there must be none of these, or the exit status is 1.
+Prints tokens a second of both, their ratio, processor time (which a busy machine hardly changes), times to the first
+token, and how many answers differ from those of `generate` (all asked once more, untimed) where its two likeliest
+tokens were closer than 1e-4 at the token that differs, and where they were not: there must be none of these, or the
+exit status is 1.
 """
 
 from __future__ import annotations
@@ -309,21 +310,24 @@ def main() -> None:
             watch = cProfile.Profile()
             if live is not None and options.profile:
                 live.between(watch.enable)
+            used = time.process_time()
             seconds, said = together(ask, clients)
+            used = time.process_time() - used
             if live is not None and options.profile:
                 live.between(watch.disable)
                 pstats.Stats(watch).sort_stats("tottime").print_stats(35)
             ways.append((seconds, said))
             asked = [request for requests in clients for request in requests]
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), time.process_time()
             alone = one_by_one(vlm, asked, stops.ids)
-            took = time.perf_counter() - began
+            took, spent = time.perf_counter() - began, time.process_time() - spent
             tokens, others = sum(one.tokens for one in said.values()), sum(one.tokens for one in alone)
             singles.append(others / took)
             print(
                 f"round {number + 1}: {len(asked)} answers of {tokens / len(asked):.1f} tokens; together "
                 f"{tokens / seconds:,.0f} tokens/s, {len(asked) / seconds:.1f} answers/s; one by one "
-                f"{others / took:,.0f} and {len(asked) / took:.1f}",
+                f"{others / took:,.0f} and {len(asked) / took:.1f}"
+                + ("" if options.url else f"; in {used:.2f} and {spent:.2f} s of processor time"),
                 flush=True,
             )
         if live is not None:
