@@ -155,6 +155,17 @@ def http_way(url: str, token: str) -> Callable[[Any], Said]:
     import http.client
 
     at = urlsplit(url)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+
+    def opened(verb: str, path: str, body: str | None = None) -> tuple[Any, Any]:
+        line = http.client.HTTPConnection(at.hostname or "127.0.0.1", at.port or 80, timeout=600)
+        line.request(verb, f"{at.path.rstrip('/')}{path}", body, headers)
+        answer = line.getresponse()
+        if answer.status != 200:
+            sys.exit(f"the server says {answer.status}: {answer.read()[:500]!r}")
+        return line, answer
+
+    name = json.loads(opened("GET", "/v1/models")[1].read())["data"][0]["id"]
 
     def ask(request: Any) -> Said:
         content: list[dict[str, Any]] = []
@@ -168,17 +179,12 @@ def http_way(url: str, token: str) -> Callable[[Any], Said]:
             messages.append({"role": turn.role, "content": content if turn.role == "user" else turn.text})
         body = json.dumps(
             {
-                "model": "any", "messages": messages, "max_tokens": request.max_new_tokens, "temperature": 0,
+                "model": name, "messages": messages, "max_tokens": request.max_new_tokens, "temperature": 0,
                 "stream": True, "stream_options": {"include_usage": True},
             }
         )  # fmt: skip
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         began, first, pieces, tokens = time.perf_counter(), 0.0, [], 0
-        line = http.client.HTTPConnection(at.hostname or "127.0.0.1", at.port or 80, timeout=600)
-        line.request("POST", f"{at.path.rstrip('/')}/v1/chat/completions", body, headers)
-        answer = line.getresponse()
-        if answer.status != 200:
-            sys.exit(f"the server says {answer.status}: {answer.read()[:500]!r}")
+        line, answer = opened("POST", "/v1/chat/completions", body)
         for row in answer:
             if not row.startswith(b"data: {"):
                 continue
@@ -297,8 +303,10 @@ def main() -> None:
     ways = []
     singles: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        live, ask = None, http_way(options.url or "", options.token)
-        if not options.url:
+        live = None
+        if options.url:
+            ask = http_way(options.url, options.token)
+        else:
             engine = Engine(vlm, slots=options.slots, precision="fp32")
             engine.stops = stops
             live = Live(engine, waiting=4 * options.clients, past=options.past)
