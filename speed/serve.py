@@ -16,9 +16,10 @@ fair to both. A round of one question a client comes before, untimed.
 MODEL is a model or a run; without it, the drawn world's own tower and language model with an untrained connector, which
 talk at length about nothing. All in float32.
 
-Prints tokens a second of both, their ratio, times to the first token, and how many answers differ from those of
-`generate` (all asked once more, untimed) where its two likeliest tokens were closer than 1e-4 at the token that
-differs, and where they were not: there must be none of these, or the exit status is 1.
+Prints tokens a second of both, their ratio, processor time (which a busy machine hardly changes), times to the first
+token, and how many answers differ from those of `generate` (all asked once more, untimed) where its two likeliest
+tokens were closer than 1e-4 at the token that differs, and where they were not: there must be none of these, or the
+exit status is 1.
 """
 
 from __future__ import annotations
@@ -154,6 +155,17 @@ def http_way(url: str, token: str) -> Callable[[Any], Said]:
     import http.client
 
     at = urlsplit(url)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+
+    def opened(verb: str, path: str, body: str | None = None) -> tuple[Any, Any]:
+        line = http.client.HTTPConnection(at.hostname or "127.0.0.1", at.port or 80, timeout=600)
+        line.request(verb, f"{at.path.rstrip('/')}{path}", body, headers)
+        answer = line.getresponse()
+        if answer.status != 200:
+            sys.exit(f"the server says {answer.status}: {answer.read()[:500]!r}")
+        return line, answer
+
+    name = json.loads(opened("GET", "/v1/models")[1].read())["data"][0]["id"]
 
     def ask(request: Any) -> Said:
         content: list[dict[str, Any]] = []
@@ -167,17 +179,12 @@ def http_way(url: str, token: str) -> Callable[[Any], Said]:
             messages.append({"role": turn.role, "content": content if turn.role == "user" else turn.text})
         body = json.dumps(
             {
-                "model": "any", "messages": messages, "max_tokens": request.max_new_tokens, "temperature": 0,
+                "model": name, "messages": messages, "max_tokens": request.max_new_tokens, "temperature": 0,
                 "stream": True, "stream_options": {"include_usage": True},
             }
         )  # fmt: skip
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         began, first, pieces, tokens = time.perf_counter(), 0.0, [], 0
-        line = http.client.HTTPConnection(at.hostname or "127.0.0.1", at.port or 80, timeout=600)
-        line.request("POST", f"{at.path.rstrip('/')}/v1/chat/completions", body, headers)
-        answer = line.getresponse()
-        if answer.status != 200:
-            sys.exit(f"the server says {answer.status}: {answer.read()[:500]!r}")
+        line, answer = opened("POST", "/v1/chat/completions", body)
         for row in answer:
             if not row.startswith(b"data: {"):
                 continue
@@ -296,8 +303,10 @@ def main() -> None:
     ways = []
     singles: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        live, ask = None, http_way(options.url or "", options.token)
-        if not options.url:
+        live = None
+        if options.url:
+            ask = http_way(options.url, options.token)
+        else:
             engine = Engine(vlm, slots=options.slots, precision="fp32")
             engine.stops = stops
             live = Live(engine, waiting=4 * options.clients, past=options.past)
@@ -309,21 +318,24 @@ def main() -> None:
             watch = cProfile.Profile()
             if live is not None and options.profile:
                 live.between(watch.enable)
+            used = time.process_time()
             seconds, said = together(ask, clients)
+            used = time.process_time() - used
             if live is not None and options.profile:
                 live.between(watch.disable)
                 pstats.Stats(watch).sort_stats("tottime").print_stats(35)
             ways.append((seconds, said))
             asked = [request for requests in clients for request in requests]
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), time.process_time()
             alone = one_by_one(vlm, asked, stops.ids)
-            took = time.perf_counter() - began
+            took, spent = time.perf_counter() - began, time.process_time() - spent
             tokens, others = sum(one.tokens for one in said.values()), sum(one.tokens for one in alone)
             singles.append(others / took)
             print(
                 f"round {number + 1}: {len(asked)} answers of {tokens / len(asked):.1f} tokens; together "
                 f"{tokens / seconds:,.0f} tokens/s, {len(asked) / seconds:.1f} answers/s; one by one "
-                f"{others / took:,.0f} and {len(asked) / took:.1f}",
+                f"{others / took:,.0f} and {len(asked) / took:.1f}"
+                + ("" if options.url else f"; in {used:.2f} and {spent:.2f} s of processor time"),
                 flush=True,
             )
         if live is not None:

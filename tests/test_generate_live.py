@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fakes import tiny_vlm
 from leveret.generate import Engine, Request, Sampling
-from leveret.generate.lanes import Guest
+from leveret.generate.guests import Guest
 from leveret.generate.live import Ask, Closed, Event, Full, Live, Ticket
 from leveret.generate.text import decode
 from leveret.images import ImageFault
@@ -418,10 +418,13 @@ def test_priority_goes_first_and_then_order(endless: VLM) -> None:
         assert [clients.index(client) for client in clock] == [2, 5, 8, 1, 4, 7, 0, 3, 6]
 
 
-def test_short_prompts_are_answered_behind_a_long_one_that_comes_in(endless: VLM) -> None:
+def test_short_prompts_are_answered_behind_a_long_one_that_comes_in(
+    endless: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt of 400 tokens comes in by pieces of 32; a short one that came later does not wait for its end."""
     with alive(endless, 4) as live:
         live.lanes.pass_tokens = 32
+        monkeypatch.setattr("leveret.generate.live.LEAST", 32)
         clock: list[Client] = []
         with held(live):
             longer = asked(live, talk("is there a red square " * 60, tokens=2), clock)
