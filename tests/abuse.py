@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 
 LEAK = re.compile(
     rb"Traceback|File \"|site-packages|dist-packages|/tmp/|/root/|/home/|/usr/|root:x:|\.py\b|line \d+, in "
-    rb"|0x[0-9a-f]{8,}|object at 0x|leveret\.[a-z]|\bPIL\b|[Pp]illow|\btorch|[Pp]ydantic|[Ss]tarlette|[Ff]ast[Aa][Pp][Ii]"
+    rb"|0x[0-9a-f]{8,}|at 0x|leveret\.[a-z]|\bPIL\b|[Pp]illow|\btorch|[Pp]ydantic|[Ss]tarlette|[Ff]ast[Aa][Pp][Ii]"
     rb"|[Uu]vicorn|\bh11\b|asyncio|\b[A-Z][A-Za-z]+(?:Error|Exception|Warning|Fault)\b|NoneType"
     rb"|'(?:str|int|dict|list|bytes)'"
 )
