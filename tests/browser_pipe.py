@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class Browser:
         shell = f'exec "$@" 3<&{to_read} 4>&{to_write}'
         arguments = [
             binary, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe",
+            "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            "--remote-debugging-pipe",
             f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
         self.process = subprocess.Popen(
@@ -33,8 +35,25 @@ class Browser:
         targets = self.ask("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         self.session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        self._listen()
+
+    def _listen(self) -> None:
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.ask(f"{domain}.enable")
+
+    def tab(self) -> str:
+        """Opens a second page in the same browser and turns to it; gives the one before, for `turn`."""
+        before, self.session = self.session, ""
+        page = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        self._listen()
+        return before
+
+    def turn(self, session: str) -> str:
+        """Everything from now on is asked of this page, which comes to the front; gives the one before."""
+        before, self.session = self.session, session
+        self.ask("Page.bringToFront")
+        return before
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
         """One command, and its result; events that come meanwhile are kept."""
@@ -64,18 +83,58 @@ class Browser:
         while self.run("document.readyState") != "complete":
             pass
 
+    def reload(self) -> None:
+        """The same page once more, from the start."""
+        self.run("window.leaving = true")
+        self.ask("Page.reload")
+        while self.run("window.leaving") or self.run("document.readyState") != "complete":
+            pass
+
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
-        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
+        """The value of an expression in the page; of a promise, what it comes to."""
+        answer = self.ask(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def key(self, name: str, text: str = "") -> None:
+    def wait(self, script: str, seconds: float = 60) -> Any:
+        """The value of an expression, once it is true of the page."""
+        until = time.monotonic() + seconds
+        while not (value := self.run(f"(v => v instanceof Node ? true : v)({script})")):
+            assert time.monotonic() < until, f"never came true: {script}"
+            time.sleep(0.02)
+        return value
+
+    def type(self, text: str) -> None:
+        """Text, put where the focus is."""
+        self.ask("Input.insertText", text=text)
+
+    def click(self, script: str) -> None:
+        """A click of the mouse on the middle of the element that an expression gives."""
+        x, y = self.run(
+            f"(() => {{ const e = {script}; e.scrollIntoView({{block: 'nearest'}});"
+            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
+        )
+        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def key(self, name: str, text: str = "", shift: bool = False) -> None:
         """One key, pressed and released."""
-        codes = {"Tab": 9, "Enter": 13, "ArrowDown": 40}
-        extra = {"windowsVirtualKeyCode": codes.get(name, 0), "key": name, "code": name}
+        codes = {
+            "Tab": 9, "Enter": 13, "Escape": 27, " ": 32,
+            "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
+        }  # fmt: skip
+        extra = {"windowsVirtualKeyCode": codes.get(name, 0), "key": name, "code": name, "modifiers": 8 if shift else 0}
         self.ask("Input.dispatchKeyEvent", type="keyDown", **extra, **({"text": text} if text else {}))
         self.ask("Input.dispatchKeyEvent", type="keyUp", **extra)
+
+    def offline(self, gone: bool) -> None:
+        """Pulls the plug, or puts it back."""
+        self.ask(
+            "Network.emulateNetworkConditions", offline=gone, latency=0, downloadThroughput=-1, uploadThroughput=-1
+        )
 
     def fetched(self) -> list[str]:
         """Addresses the pages asked for, themselves and what stands inside them left out."""

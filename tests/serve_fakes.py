@@ -7,7 +7,8 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import openai
 from PIL import Image
 
 from fakes import tiny_vlm
+from leveret.generate.engine import Engine
 from leveret.generate.model import Model
 from leveret.model.vlm import VLM
 from leveret.serve.app import Service
@@ -57,6 +59,14 @@ class Up:
             return rest_of(line)
 
 
+def soon(true: Callable[[], Any], seconds: float = 60.0, every: float = 0.01) -> None:
+    """Waits until something is so."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(every)
+
+
 def rest_of(line: socket.socket) -> bytes:
     got = b""
     while piece := line.recv(65536):
@@ -74,10 +84,17 @@ def client_for(url: str, key: str = "none") -> openai.OpenAI:
 
 @contextmanager
 def serving(
-    vlm: VLM | None = None, limits: Limits | None = None, where: Where | None = None, key: str = "none", **more: Any
+    vlm: VLM | None = None,
+    limits: Limits | None = None,
+    where: Where | None = None,
+    key: str = "none",
+    slots: int = 64,
+    **more: Any,
 ) -> Iterator[Up]:
     """A service on a free port, in a thread. `more` goes to Rules."""
-    service = Service(Model(vlm or tiny_vlm()), NAME, limits or Limits(), Rules(**more))
+    model = Model(vlm or tiny_vlm())
+    model.engine = Engine(model.vlm, slots=slots)
+    service = Service(model, NAME, limits or Limits(), Rules(**more))
     where = where or Where(port=0)
     running = Running(service, where, bind(where.host, 0))
     ready = threading.Event()

@@ -55,6 +55,7 @@ def test_the_verbs_of_the_stations_that_are_here_are_listed() -> None:
         "eval",
         "score",
         "chat",
+        "serve",
         "show",
         "doctor",
         "pool",

@@ -17,6 +17,7 @@ from evaluate_fakes import tiny_world
 from fakes import LLAMA, SIGLIP, loud, tiny_recipe
 from leveret.cli import run
 from leveret.generate.engine import Engine, Request
+from leveret.generate.live import Ask, Live, answer
 from leveret.generate.model import Model, reference
 from leveret.images import decode, upright_size
 from leveret.inputs import Item, collate, encode, prepare_all
@@ -364,6 +365,27 @@ def test_the_engine_answers_as_transformers_generate_does() -> None:
             said = engine.answer(requests)
             assert [one.text for one in said] == [text.strip() for text in expected]
     assert len(engine.eyes.shelf) == 5
+
+
+@pytest.mark.parametrize("positions", [7, 1024])
+def test_a_server_answers_as_the_engine_does(positions: int) -> None:
+    """Prompts in passes that cut images, and images of several sizes behind what was said before."""
+    vlm = build(tiled())
+    pictures = [noise(*size) for size in SIZES]
+    rows = [[pictures[0]], [pictures[1], pictures[2]], [pictures[0], pictures[3]], [], [pictures[4], pictures[4]]]
+    requests = [
+        Request(str(number), tuple(filter(None, map(reference, images))), (_asked(number, images),), max_new_tokens=6)
+        for number, images in enumerate(rows)
+    ]
+    want = [one.text for one in Engine(vlm, precision="fp32").answer(requests)]
+    live = Live(Engine(vlm, precision="fp32", slots=3))
+    live.lanes.pass_tokens = positions
+    try:
+        for _ in range(2):
+            assert [answer(live, Ask(request))[0] for request in requests] == want
+        assert live.figures()["image_misses"] == 5 and live.figures()["reused_tokens"] > 0
+    finally:
+        live.close()
 
 
 def _asked(number: int, images: list[Image.Image]) -> Turn:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class SlotCache(Cache):
         self.rows = self.columns = 0
         self._first = self._last = self._reach = 0
         self._at: int | Tensor = 0
+        self._across = torch.zeros(1, 1, dtype=torch.long)
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for at least `rows` x `columns`, keeping what is there; grows by doubling, never shrinks."""
@@ -46,7 +47,7 @@ class SlotCache(Cache):
         if columns > self.columns:
             self.columns = -(-columns // 32) * 32
         if self.kv is not None and (self.kv.shape[2] < self.rows or self.kv.shape[4] < self.columns):
-            self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv)
+            self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv, self.kv)
 
     def fit(self, rows: int, columns: int) -> None:
         """Be exactly of this size and hold nothing; what was held is given back first."""
@@ -64,9 +65,14 @@ class SlotCache(Cache):
         columns = -(-columns // 32) * 32
         if (rows, columns) == (self.rows, self.columns):
             return
+        before = self.rows, self.columns
         self.rows, self.columns = rows, columns
-        if self.kv is not None:
-            self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv[:, :, :used])
+        try:
+            if self.kv is not None:
+                self._allocate(self.kv.shape[3], self.kv.shape[5], self.kv, self.kv[:, :, :used])
+        except Exception:  # no memory: all is as it was
+            self.rows, self.columns = before
+            raise
 
     def release(self) -> None:
         """Hold nothing and take no memory until the next pass."""
@@ -83,6 +89,7 @@ class SlotCache(Cache):
         self.reserve(self._last, self._reach)
         # Equal starts (a batch of prefixes) are written as a slice, which is much cheaper than by index.
         self._at = starts[0] if len(set(starts)) == 1 else at
+        self._across = torch.arange(len(starts), device=at.device)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -99,8 +106,7 @@ class SlotCache(Cache):
                 rows[:, :, self._at : self._at + states.shape[2]] = states
             else:
                 # Two index tensors around a slice: torch puts the indexed axes first, [B, q, H, d].
-                across = torch.arange(len(rows), device=rows.device)[:, None]
-                rows[across, :, self._at] = states.transpose(1, 2).to(rows.dtype)
+                rows[self._across, :, self._at] = states.transpose(1, 2).to(rows.dtype)
             held.append(rows[:, :, : self._reach])
         return held[0], held[1]
 
@@ -121,17 +127,23 @@ class SlotCache(Cache):
         if self.kv is not None:
             self.kv[:, :, row] = 0
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` columns of whole rows over other rows, all at once: rows may change places."""
+    def move(self, sources: list[int], targets: list[int], length: int | Sequence[int]) -> None:
+        """Copy the first `length` columns (of all, or of each) of whole rows over other rows, all at once: rows may
+        change places."""
         assert self.kv is not None
-        self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
+        lengths = [length] * len(sources) if isinstance(length, int) else length
+        if set(sources).isdisjoint(targets):  # nothing is overwritten that is still to be read
+            for source, target, count in zip(sources, targets, lengths, strict=True):
+                self.kv[:, :, target, :, :count] = self.kv[:, :, source, :, :count]
+        elif (most := max(lengths)) > 0:
+            self.kv[:, :, targets, :, :most] = self.kv[:, :, sources, :, :most]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the pass finds filled; models ask only when they get no positions, and they always do."""
         return self._reach
 
-    def _allocate(self, heads: int, width: int, like: Tensor) -> None:
-        old = self.kv
+    def _allocate(self, heads: int, width: int, like: Tensor, held: Tensor | None = None) -> None:
+        """New memory, of the type and the device of `like`; `held`, [layers, 2, rows, heads, columns, d], is copied."""
         # Zeros, not empty memory: a NaN in a column with weight zero would still spoil the sum.
         shape = (self.depth, 2, self.rows, heads, self.columns, width)
         dtype = self.dtype or like.dtype
@@ -139,14 +151,14 @@ class SlotCache(Cache):
             # NumPy's zeros are pages that the system fills when they are first written to; torch writes them all now.
             # They begin at a multiple of 64 bytes, as torch's do: products may sum in another order elsewhere.
             size = math.prod(shape) * dtype.itemsize
-            held = np.zeros(size + 64, np.uint8)
-            begin = -held.ctypes.data % 64
-            self.kv = torch.from_numpy(held[begin : begin + size]).view(dtype).view(shape)
+            zeros = np.zeros(size + 64, np.uint8)
+            begin = -zeros.ctypes.data % 64
+            self.kv = torch.from_numpy(zeros[begin : begin + size]).view(dtype).view(shape)
         else:
             self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
-        if old is not None:
-            rows, columns = min(self.rows, old.shape[2]), min(self.columns, old.shape[4])
-            self.kv[:, :, :rows, :, :columns] = old[:, :, :rows, :, :columns]
+        if held is not None:
+            rows, columns = min(self.rows, held.shape[2]), min(self.columns, held.shape[4])
+            self.kv[:, :, :rows, :, :columns] = held[:, :, :rows, :, :columns]
 
 
 class Shelf:

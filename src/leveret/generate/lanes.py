@@ -32,6 +32,8 @@ WORTH = 16
 """Tokens that must be gained before a prompt waits for another that begins like it."""
 GROW = 1.5
 """Rows that become too short are made longer by this factor, so that they are seldom copied."""
+PROMISED = 1024
+"""Tokens of a row to begin with, on a CPU."""
 MANY = 64
 """Positions from which a pass tells how fast prompts are computed."""
 
@@ -50,6 +52,7 @@ class Guest(Reply):
     came      when (`time.perf_counter`).
     filled    columns of its row that are computed.
     reused    of these, how many something else had computed.
+    runs      what these are copied from when its first pass comes: until then its row is empty.
     awaits    a prompt on its way in that will hold more of this one than is known yet.
     inputs    embeddings of the prompt from `reused` on, [T, D], while it comes in.
     told      of every token its own log-probability, and those of the likeliest ones.
@@ -64,10 +67,16 @@ class Guest(Reply):
     came: float = 0.0
     filled: int = 0
     reused: int = 0
+    runs: list[tuple[Tensor, int]] = field(default_factory=list)
     awaits: Guest | None = None
     inputs: Tensor | None = None
     told: list[tuple[float, Chances]] = field(default_factory=list)
     fault: Exception | None = None
+
+    @property
+    def held(self) -> int:
+        """Columns that stand in its row."""
+        return 0 if self.runs else self.filled
 
     @property
     def rest(self) -> int:
@@ -151,30 +160,28 @@ class Lanes(Slots):
             if guest.awaits in self.entering:
                 return False
             guest.awaits = None
-        known, source, promised = 0, -1, 0
+        runs = self.past.match(guest.trace)
+        kept = guest.whole(sum(count for _, count in runs))
+        known, source, promised = kept, -1, kept
         for row, other in enumerate([*self.active, *self.entering]):
+            # Who knows more than is known already has the next token too.
+            if len(other.ids) <= known or other.trace[known] != guest.trace[known]:
+                continue
             shared = guest.whole(alike(guest.trace, other.trace))
-            ready = guest.whole(min(shared, other.filled))
+            ready = guest.whole(min(shared, other.held))
             if ready > known:
                 known, source = ready, row
             if row >= len(self.active) and shared > promised:
                 promised, guest.awaits = shared, other
-        runs = self.past.match(guest.trace)
-        kept = guest.whole(sum(count for _, count in runs))
-        if promised >= max(known, kept) + WORTH:
+        if promised >= known + WORTH:
             return False
         guest.awaits = None
-        row = self.used
-        self._room(row + 1, len(guest.ids) + 1 + min(guest.limit, COLUMNS))
-        if kept >= known:
-            at = 0
-            for block, count in runs:
-                if (count := min(count, kept - at)) > 0:
-                    self.cache.copy_in(row, block[:, :, :, :count], at)
-                    at += count
+        if source < 0:
+            guest.runs = runs if known else []
         else:
-            self.cache.move([source], [row], known)
-        guest.filled = guest.reused = max(known, kept)
+            self._room(self.used + 1, len(guest.ids) + 1)
+            self.cache.move([source], [self.used], known)
+        guest.filled = guest.reused = known
         self.entering.append(guest)
         return True
 
@@ -191,9 +198,12 @@ class Lanes(Slots):
         chunks = [min(guest.rest, most) for guest in group]
         self._prompt(group, chunks, len(self.active))
         self._wait()
-        positions = len(group) * max(chunks)
-        if positions >= MANY or not self.prompts:  # of a short one most is what any pass costs
-            self.prompts = smooth(self.prompts, positions / (time.perf_counter() - began))
+        positions, took = len(group) * max(chunks), time.perf_counter() - began
+        # What any pass costs hides the speed of a small one, which must not make the next ones small for good.
+        if positions / took > self.prompts:
+            self.prompts = (self.prompts + positions / took) / 2 if self.prompts else positions / took
+        elif positions >= MANY:
+            self.prompts = smooth(self.prompts, positions / took)
         self.passes += 1
         ready = [guest for guest in group if not guest.rest and not guest.finish]
         self._settle(self.active + ready, [guest for guest in self.entering if guest not in ready])
@@ -205,13 +215,17 @@ class Lanes(Slots):
         line = sorted(self.entering, key=lambda one: (-one.priority, one.number if by_age else one.rest, one.number))
         pictures = max(1, self.pass_tokens // max(1, self.vlm.spec.tokens))  # through the tower at once
         group: list[Guest] = []
-        longest = shown = 0
+        longest = shown = real = 0
         for guest in line:
-            wide = max(longest, min(guest.rest, most))
+            chunk = min(guest.rest, most)
+            wide = max(longest, chunk)
+            padded = wide * (len(group) + 1)
             more = sum(first >= guest.reused for first, _ in guest.spans) if guest.inputs is None else 0
-            if not group or (wide * (len(group) + 1) <= most and shown + more <= pictures):
+            # A pass of their own costs those of another length about as much as so much padding.
+            even = padded <= 1.5 * (real + chunk) + MANY
+            if not group or (padded <= most and even and shown + more <= pictures):
                 group.append(guest)
-                longest, shown = wide, shown + more
+                longest, shown, real = wide, shown + more, real + chunk
         return group
 
     def _prompt(self, group: Sequence[Guest], chunks: Sequence[int], first: int) -> None:
@@ -253,9 +267,20 @@ class Lanes(Slots):
                 [count == guest.rest for guest, count in zip(group, chunks, strict=True)], device=device
             )
             self._room(first + len(group), reach)
+            for row, guest in enumerate(group, first):
+                self._load(guest, row)
             return self._run(
                 first, [guest.filled for guest in group], torch.stack(parts), place, last, last & done[:, None]
             )
+
+    def _load(self, guest: Guest, row: int) -> None:
+        """Copy what is known of a prompt into its row."""
+        at = 0
+        for block, count in guest.runs:
+            if (count := min(count, guest.reused - at)) > 0:
+                self.cache.copy_in(row, block[:, :, :, :count], at)
+                at += count
+        guest.runs = []
 
     # --- one token for everyone --------------------------------------------------------------------------------------
 
@@ -268,11 +293,13 @@ class Lanes(Slots):
 
         def one_pass(begin: int, end: int) -> None:
             some = self.active[begin:end]
-            batch = self._batch([([guest.tokens[-1]], [False]) for guest in some])
-            self._room(end, max(guest.position for guest in some) + 1)
             starts = [guest.position for guest in some]
-            with self._threaded(len(some)):
-                logits = self._forward(begin, starts, batch)
+            self._room(end, max(starts) + 1)
+            ids = torch.tensor([[guest.tokens[-1]] for guest in some], device=self.vlm.device)
+            every = torch.ones_like(ids, dtype=torch.bool)
+            with self._threaded(len(some)), self._precision():
+                embeddings = self.vlm.language.get_input_embeddings()(ids)
+                logits = self._run(begin, starts, embeddings, torch.zeros_like(ids), every, every)
             self._take(some, logits)
             for guest, start in zip(some, starts, strict=True):
                 guest.filled = start + 1
@@ -361,7 +388,7 @@ class Lanes(Slots):
             if guest.finish and guest.finish != "failed":
                 self._keep(guest, row)
             if guest.finish:
-                guest.inputs = None
+                guest.inputs, guest.runs = None, []
         self._settle(
             [guest for guest in self.active if not guest.finish],
             [guest for guest in self.entering if not guest.finish],
@@ -370,11 +397,15 @@ class Lanes(Slots):
         return ended
 
     def _keep(self, guest: Guest, row: int) -> None:
-        if not self.past.limit or not guest.filled or self.cache.kv is None:
+        if not self.past.limit or not guest.held or self.cache.kv is None:
             return
         said = np.asarray(guest.tokens, np.int64)
         trace = np.concatenate([guest.trace, said])[: guest.filled]
-        self.past.put(trace, lambda first, last: self.cache.copy_out(row, last, first), self.kv)
+        try:
+            self.past.put(trace, lambda first, last: self.cache.copy_out(row, last, first), self.kv)
+        except Exception as fault:  # it can be done without
+            if not self._out_of_memory(fault):
+                raise
 
     def _settle(self, active: list[Guest], *entering: list[Guest], over: Sequence[Guest] = ()) -> None:
         """Rows for these, in this order of groups; inside its group each stays where it is, if it can.
@@ -389,9 +420,11 @@ class Lanes(Slots):
             others = iter([guest for guest in zone if old[id(guest)] not in rows])
             order += [staying[row] if row in staying else next(others) for row in rows]
         assert len(order) + len(over) == len(old), "every row is kept or given up"
-        moving = [(old[id(guest)], row, guest.filled) for row, guest in enumerate(order) if old[id(guest)] != row]
-        if (length := max((filled for *_, filled in moving), default=0)) > 0:
-            self.cache.move([source for source, *_ in moving], [row for _, row, _ in moving], length)
+        moving = [(old[id(guest)], row, guest.held) for row, guest in enumerate(order) if old[id(guest)] != row]
+        moving = [move for move in moving if move[2]]
+        if moving:
+            sources, targets, lengths = map(list, zip(*moving, strict=True))
+            self.cache.move(sources, targets, lengths)
         self.active, self.entering = order[: len(active)], order[len(active) :]
 
     def _room(self, rows: int, columns: int) -> None:
@@ -401,9 +434,10 @@ class Lanes(Slots):
             return
         if columns > cache.columns:
             columns = max(columns, min(int(GROW * cache.columns), self.bound // (self.kv * max(rows, cache.rows))))
+        many = 2 * cache.rows
+        if self.vlm.device.type == "cpu":  # memory is taken when it is written to: much can be promised at once
+            many, columns = self.size, max(columns, min(PROMISED, self.bound // (self.kv * self.size)))
         columns = -(-max(columns, cache.columns) // COLUMNS) * COLUMNS
-        # Memory of a CPU is taken when it is written to, so there all rows can be promised at once.
-        many = self.size if self.vlm.device.type == "cpu" else 2 * cache.rows
         cache.reshape(max(rows, min(many, self.size, self.bound // (self.kv * columns))), columns, self.used)
 
     def release(self) -> None:

@@ -5,7 +5,7 @@
     the engine's        admit -> advance | step -> events            (lanes.py)
 
 When a pass over prompts is worth it: at once where nothing is being made; else when enough prompts have come for one
-pass (an eighth of the answers in the making), or one has waited for `PATIENCE`, or a more urgent one came. Between two
+pass (a quarter of the answers in the making), or one has waited for `PATIENCE`, or a more urgent one came. Between two
 steps prompts get at most `SHARE` seconds (or three steps' time), so that answers in the making go on behind any prompt.
 """
 
@@ -36,7 +36,7 @@ SHARE = 0.1
 """Seconds of passes over prompts between two steps of those who have theirs behind them."""
 PASS = 0.5
 """Seconds of one pass over prompts where nobody waits for a step: who comes meanwhile waits for its end."""
-LEAST = 32
+LEAST = 64
 """Positions of a pass over prompts, at least."""
 SMOOTH = 0.02
 """Seconds between two events of one answer, at least: fifty a second are as smooth as can be seen."""
@@ -72,7 +72,8 @@ class Ask:
 class Chance:
     """A token with the natural logarithm of its probability: of the model itself, before any temperature.
 
-    bytes  what the token stands for; `token` has marks of damage where that is no whole character.
+    bytes  what the token adds to the text; `token` has marks of damage where that is no whole character, and is the
+           name of a special token, which adds nothing.
     """
 
     token: str
@@ -152,7 +153,8 @@ class Ticket:
     """A request that was taken."""
 
     def __init__(self, live: Live, prepared: Prepared, guest: Guest, on_event: Callable[[Event], None]) -> None:
-        self._live, self._prepared, self._guest, self._on_event = live, prepared, guest, on_event
+        self._live, self._guest, self._on_event = live, guest, on_event
+        self._choices = prepared.ask.request.choices or ()
         self._pieces = Pieces(live.engine.vlm.tokenizer, live.stops(prepared.ask.stop))
         self._watched = bool(self._pieces.stops.strings)
         self._shown = 0  # tokens of which the text was made
@@ -278,7 +280,7 @@ class Live:
     def figures(self) -> dict[str, float]:
         """How it stands: requests that wait, come in and are being made; what was counted since it began; what is kept;
         measured speeds. Cheap, and never waits for a pass."""
-        lanes, eyes = self.lanes, self.engine.eyes
+        lanes, eyes, rows = self.lanes, self.engine.eyes, self.lanes.cache.kv
         with self._door:
             found = {
                 "waiting": len(self._line),
@@ -298,7 +300,7 @@ class Live:
                 "image_misses": eyes.misses,
                 "past_runs": len(lanes.past),
                 "past_bytes": lanes.past.bytes,
-                "row_bytes": lanes.cache.kv.nbytes if lanes.cache.kv is not None else 0,
+                "row_bytes": 0 if rows is None else rows.nbytes,
             }
         return {name: float(value) for name, value in found.items()}
 
@@ -375,7 +377,7 @@ class Live:
             entry = (ticket._rank, ticket)
             if entry in self._line:
                 self._line.remove(entry)
-                self._line_tokens -= ticket._prepared.tokens
+                self._line_tokens -= len(ticket._guest.ids)
         if not ticket._ended:
             self.lanes.leave(ticket._guest, "left")
             ticket._guest.finish = ticket._guest.finish or "left"
@@ -389,12 +391,17 @@ class Live:
             guest = ticket._guest
             if not self.lanes.room(guest):
                 return
-            if not self.lanes.admit(guest):
-                continue
+            try:
+                if not self.lanes.admit(guest):
+                    continue
+            except Exception as fault:  # no memory for its row
+                guest.finish, guest.fault = "failed", fault
             self._inside[id(guest)] = ticket
             with self._door:
                 self._line.remove((ticket._rank, ticket))
-                self._line_tokens -= ticket._prepared.tokens
+                self._line_tokens -= len(ticket._guest.ids)
+            if guest.finish:
+                self._tell(ticket)
 
     def _turn(self) -> None:
         """One pass, of prompts or of answers, and what it gave."""
@@ -423,7 +430,7 @@ class Live:
         if self._prompting >= share:
             return False
         return (
-            8 * len(lanes.entering) >= len(lanes.active)
+            4 * len(lanes.entering) >= len(lanes.active)
             or any(guest.inputs is not None for guest in lanes.entering)  # it has begun
             or now - min(guest.came for guest in lanes.entering) >= PATIENCE
             or max(guest.priority for guest in lanes.entering) > max(guest.priority for guest in lanes.active)
@@ -464,8 +471,7 @@ class Live:
         assert guest.finish is not None
         chances = None
         if guest.finish == "choice":
-            assert ticket._prepared.ask.request.choices is not None
-            chances = dict(zip(ticket._prepared.ask.request.choices, guest.chances, strict=True))
+            chances = dict(zip(ticket._choices, guest.chances, strict=True))
             text = max(chances, key=chances.__getitem__)
         kind = guest.finish if guest.finish in ("left", "closed", "failed") else "answered"
         if kind == "answered" and guest.finish != "choice":
@@ -481,6 +487,8 @@ class Live:
             ticket,
             Event(text, told, guest.finish, len(guest.ids), len(guest.tokens), guest.reused, chances, guest.fault),
         )
+        ticket._on_event = _nobody  # whoever keeps the ticket keeps neither his own things nor the images by it
+        guest.pictures, ticket._choices = (), ()
 
     def _send(self, ticket: Ticket, event: Event) -> None:
         try:
@@ -517,13 +525,20 @@ class Live:
             work()
         for ticket in [*self._inside.values(), *line]:
             if not ticket._ended:
-                self.lanes.leave(ticket._guest, "closed")
+                try:
+                    self.lanes.leave(ticket._guest, "closed")
+                except Exception:
+                    log.exception("a row could not be given back")
                 ticket._guest.finish = ticket._guest.finish or "closed"
                 self._tell(ticket)
-        self.lanes.release()
+        self.lanes.empty()
         with self._door:
             self._state = "closed"
             self._door.notify_all()
+
+
+def _nobody(event: Event) -> None:
+    """Who listens to an answer that has ended."""
 
 
 def answer(live: Live, ask: Ask) -> tuple[str, Event]:

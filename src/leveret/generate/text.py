@@ -121,11 +121,12 @@ class Pieces:
 
 
 def spelling(tokenizer: Any, token: int) -> tuple[str, bytes]:
-    """A token's text, and its bytes, which are no whole character where that is spread over several tokens."""
+    """A token's text, and the bytes that it adds to an answer: no whole character where that is spread over several
+    tokens, none where the token is special."""
     written = str(tokenizer.convert_ids_to_tokens(token))
+    if token in tokenizer.all_special_ids:
+        return written, b""
     if token in tokenizer.added_tokens_decoder:
-        return written, written.encode()
-    if written in tokenizer.get_added_vocab():
         return written, written.encode()
     if all(letter in _BYTES for letter in written) and reader_of(tokenizer).byte_level:
         held = bytes(_BYTES[letter] for letter in written)

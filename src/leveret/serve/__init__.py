@@ -1,1 +1,1 @@
-"""Station 8, offer: the terminal chat (`leveret.serve.chat.chat`)."""
+"""Station 8, offer: a server (`leveret.serve.run.serve`) and the terminal chat (`leveret.serve.chat.chat`)."""

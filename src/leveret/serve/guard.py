@@ -172,25 +172,31 @@ class Guard:
         scope["leveret"] = visit
         status = 0
 
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        # A body that nobody has read could go on for ever behind the reply: the connection ends with it.
+        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
         async def reply(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": _with_safe(message["headers"], visit.id)}
+                close = [(b"connection", b"close")] if unread else []
+                message = {**message, "headers": [*_with_safe(message["headers"], visit.id), *close]}
             await send(message)
 
         try:
-            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
             try:
+                if "transfer-encoding" in headers and "content-length" in headers:
+                    raise bad("two headers say differently how long the body is", code="invalid_http")
                 self.door.check(scope, headers)
                 if scope["method"] == "POST" and scope["path"] in _ASKING:
                     visit.body = await self._body(receive, headers, visit)
+                    unread = False
             except Refusal as refusal:
                 visit.code = refusal.code or ""
-                unread = scope["method"] not in ("GET", "HEAD", "OPTIONS")
                 if unread and headers.get("expect", "").lower() != "100-continue":
                     await _thrown_away(receive)
-                await refuse(refusal, reply, close=unread)
+                await refuse(refusal, reply)
                 return
             await self.app(scope, receive, reply)
         except Exception:
@@ -198,7 +204,7 @@ class Guard:
                 log.exception("%s: %s", visit.id, scope["path"][:200])
             visit.code = "internal"
             if not status:
-                await refuse(failed(visit.id), reply, close=True)
+                await refuse(failed(visit.id), reply)
         finally:
             visit.release()
             self.metrics.requests.labels(visit.route, str(status)).inc()
@@ -250,12 +256,10 @@ def _with_safe(headers: Any, request_id: str) -> list[tuple[bytes, bytes]]:
     return [*headers, *added, (b"x-request-id", request_id.encode())]
 
 
-async def refuse(refusal: Refusal, send: Send, *, close: bool = False) -> None:
-    """Reply with a refusal. close: the connection ends with it, as there may be a body that nobody will read."""
+async def refuse(refusal: Refusal, send: Send) -> None:
+    """Reply with a refusal."""
     body = json.dumps(refusal.body()).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **refusal.headers}
-    if close:
-        headers["Connection"] = "close"
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body, "more_body": False})

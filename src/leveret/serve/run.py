@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -89,6 +90,8 @@ def serve(
     from leveret.serve.wire import bind
 
     line = bind(where.host, where.port)
+    # It warns of every write to a connection that was reset, which is a client's doing and would fill the log.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     with contextlib.closing(line):
         _say(f"loading {model} ...")
         import transformers  # noqa: F401  (so that its time is counted among the imports)

@@ -21,6 +21,9 @@ from leveret.serve.refusals import OURS, Refusal, bad
 HEADER_BYTES = 32 * 2**10
 """Of a request's line and headers together."""
 
+LINGER = 1.0
+"""Seconds in which a client that was refused may still send, to nobody."""
+
 
 def patient(limits: Limits) -> type[asyncio.Protocol]:
     """A protocol for uvicorn with the limits of one server."""
@@ -33,6 +36,7 @@ class Patient(H11Protocol):  # type: ignore[misc]
     limits = Limits()
     _headers: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _ended = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -47,7 +51,7 @@ class Patient(H11Protocol):  # type: ignore[misc]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._ended or self.transport.is_closing():
             return
         super().data_received(data)
         self._watch_headers()
@@ -60,7 +64,7 @@ class Patient(H11Protocol):  # type: ignore[misc]
         """Headers are being waited for: then there is one clock for all of them, however they drip in."""
         import h11
 
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        if self.conn.their_state is not h11.IDLE or self._ended or self.transport.is_closing():
             self._clear("_headers")
         elif begun and self._headers is None:
             self._headers = self.loop.call_later(self.limits.header_seconds, self._too_slow)
@@ -72,7 +76,7 @@ class Patient(H11Protocol):  # type: ignore[misc]
 
     def _too_slow(self) -> None:
         self._headers = None
-        if not self.transport.is_closing():
+        if not (self._ended or self.transport.is_closing()):
             self._end(Refusal(408, "the headers took too long to arrive", code="timeout"))
 
     def pause_writing(self) -> None:
@@ -89,8 +93,13 @@ class Patient(H11Protocol):  # type: ignore[misc]
         self._end(bad("this is no HTTP/1.1 request that can be read", code="invalid_http"))
 
     def _end(self, refusal: Refusal) -> None:
-        """Say why, and close. Only where no reply has begun: in the middle of one there is nothing to say."""
-        if self.cycle is None or self.cycle.response_complete:
+        """Say why, and close. In the middle of a reply there is nothing to say.
+
+        Our side is closed first: closing both while there is something unread would reset the connection, and the
+        client might never see the reply."""
+        self._ended = True
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
             body = json.dumps(refusal.body()).encode()
             retry = "".join(f"{name}: {value}\r\n" for name, value in refusal.headers.items())
             reasons = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
@@ -99,7 +108,11 @@ class Patient(H11Protocol):  # type: ignore[misc]
                 f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode("latin-1") + body)
-        self.transport.close()
+        if cycle is not None and not cycle.response_complete:  # nobody hears what the application may still say
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.close)
 
 
 def bind(host: str, port: int) -> socket.socket:
