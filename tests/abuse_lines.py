@@ -234,7 +234,7 @@ def slow() -> Iterator[Case]:
         "a chunk without end": b"ffffffff\r\n" + b" " * 65536,
         "trailers without end": b"0\r\n" + b"A: b\r\n" * 10_000,
     }.items():
-        yield Case(f"flood/{name}", partial(_flood, flood), frozenset({400, 413, 429}), silent=True)
+        yield Case(f"flood/{name}", partial(_flood, flood), frozenset({400, 408, 413, 429}), silent=True)
     for name, act in {"half closed": _half, "gone": _gone, "reset": _reset, "gone in a body": _gone_in_body,
     "unread": _unread,
                       "gone in a stream": _gone_in_stream, "pipelined": _pipelined,

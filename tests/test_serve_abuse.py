@@ -25,7 +25,7 @@ from leveret.model.checkpoint import save
 
 pytestmark = pytest.mark.serve
 
-LIMITS = "header_seconds=2, pause_seconds=2, body_seconds=4, write_seconds=3"
+LIMITS = "header_seconds=2, pause_seconds=2, body_seconds=8, write_seconds=3"
 START = """
 import sys
 from leveret.serve.limits import Limits
