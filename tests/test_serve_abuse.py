@@ -152,7 +152,7 @@ def by_schema(target: Target, count: int, number: int) -> Report:
             except OSError as fault:  # requests' own faults are OSErrors too
                 report.add(name, "no reply", [type(fault).__name__])
                 return
-            reply = Reply(answer.status_code, "", {k.lower(): v for k, v in answer.headers.items()}, answer.content)
+            reply = Reply(answer.status_code, "", {k.lower(): v[0] for k, v in answer.headers.items()}, answer.content)
             found = faults(Case(name, lambda target: reply), reply)
             try:
                 case.validate_response(answer, checks=promised)
