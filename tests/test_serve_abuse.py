@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,12 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
 
 import abuse_cases
 from abuse import Case, Reply, Report, Size, Target, faults, grown, run
@@ -35,7 +36,7 @@ serve(sys.argv[1], Where(port=0), Limits({limits}), name="tiny", domains=["image
 """
 
 
-@contextmanager
+@contextlib.contextmanager
 def up(folder: Path, limits: str) -> Iterator[tuple[Target, int]]:
     """`leveret serve` as a process of its own, so that its memory can be told from ours: (target, process)."""
     process = subprocess.Popen(
@@ -160,7 +161,8 @@ def by_schema(target: Target, count: int, number: int) -> Report:
                 found.append(f"{broken}"[:600])
             report.add(name, str(answer.status_code), found)
 
-        one()
+        with contextlib.suppress(Unsatisfiable):  # where nothing can be given, nothing can be given wrongly
+            one()
     report.seconds = time.monotonic() - begun
     return report
 
