@@ -203,7 +203,9 @@ def faults(case: Case, reply: Reply) -> list[str]:
         found.append(f"status {reply.status}: {reply.body[:200]!r}")
     elif case.want and reply.status not in case.want and reply.status != 408:  # a busy machine sends slowly, too
         found.append(f"status {reply.status}, not {sorted(case.want)}: {reply.body[:200]!r}")
-    if b"HTTP/1." in reply.more:
+    if b"HTTP/1." in reply.more and case.name.startswith(
+        "smuggle"
+    ):  # elsewhere what follows is a request, if a bad one
         found.append(f"a second reply to one request: {reply.more[:100]!r}")
     head = "\n".join(f"{name}: {text}" for name, text in reply.headers.items()).encode()
     whole = head + b"\n" + reply.body
