@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from abuse import Case, Reply, Target, read, reset, written
-from abuse_cases import CHAT, HONEST, NOT_HERE, Act, said, with_model
+from abuse_cases import ANY, CHAT, HONEST, NOT_HERE, Act, said, with_model
 
 REFUSED = frozenset({400, 403, 404, 405, 408, 413, 415, 431})
 
@@ -128,7 +128,7 @@ def heads() -> Iterator[Case]:
     for name, data in smuggled().items():
         yield Case(f"smuggle/{name}", partial(_raw, data), silent=True)
     for name, data in no_http().items():
-        yield Case(f"head/{name}", partial(_raw, data), REFUSED, silent=True)
+        yield Case(f"head/{name}", partial(_raw, data), REFUSED if not name[0].isdigit() else ANY, silent=True)
 
 
 def _with(fields: list[tuple[str, str]], target: Target) -> Reply:
@@ -149,6 +149,7 @@ def smuggled() -> dict[str, bytes]:
     second = b"GET /smuggled HTTP/1.1\r\nHost: HOST\r\n\r\n"
     start = b"POST /v1/chat/completions HTTP/1.1\r\nHost: HOST\r\nContent-Type: application/json\r\n"
     ended = b"0\r\n\r\n" + second
+    closing = b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     tricks = {
         "both": b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n" + ended,
         "both turned": b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n" + ended,
@@ -173,11 +174,11 @@ def smuggled() -> dict[str, bytes]:
         "size wraps": b"Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n" + second,
         "size long": b"Transfer-Encoding: chunked\r\n\r\n" + b"0" * 5000 + b"\r\n\r\n" + second,
         "extension": b"Transfer-Encoding: chunked\r\n\r\n0;a=\n\r\n\r\n" + second,
-        "long extension": b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 100_000 + b"\r\nx\r\n0\r\n\r\n" + second,
+        "long extension": closing + b"1;" + b"a" * 100_000 + b"\r\nx\r\n0\r\n\r\n" + second,
         "bare lf": b"Transfer-Encoding: chunked\n\n0\n\n" + second,
         "no crlf": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcX0\r\n\r\n" + second,
-        "trailers": b"Transfer-Encoding: chunked\r\n\r\n0\r\nContent-Length: 50\r\nHost: a\r\n\r\n" + second,
-        "many trailers": b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: b\r\n" * 20_000 + b"\r\n" + second,
+        "trailers": closing + b"0\r\nContent-Length: 50\r\nHost: a\r\n\r\n" + second,
+        "many trailers": closing + b"0\r\n" + b"A: b\r\n" * 20_000 + b"\r\n" + second,
         "old": b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + ended,
         "length first": b"Connection: close\r\nContent-Length: 2\r\n\r\n{}" + second,
         "get": b"",
@@ -234,7 +235,7 @@ def slow() -> Iterator[Case]:
         "a chunk without end": b"ffffffff\r\n" + b" " * 65536,
         "trailers without end": b"0\r\n" + b"A: b\r\n" * 10_000,
     }.items():
-        yield Case(f"flood/{name}", partial(_flood, flood), frozenset({400, 413, 429}), silent=True)
+        yield Case(f"flood/{name}", partial(_flood, flood), frozenset({400, 408, 413, 429}), silent=True)
     for name, act in {"half closed": _half, "gone": _gone, "reset": _reset, "gone in a body": _gone_in_body,
     "unread": _unread,
                       "gone in a stream": _gone_in_stream, "pipelined": _pipelined,

@@ -373,6 +373,8 @@ def test_sampling_follows_its_seed_and_not_the_company(vlm: VLM) -> None:
     assert len({drawn(seed, temperature=1.5) for seed in range(6)}) > 3
     greedy = engine(vlm).answer([request])[0].text
     assert drawn(5, temperature=1.0, top_p=1e-9) == greedy, "the likeliest token always stays"
+    for least in (1e-6, 1e-310, 5e-324):  # a quotient of these has no number
+        assert drawn(5, temperature=least) == greedy
     for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}):
         with pytest.raises(DataError, match=next(iter(wrong))):
             drawn(0, **wrong)

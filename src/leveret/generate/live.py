@@ -80,13 +80,21 @@ class Live:
     waiting         requests in the queue, at most.
     waiting_tokens  tokens of their prompts, at most; None takes 131,072. The first in the queue is always taken.
     past            bytes of keys and values kept of earlier conversations; None takes the engine's `cache_bytes`.
+    idle            called in the engine's thread, once, when there has been no work for `IDLE` seconds.
     """
 
     def __init__(
-        self, engine: Engine, *, waiting: int = 256, waiting_tokens: int | None = None, past: int | None = None
+        self,
+        engine: Engine,
+        *,
+        waiting: int = 256,
+        waiting_tokens: int | None = None,
+        past: int | None = None,
+        idle: Callable[[], object] = lambda: None,
     ) -> None:
         if waiting < 1 or (waiting_tokens is not None and waiting_tokens < 1):
             raise DataError(f"waiting and waiting_tokens must be at least 1; got {waiting} and {waiting_tokens}")
+        self._idle = idle
         self.engine, self.waiting, self.waiting_tokens = engine, waiting, waiting_tokens or 2**17
         self.lanes = Lanes(
             engine.vlm, engine.most, engine.eyes.features, engine.stops, bf16=engine.bf16, threads=engine.threads,
@@ -257,6 +265,7 @@ class Live:
                     self._door.notify_all()  # whoever drains
                     if not self._door.wait_for(lambda: self._busy() or self._state == "closing", IDLE):
                         self.lanes.release()
+                        self._idle()
                         self._door.wait_for(lambda: self._busy() or self._state == "closing")
                     continue
                 leaving, works = list(self._leaving), list(self._works)

@@ -49,7 +49,9 @@ class Picker:
 
     def __call__(self, logits: Tensor) -> int:
         """One token id from logits [V]."""
-        probabilities = torch.softmax(logits.detach().cpu().double() / self.sampling.temperature, dim=-1)
+        scores = logits.detach().cpu().double()
+        # From the highest down: however small the temperature, the likeliest stays at 0 and nothing becomes inf - inf.
+        probabilities = torch.softmax((scores - scores.max()) / self.sampling.temperature, dim=-1)
         ordered, ids = probabilities.sort(descending=True, stable=True)
         if self.sampling.top_p < 1:
             before = ordered.cumsum(0) - ordered  # the likeliest has nothing before it, so it always stays

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ from leveret.generate.live import Chance, Event, Live, Prepared, Ticket, Told
 from leveret.serve.messages import Form
 from leveret.serve.protocol import ChatRequest
 from leveret.serve.refusals import Refusal, failed, shutting_down
+
+log = logging.getLogger(__name__)
 
 QUIET = 15.0
 """Seconds without a piece after which a stream sends a comment, so that nobody on the way takes it for dead."""
@@ -111,6 +114,7 @@ class Answers:
                 if event.finish in ("closed", "left"):
                     raise shutting_down()
                 if event.finish == "failed":
+                    log.error("%s: an answer failed", self.request_id, exc_info=event.fault)
                     raise failed(self.request_id)
             yield number, event
 

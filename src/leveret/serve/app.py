@@ -38,7 +38,7 @@ from leveret.model.vlm import VLM
 from leveret.serve import metrics as measured
 from leveret.serve.answers import Answers, Gone, Stream, until_gone, whole
 from leveret.serve.guard import PAGE_POLICY, Door, Guard, Visit
-from leveret.serve.limits import Held, Limits
+from leveret.serve.limits import Held, Limits, give_back
 from leveret.serve.messages import Form, Manners, asks_of, turns_of
 from leveret.serve.metrics import Metrics
 from leveret.serve.pictures import Rules, picture
@@ -86,7 +86,7 @@ class Service:
     draining: bool = False
 
     def __post_init__(self) -> None:
-        self.live = Live(self.model.engine, waiting=self.limits.waiting)
+        self.live = Live(self.model.engine, waiting=self.limits.waiting, idle=give_back)
         self.manners = Manners.of(self.vlm)
         self.metrics = Metrics(self.live.figures)
         self.held = Held(self.limits.held_bytes)

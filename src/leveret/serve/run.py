@@ -30,6 +30,8 @@ from leveret.runs import DataError, RecipeError, in_bytes
 TOKEN = "LEVERET_TOKEN"
 """The environment variable that holds the token clients must send. Never on the command line: others read that."""
 
+KERNELS = 128
+"""Compiled kernels that torch and oneDNN keep, each."""
 LAST = 3
 """Seconds for connections to close when all answers have ended."""
 
@@ -89,6 +91,10 @@ def serve(
     """
     begun = time.perf_counter() if begun is None else begun
     where = where or Where()
+    # Kernels are compiled for each shape and kept, by a thousand and more, half a megabyte each in bf16; clients send
+    # every length there is. Read when torch is imported.
+    for name_of_cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name_of_cache, str(KERNELS))
     from leveret.serve.wire import bind
 
     line = bind(where.host, where.port)
