@@ -19,6 +19,7 @@ from leveret.evaluate.forms import FORMS, Item
 from leveret.evaluate.forms.boxes import box_of
 from leveret.evaluate.headlines import HEADLINES
 from leveret.evaluate.scorers import SCORERS, Verdict
+from leveret.evaluate.scoring import answered
 from leveret.evaluate.stats import best_constants, deranged, headline, interval
 from leveret.evaluate.text import box, integer, iou, m4c, one_of, scienceqa_letter, strip_punctuation
 from leveret.records import ImageRef
@@ -184,6 +185,8 @@ def test_answers_to_another_task_or_split_are_refused_though_their_ids_fit(tmp_p
         score("existence", theirs, root)
     with pytest.raises(DataError, match=r"other questions than those that split 'test' of 'existence' has.*--split"):
         score("existence", answers("existence", "train"), root)
+    with pytest.raises(DataError, match=r"other questions than those"):
+        answered("existence", answers("existence", "train"), root)  # what is handed in to a server
     bare = [{"question_id": a["question_id"], "text": "yes"} for a in answers("existence", "train")]
     assert score("existence", bare, root)["n"] == 24, "answers of others say nothing of their questions"
 

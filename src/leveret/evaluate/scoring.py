@@ -234,7 +234,9 @@ def answered(
     row, split = one(task, split)
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
-    return items, join(row, items, _read_answers(answers, FORMS[row.form]), where, allow_missing=True)
+    records = _read_answers(answers, FORMS[row.form])
+    _check_asked(row, items, records, where, data_root, split)
+    return items, join(row, items, records, where, allow_missing=True)
 
 
 def join(
