@@ -153,6 +153,8 @@ def test_a_suite_names_all_that_is_missing_or_asks_the_rest(
     counts.write_text(kept[1].decode().replace("How many", "Count"))
     with pytest.raises(RecipeError, match=r"other data or another model:\n  questions.count"):
         asked_of()
+    with pytest.raises(DataError, match=r"^Task 'existence', split 'test': no .* --suite own\)\.$"):
+        evaluate(FakeModel(), tmp_path, out=tmp_path / "n", engine=engine, skip_missing=True)
     plan = ["eval", "no-model", str(root), "-o", str(tmp_path / "x"), "--suite", "some", "--dry-run"]
     assert run(plan) == 3 and "cannot be asked" in capsys.readouterr().err
     assert run([*plan, "--skip-missing"]) == 0
