@@ -19,6 +19,7 @@ from leveret.evaluate.forms import FORMS, Item
 from leveret.evaluate.forms.boxes import box_of
 from leveret.evaluate.headlines import HEADLINES
 from leveret.evaluate.scorers import SCORERS, Verdict
+from leveret.evaluate.scoring import answered
 from leveret.evaluate.stats import best_constants, deranged, headline, interval
 from leveret.evaluate.text import box, integer, iou, m4c, one_of, scienceqa_letter, strip_punctuation
 from leveret.records import ImageRef
@@ -165,6 +166,59 @@ def test_missing_repeated_and_foreign_ids_are_counted_at_once(tmp_path: Path) ->
         score("colour", answers, root, allow_missing=True)
     found = score("colour", answers[:2], root, allow_missing=True)
     assert (found["n"], found["missing"]) == (4, 2) and found["score"] <= 0.5
+    with pytest.raises(DataError, match="there is no answer in it"):
+        score("colour", [], root, allow_missing=True)
+
+
+def test_answers_to_another_task_or_split_are_refused_though_their_ids_fit(tmp_path: Path) -> None:
+    root = tiny_world(tmp_path, scenes=4)
+
+    def answers(task: str, split: str = "test") -> list[dict[str, Any]]:
+        return [
+            {"question_id": i.question_id, "prompt": i.prompt, "text": "yes", "answer_id": "a", "task": task}
+            for i in load_items(task, root, split)
+        ]
+
+    assert score("existence", answers("existence"), root)["n"] == 24
+    theirs = [{**answer, "task": "colour"} for answer in answers("existence")]
+    with pytest.raises(DataError, match=r"answers to 'colour', and 'existence' was to be scored"):
+        score("existence", theirs, root)
+    with pytest.raises(DataError, match=r"other questions than those that split 'test' of 'existence' has.*--split"):
+        score("existence", answers("existence", "train"), root)
+    with pytest.raises(DataError, match=r"other questions than those"):
+        answered("existence", answers("existence", "train"), root)  # what is handed in to a server
+    bare = [{"question_id": a["question_id"], "text": "yes"} for a in answers("existence", "train")]
+    assert score("existence", bare, root)["n"] == 24, "answers of others say nothing of their questions"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+@pytest.mark.parametrize("lines", [True, False])
+def test_answers_may_be_lines_or_one_list_whatever_the_file_is_called(tmp_path: Path, name: str, lines: bool) -> None:
+    root = tiny_world(tmp_path, scenes=4)
+    answers = [{"question_id": f"c{k}", "text": "red"} for k in range(4)]
+    text = "\n".join(map(json.dumps, answers)) if lines else json.dumps(answers, indent=1)
+    (tmp_path / name).write_text(text)
+    assert score("colour", tmp_path / name, root)["n"] == 4
+    (tmp_path / name).write_text(json.dumps(answers[0]) + "\n")
+    if name != "a.json":
+        assert score("colour", tmp_path / name, root, allow_missing=True)["missing"] == 3, "one line is one answer"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("question_id,text\nc0,red\n", r"line 1 is not JSON.*JSON lines or one JSON list"),
+        ("[" * 100_000, "nested too deep"),
+        ("null", "a table of fields is expected"),
+    ],
+)
+def test_files_that_hold_no_answers(tmp_path: Path, text: str, said: str) -> None:
+    root = tiny_world(tmp_path, scenes=4)
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=said):
+        score("colour", tmp_path / "a.jsonl", root)
+    with pytest.raises(DataError, match="is a folder; a file of answers is wanted"):
+        score("colour", tmp_path, root)
 
 
 @given(st.randoms(use_true_random=False))
@@ -256,6 +310,8 @@ def test_a_score_without_a_mistake_claims_no_certainty() -> None:
     items = [Item(str(k), None, "", "", meta={"image_id": str(k)}) for k in range(100)]
     assert interval("accuracy", items, verdicts_of([1.0] * 100)) == pytest.approx((0.9638, 1.0), abs=5e-5)
     assert interval("accuracy", items, verdicts_of([0.0] * 100)) == pytest.approx((0.0, 0.0362), abs=5e-5)
+    # Nor are a hundred pictures that all earn a third.
+    assert interval("accuracy", items, verdicts_of([1 / 3] * 100)) == pytest.approx((0.2971, 0.36955), abs=5e-5)
 
 
 def test_f1_is_the_f1_of_the_sums() -> None:

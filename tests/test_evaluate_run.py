@@ -167,9 +167,29 @@ def test_a_missing_picture_is_named_before_anything_is_asked(tmp_path: Path) -> 
     root = tiny_world(tmp_path / "world", scenes=3)
     (root / "images/test-001.jpg").unlink()
     engine = FakeEngine()
-    with pytest.raises(DataError, match=r"1 of .* pictures are missing, first .*test-001.jpg"):
+    with pytest.raises(DataError, match=r"1 of .* pictures are not there, first .*test-001.jpg"):
         evaluate(FakeModel(), root, out=tmp_path / "out", engine=engine)
+    with pytest.raises(DataError, match=r"1 of .* pictures are missing, first .*test-001.jpg"):
+        evaluate(FakeModel(), root, "colour", out=tmp_path / "out", engine=engine)
     assert engine.asked == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[1, 2]", "a line is no answer"),
+        ('{"question_id": "c0", "model_id": "fake-1"}', "a line is no answer"),
+        (None, "the answer to 'c0' stands twice"),
+    ],
+)
+def test_an_answers_file_that_somebody_changed_is_refused(tmp_path: Path, line: str | None, said: str) -> None:
+    root = tiny_world(tmp_path / "world", scenes=3)
+    evaluate(FakeModel(), root, "colour", out=tmp_path / "out", engine=FakeEngine(), blind=False)
+    file = tmp_path / "out/answers/colour.jsonl"
+    there = file.read_text("utf-8")
+    file.write_text(f"{there}{line or there.splitlines()[0]}\n", "utf-8")
+    with pytest.raises(DataError, match=f"answers/colour.jsonl: {said}.*Delete the file"):
+        evaluate(FakeModel(), root, "colour", out=tmp_path / "out", engine=FakeEngine(), blind=False)
 
 
 def test_without_a_train_twin_the_majority_is_of_the_test_itself_and_says_so(tmp_path: Path) -> None:

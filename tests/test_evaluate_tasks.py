@@ -110,6 +110,69 @@ def test_files_may_lie_in_a_folder_of_the_tasks_name(tmp_path: Path) -> None:
     assert find_files(more, tmp_path)[0] == tmp_path / "tally_qa"
 
 
+def test_a_suite_names_all_that_is_missing_or_asks_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tiny_world(tmp_path / "world", scenes=3)
+    monkeypatch.setitem(SUITES, "some", ("colour", "count", "vqav2.server", "tally_qa", "relation"))
+    colours, counts = root / "eval/colour/test_balanced_questions.json", root / "eval/count/test.json"
+    kept = colours.read_bytes(), counts.read_bytes()
+    counts.unlink()
+    colours.write_text("{")
+    write(root / "tally_qa/test.json", [{"image": "a.jpg", "question": "q", "question_id": 1, "answer": 2}])
+    out, engine = tmp_path / "o", FakeEngine()
+
+    def asked_of(skip: bool = True) -> dict[str, Any]:
+        return evaluate(FakeModel(), root, "some", out=out, engine=engine, blind=False, skip_missing=skip)
+
+    with pytest.raises(DataError, match=r"4 of the 5 tasks of 'some' cannot be asked") as fault:
+        asked_of(skip=False)
+    for words in (
+        r"colour: unreadable: .*test_balanced_questions.json: not JSON",
+        r"count: missing: the splits here are train, not test; run leveret world draw .*at .*/world/eval/count/test",
+        r"vqav2.server: missing: fetch https://visualqa.org.*vqav2/v2_OpenEnded_mscoco_test2015_questions.json",
+        r"tally_qa: pictures missing: 1 of 1 pictures are not there, first .*tally_qa/a.jpg",
+        r"--skip-missing asks the other 1. `leveret tasks prepare .* --suite some`",
+    ):
+        assert re.search(words, str(fault.value)), words
+    assert not engine.asked and not out.exists()
+    results = asked_of()
+    assert list(results["tasks"]) == ["relation"]
+    assert {task: left["state"] for task, left in results["skipped"].items()} == {
+        "colour": "unreadable", "count": "missing", "vqav2.server": "missing", "tally_qa": "pictures missing",
+    }  # fmt: skip
+    assert "- count: skipped, missing: " in (out / "results.md").read_text("utf-8")
+    assert "Not scored" in (out / "report.html").read_text("utf-8")
+    counts.write_bytes(kept[1])
+    n, results = len(engine.asked), asked_of()
+    assert list(results["tasks"]) == ["count", "relation"] and len(engine.asked) == n + 3, "only what is new is asked"
+    colours.write_bytes(kept[0])
+    counts.unlink()
+    n, results = len(engine.asked), asked_of()
+    assert list(results["tasks"]) == ["colour", "relation"] and len(engine.asked) == n + 3
+    counts.write_text(kept[1].decode().replace("How many", "Count"))
+    with pytest.raises(RecipeError, match=r"other data or another model:\n  questions.count"):
+        asked_of()
+    with pytest.raises(DataError, match=r"^Task 'existence', split 'test': no .* --suite own\)\.$"):
+        evaluate(FakeModel(), tmp_path, out=tmp_path / "n", engine=engine, skip_missing=True)
+    plan = ["eval", "no-model", str(root), "-o", str(tmp_path / "x"), "--suite", "some", "--dry-run"]
+    assert run(plan) == 3 and "cannot be asked" in capsys.readouterr().err
+    assert run([*plan, "--skip-missing"]) == 0
+    assert re.search(r"relation +3\n +vqav2.server +skipped, missing", capsys.readouterr().out)
+
+
+def test_one_of_suite_and_task_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "m", "d", "-o", "o", "--suite", "world", "--task", "gqa"]) == 2
+    assert "--suite world and --task gqa: give one of the two" in capsys.readouterr().err
+
+
+def test_a_split_is_told_by_the_whole_name_of_its_file(tmp_path: Path) -> None:
+    for name in ("MMBench_DEV_EN_legacy.tsv", "MMBench_TEST_EN.tsv"):
+        write(tmp_path / "mmbench" / name, [])
+    (row,) = (row for row in overview(tmp_path)["tasks"] if row["id"] == "mmbench")
+    assert row["here"] == ["server", "test"]
+
+
 # --- a task of one's own --------------------------------------------------------------------------------------------
 
 
@@ -301,12 +364,15 @@ def test_tables_stand_beside_published_figures() -> None:
     results = {
         "seconds": {"answer": 1.0},
         "tasks": {
-            "pope": facts("bunny", {"average_f1": 0.8612}),
+            "pope": facts("bunny", {"average_f1": 0.8612}, n=8910),
             "gqa": facts("lmms_eval", {"accuracy": 61.23}),
             "mmbench": facts("x", {"Overall": 0.685}),
             "my_task": facts("own", {}),
         },
     }
+    results["tasks"]["pope"]["n"] = 1000
+    assert "| 61.2\u2020 | 86.1\u2020 |" in markdown(results), "a part of the questions is no like quantity"
+    results["tasks"]["pope"]["n"] = 8910
     text = markdown(results)
     assert "| my_task | 0.500 | 0.400 - 0.600 | 1,000 | - | 0.250* | - | 3 |" in text
     bunny = text.partition("Beside Bunny")[2].partition("Beside LLaVA")[0]
@@ -364,5 +430,5 @@ def test_a_part_of_a_task_is_scored_by_the_name_it_has_in_a_suite(world: Path, t
     evaluate(FakeModel(), world, "count.train", out=tmp_path / "o", engine=FakeEngine(), blind=False)
     told = score("count.train", tmp_path / "o/answers/count.train.jsonl", world)
     assert told["task"] == "count.train" and told["n"] == 12
-    with pytest.raises(DataError, match="does not fit"):
+    with pytest.raises(DataError, match=r"answers to 'count.train', and 'relation.test' was to be scored"):
         score("relation.test", tmp_path / "o/answers/count.train.jsonl", world)

@@ -38,7 +38,7 @@ def evaluate(
     ],
     data: Annotated[Path, typer.Argument(help="The folder with the suite's official files and pictures.")],
     out: Out,
-    suite: Annotated[str, typer.Option(help="A suite, or one task.")] = "world",
+    suite: Annotated[str | None, typer.Option(help="A suite, or one task.", show_default="world")] = None,
     task: Annotated[str | None, typer.Option(help="One task: its id, or a YAML file of your own (my.yaml).")] = None,
     split: Annotated[str, typer.Option(help="The part that is asked about.")] = "test",
     n: Annotated[int | None, typer.Option("-n", min=1, help="At most so many questions a task.")] = None,
@@ -55,6 +55,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Processes that answer, on a CPU; one a core where there are many questions."),
     ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Ask a suite without the tasks whose files are not here.")
+    ] = False,
     load_in: LoadIn = None,
     own: Own = None,
     model_key: Annotated[str | None, typer.Option(help="The environment variable with the key of openai:URL.")] = None,
@@ -70,16 +73,18 @@ def evaluate(
     """Examine a model: scores, intervals, baselines, a page."""
     allow_own(own)
     rules = dict(_pair(given) for given in rule or ())
-    suite = task or suite
+    if task is not None and suite is not None:
+        raise RecipeError(f"--suite {suite} and --task {task}: give one of the two")
+    suite = task or suite or "world"
     from leveret.runs import bytes_of
 
     allowed = None if memory is None else bytes_of(memory)
     if dry_run:
-        from leveret.evaluate import load_items
-        from leveret.evaluate.tasks import asked
+        from leveret.evaluate.prepare import questions_of
 
-        counts = {row.id: len(load_items(row, data, part)) for row, part in asked(suite, split)}
-        return tell_plan(json, {task: count if n is None else min(n, count) for task, count in counts.items()})
+        counts, skipped = questions_of(suite, data, split, skip=skip_missing)
+        facts: dict[str, Any] = {task: count if n is None else min(n, count) for task, count in counts.items()}
+        return tell_plan(json, facts | {task: f"skipped, {record['state']}" for task, record in skipped.items()})
     from leveret.evaluate import evaluate as station
     from leveret.evaluate.judges import open_judge
     from leveret.generate.helpers import Helpers
@@ -98,11 +103,13 @@ def evaluate(
         subject = _examined(model, other, load_in)
         results = station(
             subject, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
-            judge=judging, memory=allowed, prompts=prompts, how=how, helpers=helpers,
+            judge=judging, memory=allowed, prompts=prompts, how=how, helpers=helpers, skip_missing=skip_missing,
         )  # fmt: skip
     if not json:
         _print_scores(results)
         _print_memory(results.get("memory"))
+    for task, record in results.get("skipped", {}).items():
+        print(f"{task} was skipped: {record['state']}: {record['mend']}", file=sys.stderr)
     for task, left in results.get("unscored", {}).items():
         print(
             f"{task}: {left['n']:,} answers are in {left['answers']}; the right ones are not public. For the server: "

@@ -38,6 +38,8 @@ def write_page(found: Mapping[str, Any], out: str | Path, data: str | Path | Non
           are not found the answers stand without pictures, and the page says so."""
     path = Path(out)
     path = path if path.suffix == ".html" else path / "compare.html"
+    if path.parent.exists() and not path.parent.is_dir():
+        raise RecipeError(f"{path.parent} is a file. Name a folder, or a page that ends with .html, with -o.")
     path.parent.mkdir(parents=True, exist_ok=True)
     items, why = _items(found, data)
     rows = found["tasks"].items()

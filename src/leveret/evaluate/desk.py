@@ -80,7 +80,13 @@ class Desk:
         """Mend the file where a killed run tore it, read what is there; returns the questions still to be asked."""
         repair_jsonl(self.path)
         for answer in read_jsonl(self.path) if self.path.exists() else []:
+            if not (isinstance(answer, dict) and isinstance(answer.get("text"), str)):
+                raise DataError(
+                    f"{self.path}: a line is no answer: {str(answer)[:60]!r}. Delete the file to ask again."
+                )
             name = str(answer.get("question_id"))
+            if name in self.done:
+                raise DataError(f"{self.path}: the answer to {name!r} stands twice. Delete the file to ask again.")
             if name not in self.known or answer.get("model_id") != self.model:
                 raise DataError(
                     f"{self.path}: the answer to {name!r} is of another model or of no question of {self.row.id!r}. "

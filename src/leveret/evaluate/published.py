@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from leveret.evaluate.sources import source_of
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -30,7 +32,8 @@ class Column:
     splits: tuple[str, ...] = ()
 
     def ours(self, tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float, bool] | None:
-        """Our figure in the column's unit, and whether it is the same quantity; None where we have none."""
+        """Our figure in the column's unit, and whether it is the same quantity, by its rule and over all questions that
+        are published; None where we have none."""
         for name, facts in tasks.items():
             if name.partition(".")[0] != self.task or (self.splits and facts.get("split") not in self.splits):
                 continue
@@ -38,7 +41,9 @@ class Column:
             for key in self.metric.split("."):
                 value = value.get(key) if isinstance(value, Mapping) else None
             if isinstance(value, int | float):
-                return self.scale * value, facts["rule"] in self.rules
+                whole = source_of(self.task).n.get(facts.get("split", "test"))
+                all_asked = whole is None or facts.get("n") in (None, whole)
+                return self.scale * value, facts["rule"] in self.rules and all_asked
         return None
 
 

@@ -10,7 +10,7 @@ from leveret import pages
 from leveret.evaluate.findings import RIGHT, Example, confusion, examples, mistakes, overlaps, picture
 from leveret.evaluate.gallery import Card, browse, script
 from leveret.evaluate.radar import radar
-from leveret.evaluate.tables import HEADER, MEANING, OTHER, beside, rows, share
+from leveret.evaluate.tables import HEADER, MEANING, OTHER, beside, not_scored, rows, share
 
 if TYPE_CHECKING:
     from leveret.evaluate.run import Examined
@@ -24,6 +24,7 @@ def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: s
     scores = [_bars(tasks), _radar(tasks), pages.table(_shown_rows(results), HEADER)]
     sections = [
         pages.Section("Scores", [block for block in scores if block], lead=in_words(tasks)),
+        *([pages.Section("Not scored", left)] if (left := not_scored(results)) else []),
         pages.Section("What the numbers mean", [pages.table(MEANING, ["word", "meaning"])]),
         *_published(results),
         pages.Section("Look through the answers", browse(_cards(examined), KINDS), lead=LOOK),

@@ -25,15 +25,15 @@ from leveret.evaluate.desk import Answers, Desk, ask
 from leveret.evaluate.forms import Item
 from leveret.evaluate.judges import Judge
 from leveret.evaluate.options import Answered, Options, options_of
+from leveret.evaluate.prepare import load_suite
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
 from leveret.evaluate.scoring import figures, judge_all, judged, write_items
 from leveret.evaluate.stats import headline
-from leveret.evaluate.tasks import TaskRow, base, find_files, load_items, rule_of, subset, task_row, wording
+from leveret.evaluate.tasks import TaskRow, base, find_files, rule_of, subset, task_row, wording
 from leveret.evaluate.tasks import asked as asked_of
 from leveret.generate.helpers import Helpers
 from leveret.runs import (
-    DataError,
     RecipeError,
     RunFolder,
     atomic_write,
@@ -77,6 +77,7 @@ def evaluate(
     memory: int | None = None,
     prompts: str | None = None,
     how: str = "hash",
+    skip_missing: bool = False,
 ) -> dict[str, Any]:
     """Examine a model on a suite (or one task) and write answers, scores, tables and a page into `out`.
 
@@ -98,6 +99,9 @@ def evaluate(
     prompts the lineage in whose words the questions are put (`prismatic`); without it the task's own, but a rule over
             probabilities asks in its lineage's, which offer the options.
     how     which `n`: see `tasks.subset` ("hash", or "prismatic" for its slim sets).
+    skip_missing
+            ask a suite without those of its tasks whose files or pictures are not there (or not readable); they stand
+            under `skipped`, each with what would mend it. Once they are there, the same call asks them too.
     memory  bytes that answering may take beside the weights, of all processes together; see `generate.memory`.
 
     Questions whose right answers are not public are asked and not scored: their task stands under `unscored`, and
@@ -133,12 +137,11 @@ def evaluate(
 
         model = locate(model).folder
     words = {row.id: wording(row, by.get(row.id), prompts) for row in rows}
-    loaded = {row.id: load_items(row, root, splits[row.id], words[row.id]) for row in rows}
-    _check_pictures(loaded)
+    loaded, skipped = load_suite(name, pairs, root, words, skip=skip_missing)
+    rows = [row for row in rows if row.id in loaded]
     fingerprint = _fingerprint(model)
-    folder = RunFolder.open(
+    folder = _open(
         out,
-        "evaluate",
         {
             "suite": name,
             "split": split,
@@ -193,6 +196,8 @@ def evaluate(
         "root": str(Path(root).absolute()),
         "leveret": __version__,
     }
+    if skipped:
+        results["skipped"] = skipped
     for kind, some in (("unjudged", unjudged), ("unscored", unscored)):
         if some:
             results[kind] = {
@@ -223,6 +228,22 @@ def evaluate(
     return results
 
 
+def _open(out: str | Path, recipe: dict[str, Any]) -> RunFolder:
+    """The folder of this examination. Tasks of the suite that were skipped before, or are now, change nothing in the
+    others, so the folder goes on with them: it remembers the questions of all that were ever asked."""
+    file = Path(out) / "recipe.yaml"
+    if file.is_file():
+        import yaml
+
+        there = yaml.safe_load(file.read_text("utf-8"))
+        before, now = there.get("questions", {}), recipe["questions"]
+        same = all(there.get(key) == recipe[key] for key in ("suite", "split", "model"))
+        if same and before.keys() != now.keys() and all(before.get(task, now[task]) == now[task] for task in now):
+            recipe = recipe | {"questions": {**before, **now}}
+            RunFolder.adopt(out, "evaluate", recipe)
+    return RunFolder.open(out, "evaluate", recipe)
+
+
 def _rules(rows: Sequence[TaskRow], rules: Mapping[str, str], suite: str) -> dict[str, str]:
     """Row id -> the name of its rule, where one was given; a rule of `mmbench` is one of `mmbench.dev` too."""
     by: dict[str, str] = {}
@@ -236,24 +257,6 @@ def _rules(rows: Sequence[TaskRow], rules: Mapping[str, str], suite: str) -> dic
     if strange:
         raise RecipeError(f"A rule is given for {', '.join(sorted(strange))}, which {suite!r} does not ask.")
     return by
-
-
-def _check_pictures(loaded: Mapping[str, Sequence[Item]]) -> None:
-    """Before a model is loaded: every picture is there, and every question has words."""
-    unasked = [name for name, items in loaded.items() if not all(item.prompt for item in items)]
-    if unasked:
-        raise DataError(
-            f"The files of {', '.join(unasked)} hold right answers but no questions: they serve to score. "
-            "Give the folder of the dataset itself."
-        )
-    images = [item.image for items in loaded.values() for item in items if item.image is not None]
-    paths = {image.path for image in images if image.kind != "data"}
-    missing = sorted(path for path in paths if not Path(path).is_file())
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(paths)} pictures are missing, first {missing[0]}. "
-            "Put them there, or give the folder that holds the questions' files and the pictures as they name them."
-        )
 
 
 def _questions_hash(row: TaskRow, items: Sequence[Item], options: Options | None) -> str:

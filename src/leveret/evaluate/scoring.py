@@ -15,7 +15,7 @@ from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
 from leveret.evaluate.scorers.asking import NEEDED, Judging, bound
 from leveret.evaluate.stats import headline, interval
-from leveret.evaluate.tasks import TaskRow, find_files, load_items, one, rule_of
+from leveret.evaluate.tasks import TASKS, TaskRow, base, find_files, load_items, one, rule_of
 from leveret.runs import DataError, RecipeError, atomic_write
 
 
@@ -180,7 +180,47 @@ def _joined(
         data_root = answers  # MMMU's example outputs: the folder of the answers holds the questions they are to
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
+    if not records:
+        raise DataError(f"{where}: there is no answer in it.")
+    _check_asked(row, items, records, where, data_root, split)
     return row, name, scorer, items, join(row, items, records, where, reads=scorer.reads, allow_missing=allow_missing)
+
+
+def _check_asked(
+    row: TaskRow,
+    items: Sequence[Item],
+    records: Sequence[Mapping[str, Any]],
+    where: str,
+    root: str | Path,
+    split: str,
+) -> None:
+    """Our own answer files say to what they answer: ids alone are often the same in other tasks and splits, and such
+    answers would be scored without a word. DataError names the first that answers something else."""
+    ours = [record for record in records if {"task", "answer_id", "prompt", "question_id"} <= record.keys()]
+    other = {str(record["task"]) for record in ours} - {row.id}
+    known = sorted(name for name in other if base(name) in TASKS and base(name) != base(row.id))
+    if known and base(row.id) in TASKS:
+        raise DataError(f"{where}: these are answers to {known[0]!r}, and {row.id!r} was to be scored. Name that task.")
+    prompts = {item.question_id: {item.prompt} for item in items}
+
+    def strange() -> list[Mapping[str, Any]]:
+        return [
+            record
+            for record in ours
+            if record["prompt"] not in prompts.get(str(record["question_id"]), [record["prompt"]])
+        ]
+
+    wordings = iter(row.prompts)
+    while (wrong := strange()) and (lineage := next(wordings, None)):
+        for item in load_items(row, root, split, lineage):
+            prompts.setdefault(item.question_id, set()).add(item.prompt)
+    if wrong:
+        name = str(wrong[0]["question_id"])
+        raise DataError(
+            f"{where}: {len(wrong)} answers are to other questions than those that split {split!r} of {row.id!r} has "
+            f"under their ids, first {name!r}: asked {str(wrong[0]['prompt'])[:80]!r}, the question is "
+            f"{sorted(prompts[name])[0][:80]!r}. Name the --split and the --data that were asked."
+        )
 
 
 def answered(
@@ -194,7 +234,9 @@ def answered(
     row, split = one(task, split)
     items = load_items(row, data_root, split)
     where = str(answers) if isinstance(answers, (str, Path)) else "the answers"
-    return items, join(row, items, _read_answers(answers, FORMS[row.form]), where, allow_missing=True)
+    records = _read_answers(answers, FORMS[row.form])
+    _check_asked(row, items, records, where, data_root, split)
+    return items, join(row, items, records, where, allow_missing=True)
 
 
 def join(
@@ -237,7 +279,11 @@ def join(
     ]
     if faults:
         unanswered = bool(missing) and not allow_missing
-        mend = " Unanswered questions can be scored as wrong with allow_missing." if unanswered else ""
+        mend = (
+            " Unanswered questions can be scored as wrong: --allow-missing (from Python allow_missing=True)."
+            if unanswered
+            else ""
+        )
         raise DataError(
             f"{where} does not fit the {len(items)} questions of {row.id!r}: {'; '.join(faults)}. "
             f"Answers are joined by {form.identity}.{mend}"
@@ -258,7 +304,7 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form)
     path = Path(answers)
     if form.read is not None and (own := form.read(path)) is not None:
         return list(own)
-    records: Any = read_whole(path) if path.suffix == ".json" else read_lines(path, torn=True)
+    records = _read_json(path)
     if isinstance(records, dict) and all(isinstance(text, str) for text in records.values()):
         return [{"question_id": name, "text": text} for name, text in records.items()]  # MM-Vet's own form
     if isinstance(records, dict) and all(isinstance(record, dict) for record in records.values()):
@@ -266,11 +312,32 @@ def _read_answers(answers: str | Path | Iterable[Mapping[str, Any]], form: Form)
             {"question_id": name, **record} for name, record in records.items()
         ]  # Prismatic's results: id -> record
     if not isinstance(records, list):
-        raise DataError(f"{path}: one JSON list of answers is expected, not a {type(records).__name__}.")
+        kind = KINDS.get(type(records), "a value")
+        raise DataError(f"{path}: one JSON list of answers is expected, or one answer a line; it is {kind}.")
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, answer {number}: a table of fields is expected, not {str(record)[:60]!r}.")
     return list(records)
+
+
+KINDS = {dict: "one table of something else", str: "a text", type(None): "null", bool: "a truth value"}
+KINDS |= {int: "a number", float: "a number"}
+
+
+def _read_json(path: Path) -> Any:
+    """One JSON value or JSON lines, whatever the file is called."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; a file of answers is wanted: JSON lines, or one JSON list.")
+    whole_first = path.suffix == ".json"
+    try:
+        records: Any = read_whole(path) if whole_first else read_lines(path, torn=True)
+    except DataError as fault:
+        try:
+            records = read_lines(path, torn=True) if whole_first else read_whole(path)
+        except DataError:
+            told = str(fault).removesuffix(" Fetch the file again.").rstrip(".")
+            raise DataError(f"{told}. Answers are JSON lines or one JSON list.") from None
+    return records[0] if isinstance(records, list) and len(records) == 1 and isinstance(records[0], list) else records
 
 
 ID_KEYS = ("question_id", "example_id", "questionId", "id", "index")

@@ -31,19 +31,20 @@ def interval(
     """95 % bootstrap interval of the headline, resampling pictures, not questions.
 
     Questions on one picture fail together, so they are drawn together: the spread between pictures is what another
-    test set would show. Percentiles 2.5 and 97.5 of `resamples` draws. Where all pictures are right (or all wrong)
-    every draw is the same and would claim certainty; there it is Clopper and Pearson's (1934) exact interval over
-    pictures.
+    test set would show. Percentiles 2.5 and 97.5 of `resamples` draws. Where all pictures earn the same every draw is
+    the same and would claim certainty; there it goes as far as pictures that were not met could move it, by Clopper
+    and Pearson's (1934) bound for none of so many. Where all are right, or all wrong, that is their exact interval.
     """
     row = HEADLINES[name]
     images = [item.meta["image_id"] for item in items]
     some = draws(images, [row.columns(items, verdicts)], resamples=resamples, seed=seed)
     figures = [row.figure(sums) for (sums,) in some]
     places = set(images)
-    low, high = np.percentile(np.concatenate(figures), [2.5, 97.5])
-    if low == high and low in (0.0, 1.0):
+    moved = np.concatenate(figures)
+    low, high = np.percentile(moved, [2.5, 97.5])
+    if np.ptp(moved) < 1e-12:  # sums of the same parts differ in their last bits
         unseen = 1 - 0.025 ** (1 / len(places))
-        low, high = (0.0, unseen) if low == 0 else (1 - unseen, 1.0)
+        low, high = max(0.0, low - unseen), min(1.0, high + unseen)
     return float(low), float(high)
 
 

@@ -43,7 +43,7 @@ MEANING = (
     ),
 )
 
-OTHER = "scored here by another rule than there, or on another split"
+OTHER = "scored here by another rule than there, on another split, or not on all of its questions"
 
 
 def share(value: float | None) -> str:
@@ -65,6 +65,14 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
         ]
         for name, facts in results["tasks"].items()
     ]
+
+
+def not_scored(results: Mapping[str, Any]) -> list[str]:
+    """A line for every task of the suite that has no score here, and why."""
+    lines = [f"{task}: skipped, {left['state']}: {left['mend']}" for task, left in results.get("skipped", {}).items()]
+    for kind, why in (("unjudged", "wait for a judge"), ("unscored", "are for the benchmark's server")):
+        lines += [f"{task}: {left['n']:,} answers, which {why}" for task, left in results.get(kind, {}).items()]
+    return lines
 
 
 def beside(results: Mapping[str, Any]) -> list[tuple[Table, list[str], list[list[str]]]]:
@@ -97,6 +105,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"- {name}: {facts['headline']}; {facts['rule_says']}" for name, facts in results["tasks"].items()
     )
     parts = [_grid(HEADER, rows(results)), f"Time: {spent}.", notes, f"Rules:\n{rules}"]
+    if left := not_scored(results):
+        parts.insert(1, "Not scored:\n" + "\n".join(f"- {line}" for line in left))
     for table, header, body in beside(results):
         marked = f" \u2020: {OTHER}." if any("\u2020" in cell for cell in body[0]) else ""
         parts += [f"Beside {table.name} ({table.source}; scored by {table.scored}):", _grid(header, body)]

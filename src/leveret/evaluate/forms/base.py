@@ -98,6 +98,8 @@ def read_whole(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as fault:
         raise DataError(f"{path}: not JSON: {fault.msg} at line {fault.lineno}, column {fault.colno}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not JSON that can be read: its brackets are nested too deep") from None
 
 
 def read_lines(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
@@ -113,6 +115,8 @@ def read_lines(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
             continue
         try:
             records.append(json.loads(line))
+        except RecursionError:
+            raise DataError(f"{path}, line {number}: its brackets are nested too deep to be read.") from None
         except json.JSONDecodeError as fault:
             if torn and number == len(lines):
                 break

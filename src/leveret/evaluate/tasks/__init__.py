@@ -110,12 +110,14 @@ def splits_there(row: TaskRow, root: Path) -> list[str]:
     ours = {official: name for name, official in row.splits.items()}
     found = set()
     for home in homes(row, root):
+        seen: set[Path] = set()
         for pattern in row.files:
             if "{split}" in pattern:
                 name = re.escape(pattern).replace(re.escape("{split}"), "([^/]+?)").replace(re.escape("*"), "[^/]*")
                 for path in home.glob(pattern.format(split="*")):
                     match = re.fullmatch(name, path.relative_to(home).as_posix())
-                    if match:
+                    if match and path not in seen:  # a later pattern that fits too would read a part of the name
+                        seen.add(path)
                         found.add(ours.get(match[1], match[1]))
     return sorted(found)
 
@@ -137,14 +139,18 @@ def find_files(row: TaskRow, root: str | Path, split: str = "test") -> tuple[Pat
     """The folder that a task lies in, `root/<id>/` or `root`, and its files of a split; no files where there are none.
 
     The first of the row's patterns that finds something counts; RefCOCO's own folder holds one of its name."""
-    named = [pattern for pattern in row.files if "{split}" in pattern]
-    # A file whose name tells no split is of the part with public answers, where others tell theirs.
-    patterns = named if named and split == SERVER else row.files
-    for pattern in (pattern.format(split=row.splits.get(split, split)) for pattern in patterns):
+    for pattern in (pattern.format(split=row.splits.get(split, split)) for pattern in patterns_of(row, split)):
         for home in homes(row, Path(root)):
             if files := tuple(sorted(home.glob(pattern))):
                 return home, files
     return Path(root), ()
+
+
+def patterns_of(row: TaskRow, split: str) -> tuple[str, ...]:
+    """The row's patterns that may find files of a split."""
+    named = tuple(pattern for pattern in row.files if "{split}" in pattern)
+    # A file whose name tells no split is of the part with public answers, where others tell theirs.
+    return named if named and split == SERVER else row.files
 
 
 def wording(row: TaskRow, rule: str | None = None, prompts: str | None = None) -> str | None:
@@ -179,14 +185,17 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test", promp
     place = Place(files=files, root=home, images=row.images, split=official, prompt=prompt_of(row, prompts))
     try:
         items = FORMS[row.form].load(place)
+    except DataError as fault:  # it says what is wrong by itself
+        raise DataError(f"Task {row.id!r}: {fault}") from fault
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as fault:
         if isinstance(fault, KeyError) and f"{{{fault.args[0]}}}" in row.prompt:
             raise DataError(
                 f"Task {row.id!r}: the prompt asks for {{{fault.args[0]}}}, which {', '.join(map(str, files))} or the "
                 f"form {row.form!r} does not give."
             ) from fault
+        what = f"no field {fault.args[0]!r}" if isinstance(fault, KeyError) else repr(fault)
         raise DataError(
-            f"Task {row.id!r}: {', '.join(map(str, files))} is not in the form {row.form!r} ({fault!r}). "
+            f"Task {row.id!r}: {', '.join(map(str, files))} is not in the form {row.form!r} ({what}). "
             f"The form is: {(FORMS[row.form].load.__doc__ or '').splitlines()[0]}"
         ) from fault
     where = f"Task {row.id!r}, {', '.join(path.name for path in files)}"
