@@ -94,7 +94,9 @@ def test_every_study_that_comes_with_leveret_can_be_planned() -> None:
     for name in names("studies"):
         one = read(name)
         assert one.name == name and one.claims and len(one.seeds) >= 3
-        facts = describe(Matrix.of(one))
+        matrix = Matrix.of(one)
+        matrix.check()
+        facts = describe(matrix)
         assert facts["kinds"]["examine"]["units"] == len(cells(one)) and facts["seconds"] > 0
 
 
@@ -128,6 +130,9 @@ def test_a_field_of_the_world_that_is_none_is_told(tmp_path: Path) -> None:
 def test_faults_of_levels_are_told_together_before_anything_is_made(tmp_path: Path) -> None:
     levels = axis(a={}, b={"train": ["stages.tune.stps=1"]}, c={"choose": {"recipe": "nothing"}})
     with pytest.raises(RecipeError, match=r"(?s)axis=b: .*stps.*axis=c: .*nothing"):
+        run(study(axes={"axis": levels}, claims=[]), tmp_path / "out")
+    levels = axis(a={}, b={"train": ["model.connector.options={quries: 4}"]})
+    with pytest.raises(RecipeError, match="quries"):
         run(study(axes={"axis": levels}, claims=[]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -12,6 +12,7 @@ see the same folder. One that fails costs the cells that need it, and no other.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -73,6 +74,21 @@ class Matrix:
             raise RecipeError(f"study {study.name} cannot run:\n" + "\n".join(faults))
         return cls(study, units, last)
 
+    def check(self) -> None:
+        """RecipeError with every model that cannot be built, before anything is made. Imports torch."""
+        from leveret.model.build import build_meta
+        from leveret.model.recipe import ModelRecipe
+
+        faults: dict[str, None] = {}
+        models = {json.dumps(unit.settings["recipe"]["model"]): unit for unit in self.units.values() if _teaches(unit)}
+        for unit in models.values():
+            try:
+                build_meta(ModelRecipe.model_validate(unit.settings["recipe"]["model"]))
+            except RecipeError as fault:
+                faults[str(fault)] = None
+        if faults:
+            raise RecipeError(f"study {self.study.name} cannot run:\n" + "\n".join(faults))
+
     def order(self) -> list[str]:
         """All units, those of the first cells first."""
         return list(dict.fromkeys(id for last in self.last.values() for id in chain(self.units, last)))
@@ -84,6 +100,10 @@ class Matrix:
             for id in chain(self.units, last):
                 counts[id] = counts.get(id, 0) + 1
         return counts
+
+
+def _teaches(unit: Unit) -> bool:
+    return unit.kind == "teach"
 
 
 @dataclass
@@ -159,6 +179,7 @@ def run(
     from leveret.study.page import publish
 
     matrix, folder = Matrix.of(study), Folder(Path(out))
+    matrix.check()
     folder.open(matrix)
     ledger = _Ledger(folder, matrix)
     work = _Work(folder, matrix, jobs or cores(), command, keep, ledger)
