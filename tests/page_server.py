@@ -241,6 +241,11 @@ def look(body: dict[str, Any]) -> dict[str, Any]:
             "names": ["image", "first", "text", "answer", "nowhere"],
             "values": [[[0.4, 0.3, 0.2, 0.1, 0.0] for _ in range(layers)] for _ in words],
         },
+        "asked": {
+            "words": [{"text": word} for word in ("Which", "thing?")],
+            "weights": [[[spot(i, w + 3, layer) for layer in range(layers)] for w in range(2)] for i in range(count)],
+            "shares": [[[0.6, 0.2, 0.2, 0.0, 0.0] for _ in range(layers)] for _ in range(2)],
+        },
         "alternatives": [{"token": word, "probability": 0.9, "top": [[word, 0.9], ["other", 0.05]]} for word in words],
         "notes": [],
         "unread": 0,

@@ -350,8 +350,12 @@ def test_how_sure_it_was_and_where_it_looked(page: Hands) -> None:
     assert page.run(told) == "For \u201cred\u201d 40 % of its attention lay on the picture, strongest in the middle."
     pixels = "document.querySelector('.looked canvas').toDataURL()"
     before = page.run(pixels)
-    page.browser.click("document.querySelectorAll('.word')[2]")
+    answer = "document.querySelector('[aria-label=\"Words of the answer\"]').querySelectorAll('.word')"
+    page.browser.click(f"{answer}[2]")
     assert page.run(pixels) != before and "circle" in page.run(told)
+    before = page.run(pixels)
+    page.browser.click("document.querySelector('[aria-label=\"Words of the question\"]').querySelectorAll('.word')[1]")
+    assert page.run(pixels) != before and page.run(told).startswith("For \u201cthing?\u201d 60 % of its attention")
     page.focus("document.querySelector('.layer input')")
     before = page.run(pixels)
     page.browser.key("ArrowRight")

@@ -148,6 +148,10 @@ export function looking(found, pictures) {
   }
   const views = found.images.map((seen, at) => viewOf(seen, at, found, pictures));
   const several = new Set(views.map((view) => view.number)).size > 1;
+  // The words of the answer and, where the server tells them, of the question: these look at what they name.
+  const said = { words: found.words, weights: found.weights, shares: found.shares?.values };
+  const asked = found.asked?.words?.length ? found.asked : null;
+  let of = said;
   let word = -1;
   let layer = 0; // 0: the mean over layers
   const told = make("p", { "aria-live": "polite" });
@@ -156,7 +160,7 @@ export function looking(found, pictures) {
     (layer ? layers[layer - 1] : layers[0].map((_, at) =>
       layers.reduce((sum, one) => sum + one[at], 0) / layers.length));
   const draw = () => {
-    const all = views.map((_, image) => over(found.weights[image][word]));
+    const all = views.map((_, image) => over(of.weights[image][word]));
     const most = all.reduce((high, values) => values.reduce((a, b) => Math.max(a, b), high), 0);
     views.forEach((view, at) => paint(view.canvas, view.picture, view.seen, all[at], most));
     const image = Math.max(0, all.findIndex((values) => values.includes(most)));
@@ -167,10 +171,10 @@ export function looking(found, pictures) {
     const [row, column] = [(Math.floor(at / width) + 0.5) / height, ((at % width) + 0.5) / width];
     const where = WHERE[third(t, b, row)][third(l, r, column)];
     const names = found.shares?.names ?? ["image"];
-    const shares = found.shares
-      ? over(found.shares.values[word])
+    const shares = of.shares
+      ? over(of.shares[word])
       : [all.flat().reduce((sum, value) => sum + value, 0)];
-    told.textContent = `For \u201c${found.words[word].text.trim()}\u201d ${share(shares[0])} of its attention lay on ` +
+    told.textContent = `For \u201c${of.words[word].text.trim()}\u201d ${share(shares[0])} of its attention lay on ` +
       `${several ? "the pictures" : "the picture"}` + (most > 0
         ? `, strongest ${where === "middle" ? "in the middle" : `at the ${where}`}` +
       `${several ? ` of picture ${views[image].number}` : ""}.` : ".");
@@ -178,9 +182,11 @@ export function looking(found, pictures) {
       .filter(([, value]) => value >= 0.0005)
       .map(([name, value]) => `${name} ${share(value)}`).join(" \u00b7 ");
   };
-  const line = strip(found.words.map(({ text }) => ({ text: text.trim(), name: text.trim() || "space", gap: true })),
-    "Words of the answer",
-    (at) => { if (at !== word) { word = at; draw(); } });
+  const lineOf = (source, label) => strip(
+    source.words.map(({ text }) => ({ text: text.trim(), name: text.trim() || "space", gap: true })), label,
+    (at) => { if (at !== word || of !== source) { [of, word] = [source, at]; draw(); } });
+  const questions = asked && lineOf(asked, "Words of the question");
+  const line = lineOf(said, "Words of the answer");
   const number = make("output", {}, "mean of all");
   const slider = make("input", { type: "range", min: 0, max: found.layers, step: 1, value: 0, "aria-label": "Layer",
     "aria-valuetext": "mean of all",
@@ -195,7 +201,11 @@ export function looking(found, pictures) {
   if (found.unread) notes.push(`The last ${found.unread} tokens of the answer were not read.`);
   return make("div", { class: "inside" },
     make("h3", {}, "Where it looked"),
-    make("p", { class: "soft" }, "Point at a word: bright is where the model's attention went when it chose it."),
+    make("p", { class: "soft" },
+      "Point at a word: bright is where the model's attention went when it chose that word" +
+      (asked ? ", or read it in the question. A question's words often look at what they name, an answer's less." : ".")),
+    ...(questions ? [make("p", { class: "soft" }, "Question"), questions.box,
+      make("p", { class: "soft" }, "Answer")] : []),
     line.box, make("div", { class: "views" }, views.map((view) => view.figure)), told, rest,
     make("label", { class: "layer" }, make("span", {}, "Layer "), slider, number),
     notes.map((text) => make("p", { class: "soft" }, text)));
