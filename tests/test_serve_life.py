@@ -213,7 +213,9 @@ def test_starting_says_clearly_what_is_wrong(folder: Path, tmp_path: Path) -> No
 
 def test_who_lets_everybody_in_is_warned(folder: Path) -> None:
     with started(folder, "--host", "0.0.0.0") as process:
-        told = "".join(process.said)
+        end = time.monotonic() + 20  # two pipes: what came first need not be read first
+        while "WARNING" not in (told := "".join(process.said)) and time.monotonic() < end:
+            time.sleep(0.05)
         assert "WARNING" in told and TOKEN in told
         assert process.url.startswith("http://127.0.0.1:")
     with started(folder, "--host", "0.0.0.0", **{TOKEN: "open-sesame"}) as process:

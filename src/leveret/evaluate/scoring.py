@@ -333,7 +333,8 @@ def _read_json(path: Path) -> Any:
         records: Any = read_whole(path) if whole_first else read_lines(path, torn=True)
     except DataError as fault:
         try:
-            records = read_lines(path, torn=True) if whole_first else read_whole(path)
+            # One torn line alone is no file of lines: it is a list that was cut, or no JSON at all.
+            records = read_lines(path) if whole_first else read_whole(path)
         except DataError:
             told = str(fault).removesuffix(" Fetch the file again.").rstrip(".")
             raise DataError(f"{told}. Answers are JSON lines or one JSON list.") from None
