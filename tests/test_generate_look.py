@@ -318,6 +318,14 @@ def test_tokens_are_joined_to_words(texts: list[str], words: list[str]) -> None:
     assert [word.text for word in split_words(texts)] == words
 
 
+def test_a_word_ends_where_a_turn_does() -> None:
+    texts = ["I", " see", ".", "What", " is", " it", "?"]
+    words = split_words(texts, [3])
+    assert [word.text for word in words] == ["I", "see", ".", "What", "is", "it", "?"]
+    assert [(word.first, word.last) for word in words] == [(at, at + 1) for at in range(7)]
+    assert [word.text for word in split_words(texts)][1:3] == ["see.What", "is"]
+
+
 @given(st.lists(st.text(max_size=5), max_size=12))
 def test_every_token_is_in_one_word(texts: list[str]) -> None:
     words = split_words(texts)

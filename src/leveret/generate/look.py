@@ -192,12 +192,16 @@ class _Seen:
         # The row before the answer may be a word of the question, too: `only_rows` gives it once.
         tokens = self._tokens(ids[first:], logits[-read:], top)
 
-        def piece(part: slice, texts: Sequence[str]) -> Read:
-            return Read(split_words(texts), weights[part], None if each_head is None else each_head[part], shares[part])
+        def piece(part: slice, texts: Sequence[str], ends: Sequence[int] = ()) -> Read:
+            heads = None if each_head is None else each_head[part]
+            return Read(split_words(texts, ends), weights[part], heads, shares[part])
+
+        # Between turns stand tokens of the chat format, which are no words.
+        ends = [at for at in range(1, len(asked)) if asked[at] > asked[at - 1] + 1]
 
         return Look(
             answer, tokens, piece(slice(len(asked), None), [token.text for token in tokens]),
-            piece(slice(0, len(asked)), self._texts([ids[place] for place in asked])), tuple(lying),
+            piece(slice(0, len(asked)), self._texts([ids[place] for place in asked]), ends), tuple(lying),
             nearest(vlm, embeddings[0, eye], near) if near and count else (), tuple(notes), said - read,
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -184,12 +185,16 @@ def _rounded(values: Tensor) -> Any:
     return values.double().mul(1e4).round().div(1e4).tolist()
 
 
-def split_words(texts: Sequence[str]) -> tuple[Word, ...]:
+def split_words(texts: Sequence[str], ends: Sequence[int] = ()) -> tuple[Word, ...]:
     """Pieces of an answer joined to words; every token is in exactly one word.
 
     A token that holds parts of two words joins them; one that is only a blank, or only part of a character, goes with
-    what follows.
+    what follows. ends: numbers of tokens before which a word ends whatever it is (where a turn did).
     """
+    if ends:
+        cuts = [0, *ends, len(texts)]
+        parts = [(first, split_words(texts[first:last])) for first, last in pairwise(cuts)]
+        return tuple(Word(w.text, first + w.first, first + w.last) for first, words in parts for w in words)
     whole = "".join(texts)
     spans = [found.span() for found in _WORD.finditer(whole)]
     if not spans:
