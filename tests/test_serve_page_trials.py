@@ -208,6 +208,7 @@ def test_by_keyboard_alone(page: Hands) -> None:
     page.idle()
     assert page.server.asked[0]["messages"][0]["content"] == "First line\nsecond line"
     assert page.run("document.activeElement.id") == "text", "the focus stays where the next question is typed"
+    page.wait("[...document.querySelectorAll('#list .open')].some(b => b.innerText.includes('First line'))")
     # From the top of the page everything is reached in the order in which it stands.
     page.run("document.getElementById('skip').focus()")
     stops = []
