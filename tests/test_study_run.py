@@ -308,6 +308,17 @@ def test_the_front_is_beaten_by_none_and_beats_the_rest(points: dict[str, tuple[
 # --- the whole way ---------------------------------------------------------------------------------------------------
 
 
+def test_a_study_is_taught_and_examined(tmp_path: Path) -> None:
+    levels = {name: how for name, how in TINY["axes"]["length"]["levels"].items() if name != "usual"}
+    one = study(axes={"length": {"question": "?", "base": "longer", "levels": levels | {"usual": {}}}}, claims=[])
+    results = run(one.model_copy(update={"seeds": (0,)}), tmp_path / "out", jobs=1)
+    assert len(results["cells"]) == 3 and all(0 <= cell["score"] <= 1 for cell in results["cells"])
+    assert results["cells"][0]["trainable"] > 900_000 and {"colour", "count"} <= set(results["cells"][0]["tasks"])
+    assert not list(tmp_path.glob("out/units/draw-*/world")), "drawn worlds are not kept"
+    assert (tmp_path / "out" / "report.html").stat().st_size > 20_000
+
+
+@pytest.mark.slow
 def test_a_study_is_taught_and_examined_in_processes_and_goes_on_after_a_kill(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
