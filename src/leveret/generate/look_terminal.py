@@ -107,7 +107,7 @@ def summary(look: Look, layer: int | None = None) -> None:
             table.add_row(Text(_plain(read.words[place].text)), *(f"{share:.3f}" for share in shares))
         console.print(table)
         if len(words) > len(drawn):
-            more = f"the first {len(drawn)} of {len(words):,} words; --json has all"
+            more = f"the first {len(drawn)} of {len(words):,} words that were read; --json has all"
             console.print(Text(more, style="dim"))
     console.print()
     for token in look.tokens[: 4 * WORDS]:
