@@ -183,6 +183,8 @@ def test_a_device_that_is_not_there_is_named(
 
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="precision 'fp8': allowed are auto, bf16, fp32"):
+        precision.resolve_precision("fp8", "cpu")
     assert precision.resolve_precision("auto", "mps") == "fp32" and precision.resolve_precision("bf16", "mps") == "bf16"
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, native=native: native)

@@ -54,6 +54,13 @@ def test_the_command_prints_a_summary(folder: Path, photo: Path, capsys: pytest.
         assert word in said
     assert run(["look", str(folder), str(photo), "how many squares", "--layer", "2", "--max-new-tokens", "3"]) == 0
     assert "layer 2 of 2" in capsys.readouterr().out
+    assert run(["look", str(folder), str(photo), "how many", "--answer", "a b " * 15]) == 0
+    assert "the first 24 of 30 words that were read; --json has all" in capsys.readouterr().out
+
+
+def test_a_folder_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["look", "no model is read for it", "no.jpg", "What?", "-o", str(tmp_path)]) == 2
+    assert f"-o {tmp_path}: this is a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_json_is_alone_on_stdout(folder: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

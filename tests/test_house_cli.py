@@ -107,6 +107,7 @@ HubError.__module__ = "huggingface_hub.errors"
         (ModuleNotFoundError("No module named 'peft'", name="peft.utils"), 5, "'peft' is not installed"),
         (HubError("offline mode\nmore"), 5, "model hub"),
         (ConnectionRefusedError(111, "Connection refused"), 5, "no connection"),
+        (FileExistsError(errno.EEXIST, "File exists", "/data/x"), 3, "a file of that name is there: /data/x"),
         (OSError("x is no local folder"), 5, "x is no local folder"),
         (MemoryError("7 GiB"), 5, "out of memory"),
     ],

@@ -334,6 +334,19 @@ def test_a_format_without_a_place_for_the_system_says_so() -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"stop": ["a"] * 17}, "stop: list should have at most 16 items, not 17"),
+        ({"presence_penalty": 1}, "a presence_penalty other than 0 is not supported by this server"),
+        ({"response_format": {"type": "json_object"}}, "given 'json_object'; allowed are 'text', 'json_schema'"),
+        ({"messages": []}, "messages: list should have at least 1 item, not 0"),
+    ],
+)
+def test_a_refusal_speaks_of_what_was_sent(up: Up, body: dict[str, Any], said: str) -> None:
+    assert said in up.post(body).json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("body", "param", "code"),
     [
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),

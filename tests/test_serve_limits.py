@@ -363,6 +363,16 @@ def test_who_listens_to_all_has_many_names() -> None:
     assert Where("0.0.0.0", hosts=["a.example"]).names() == ["0.0.0.0", "a.example"]
 
 
+def test_names_that_no_browser_sends_are_refused() -> None:
+    for origin in ("foo", "https://a.example/", "https://a.example/b", "HTTPS://a.example", ""):
+        with pytest.raises(RecipeError, match="--allow-origin"):
+            Where(origins=[origin])
+    for name in ("", "http://a.example", "a.example:80", "a b"):
+        with pytest.raises(RecipeError, match="--allow-host"):
+            Where(hosts=[name])
+    Where(hosts=["a.example", "[::1]"], origins=["http://localhost:3000", "https://a.example", "*", "null"])
+
+
 def test_the_host_is_looked_at_on_every_path(up: Up) -> None:
     for path in ("/", "/health", "/v1/models", "/metrics", "/openapi.json", "/page/x.js"):
         assert up.http.get(path, headers={"Host": "evil.example"}).status_code == 403

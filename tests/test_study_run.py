@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from leveret.cli import run as command
 from leveret.recipe import names
 from leveret.runs import DataError, RecipeError, read_json, read_jsonl
-from leveret.study.figures import AGREES, DISAGREES, MISSING, UNDECIDED, pareto, verdict
+from leveret.study.figures import AGREES, DISAGREES, MISSING, UNDECIDED, paired, pareto, verdict
 from leveret.study.files import StudyRecipe, cells, read
 from leveret.study.paired import holm, p_value, t_interval
 from leveret.study.runner import Matrix, describe, make, run
@@ -111,6 +111,13 @@ def test_every_study_that_comes_with_leveret_can_be_planned() -> None:
         ({"axes": {"a": axis(a={}, b={"average": {"levels": ["a", "z"]}})}}, "z is no level"),
         ({"axes": {"a": axis(a={}, b={"train": ["x=1"], "average": {"levels": ["a", "a"]}})}}, "teaches nothing"),
         ({"axes": {"a": axis(a={}, b={"average": {"levels": ["a", "a"], "weights": [1.0]}})}}, "as many weights"),
+        ({"axes": {"a": axis(a={}, b={"average": {"levels": ["a", "a"], "weights": [2, -1]}})}}, "from 0 on"),
+        ({"axes": {"a": axis(a={}, b={"average": {"levels": ["a", "a"], "weights": [0, 0]}})}}, "sum to 1"),
+        ({"suite": "wrld"}, "no suite 'wrld'.*the suite world"),
+        ({"claims": [{**TINY["claims"][0], "by": ["color"]}]}, r"claims.0.by: 'color'.*Did you mean colour"),
+        ({"radar": {"see": ["score", "nothing"]}}, "radar.see: 'nothing' is no task of the suite world"),
+        ({"name": "../x"}, r"name: '../x'.*no \.\."),
+        ({"name": "/x"}, "no / in front"),
     ],
 )
 def test_faults_of_a_file_are_told(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -125,6 +132,20 @@ def test_a_field_of_the_world_that_is_none_is_told(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({**TINY, "world": {"wbe": 3}}))
     with pytest.raises(RecipeError, match=r"no 'wbe'.*Did you mean web"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        ({"web": "many"}, "web='many': a whole number of 1 or more"),
+        ({"test": 12.5}, "test=12.5: a whole number"),
+        ({"text_share": "some"}, "text_share='some': a share"),
+        ({"strength": ["mild"]}, "allowed are mild, usual, severe"),
+    ],
+)
+def test_what_no_world_can_be_is_told(world: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Matrix.of(study(world={**TINY["world"], **world}))
 
 
 def test_faults_of_levels_are_told_together_before_anything_is_made(tmp_path: Path) -> None:
@@ -261,6 +282,14 @@ def test_verdicts() -> None:
             assert verdict(expect, 0.01, {"low": low, "high": high}) == said, (expect, low, high)
         assert verdict(expect, 0.01, None) == MISSING
         assert verdict(expect, 0.01, {"low": None, "high": None}) == UNDECIDED, "one seed has no interval"
+
+
+def test_how_sums_round_is_no_difference() -> None:
+    ours, theirs = {0: (0.1 + 0.2) + 0.3, 1: 0.5}, {0: 0.1 + (0.2 + 0.3), 1: 0.5, 2: 0.1}
+    assert ours[0] != theirs[0]
+    found = paired(ours, theirs)
+    assert found == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2, "p": 1.0, "by_seed": {0: 0.0, 1: 0.0}}
+    assert verdict("higher", 0.01, found) == verdict("lower", 0.01, found) == UNDECIDED
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:

@@ -64,6 +64,8 @@ def _explain_os(error: OSError) -> tuple[int, str]:
         return EnvironmentFault.exit_code, f"the disk is full{where}. Free some space and run the same command again."
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)) and error.filename:
         return DataError.exit_code, f"{(error.strerror or 'not usable').lower()}{where}"
+    if isinstance(error, FileExistsError) and error.filename:
+        return DataError.exit_code, f"a file of that name is there{where}; give another, or move it away"
     if isinstance(error, PermissionError):
         return EnvironmentFault.exit_code, f"not allowed{where} ({error.strerror})"
     return EnvironmentFault.exit_code, f"{_first_line(error)}{where if error.strerror is None else ''}"

@@ -43,6 +43,8 @@ def run(
     Raises RecipeError when the layer is none of the model's or the question is empty, else what `look` and
     `generate.load` raise.
     """
+    if out is not None and Path(out).is_dir():
+        raise RecipeError(f"-o {out}: this is a folder; name the page in it, such as {Path(out) / 'look.html'}")
     from leveret.generate.look import look
     from leveret.generate.model import load, opening
     from leveret.images import load as load_image
@@ -80,9 +82,8 @@ def summary(look: Look, layer: int | None = None) -> None:
     named = "mean of all layers" if layer is None else f"layer {layer} of {look.layers}"
     console.print(Text.assemble(_plain(look.answer), (f"   ({named})", "dim")))
     for title, read, asked in (("The question's words", look.asked, True), ("The answer's words", look.said, False)):
-        drawn = [place for place, word in enumerate(read.words) if any(letter.isalnum() for letter in word.text)][
-            :WORDS
-        ]
+        words = [place for place, word in enumerate(read.words) if any(letter.isalnum() for letter in word.text)]
+        drawn = words[:WORDS]
         if not drawn:
             continue
         console.print()
@@ -105,6 +106,9 @@ def summary(look: Look, layer: int | None = None) -> None:
             shares = _layered(read.of_words(read.shares), layer)[place].tolist()
             table.add_row(Text(_plain(read.words[place].text)), *(f"{share:.3f}" for share in shares))
         console.print(table)
+        if len(words) > len(drawn):
+            more = f"the first {len(drawn)} of {len(words):,} words that were read; --json has all"
+            console.print(Text(more, style="dim"))
     console.print()
     for token in look.tokens[: 4 * WORDS]:
         others = ", ".join(f"{_plain(text.strip()) or '(blank)'} {chance:.3f}" for text, chance in token.top[:4])

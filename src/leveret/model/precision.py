@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+
+from leveret.runs import RecipeError
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -33,5 +35,9 @@ def native_bf16(device: str | torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: str | torch.device) -> Literal["bf16", "fp32"]:
-    """`auto` is bf16 where the hardware multiplies it natively, else fp32; the two others are what they are."""
+    """`auto` is bf16 where the hardware multiplies it natively, else fp32; the two others are what they are.
+
+    RecipeError for a word that is none of them."""
+    if precision not in get_args(Precision):
+        raise RecipeError(f"precision {precision!r}: allowed are {', '.join(get_args(Precision))}")
     return "bf16" if precision == "bf16" or (precision == "auto" and native_bf16(device)) else "fp32"

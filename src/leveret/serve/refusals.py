@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,8 +110,8 @@ UNSUPPORTED = {
     "modalities": "only the modality text is supported",
     "prediction": "predicted outputs are not supported",
     "logit_bias": "logit_bias is not supported",
-    "presence_penalty": "presence_penalty is not supported; leave it out, or 0",
-    "frequency_penalty": "frequency_penalty is not supported; leave it out, or 0",
+    "presence_penalty": "a presence_penalty other than 0 is not supported",
+    "frequency_penalty": "a frequency_penalty other than 0 is not supported",
     "web_search_options": "searching the web is not supported",
 }
 """Fields of OpenAI's that would change the answer and that nothing here can follow."""
@@ -120,8 +121,11 @@ _TAGS = {"system", "developer", "user", "assistant", "text", "image_url"}
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
-    """The clearest of pydantic's findings about a body: the one deepest inside, as it knows best what was meant."""
-    error = max(errors, key=lambda one: (one["type"] == "json_invalid", len(one["loc"])))
+    """The clearest of pydantic's findings about a body: the one deepest inside, as it knows best what was meant; where
+    a field takes two kinds of values, what is wrong with the kind that was sent."""
+    error = max(
+        errors, key=lambda one: (one["type"] == "json_invalid", len(one["loc"]), not one["type"].endswith("_type"))
+    )
     if error["type"] == "json_invalid":
         return bad("the body is no JSON: " + error["msg"].removeprefix("Invalid JSON: "), code="invalid_json")
     if error["type"] == "model_type" and not error["loc"]:
@@ -134,7 +138,12 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
         return bad(f"{path[:80]}: this server knows no such field", path[:80], "unknown_parameter")
     if error["type"] == "missing":
         return bad(f"{path}: this field is required", path, "missing_parameter")
-    return bad(f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}", path, "invalid_value")
+    said = error["msg"]
+    if error["type"] == "union_tag_invalid":
+        told = re.search(r"tag '(.*)' found .* expected tags: (.*)$", said, re.DOTALL)
+        said = f"given {told[1]!r}; allowed are {told[2]}" if told else said
+    said = said.replace(" after validation", "")  # a word of pydantic's, not of who wrote the client
+    return bad(f"{path}: {said[0].lower()}{said[1:]}", path, "invalid_value")
 
 
 def where(loc: Sequence[int | str]) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import stat
@@ -29,6 +30,11 @@ from leveret.runs import DataError, RecipeError, in_bytes
 
 TOKEN = "LEVERET_TOKEN"
 """The environment variable that holds the token clients must send. Never on the command line: others read that."""
+
+_NAME = re.compile(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+", re.ASCII)
+"""A host in a Host header, without its port."""
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?|[a-z]+-extension://[a-z0-9-]+|null", re.ASCII)
+"""As browsers write the header Origin."""
 
 KERNELS = 128
 """Compiled kernels that torch and oneDNN keep, each."""
@@ -51,6 +57,18 @@ class Where:
     token: str | None = None
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        # What a browser sends is compared letter by letter: another spelling would let nobody in, in silence.
+        for origin in self.origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise RecipeError(
+                    f"--allow-origin {origin}: an origin is https://app.example or http://localhost:3000, in small "
+                    "letters; no path, and no slash at the end"
+                )
+        for name in self.hosts:
+            if not _NAME.fullmatch(name):
+                raise RecipeError(f"--allow-host {name!r}: this is no host's name; no http://, no port, no path")
 
     def names(self) -> list[str] | None:
         """Names allowed in the Host header. On loopback, those of this machine: a page of the web could otherwise

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from leveret.study.files import SCORE, Axis, Cell, Claim, StudyRecipe, base_cell
-from leveret.study.paired import Estimate, holm, p_value, t_interval
+from leveret.study.paired import Estimate, differences, holm, p_value, t_interval
 from leveret.study.runner import Folder, Matrix
 from leveret.study.units import chain
 
@@ -91,12 +91,11 @@ def _at(study: StudyRecipe, axis: str, level: str, figures: Mapping[Cell, Any], 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
     """The difference at the seeds that both have, its interval and its p; None without such a seed."""
-    both = sorted(ours.keys() & theirs.keys())
-    if not both:
+    by_seed = differences(ours, theirs)
+    if not by_seed:
         return None
-    values = [ours[seed] - theirs[seed] for seed in both]
-    found = t_interval(values)
-    return {**_plain(found), "p": p_value(values), "by_seed": dict(zip(both, values, strict=True))}
+    values = list(by_seed.values())
+    return {**_plain(t_interval(values)), "p": p_value(values), "by_seed": by_seed}
 
 
 def _plain(found: Estimate) -> dict[str, Any]:

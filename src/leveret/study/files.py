@@ -79,6 +79,9 @@ class Axis(_Strict):
                 raise ValueError(f"levels.{name}.average: {', '.join(strange)} is no level of this axis that is taught")
             if level.average.weights is not None and len(level.average.weights) != len(level.average.levels):
                 raise ValueError(f"levels.{name}.average: as many weights as levels, or none")
+            shares = level.average.weights
+            if shares is not None and (min(shares) < 0 or not abs(sum(shares) - 1) < 1e-6):
+                raise ValueError(f"levels.{name}.average: weights are from 0 on, and sum to 1")
         return self
 
 
@@ -126,6 +129,8 @@ class StudyRecipe(_Strict):
     @model_validator(mode="after")
     def _whole(self) -> StudyRecipe:
         faults = []
+        if self.name.startswith("/") or {"..", "."} & set(self.name.split("/")):
+            faults.append(f"name: {self.name!r}; its folder is called so: no / in front, and no ..")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             faults.append("seeds: different whole numbers, 0 or more")
         for place, claim in enumerate(self.claims):
@@ -161,6 +166,7 @@ class Cell:
 def read(name_or_path: str | Path, overrides: Sequence[str] = ()) -> StudyRecipe:
     """A study by its name or its file, with overrides. RecipeError with all faults at once."""
     study = recipes.load(name_or_path, StudyRecipe, "studies", overrides)
+    _asked(study)
     if study.world is not None:
         from leveret.world.write import WorldSize
 
@@ -173,6 +179,29 @@ def read(name_or_path: str | Path, overrides: Sequence[str] = ()) -> StudyRecipe
                     hint = f" Did you mean {near[0]}?" if near else ""
                     raise RecipeError(f"{study.name}: the world has no {field!r}; it has {', '.join(known)}.{hint}")
     return study
+
+
+def _asked(study: StudyRecipe) -> None:
+    """RecipeError where the suite is none, or where a task is named that it does not ask."""
+    from leveret.evaluate.tasks import asked
+
+    try:
+        tasks = [row.id for row, _ in asked(study.suite)]
+    except RecipeError as fault:
+        raise RecipeError(f"{study.name}: suite: {fault}") from None
+    if study.world is None:  # what a benchmark's table calls its columns is known when it was asked
+        return
+    named = [(f"claims.{place}.by", claim.by) for place, claim in enumerate(study.claims)]
+    named += [(f"radar.{spoke}", by) for spoke, by in study.radar.items()]
+    for place, by in named:
+        for one in by:
+            if one != SCORE and one not in tasks:
+                near = closest(one, [SCORE, *tasks])
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise RecipeError(
+                    f"{study.name}: {place}: {one!r} is no task of the suite {study.suite}; "
+                    f"it has {', '.join(tasks)}.{hint}"
+                )
 
 
 def base_cell(study: StudyRecipe, seed: int) -> Cell:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LEVEL = 0.95
+DIGITS = 12
+"""Behind the point; what lies beyond is how sums round, and would be told as a difference that is sure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,15 @@ def t_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
+def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
+    """Seed -> ours minus theirs, at the seeds that both have, in order; equal scores differ by zero."""
+    return {seed: round(ours[seed] - theirs[seed], DIGITS) + 0.0 for seed in sorted(ours.keys() & theirs.keys())}
+
+
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
     """Of ours minus theirs at the seeds that both have: what a seed does to both cancels. None without such a seed."""
-    both = sorted(ours.keys() & theirs.keys())
-    return t_interval([ours[seed] - theirs[seed] for seed in both]) if both else None
+    found = differences(ours, theirs)
+    return t_interval(list(found.values())) if found else None
 
 
 def p_value(values: Sequence[float]) -> float | None:

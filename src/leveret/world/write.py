@@ -56,19 +56,20 @@ class WorldSize:
     captions: int = 512
 
     def __post_init__(self) -> None:
-        if self.strength not in STRENGTHS:
+        if not isinstance(self.strength, str) or self.strength not in STRENGTHS:
             raise RecipeError(f"strength={self.strength!r}: allowed are {', '.join(STRENGTHS)}")
         for name, least in (("web", 1), ("tune", 1), ("turns", 1), ("test", 1), ("harder", 0), ("captions", 0)):
-            if getattr(self, name) < least:
-                raise RecipeError(f"{name}={getattr(self, name)}: a whole number of {least} or more")
+            given = getattr(self, name)
+            if type(given) is not int or given < least:  # a study's file may hold anything
+                raise RecipeError(f"{name}={given!r}: a whole number of {least} or more")
         for name in ("test", "harder"):
             if 0 < getattr(self, name) < LEAST:
                 raise RecipeError(
                     f"{name}={getattr(self, name)}: too few questions for existence, which is asked in POPE's three "
                     f"ways, a yes and a no each; {LEAST} or more{', or 0 for none' if name == 'harder' else ''}"
                 )
-        if not 0 <= self.text_share <= 1:
-            raise RecipeError(f"text_share={self.text_share}: a share of the conversations, 0 to 1")
+        if type(self.text_share) not in (int, float) or not 0 <= self.text_share <= 1:
+            raise RecipeError(f"text_share={self.text_share!r}: a share of the conversations, 0 to 1")
 
 
 # --- the work, in pieces that any process can do ----------------------------------------------------------------------
