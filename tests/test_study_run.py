@@ -354,12 +354,15 @@ def test_a_study_is_taught_and_examined_in_processes_and_goes_on_after_a_kill(
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "seeds": [0]}))
     out = tmp_path / "out"
     line = [sys.executable, "-m", "leveret.cli", "study", "run", str(tmp_path / "tiny.yaml"), "-o", str(out)]
-    child = subprocess.Popen([*line, "--jobs", "1"], stderr=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen([*line, "--jobs", "2"], stderr=subprocess.DEVNULL, start_new_session=True)
     end = time.monotonic() + 120
     while not list(out.glob("units/choose-*/done.json")) and child.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
-    os.killpg(child.pid, signal.SIGKILL)
+    os.kill(child.pid, signal.SIGKILL)
     child.wait()
+    while subprocess.run(["pgrep", "-f", f"study unit {out}"], stdout=subprocess.DEVNULL).returncode == 0:
+        assert time.monotonic() < end, "units end when their study is gone"
+        time.sleep(0.2)
     made = {path.parent.name: path.read_bytes() for path in out.glob("units/*/done.json")}
     assert made and not (out / "report.html").exists()
     assert command(["study", "run", str(tmp_path / "tiny.yaml"), "-o", str(out), "--jobs", "2", "--json"]) == 0

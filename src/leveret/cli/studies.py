@@ -110,8 +110,9 @@ def study_report(
 def study_unit(path: Path, unit: str) -> None:
     """Make one piece of a study: what `study run` starts, here or by --command."""
     from leveret.runs import graceful_stop
-    from leveret.study.runner import make
+    from leveret.study.runner import follow_parent, make
 
+    follow_parent()
     with graceful_stop():
         make(path, unit)
 

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,6 +47,8 @@ from leveret.study.units import KINDS, Unit, Units, chain, of_cell
 KIND = "study"
 POLL = 0.2
 """Seconds between two looks at the processes."""
+PARENT = "LEVERET_STUDY_PROCESS"
+"""Tells a unit's process who started it here: it ends, with its work saved, when that is killed."""
 TAIL = 400
 """Characters of a failed unit's log that are told."""
 
@@ -150,7 +153,7 @@ def make(path: Path, id: str) -> dict[str, Any]:
     if missing := [one for one in unit.inputs.values() if folder.facts(one) is None]:
         raise DataError(f"unit {id} is made from {', '.join(missing)}, which is not done")
     place = folder.unit(id)
-    place.mkdir(parents=True, exist_ok=True)
+    claim(place)  # one process a unit: one whose study was killed may still be at it
     began = time.time()
     spent = place / "seconds.json"
     before = float(read_json(spent)) if spent.exists() else 0.0
@@ -161,6 +164,21 @@ def make(path: Path, id: str) -> dict[str, Any]:
     found = {"unit": unit.plain(), "seconds": round(before + time.time() - began, 1), **facts}
     write_json(place / "done.json", found)
     return found
+
+
+def follow_parent() -> None:
+    """In a unit's process: SIGTERM to itself when the study that started it is gone. By a scheduler's command nobody
+    is followed."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run(
@@ -295,7 +313,8 @@ class _Work:
         own = [sys.executable, "-m", "leveret.cli", "study", "unit", str(self.folder.path), id]
         log = open(_made(self.folder.unit(id)) / "log.txt", "ab")
         threads = str(max(1, cores() // self.jobs))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads} if self.command is None else dict(os.environ)
+        ours = {"OMP_NUM_THREADS": threads, PARENT: str(os.getpid())}
+        environment = {**os.environ, **ours} if self.command is None else dict(os.environ)
         what: Any = own if self.command is None else self.command.replace("{}", shlex.join(own))
         process = subprocess.Popen(
             what, shell=self.command is not None, stdout=log, stderr=log, env=environment, start_new_session=True
