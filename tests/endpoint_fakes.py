@@ -64,10 +64,11 @@ def serving(answer: Callable[[dict[str, Any], int], Step]) -> Iterator[Server]:
                 server.most_at_once = max(server.most_at_once, server.at_once)
             time.sleep(server.slow)
             try:
-                self.reply(server.answer(body, number))
+                step = server.answer(body, number)
             finally:
-                with server.lock:
+                with server.lock:  # before the reply: the client sends its next request the moment it has read this one
                     server.at_once -= 1
+            self.reply(step)
 
         def reply(self, step: Step) -> None:
             data = step["body"] if isinstance(step["body"], bytes) else json.dumps(step["body"]).encode()

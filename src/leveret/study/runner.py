@@ -118,10 +118,12 @@ class Folder:
     def unit(self, id: str) -> Path:
         return self.path / "units" / id
 
+    def is_done(self, id: str) -> bool:
+        return (self.unit(id) / "done.json").exists()
+
     def facts(self, id: str) -> dict[str, Any] | None:
         """What a finished unit found; None where it is not finished."""
-        done = self.unit(id) / "done.json"
-        found: dict[str, Any] | None = read_json(done) if done.exists() else None
+        found: dict[str, Any] | None = read_json(self.unit(id) / "done.json") if self.is_done(id) else None
         return found
 
     def open(self, matrix: Matrix) -> None:
@@ -150,7 +152,7 @@ def make(path: Path, id: str) -> dict[str, Any]:
     if id not in known:
         raise DataError(f"{path} holds no study with the unit {id}; `leveret study run` writes {path / 'units.json'}")
     unit = Unit(**known[id])
-    if missing := [one for one in unit.inputs.values() if folder.facts(one) is None]:
+    if missing := [one for one in unit.inputs.values() if not folder.is_done(one)]:
         raise DataError(f"unit {id} is made from {', '.join(missing)}, which is not done")
     place = folder.unit(id)
     claim(place)  # one process a unit: one whose study was killed may still be at it
@@ -234,7 +236,7 @@ class _Work:
     def run(self) -> None:
         order = self.matrix.order()
         wanted = self._wanted(order)
-        done = [id for id in order if self.folder.facts(id) is not None]
+        done = [id for id in order if self.folder.is_done(id)]
         self.ledger.found(done)
         left = [id for id in order if id in wanted]
         if not left:
@@ -261,7 +263,7 @@ class _Work:
                     for one in [one for one in running if one.process.poll() is not None]:
                         running.remove(one)
                         one.log.close()
-                        if one.process.returncode or self.folder.facts(one.id) is None:
+                        if one.process.returncode or not self.folder.is_done(one.id):
                             self._fail(one.id, _last_words(self.folder.unit(one.id) / "log.txt"))
                         self._ended(one.id, bar, costs)
                     if running:
@@ -282,17 +284,17 @@ class _Work:
                 need(one)
 
         for last in self.matrix.last.values():
-            if self.folder.facts(last) is None:
+            if not self.folder.is_done(last):
                 need(last)
         return wanted
 
     def _usable(self, id: str) -> bool:
         heavy = KINDS[self.matrix.units[id].kind].heavy
         place = self.folder.unit(id)
-        return self.folder.facts(id) is not None and all((place / name).exists() for name in heavy)
+        return self.folder.is_done(id) and all((place / name).exists() for name in heavy)
 
     def _ready(self, id: str) -> bool:
-        return all(self.folder.facts(one) is not None for one in self.matrix.units[id].inputs.values())
+        return all(self.folder.is_done(one) for one in self.matrix.units[id].inputs.values())
 
     def _hopeless(self, id: str) -> bool:
         """Whether it needs what failed; told once."""
@@ -339,11 +341,11 @@ class _Work:
         needed = {
             one
             for id, unit in self.matrix.units.items()
-            if self.folder.facts(id) is None and id not in self.failed
+            if not self.folder.is_done(id) and id not in self.failed
             for one in unit.inputs.values()
         }
         for id, unit in self.matrix.units.items():
-            if id not in needed and self.folder.facts(id) is not None:
+            if id not in needed and self.folder.is_done(id):
                 for name in KINDS[unit.kind].heavy:
                     shutil.rmtree(self.folder.unit(id) / name, ignore_errors=True)
 
@@ -420,7 +422,7 @@ def describe(matrix: Matrix, out: str | Path | None = None) -> dict[str, Any]:
 
     folder = Folder(Path(out or "."))
     users, order = matrix.users(), matrix.order()
-    done = {id for id in order if out is not None and folder.facts(id) is not None}
+    done = {id for id in order if out is not None and folder.is_done(id)}
     costs = unit_seconds(matrix.units, folder)
     kinds: dict[str, dict[str, Any]] = {}
     for id in order:
