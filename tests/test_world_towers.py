@@ -148,8 +148,8 @@ def test_a_probe_tells_a_taught_tower_from_one_with_random_weights() -> None:
 
 
 def test_two_towers_side_by_side_are_as_wide_as_both() -> None:
-    from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
     from leveret.model.build import build
+    from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
 
     both = [{"tower": "world/contrastive", "resize": "squash"}, {"tower": "world/self-supervised", "resize": "squash"}]
     recipe = ModelRecipe(
@@ -226,10 +226,17 @@ def test_an_oblong_world_tells_its_boxes_in_the_pictures_own_sides(tmp_path: Pat
         same_world(root, 0, WorldSize(web=40, tune=30, test=12, harder=0, captions=8))
 
 
-def test_a_usual_world_is_what_it_was_before_there_were_others(tmp_path: Path) -> None:
+def test_a_usual_world_is_what_it_was_before_there_were_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = WorldSize(web=10, tune=10, test=5, harder=0, captions=0)
     assert "oblong" not in told.told() and "oblong" not in same_world(tmp_path, 0, told)
     assert WorldSize(oblong=0.5).told()["oblong"] == 0.5
+    drawn = ["world", "draw", "-o", str(tmp_path / "w"), "--dry-run", "--json"]
+    for share, said in ((None, None), ("0.5", 0.5)):
+        assert command([*drawn, *(["--oblong", share] if share else [])]) == 0
+        assert json.loads(capsys.readouterr().out).get("oblong") == said
+    assert command([*drawn, "--oblong", "2"]) == 2
     with pytest.raises(RecipeError, match="oblong"):
         WorldSize(oblong=1.5)
     with pytest.raises(RecipeError, match="oblong"):
