@@ -71,7 +71,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if kind == "choose":
                 (place / "coreset").mkdir()
             if kind == "teach":
-                return {"trainable": 7, "worth": settings["how"]["steps"] + settings["recipe"]["seed"] / 10}
+                return {"trainable": 7, "worth": settings["how"]["steps"] + settings["recipe"].get("seed", 0) / 10}
             if kind == "average":
                 return {"worth": sum(read_json(one / "done.json")["worth"] for one in inputs.values()) / len(inputs)}
             if kind == "examine":
@@ -227,7 +227,7 @@ def test_a_unit_that_fails_costs_only_what_needs_it(
     usual = KINDS["teach"].make
 
     def fail(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
-        if settings["how"]["steps"] == 4 and settings["recipe"]["seed"] == 1:
+        if settings["how"]["steps"] == 4 and settings["recipe"].get("seed", 0) == 1:
             raise DataError("no, says\nthe test")
         return usual(place, settings, inputs)
 
