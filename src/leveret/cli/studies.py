@@ -47,6 +47,9 @@ def study_run(
         str | None, typer.Option(help="A shell line to run each piece with, {} for its own: 'srun -c 4 {}'.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep drawn worlds and embeddings.")] = False,
+    units: Annotated[
+        Path | None, typer.Option(help="Folder for the pieces, which several studies share: one after the other.")
+    ] = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -61,9 +64,9 @@ def study_run(
             raise RecipeError(f"--command {command!r}: nothing says where a piece's own command goes; write {{}} there")
         if dry_run:
             matrix = Matrix.of(one)
-            facts = describe(matrix, place if (place / "study.json").exists() else None)
+            facts = describe(matrix, place if (place / "study.json").exists() else None, units)
         else:
-            results = run(one, place, jobs=jobs, command=command, keep=keep)
+            results = run(one, place, jobs=jobs, command=command, keep=keep, units=units)
     if dry_run:
         return tell(json, {**facts, "plan": as_plain(matrix)}, _study_plan(facts, jobs))
     if not json:
