@@ -136,7 +136,7 @@ class Engine:
         self.plan = self.costs.plan(replies, self.most, self.kept, self.memory)
         if self.memory is not None:
             self.slots.follow(self.plan)
-            self.eyes.follow(self.plan)
+            self.eyes.keep(self.plan.features)
         number = {id(reply): place for place, reply in enumerate(replies)}
         predictions: list[Prediction | None] = [None] * len(replies)
         waiting = deque(self._order(replies))
@@ -329,10 +329,10 @@ class Eyes:
                 self._known[key] = picture = Picture(ref, key, (height, width))
         return picture, data
 
-    def follow(self, plan: Plan) -> None:
-        """Keep to a plan from now on."""
+    def keep(self, limit: int) -> None:
+        """Keep features within `limit` bytes from now on."""
         with self._lock:
-            self.shelf.shrink(plan.features)
+            self.shelf.shrink(limit)
 
     def forget(self) -> None:
         """Give back the features that are kept."""
