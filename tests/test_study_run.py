@@ -98,6 +98,7 @@ def test_every_study_that_comes_with_leveret_can_be_planned() -> None:
         matrix.check()
         facts = describe(matrix)
         assert facts["kinds"]["examine"]["units"] == len(cells(one)) and facts["seconds"] > 0
+        assert facts["timed"] == (one.world is not None), "real backbones were not measured here"
 
 
 @pytest.mark.parametrize(

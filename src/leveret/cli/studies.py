@@ -83,8 +83,11 @@ def _study_plan(facts: dict[str, Any], jobs: int | None) -> str:
     for kind, row in facts["kinds"].items():
         shared = f", shared: {row['alone']} without" if row["alone"] > row["units"] else ""
         done = f", {row['done']} done" if row["done"] else ""
-        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}; about {row['seconds'] / 60:.0f} min of one core")
+        time = f"; about {row['seconds'] / 60:.0f} min of one core" if facts["timed"] else ""
+        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}{time}")
     at_once = jobs or facts["cores"]
+    if not facts["timed"]:
+        return "\n".join([*lines, "how long that takes is told here when one piece of each kind is done"])
     lines.append(
         f"about {facts['seconds'] / 60 / at_once:.0f} min, {at_once} at once "
         f"({facts['without_sharing'] / 60 / at_once:.0f} min if nothing were shared nor done)"

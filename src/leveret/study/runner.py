@@ -439,9 +439,9 @@ def reopen(path: str | Path) -> tuple[Folder, Matrix]:
 
 
 def describe(matrix: Matrix, out: str | Path | None = None, units: str | Path | None = None) -> dict[str, Any]:
-    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes. Writes
-    nothing."""
-    from leveret.study.costs import unit_seconds
+    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes (`timed`:
+    whether that was measured, on the drawn world or in this folder). Writes nothing."""
+    from leveret.study.costs import sort_of, unit_seconds
 
     folder = Folder(Path(out or "."), None if units is None else Path(units))
     users, order = matrix.users(), matrix.order()
@@ -455,6 +455,8 @@ def describe(matrix: Matrix, out: str | Path | None = None, units: str | Path | 
         row["done"] += id in done
         row["seconds"] += 0.0 if id in done else costs[id]
     left = sum(row["seconds"] for row in kinds.values())
+    measured = {sort_of(matrix.units[id]) for id in done}
+    timed = matrix.study.world is not None or all(sort_of(unit) in measured for unit in matrix.units.values())
     apart = sum(costs[id] * users[id] for id in order)
     return {
         "study": matrix.study.name,
@@ -464,6 +466,7 @@ def describe(matrix: Matrix, out: str | Path | None = None, units: str | Path | 
         "kinds": kinds,
         "seconds": round(left),
         "without_sharing": round(apart),
+        "timed": timed,
         "cores": cores(),
     }
 
