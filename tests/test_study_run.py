@@ -96,6 +96,7 @@ def test_every_study_that_comes_with_leveret_can_be_planned(tmp_path: Path) -> N
         assert one.name == name and one.claims and len(one.seeds) >= 3
         facts = describe(Matrix.of(one), tmp_path)
         assert facts["kinds"]["examine"]["units"] == len(cells(one)) and facts["seconds"] > 0
+        assert facts["timed"] == (one.world is not None), "real backbones were not measured here"
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,12 @@ def _study_plan(facts: dict[str, Any], jobs: int | None) -> str:
     for kind, row in facts["kinds"].items():
         shared = f", shared: {row['alone']} without" if row["alone"] > row["units"] else ""
         done = f", {row['done']} done" if row["done"] else ""
-        left = f"; {minutes(row['seconds'])} of one core" if row["done"] < row["units"] else ""
+        told = facts["timed"] and row["done"] < row["units"]
+        left = f"; {minutes(row['seconds'])} of one core" if told else ""
         lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}{left}")
     at_once = jobs or facts["cores"]
+    if not facts["timed"]:
+        return "\n".join([*lines, "how long that takes is told here when one piece of each kind is done"])
     lines.append(
         f"{minutes(facts['seconds'] / at_once)}, {at_once} at once "
         f"({minutes(facts['without_sharing'] / at_once)} if nothing were shared nor done)"

@@ -109,11 +109,12 @@ def unit_seconds(units: Mapping[str, Unit], folder: Folder) -> dict[str, float]:
     guesses = {id: ALONE * _guess(unit) for id, unit in units.items()}
     for id, unit in units.items():
         if (facts := folder.facts(id)) is not None:
-            measured.setdefault(_sort(unit), []).append(float(facts["seconds"]) / guesses[id])
-    return {id: guesses[id] * median(measured.get(_sort(unit), [1.0])) for id, unit in units.items()}
+            measured.setdefault(sort_of(unit), []).append(float(facts["seconds"]) / guesses[id])
+    return {id: guesses[id] * median(measured.get(sort_of(unit), [1.0])) for id, unit in units.items()}
 
 
-def _sort(unit: Unit) -> str:
+def sort_of(unit: Unit) -> str:
+    """Units of one sort take about as long as each other, for their size."""
     return f"{unit.kind} {unit.what}" if unit.kind == "teach" else unit.kind
 
 

@@ -445,9 +445,10 @@ def reopen(path: str | Path) -> tuple[Folder, Matrix]:
 
 
 def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -> dict[str, Any]:
-    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes. Refuses what
-    `run` would refuse before it begins, with its RecipeError, and writes nothing."""
-    from leveret.study.costs import unit_seconds
+    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes (`timed`:
+    whether that was measured, on the drawn world or in this folder). Refuses what `run` would refuse before it begins,
+    with its RecipeError, and writes nothing."""
+    from leveret.study.costs import sort_of, unit_seconds
 
     folder = Folder(Path(out), None if units is None else Path(units))
     folder.check(matrix.study)
@@ -463,6 +464,8 @@ def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -
         row["done"] += id in done
         row["seconds"] += 0.0 if id in done else costs[id]
     left = sum(row["seconds"] for row in kinds.values())
+    measured = {sort_of(matrix.units[id]) for id in done}
+    timed = matrix.study.world is not None or all(sort_of(unit) in measured for unit in matrix.units.values())
     apart = sum(costs[id] * users[id] for id in order)
     return {
         "study": matrix.study.name,
@@ -472,6 +475,7 @@ def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -
         "kinds": kinds,
         "seconds": round(left),
         "without_sharing": round(apart),
+        "timed": timed,
         "cores": cores(),
     }
 
