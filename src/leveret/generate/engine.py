@@ -100,8 +100,7 @@ class Engine:
         self.vlm = vlm.eval()
         self.max_new_tokens = max_new_tokens
         self.bf16 = resolve_precision(precision, vlm.device) == "bf16"
-        generation = getattr(vlm.language, "generation_config", None)
-        self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
+        self.stops = stops_of(vlm)
         self.eyes = Eyes(vlm, self.bf16, cache_bytes)
         usual = threads_for(vlm) if threads is None else threads
         alone = threads == 1 and vlm.device.type == "cpu" and not self.bf16
@@ -402,6 +401,12 @@ class Eyes:
             return decode_image(read_bytes(ref))
         except ImageFault as fault:
             raise fault.at(str(ref)) from fault
+
+
+def stops_of(vlm: VLM) -> Stops:
+    """What ends an answer of a model: what its chat format says, and what the model was published with."""
+    generation = getattr(vlm.language, "generation_config", None)
+    return Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
 
 
 def common(rows: Sequence[Sequence[int]]) -> int:
