@@ -18,7 +18,9 @@ KINDS = st.sampled_from(["<i8", "<f2", "<f4", "|b1", "|u1", ">i4", "<U5"])
 
 
 @given(given=arrays.arrays(KINDS, SHAPES), by_columns=st.booleans())
-def test_what_numpy_wrote_is_read(tmp_path_factory: pytest.TempPathFactory, given: np.ndarray, by_columns: bool) -> None:
+def test_what_numpy_wrote_is_read(
+    tmp_path_factory: pytest.TempPathFactory, given: np.ndarray, by_columns: bool
+) -> None:
     path = tmp_path_factory.mktemp("npy") / "a.npz"
     np.savez(path, one=given.copy(order="F") if by_columns else given, two=np.arange(3))
     with Arrays(path) as file:
