@@ -246,7 +246,8 @@ def test_conversations_are_listed_renamed_deleted_and_brought_back(page: Hands) 
     assert page.run(f"{TURN}.length") == 0
     page.browser.click("document.querySelector('#notes .link')")
     page.wait("document.getElementById('title').textContent === 'A better name'")
-    assert page.turns() == ["One", "A red circle."] and len(page.titles()) == 2
+    page.wait("document.querySelectorAll('#list li').length === 2")
+    assert page.turns() == ["One", "A red circle."]
     page.run("history.back()")
     page.wait("document.getElementById('title').textContent !== 'A better name'")
 
