@@ -221,6 +221,7 @@ class Running:
     line: socket.socket
     server: Any = field(init=False)
     url: str = field(init=False)
+    _asked: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         import uvicorn
@@ -338,8 +339,6 @@ class Running:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    _asked: bool = False
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
