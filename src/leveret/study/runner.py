@@ -154,6 +154,7 @@ class Folder:
         """Begin the folder, or go on in it: with the same study, or one of that name that grew or changed."""
         self.check(matrix.study)
         claim(self.path)
+        write_json(self._mark, dump(matrix.study))  # first: what else is here is then known to be a study's
         if self.units is not None and not os.path.lexists(self.path / "units"):
             # Processes that make one look for it here.
             self.units.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,6 @@ class Folder:
                 os.path.relpath(self.units.resolve(), self.path.resolve()), target_is_directory=True
             )
         write_json(self.path / "units.json", {id: unit.plain() for id, unit in matrix.units.items()})
-        write_json(self._mark, dump(matrix.study))
 
 
 def make(path: Path, id: str) -> dict[str, Any]:
