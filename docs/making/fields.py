@@ -43,6 +43,8 @@ def _plain(annotation: Any) -> str:
     if origin is dict:
         return f"names, each with {_plain(inside[1])}"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        if not annotation.__name__.startswith("_") and annotation.__subclasses__() and "step" in annotation.model_fields:
+            return "the keys of its step, below"
         return f"[{_called(annotation)}](#{_called(annotation).lower()})"
     plain = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
     return plain.get(annotation, getattr(annotation, "__name__", "anything"))
