@@ -9,13 +9,7 @@ import pytest
 
 from docs_pages import HISTORY, PAGES, Command, blocks, commands, found, inline, named
 
-ALL = [
-    command
-    for page in PAGES
-    if named(page) not in HISTORY
-    for block in blocks(page)
-    for command in commands(block)
-]
+ALL = [command for page in PAGES if named(page) not in HISTORY for block in blocks(page) for command in commands(block)]
 OURS = [command for command in ALL if command.program == "leveret"]
 RUNS_ANYWHERE = {"leveret", "make", "python", "tar", "mkdir", "cd", "export", "pytest", "tensorboard"}
 HUB = re.compile(r"^(?:\w[\w.]*\.from=)?(?:[A-Z][\w-]*|openai|google|me)/[\w.+-]+$")

@@ -10,8 +10,8 @@ from words import cell, table
 
 HEAD = """# Commands
 
-What `leveret COMMAND --help` says, written down by the code itself. Exit codes: 0 done, 1 our fault, 2 usage or recipe, 3 data,
-4 stopped and resumable, 5 environment.
+What `leveret COMMAND --help` says, written down by the code itself. Exit codes: 0 done, 1 our fault, 2 usage or
+recipe, 3 data, 4 stopped and resumable, 5 environment.
 
 """
 

@@ -14,10 +14,11 @@ from words import cell, markdown, table
 
 HEAD = """# What recipes may say
 
-Written down by the code that checks them. A key that is not here is refused, and the nearest one is named. Overrides on a command
-line take the same keys: `stages.tune.steps=400`, lists by index: `model.vision.towers.0.size=336`. Files may extend each other, and a
-file may be a table of recipes: [train recipes](../models.md), [what a stage can say](../train.md), [condensing](../condense.md),
-[studies](../study.md), [data sets and mixtures](../data.md), [tasks of your own](../evaluate.md#a-task-of-your-own).
+Written down by the code that checks them. A key that is not here is refused, and the nearest one is named. Overrides on
+a command line take the same keys: `stages.tune.steps=400`, lists by index: `model.vision.towers.0.size=336`. Files may
+extend each other, and a file may be a table of recipes: [train recipes](../models.md),
+[what a stage can say](../train.md), [condensing](../condense.md), [studies](../study.md),
+[data sets and mixtures](../data.md), [tasks of your own](../evaluate.md#a-task-of-your-own).
 
 """
 
@@ -43,7 +44,11 @@ def _plain(annotation: Any) -> str:
     if origin is dict:
         return f"names, each with {_plain(inside[1])}"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        if not annotation.__name__.startswith("_") and annotation.__subclasses__() and "step" in annotation.model_fields:
+        if (
+            not annotation.__name__.startswith("_")
+            and annotation.__subclasses__()
+            and "step" in annotation.model_fields
+        ):
             return "the keys of its step, below"
         return f"[{_called(annotation)}](#{_called(annotation).lower()})"
     plain = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}

@@ -1,4 +1,4 @@
-"""What MkDocs asks of us while it builds the site: pages that the code writes itself, marks in pages, links that leave docs/.
+"""What MkDocs asks of us while it builds the site: pages that the code writes, marks in pages, links that leave docs/.
 
 A mark is a line of its own, `<!-- KIND: ARGUMENT -->`:
 
@@ -91,7 +91,9 @@ def section(text: str, heading: str) -> str:
 
     Raises KeyError where no heading does.
     """
-    inside = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", "\0", code[0], flags=re.MULTILINE), text, flags=re.S | re.M)
+    inside = re.sub(
+        r"^```.*?^```", lambda code: re.sub(r"^#", "\0", code[0], flags=re.MULTILINE), text, flags=re.S | re.M
+    )
     found = re.search(rf"^(#+) (?:.*)?{re.escape(heading)}\n", inside, re.MULTILINE)
     if found is None:
         raise KeyError(f"no heading ends with {heading!r}")

@@ -1,4 +1,4 @@
-"""The page of the Python names: what `leveret` and its rooms hand out, from their docstrings, without importing them."""
+"""The page of the Python names: what `leveret` and its rooms hand out, from docstrings, without importing them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from words import markdown, table
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "leveret"
 HEAD = """# Python
 
-What `import leveret` gives, and what each room of the package hands out, from the docstrings. `leveret.train` and the other rooms that are
-named like their verb can be called as they are: `leveret.train("world", "runs/mine")`. Everything else in the package may change
-between versions without a word.
+What `import leveret` gives, and what each room of the package hands out, from the docstrings. `leveret.train` and the
+other rooms that are named like their verb can be called as they are: `leveret.train("world", "runs/mine")`.
 
 """
 ROWS = {
@@ -50,9 +49,17 @@ def find(module: str, name: str) -> tuple[str, ast.stmt, str]:
     for place, line in enumerate(inner):
         if isinstance(line, ast.FunctionDef | ast.ClassDef) and line.name == name:
             return module, line, ast.get_docstring(line) or ""
-        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
+        target = (
+            line.target
+            if isinstance(line, ast.AnnAssign)
+            else line.targets[0]
+            if isinstance(line, ast.Assign)
+            else None
+        )
         if isinstance(target, ast.Name) and target.id == name:
-            after = inner[place + 1].value if place + 1 < len(inner) and isinstance(inner[place + 1], ast.Expr) else None
+            after = (
+                inner[place + 1].value if place + 1 < len(inner) and isinstance(inner[place + 1], ast.Expr) else None
+            )
             return module, line, str(after.value) if isinstance(after, ast.Constant) else ""
     for line in (*inner, *quiet):
         if isinstance(line, ast.ImportFrom) and line.module and line.module.startswith("leveret"):
