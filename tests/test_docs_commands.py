@@ -86,6 +86,9 @@ def test_the_recipes_they_name_are_there_and_take_their_overrides(
                 if not is_placeholder(recipe):
                     condensing(recipe, given)
                     seen += 1
+            elif words[:2] == ["pool", "get"] and not is_placeholder(words[2]):
+                assert words[2] in names("data"), words[2]
+                seen += 1
             elif words[:2] == ["study", "run"] and not is_placeholder(words[2]):
                 assert words[2] in names("studies"), words[2]
                 seen += 1

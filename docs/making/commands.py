@@ -27,7 +27,7 @@ def commands(group: Any = None, name: tuple[str, ...] = ()) -> Iterator[tuple[tu
     for word, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, (*name, word))
-        else:
+        elif not getattr(command, "hidden", False):
             yield (*name, word), command
 
 

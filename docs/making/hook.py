@@ -2,8 +2,8 @@
 
 A mark is a line of its own, `<!-- KIND: ARGUMENT -->`:
 
-    readme: HEADING       the README's section of that heading, without the heading
-    log: WORDS            the newest section of the log whose heading ends so, likewise
+    readme: HEADING       the README's section of that heading, without the heading and its subsections
+    log: WORDS            the newest section of the log whose heading ends so
     layout: MODULE        what the module's docstring says lies where
     doc: MODULE           the whole docstring
     findings: PAPER       the paper's findings as our study files have them, and what our studies said of them
@@ -103,7 +103,8 @@ def section(text: str, heading: str) -> str:
 
 
 def _readme(heading: str, place: str) -> str:
-    return moved(section((REPO / "README.md").read_text("utf-8"), heading), "README.md", place)
+    text = section((REPO / "README.md").read_text("utf-8"), heading)
+    return moved(re.split(r"^#+ ", text, maxsplit=1, flags=re.MULTILINE)[0], "README.md", place)
 
 
 def _log(heading: str, place: str) -> str:
