@@ -58,7 +58,7 @@ class Command:
 
 
 def named(page: Path) -> str:
-    return page.relative_to(REPO).as_posix()
+    return page.relative_to(REPO).as_posix() if page.is_relative_to(REPO) else page.name
 
 
 def blocks(page: Path) -> Iterator[Block]:

@@ -24,18 +24,46 @@ def test_there_are_commands_to_look_at() -> None:
     assert {len(command.words) for command in OURS} - {1}
 
 
+def fault_of(command: Command) -> str:
+    """Why the command line would be refused as such; "" where it would not be."""
+    words = [word.split("|")[0] if re.fullmatch(r"\w+(\|\w+)+", word) else word for word in command.words[1:]]
+    try:
+        ours, rest = found(words)
+        if not hasattr(ours, "commands"):
+            ours.make_context("leveret", rest)  # a usage error where an option or an argument does not fit
+    except Exception as fault:
+        return str(fault.format_message() if hasattr(fault, "format_message") else fault)
+    return ""
+
+
 def test_every_command_parses() -> None:
-    faults = []
-    for command in OURS:
-        words = [word.split("|")[0] if re.fullmatch(r"\w+(\|\w+)+", word) else word for word in command.words[1:]]
-        try:
-            ours, rest = found(words)
-            if not hasattr(ours, "commands"):
-                ours.make_context("leveret", rest)  # a usage error where an option or an argument does not fit
-        except Exception as fault:
-            said = fault.format_message() if hasattr(fault, "format_message") else fault
-            faults.append(f"{command}: {said}")
+    faults = [f"{command}: {fault}" for command in OURS if (fault := fault_of(command))]
     assert not faults, "\n".join(faults)
+
+
+def test_what_is_wrong_on_a_page_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text with `leveret nothing`.\n\n"
+        "    leveret trian world -o OUT\n"
+        "    leveret train world --outt OUT    # a note\n"
+        "    leveret condense DATA -r world\n"
+        "    leveret eval MODEL DATA -o OUT \\\n"
+        "        -n many\n\n"
+        "```sh\n# needs a GPU\nvllm serve OUT\n\nvllm serve OUT\n"
+        "leveret chat MODEL photo.jpg --load-in 4bit  # not run\n```\n\n"
+        "```python\nleveret = 1\n```\n"
+    )
+    told = [command for block in blocks(page) for command in commands(block)]
+    assert [command.words[:2] for command in told] == [
+        ("leveret", "trian"), ("leveret", "train"), ("leveret", "condense"), ("leveret", "eval"), ("vllm", "serve"),
+        ("vllm", "serve"), ("leveret", "chat"),
+    ]  # fmt: skip
+    assert [command.line for command in told[:4]] == [3, 4, 5, 6] and told[3].words[-2:] == ("-n", "many")
+    assert "no command 'trian'" in fault_of(told[0]) and "--outt" in fault_of(told[1])
+    assert "--out" in fault_of(told[2]) and "-n" in fault_of(told[3]) and not fault_of(told[6])
+    assert [command.marked for command in told[4:]] == [True, False, True] and not told[1].marked
+    assert all(why(command) for command in told[4:])
 
 
 def test_commands_in_the_text_are_there_and_so_are_their_options() -> None:

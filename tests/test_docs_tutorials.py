@@ -17,8 +17,8 @@ from docs_pages import REPO, blocks
 
 TUTORIALS = sorted(path for path in (REPO / "docs" / "tutorials").glob("*.md") if path.stem != "index")
 QUICK = (
-    "world.web=1500 world.tune=120 world.test=24 world.harder=6 budget=60 "
-    "stages.align.steps=12 stages.tune.steps=12 stages.align.batch=8 stages.tune.batch=8 ranks=1"
+    "world.web=1500 world.tune=120 world.test=24 world.harder=6 budget=30 "
+    "stages.align.steps=4 stages.tune.steps=4 stages.align.batch=8 stages.tune.batch=8 ranks=1"
 ).split()
 
 
