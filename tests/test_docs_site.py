@@ -69,6 +69,37 @@ def test_no_link_is_dead() -> None:
     assert seen > 150
 
 
+def test_the_reference_is_written_by_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without MkDocs: every command with its options, every key of a recipe, every public name with its arguments."""
+    monkeypatch.syspath_prepend(DOCS / "making")
+    import commands
+    import fields
+    import names
+
+    from leveret.study.files import StudyRecipe
+    from leveret.train.stages import TrainRecipe
+
+    page = commands.page()
+    told = dict(commands.commands())
+    assert len(told) > 30 and ("coreset", "recut") in told and ("study", "unit") not in told
+    for words, command in told.items():
+        part = page.partition(f"## leveret {' '.join(words)}\n")[2].partition("\n## ")[0]
+        assert all(f"`{param.opts[0]}`" in part for param in command.params if param.param_type_name == "option"), words
+    page = fields.page()
+    for schema in (TrainRecipe, StudyRecipe):
+        part = page.partition(f"### {schema.__name__}\n")[2].partition("\n### ")[0]
+        assert all(f"| `{name}` |" in part for name in schema.model_fields)
+    anchored = {heading.lower().replace(", ", "-") for heading in re.findall(r"^### (.+)$", page, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= anchored
+    page = names.page()
+    for module, public in names.rooms().items():
+        for name in public:
+            assert f".{name}\n" in page, f"{module}.{name}"
+    ask = page.partition("leveret.generate.Model.ask(")[2].partition("```python")[0]
+    assert "question: str" in ask and "| `image` | a path, a PIL image" in ask
+    assert "slots: int" in page.partition("### leveret.generate.Engine\n")[2].partition("###")[0]
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. Skips where MkDocs Material is not installed; with CI=true that fails, so it cannot vanish."""

@@ -50,13 +50,24 @@ def _plain(annotation: Any) -> str:
             and "step" in annotation.model_fields
         ):
             return "the keys of its step, below"
-        return f"[{_called(annotation)}](#{_called(annotation).lower()})"
+        return f"[{_called(annotation)}](#{_anchor(annotation)})"
     plain = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
     return plain.get(annotation, getattr(annotation, "__name__", "anything"))
 
 
+_CALLED: dict[str, type] = {}
+"""Whom a heading belongs to: of two classes of one name the second bears its room's name too."""
+
+
 def _called(schema: type) -> str:
-    return schema.__name__.lstrip("_")
+    name = schema.__name__.lstrip("_")
+    if _CALLED.setdefault(name, schema) is not schema:
+        name = f"{name}, {schema.__module__.split('.')[1]}"
+    return name
+
+
+def _anchor(schema: type) -> str:
+    return _called(schema).lower().replace(", ", "-")
 
 
 def _within(annotation: Any) -> Iterator[type]:

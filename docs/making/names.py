@@ -99,27 +99,44 @@ def _parameters(function: ast.FunctionDef) -> list[str]:
     return [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
 
 
-def _class(line: ast.ClassDef, name: str) -> str:
-    fields = [one for one in line.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
-    shown = [one for one in fields if not one.target.id.startswith("_")]  # type: ignore[union-attr]
-    text = f"```python\nclass {name}({', '.join(ast.unparse(base) for base in line.bases)})\n```\n\n".replace("()", "")
-    text += markdown(ast.get_docstring(line) or "", [one.target.id for one in shown])  # type: ignore[union-attr]
-    strings = {
-        before.target.id: after.value.value  # type: ignore[union-attr]
-        for before, after in zip(line.body, line.body[1:], strict=False)
-        if before in shown and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+def _fields(line: ast.ClassDef) -> dict[str, ast.AnnAssign]:
+    """Field -> its line, of those that are declared in the class itself."""
+    return {
+        one.target.id: one
+        for one in line.body
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and not one.target.id.startswith("_")
     }
-    rows = []
-    for one in shown:
-        field = one.target.id  # type: ignore[union-attr]
-        value = f"`{ast.unparse(one.value)}`" if one.value is not None else ""
-        rows.append((f"`{field}`", f"`{ast.unparse(one.annotation)}`".replace("|", "\\|"), value.replace("|", "\\|"),
-                     " ".join(str(strings.get(field, "")).split())))  # fmt: skip
+
+
+def _said_below(line: ast.ClassDef) -> dict[ast.stmt, str]:
+    """Line of a class -> the string that stands below it."""
+    return {
+        before: str(after.value.value)
+        for before, after in zip(line.body, line.body[1:], strict=False)
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+
+
+def _code(node: ast.expr | None) -> str:
+    return "" if node is None else f"`{ast.unparse(node)}`".replace("|", "\\|")
+
+
+def _class(line: ast.ClassDef, name: str) -> str:
+    fields, strings = _fields(line), _said_below(line)
+    begun = next((one for one in line.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    bases = f"({', '.join(ast.unparse(base) for base in line.bases)})" if line.bases else ""
+    shape = f"class {name}{bases}" if begun is None else _signature(begun, name).removesuffix(" -> None")
+    known = [*fields, *(_parameters(begun) if begun else ())]
+    text = f"```python\n{shape}\n```\n\n{markdown(ast.get_docstring(line) or '', known)}"
+    rows = [
+        (f"`{field}`", _code(one.annotation), _code(one.value), " ".join(strings.get(one, "").split()))
+        for field, one in fields.items()
+    ]
     text += table(("field", "kind", "default", ""), rows)
     for one in line.body:
         if isinstance(one, ast.FunctionDef) and not one.name.startswith("_") and (said := ast.get_docstring(one)):
-            mark = [ast.unparse(mark) for mark in one.decorator_list]
-            shape = f"{name}.{one.name}" if "property" in " ".join(mark) else _signature(one, f"{name}.{one.name}")
+            mark = " ".join(ast.unparse(mark) for mark in one.decorator_list)
+            shape = f"{name}.{one.name}" if "property" in mark else _signature(one, f"{name}.{one.name}")
             text += f"```python\n{shape}\n```\n\n{markdown(said, _parameters(one))}"
     return text
 
@@ -132,7 +149,8 @@ def _entry(module: str, name: str, shown: str) -> str:
     elif isinstance(line, ast.ClassDef):
         text += _class(line, shown)
     else:
-        text += markdown(said) if said else ""
+        kind = f": {ast.unparse(line.annotation)}" if isinstance(line, ast.AnnAssign) else ""
+        text += f"```python\n{shown}{kind}\n```\n\n" + (markdown(said) if said else "")
     return text + f"*Defined in `{home}`.*\n\n"
 
 

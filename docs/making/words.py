@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 
 
@@ -61,7 +62,7 @@ def markdown(docstring: str, known: Collection[str] = ()) -> str:
         lines = text.splitlines()
         if lines[0] == "Raises:" and (raised := _raises(lines)):
             parts.append(table(("raises", "when"), [(f"`{name}`", cell(when)) for name, when in raised]).rstrip())
-        elif said := _names(lines, known):
+        elif said := _names(textwrap.dedent(text).splitlines(), known):
             parts.append(table(("", ""), [(f"`{name}`", cell(words)) for name, words in said]).rstrip())
         elif all(line.startswith("    ") for line in lines):
             parts.append(text)
