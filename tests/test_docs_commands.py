@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
-from docs_pages import HISTORY, PAGES, Command, blocks, commands, found, inline, named
+from docs_pages import HISTORY, PAGES, REPO, Command, blocks, commands, found, inline, named
 
 ALL = [command for page in PAGES if named(page) not in HISTORY for block in blocks(page) for command in commands(block)]
 OURS = [command for command in ALL if command.program == "leveret"]
@@ -154,3 +158,28 @@ def test_what_no_test_can_run_says_what_it_needs() -> None:
         "(needs a GPU, needs the network, needs NAME, not run):\n" + "\n".join(silent)
     )
     assert sum(command.marked for command in ALL) > 10
+
+
+def test_python_and_yaml_blocks_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python parses, and what it imports of leveret is there; YAML and JSON are read."""
+    monkeypatch.syspath_prepend(REPO / "docs" / "making")
+    from names import find
+
+    read = {"yaml": yaml.safe_load, "json": json.loads, "python": ast.parse}
+    faults, seen = [], Counter[str]()
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language not in read:
+                continue
+            seen[block.language] += 1
+            try:
+                found = read[block.language](block.text)
+                if block.language == "python":
+                    for line in ast.walk(found):
+                        if isinstance(line, ast.ImportFrom) and (line.module or "").startswith("leveret."):
+                            for one in line.names:
+                                find(str(line.module), one.name)
+            except Exception as fault:
+                faults.append(f"{block.page}:{block.line}: {fault!r}")
+    assert not faults, "\n".join(faults)
+    assert seen["python"] > 15 and seen["yaml"] > 15
