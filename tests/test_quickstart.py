@@ -89,7 +89,7 @@ def test_a_gpu_that_is_not_there_is_missed_before_anything_is_drawn(
 
 
 def test_a_dry_run_says_what_is_done_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = {"seed": 0, "world": asdict(WorldSize()), "budget": quickstart.BUDGET, "overrides": []}
+    recipe = {"seed": 0, "world": WorldSize().told(), "budget": quickstart.BUDGET, "overrides": []}
     folder = RunFolder.open(tmp_path / "run", "quickstart", recipe)
     folder.done("draw", seconds=1.0)
     quickstart.run(tmp_path / "run", dry_run=True)

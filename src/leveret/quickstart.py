@@ -58,7 +58,7 @@ def run(
     taught = read_recipe("world", changes)  # its faults are told now, not after minutes of drawing
     if taught.device == "cuda":
         resolve_device(taught)
-    recipe = {"seed": seed, "world": asdict(size), "budget": budget, "overrides": changes}
+    recipe = {"seed": seed, "world": size.told(), "budget": budget, "overrides": changes}
     if dry_run:
         _say_plan(Path(out), recipe, RunFolder.peek(out, "quickstart", recipe))
         if full:
@@ -195,7 +195,7 @@ def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
             if key == "budget" and number < 1:
                 raise ValueError
         except ValueError:
-            least = "a number" if name in ("harder", "captions", "text_share") else "a positive number"
+            least = "a number" if name in ("harder", "captions", "text_share", "oblong") else "a positive number"
             raise RecipeError(f"{given}: {key} takes {least}, such as {key}=1000") from None
         if key == "budget":
             budget = int(number)

@@ -126,40 +126,39 @@ def world_draw(
     test: Annotated[int | None, typer.Option(min=1, help="Questions a task in the examination.")] = None,
     harder: Annotated[int | None, typer.Option(min=0, help="Questions a task on each kind of harder picture.")] = None,
     strength: Annotated[str, typer.Option(help="Of the web's diseases: mild, usual or severe.")] = "usual",
+    oblong: Annotated[float, typer.Option(min=0, max=1, help="Share of pictures that are clearly not square.")] = 0.0,
     workers: Workers = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Draw a web pool, conversations and an examination."""
-    from dataclasses import asdict
-
     from leveret.world.write import WorldSize, draw, same_world
 
     counts = {"web": web, "tune": tune, "test": test, "harder": harder}
     given = {name: value for name, value in counts.items() if value is not None}
-    size = WorldSize(strength=strength, **given)  # type: ignore[arg-type]
+    size = WorldSize(strength=strength, oblong=oblong, **given)  # type: ignore[arg-type]
     if dry_run:
         same_world(out, seed, size)
-        return tell_plan(json, {"out": str(out), "seed": seed, **asdict(size)})
+        return tell_plan(json, {"out": str(out), "seed": seed, **size.told()})
     with reporting(json):
         folder = draw(out, seed=seed, size=size, workers=workers)
-    tell(json, {"out": str(folder), "seed": seed, **asdict(size)}, f"the world is in {folder}")
+    tell(json, {"out": str(folder), "seed": seed, **size.told()}, f"the world is in {folder}")
 
 
 @verb("backbones", "leveret.world.backbones", group=world)
 def world_backbones(
     out: Out,
     seed: Annotated[int, typer.Option(help="Of the world and the weights.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="This one alone, may be given often; by default all.")] = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Train the tiny encoders and language model anew."""
-    if dry_run:
-        return tell_plan(
-            json, {"out": str(out), "seed": seed, "what": "train the tiny encoders and the tiny language model"}
-        )
-    from leveret.world.backbones import build
+    from leveret.world.backbones import build, wanted
 
+    names = wanted(only or ())
+    if dry_run:
+        return tell_plan(json, {"out": str(out), "seed": seed, "what": f"train {', '.join(names)}"})
     with reporting(json):
-        folder = build(out, seed=seed)
+        folder = build(out, seed=seed, only=names)
     tell(json, {"out": str(folder), "seed": seed}, f"the backbones are in {folder}")

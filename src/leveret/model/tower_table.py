@@ -79,6 +79,11 @@ def _timm(
 
 TOWERS: dict[str, TowerRow] = {
     "world/vision": TowerRow(layer=-1, package="world/weights/vision.safetensors"),
+    # the same network otherwise taught (world/towers.py)
+    **{
+        f"world/{name}": TowerRow(layer=-1, package=f"world/weights/towers/{name}.safetensors")
+        for name in ("contrastive", "contrastive-48", "contrastive-32", "supervised", "self-supervised")
+    },
     "google/siglip-so400m-patch14-384": TowerRow(),
     "google/siglip-so400m-patch14-224": TowerRow(),
     "google/siglip-base-patch16-224": TowerRow(),

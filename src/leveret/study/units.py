@@ -82,8 +82,6 @@ def _put(units: Units, unit: Unit) -> str:
 def _world(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
     if study.world is None:
         return None
-    from dataclasses import asdict
-
     from leveret.world.write import VERSION as drawn
     from leveret.world.write import WorldSize
 
@@ -91,7 +89,7 @@ def _world(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
     for axis, level in cell.levels:
         fields |= study.axes[axis].levels[level].world
     size = WorldSize(**{"harder": 0, **fields})
-    settings = {"seed": cell.seed, "size": asdict(size), "drawn": drawn}
+    settings = {"seed": cell.seed, "size": size.told(), "drawn": drawn}
     return _put(units, Unit("draw", f"world {cell.seed}", settings))
 
 
@@ -149,8 +147,12 @@ def _weights(model: Mapping[str, Any]) -> str:
         return ""
     from leveret.world import write
     from leveret.world.backbones import shipped
+    from leveret.world.towers import TOWERS, file_of
 
-    return sha256_of({path.name: sha256_of(path) for path in shipped(Path(write.__file__).parent / "weights")})
+    weights = Path(write.__file__).parent / "weights"
+    # Of the other towers those that it names: what names none is still known for the same.
+    others = [file_of(weights, tower) for tower in TOWERS if repr(f"world/{tower}") in repr(model)]
+    return sha256_of({path.name: sha256_of(path) for path in [*shipped(weights), *others]})
 
 
 # --- making them ---------------------------------------------------------------------------------------------------

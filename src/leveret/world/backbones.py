@@ -3,20 +3,37 @@
     OUT/vision.safetensors    the vision tower
     OUT/scorer.safetensors    the dual encoder that judges web pairs
     OUT/language/             the causal language model and its tokenizer
+    OUT/towers/               the other vision towers (world/towers.py), with a card of their own
     OUT/CARD.md, card.json    recipe, seed, every supervision used, scores, hashes
     OUT/state/                what a stopped run continues from; not shipped
 
-Two processes, one thread each: the language model, and the towers one after the other. A good hour on two cores.
+Two processes, one thread each: the language model, and the towers one after the other. A good hour on two cores, and
+half an hour for the other towers.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from leveret.runs import RunFolder, atomic_write, environment, graceful_stop, read_json, sha256_of, write_json
+from leveret.runs import (
+    RecipeError,
+    RunFolder,
+    atomic_write,
+    closest,
+    environment,
+    graceful_stop,
+    read_json,
+    sha256_of,
+    write_json,
+)
+from leveret.world.towers import STEPS as TOWER_STEPS
+from leveret.world.towers import TOWERS
+from leveret.world.towers import write_card as write_towers_card
 
 STEPS = {"vision": 6500, "scorer": 4000, "language": 12000}
 SUPERVISION = {
@@ -54,11 +71,17 @@ def _job(name: str, out: str, seed: int, steps: int) -> None:
     """One backbone, in a process of its own; its figures go to OUT/state/NAME/figures.json."""
     import torch
 
-    from leveret.world import language, tokens, vision
+    from leveret.world import language, teachers, tokens, vision
 
+    towers = {tower: partial(teachers.train_tower, tower) for tower in TOWERS}
     torch.set_num_threads(1)
     folder = Path(out, "state", name)
-    train = {"vision": vision.train_vision, "scorer": vision.train_scorer, "language": language.train_language}[name]
+    own: dict[str, Callable[..., dict[str, Any]]] = {
+        "vision": vision.train_vision,
+        "scorer": vision.train_scorer,
+        "language": language.train_language,
+    }
+    train = (own | towers)[name]
     lines = folder / "metrics.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     file = lines.open("a", encoding="utf-8")
@@ -86,15 +109,30 @@ def _jobs(names: tuple[str, ...], out: str, seed: int, steps: dict[str, int]) ->
             _job(name, out, seed, steps[name])
 
 
-def build(out: str | Path, *, seed: int = 0, steps: dict[str, int] | None = None) -> Path:
-    """Trains all backbones into `out`, or continues; returns the folder.
+def wanted(only: Sequence[str]) -> tuple[str, ...]:
+    """The backbones of these names, `world/` before them or not; all for none. RecipeError naming those there are."""
+    every = (*STEPS, *TOWERS)
+    names = [name.removeprefix("world/") for name in only]
+    for name in names:
+        if name not in every:
+            near = closest(name, every)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"--only {name}: no such backbone; there are {', '.join(every)}.{hint}")
+    return tuple(name for name in every if name in names or not names)
 
-    steps  instead of STEPS, for trying things out.
+
+def build(out: str | Path, *, seed: int = 0, steps: dict[str, int] | None = None, only: Sequence[str] = ()) -> Path:
+    """Trains the backbones into `out`, or continues; returns the folder.
+
+    steps  instead of STEPS and towers.STEPS, for trying things out.
+    only   these alone, in this call. A card is written when all that it tells of is there.
     """
-    steps = {**STEPS, **(steps or {})}
+    chosen = wanted(only)
+    steps = {**STEPS, **dict.fromkeys(TOWERS, TOWER_STEPS), **(steps or {})}
     folder = RunFolder.open(out, "backbones", {"seed": seed, "steps": steps})
     context = get_context("spawn")
-    groups = (("language",), ("vision", "scorer"))
+    split = (("language",), ("vision", "scorer", *TOWERS))
+    groups = [names for group in split if (names := tuple(name for name in group if name in chosen))]
     workers = [context.Process(target=_jobs, args=(names, str(out), seed, steps), daemon=True) for names in groups]
     for worker in workers:
         worker.start()
@@ -105,7 +143,10 @@ def build(out: str | Path, *, seed: int = 0, steps: dict[str, int] | None = None
         from leveret.runs import Interrupted
 
         raise Interrupted(f"training of {', '.join(failed[0])} stopped; the same command continues from {out}/state")
-    write_card(folder.path, seed, steps)
+    if all((folder.path / "state" / name / "figures.json").exists() for name in STEPS):
+        write_card(folder.path, seed, {name: steps[name] for name in STEPS})
+    if set(chosen) & set(TOWERS):
+        write_towers_card(folder.path, seed, steps)
     return folder.path
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from leveret.world.draw import jpeg, render
 from leveret.world.questions import a, told
-from leveret.world.scenes import Scene, Thing, between, pick, sample_scene, shuffled, stream
+from leveret.world.scenes import USUAL, Frames, Scene, Thing, between, pick, sample_scene, shuffled, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +78,16 @@ def fitting(scene: Scene, rng: random.Random) -> str:
     return " and ".join(shuffled(rng, names))
 
 
-def web_scene(seed: int, split: str, index: int) -> Scene:
-    return sample_scene(stream(seed, split, index), word=0.45)
+def web_scene(seed: int, split: str, index: int, frames: Frames = USUAL) -> Scene:
+    return sample_scene(stream(seed, split, index), word=0.45, frames=frames)
 
 
-def _caption(ill: Diseases, seed: int, split: str, index: int, scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _caption(
+    ill: Diseases, seed: int, split: str, index: int, scene: Scene, rng: random.Random, frames: Frames
+) -> tuple[str, str]:
     r = rng.random()
     if r < ill.wrong:
-        other = sample_scene(stream(seed, split + "/other", index), word=0.45)
+        other = web_scene(seed, split + "/other", index, frames)
         return fitting(other, rng), "wrong"
     if r < ill.wrong + ill.dull:
         text = pick(rng, DULL)
@@ -93,7 +95,7 @@ def _caption(ill: Diseases, seed: int, split: str, index: int, scene: Scene, rng
     return fitting(scene, rng), "fits"
 
 
-def web_pair(seed: int, split: str, index: int, ill: Diseases = STRENGTHS["usual"]) -> WebPair:
+def web_pair(seed: int, split: str, index: int, ill: Diseases = STRENGTHS["usual"], frames: Frames = USUAL) -> WebPair:
     """The pair at `index` of the web drawn from `seed` for `split`."""
     rng = stream(seed, split + "/pair", index)
     r, copy = rng.random(), "new"
@@ -103,13 +105,13 @@ def web_pair(seed: int, split: str, index: int, ill: Diseases = STRENGTHS["usual
             break
         r -= rate
     if copy == "new":
-        scene = web_scene(seed, split, index)
-        caption, words = _caption(ill, seed, split, index, scene, rng)
+        scene = web_scene(seed, split, index, frames)
+        caption, words = _caption(ill, seed, split, index, scene, rng, frames)
         return WebPair(index, scene, caption, words, copy, index)
-    earlier = web_pair(seed, split, int(rng.random() ** ill.tail * index), ill)
+    earlier = web_pair(seed, split, int(rng.random() ** ill.tail * index), ill, frames)
     if copy == "exact":
         return replace(earlier, index=index, copy=copy)
-    caption, words = _caption(ill, seed, split, index, earlier.scene, rng)
+    caption, words = _caption(ill, seed, split, index, earlier.scene, rng, frames)
     shift, jitter, quality = (0, 0), 0, 90
     if copy == "redrawn":
         jitter = 1 + between(rng, 0, 98)

@@ -16,7 +16,7 @@ from leveret.runs import read_json, write_json
 from leveret.world.draw import jpeg, render
 from leveret.world.layout import DESCRIBE, conversation_record, image_file, lines, write_lines, write_list
 from leveret.world.questions import EXAMINED, KINDS, POPE_WAYS, TEXT_FORMS, Question, insufficient, text_only, told
-from leveret.world.scenes import PAIRS, Scene, Thing, sample_scene, stream, tune_scene
+from leveret.world.scenes import PAIRS, USUAL, Frames, Scene, Thing, sample_scene, stream, tune_scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ CELLS: dict[str, tuple[int, Callable[[Question], Any]]] = {
 is likelier than another, so neither a constant nor a blind model finds one that pays."""
 
 
-def _questions(seed: int, split: str, kind: str, n: int) -> list[Asked]:
+def _questions(seed: int, split: str, kind: str, n: int, frames: Frames) -> list[Asked]:
     """`n` questions of one kind, at most one (existence: a yes and a no) a scene."""
     found: list[Asked] = []
     index = 0
@@ -83,7 +83,7 @@ def _questions(seed: int, split: str, kind: str, n: int) -> list[Asked]:
     full, held = -(-n // cells), Counter[Any]()
     while len(found) < n:
         rng = stream(seed, f"{split}/{kind}", index)
-        scene, image = exam_scene(seed, split, index)
+        scene, image = exam_scene(seed, split, index, frames)
         index += 1
         if not scene.things:
             continue
@@ -117,21 +117,22 @@ def _is_about(question: Question, thing: Thing) -> bool:
     return bool(named & {thing.name, thing.shape, f"{thing.colour} object"})
 
 
-def exam_scene(seed: int, split: str, index: int) -> tuple[Scene, str]:
-    """A scene of an examination split and its picture's file. The train twin asks about the tuning pictures."""
+def exam_scene(seed: int, split: str, index: int, frames: Frames = USUAL) -> tuple[Scene, str]:
+    """A scene of an examination split and its picture's file. The train twin asks about the tuning pictures; `frames`
+    are those of a split that says nothing of its own."""
     if split == "train":
-        return tune_scene(seed, index), image_file("tune", index)
-    arguments = {"word": 0.7, "novel_words": None, "flat": True, **SPLITS[split].scenes}
+        return tune_scene(seed, index, frames), image_file("tune", index)
+    arguments = {"word": 0.7, "novel_words": None, "flat": True, "frames": frames, **SPLITS[split].scenes}
     return sample_scene(stream(seed, split, index), **arguments), image_file(split, index)
 
 
-def _more_questions(seed: int, kind: str, n: int) -> list[Asked]:
+def _more_questions(seed: int, kind: str, n: int, frames: Frames) -> list[Asked]:
     """`n` questions of a kind beyond the eight, each about another test scene, or about none."""
     found: list[Asked] = []
     index = 0
     while len(found) < n:
         rng = stream(seed, f"test/{kind}", index)
-        scene, image = exam_scene(seed, "test", index)
+        scene, image = exam_scene(seed, "test", index, frames)
         index += 1
         question: Question | None = None
         if kind == "text":
@@ -347,32 +348,34 @@ MORE = tuple(kind for kind in FORMS if kind not in EXAMINED)
 """Examined beside the eight kinds, in the test split."""
 
 
-def ask(seed: int, split: str, kind: str, n: int) -> list[Asked]:
+def ask(seed: int, split: str, kind: str, n: int, frames: Frames = USUAL) -> list[Asked]:
     """`n` questions of a kind in a split; the kinds beyond the eight (`MORE`) are asked in the split `test`."""
     if kind in EXAMINED:
-        return _questions(seed, split, kind, n)
+        return _questions(seed, split, kind, n, frames)
     assert split == "test", f"{kind} is asked in the test split"
-    return _more_questions(seed, kind, n)
+    return _more_questions(seed, kind, n, frames)
 
 
-def write_kind(root: Path, seed: int, kind: str, counts: Mapping[str, int]) -> dict[str, list[int]]:
+def write_kind(
+    root: Path, seed: int, kind: str, counts: Mapping[str, int], frames: Frames = USUAL
+) -> dict[str, list[int]]:
     """Writes a kind's questions, so many a split, into `root/eval/KIND`.
 
     Returns by split the scenes that they are about: their pictures (`write_pictures`) are shared by the kinds.
     """
     scenes = {}
     for split, n in counts.items():
-        asked = ask(seed, split, kind, n)
+        asked = ask(seed, split, kind, n, frames)
         FORMS[kind](root / "eval" / kind, split, asked)
         scenes[split] = sorted({item.index for item in asked if item.image})
     return scenes
 
 
-def write_pictures(root: Path, seed: int, split: str, scenes: Iterable[int]) -> None:
+def write_pictures(root: Path, seed: int, split: str, scenes: Iterable[int], frames: Frames = USUAL) -> None:
     """Draws the scenes of a split into `root/images`; the train twin's are there, they are the tuning pictures."""
     if split == "train":
         return
     (root / "images" / split).mkdir(parents=True, exist_ok=True)
     for index in scenes:
-        scene, image = exam_scene(seed, split, index)
+        scene, image = exam_scene(seed, split, index, frames)
         (root / "images" / image).write_bytes(picture(scene, split))

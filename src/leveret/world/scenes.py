@@ -9,12 +9,14 @@ of all words out of every training split, so that what a model has learned can b
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from zlib import crc32
 
 T = TypeVar("T")
+Frames = Sequence[tuple[int, int]] | Mapping[tuple[int, int], float]
+"""The (width, height) that pictures may have, each with its weight or all alike."""
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross", "heart")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -24,8 +26,10 @@ GRID = 32
 """Coordinates are told in 1/GRID of the picture's side, rounded to two decimals: 33 different numbers."""
 
 SIDE = 64
-SIDES = ((64, 64), (80, 64), (64, 80))
-SIDE_WEIGHTS = (0.88, 0.06, 0.06)
+USUAL = {(64, 64): 0.88, (80, 64): 0.06, (64, 80): 0.06}
+"""The (width, height) of pictures and how frequent they are."""
+OBLONG = ((96, 64), (64, 96), (112, 64), (64, 112), (128, 64), (64, 128))
+"""The sides of pictures that are clearly not square: from 3:2 to 2:1, either way."""
 SIZES = (13, 19)
 """Least and greatest side of a thing, in pixels."""
 LETTER_PITCH, LETTER_HEIGHT = 8, 11
@@ -159,6 +163,14 @@ def shuffled(rng: random.Random, values: Iterable[T]) -> list[T]:
     return mixed
 
 
+def frames_with(oblong: float) -> Frames:
+    """The world's own sides, but a share of the pictures, `oblong` (0 to 1), clearly not square."""
+    if not oblong:
+        return USUAL
+    usual = {side: weight * (1 - oblong) for side, weight in USUAL.items()}
+    return usual | dict.fromkeys(OBLONG, oblong / len(OBLONG))
+
+
 def is_novel_word(text: str) -> bool:
     """True for the tenth of all words that no training split draws."""
     return crc32(text.encode()) % 10 == 0
@@ -172,7 +184,7 @@ def sample_scene(
     sizes: tuple[int, int] = SIZES,
     novel_pairs: bool | None = False,
     novel_words: bool | None = False,
-    frames: Sequence[tuple[int, int]] = SIDES,
+    frames: Frames = USUAL,
     flat: bool = False,
     style: str = "muted",
     clutter: int = 0,
@@ -184,11 +196,12 @@ def sample_scene(
     sizes        least and greatest side of a thing, in pixels.
     novel_pairs  True: the first thing is a held-out pair. False: no thing is. None: any pair.
     novel_words  False: only words of training; True: only held-out ones; None: any.
-    frames       the (width, height) of pictures: one of SIDES by its weight, or one of others at random.
+    frames       the (width, height) of pictures, by their weights or at random.
     flat         every shape and colour is as frequent as every other (else they fall a little along the tables).
     """
     shape_weights, colour_weights = (None, None) if flat else (SHAPE_WEIGHTS, COLOUR_WEIGHTS)
-    width, height = pick(rng, frames, SIDE_WEIGHTS if frames is SIDES else None)
+    weighed = tuple(frames.values()) if isinstance(frames, Mapping) else None
+    width, height = pick(rng, tuple(frames), weighed)
     low, high = counts
     weights = COUNT_WEIGHTS[low - 1 : high] if 1 <= low < high <= len(COUNT_WEIGHTS) else None
     wanted = low + pick(rng, range(high - low + 1), weights) if high > low else low
@@ -237,9 +250,10 @@ def sample_scene(
     return Scene(width, height, tuple(things), text, int(rng.random() * 2**31), style, clutter)
 
 
-def tune_scene(seed: int, index: int) -> Scene:
+def tune_scene(seed: int, index: int, frames: Frames = USUAL) -> Scene:
     """The scene of tuning picture `index`: most hold a word, some hold nothing, some have clutter behind the things."""
     rng = stream(seed, "tune", index)
     r = rng.random()
     clutter = between(rng, 1, 5) if r < 0.12 else 0
-    return sample_scene(rng, word=0.88, counts=(0, 0) if r < 0.03 or r > 0.98 else (1, 4), clutter=clutter)
+    counts = (0, 0) if r < 0.03 or r > 0.98 else (1, 4)
+    return sample_scene(rng, word=0.88, counts=counts, clutter=clutter, frames=frames)

@@ -92,8 +92,8 @@ def _nameless(thing: Thing, rng: random.Random) -> Thing:
     return thing
 
 
-def picture_array(scene: Scene, rng: random.Random, *, strange: float = 0.0) -> np.ndarray:
-    """The picture as a tower sees it under `squash`: [3, 64, 64] float32 in -1..1; half of them went through JPEG.
+def picture_array(scene: Scene, rng: random.Random, *, strange: float = 0.0, size: int = SIZE) -> np.ndarray:
+    """The picture as a tower sees it under `squash`: [3, size, size] float32 in -1..1; half of them went through JPEG.
 
     strange  share of pictures with another exposure, blur, and lines that waver by up to 1.6 pixels.
     """
@@ -102,8 +102,8 @@ def picture_array(scene: Scene, rng: random.Random, *, strange: float = 0.0) -> 
         pixels = _wavering(pixels, np.random.default_rng(between(rng, 0, 2**31)))
     if rng.random() < 0.5:
         pixels = np.asarray(Image.open(io.BytesIO(jpeg(pixels, 60 + int(rng.random() * 36)))))
-    if pixels.shape[:2] != (SIZE, SIZE):
-        pixels = np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    if pixels.shape[:2] != (size, size):
+        pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
     return pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0
 
 

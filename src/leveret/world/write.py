@@ -27,10 +27,12 @@ from leveret.world.draw import jpeg, render
 from leveret.world.examination import EXAMINED, HARDER, LEAST, MORE, write_kind, write_pictures
 from leveret.world.layout import conversation_record, image_file, lines, pair_record, web_file, write_lines, write_list
 from leveret.world.questions import TUNE_OPTIONS, TUNE_WEIGHTS, conversation, text_only
-from leveret.world.scenes import shuffled, stream, tune_scene
+from leveret.world.scenes import Frames, frames_with, shuffled, stream, tune_scene
 
 VERSION = 3
 CHUNK = 2000
+LATER = {"oblong": 0.0}
+"""Fields of a world that came after the first, and what they are where nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class WorldSize:
     test        questions a kind in the test split (and in its train twin); `harder` in each of the harder splits, and
                 of the kinds beyond the eight (`MORE`).
     captions    held-out pairs that fit.
+    oblong      share of the pictures that are clearly not square (`scenes.OBLONG`), in the web, among the held-out
+                pairs, in tuning and in the splits test and train. Boxes are told in the picture's own sides.
     """
 
     web: int = 75_000
@@ -54,6 +58,7 @@ class WorldSize:
     test: int = 1_000
     harder: int = 100
     captions: int = 512
+    oblong: float = LATER["oblong"]
 
     def __post_init__(self) -> None:
         if not isinstance(self.strength, str) or self.strength not in STRENGTHS:
@@ -68,18 +73,25 @@ class WorldSize:
                     f"{name}={getattr(self, name)}: too few questions for existence, which is asked in POPE's three "
                     f"ways, a yes and a no each; {LEAST} or more{', or 0 for none' if name == 'harder' else ''}"
                 )
-        if type(self.text_share) not in (int, float) or not 0 <= self.text_share <= 1:
-            raise RecipeError(f"text_share={self.text_share!r}: a share of the conversations, 0 to 1")
+        for name, what in (("text_share", "conversations"), ("oblong", "pictures")):
+            share = getattr(self, name)
+            if type(share) not in (int, float) or not 0 <= share <= 1:
+                raise RecipeError(f"{name}={share!r}: a share of the {what}, 0 to 1")
+
+    def told(self) -> dict[str, Any]:
+        """The fields that say which world it is. Those of LATER are left out where they change nothing, so that what
+        was drawn, and what was made from it, before there were such fields is still known for the same."""
+        return {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}
 
 
 # --- the work, in pieces that any process can do ----------------------------------------------------------------------
 
 
-def _web_chunk(root: Path, seed: int, start: int, stop: int, strength: str) -> dict[str, list[str]]:
+def _web_chunk(root: Path, seed: int, start: int, stop: int, strength: str, frames: Frames) -> dict[str, list[str]]:
     """Draws web pairs start..stop."""
     records, truth = [], []
     for index in range(start, stop):
-        pair = web_pair(seed, "web", index, STRENGTHS[strength])
+        pair = web_pair(seed, "web", index, STRENGTHS[strength], frames)
         path = root / web_file(index)
         if index % 1000 == 0 or index == start:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,12 +101,14 @@ def _web_chunk(root: Path, seed: int, start: int, stop: int, strength: str) -> d
     return {"records": lines(records), "truth": lines(truth)}
 
 
-def _tune_chunk(root: Path, seed: int, start: int, stop: int, turns: int, text_share: float) -> dict[str, list[str]]:
+def _tune_chunk(
+    root: Path, seed: int, start: int, stop: int, turns: int, text_share: float, frames: Frames
+) -> dict[str, list[str]]:
     """Draws tuning pictures start..stop, each with its conversation."""
     records = []
     (root / "images/tune").mkdir(parents=True, exist_ok=True)
     for index in range(start, stop):
-        scene, image = tune_scene(seed, index), "images/" + image_file("tune", index)
+        scene, image = tune_scene(seed, index, frames), "images/" + image_file("tune", index)
         (root / image).write_bytes(jpeg(render(scene)))
         rng = stream(seed, "tune/questions", index)
         questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1, options=TUNE_OPTIONS)
@@ -104,12 +118,12 @@ def _tune_chunk(root: Path, seed: int, start: int, stop: int, turns: int, text_s
     return {"records": lines(records)}
 
 
-def _captions(root: Path, seed: int, n: int) -> None:
+def _captions(root: Path, seed: int, n: int, frames: Frames) -> None:
     """Held-out pairs that fit: what a connector's loss and a retrieval are measured on."""
     (root / "images/captions").mkdir(parents=True, exist_ok=True)
     records = []
     for index in range(n):
-        scene, image = web_scene(seed, "captions", index), "images/" + image_file("captions", index)
+        scene, image = web_scene(seed, "captions", index, frames), "images/" + image_file("captions", index)
         (root / image).write_bytes(jpeg(render(scene)))
         caption = fitting(scene, stream(seed, "captions/words", index))
         records.append(pair_record(f"captions-{index:06d}", image, caption))
@@ -134,13 +148,13 @@ class _Piece:
 
 def _chunks(seed: int, size: WorldSize) -> list[_Piece]:
     """The web and the tuning pictures."""
-    pieces = []
+    pieces, frames = [], frames_with(size.oblong)
     for start in range(0, size.web, CHUNK):
         stop = min(start + CHUNK, size.web)
-        pieces.append(_Piece(f"web-{start:07d}", _web_chunk, (seed, start, stop, size.strength), stop - start))
+        pieces.append(_Piece(f"web-{start:07d}", _web_chunk, (seed, start, stop, size.strength, frames), stop - start))
     for start in range(0, size.tune, CHUNK):
         stop = min(start + CHUNK, size.tune)
-        told = (seed, start, stop, size.turns, size.text_share)
+        told = (seed, start, stop, size.turns, size.text_share, frames)
         pieces.append(_Piece(f"tune-{start:07d}", _tune_chunk, told, stop - start))
     return pieces
 
@@ -150,31 +164,36 @@ def _questions(seed: int, size: WorldSize) -> list[_Piece]:
     splits = {"train": min(size.test, size.tune // 4), "test": size.test}
     splits |= {split: size.harder for split in HARDER if size.harder}
     counts = dict.fromkeys(EXAMINED, splits) | {kind: {"test": size.harder} for kind in MORE if size.harder}
-    return [_Piece(f"questions-{kind}", write_kind, (seed, kind, told)) for kind, told in counts.items()]
+    frames = frames_with(size.oblong)
+    return [_Piece(f"questions-{kind}", write_kind, (seed, kind, told, frames)) for kind, told in counts.items()]
 
 
-def _pictures(seed: int, about: Iterable[dict[str, list[int]]]) -> list[_Piece]:
+def _pictures(seed: int, size: WorldSize, about: Iterable[dict[str, list[int]]]) -> list[_Piece]:
     """The pictures of the examination, of every split those that any kind asks about."""
     scenes: dict[str, set[int]] = {}
     for kind in about:
         for split, indexes in kind.items():
             scenes.setdefault(split, set()).update(indexes)
-    return [_Piece(f"pictures-{split}", write_pictures, (seed, split, sorted(own))) for split, own in scenes.items()]
+    frames = frames_with(size.oblong)
+    return [
+        _Piece(f"pictures-{split}", write_pictures, (seed, split, sorted(own), frames)) for split, own in scenes.items()
+    ]
 
 
 def same_world(root: Path, seed: int, size: WorldSize) -> dict[str, Any]:
     """What a world of this seed and size is made from. RecipeError where the folder holds, or was begun as, another."""
-    parameters = {"version": VERSION, "seed": seed, **asdict(size), "diseases": asdict(STRENGTHS[size.strength])}
+    parameters = {"version": VERSION, "seed": seed, **size.told(), "diseases": asdict(STRENGTHS[size.strength])}
     for file in (root / "world.json", root / "parts" / "parameters.json"):
         if file.exists():
             there = read_json(file)
-            differ = [key for key in parameters if there.get(key) != parameters[key]]
+            was, wanted = ({**LATER, **one}.get for one in (there, parameters))
+            differ = [key for key in {**parameters, **LATER} if was(key) != wanted(key)]
             if "version" in differ:
                 differ = ["version"]  # what else differs follows from it
             elif "strength" in differ:
                 differ.remove("diseases")
             if differ:
-                told = ", ".join(f"{key} {there.get(key)!r} (wanted {parameters[key]!r})" for key in differ)
+                told = ", ".join(f"{key} {was(key)!r} (wanted {wanted(key)!r})" for key in differ)
                 raise RecipeError(f"{root} holds another world: {told}. Give another folder, or delete this one.")
     return parameters
 
@@ -201,9 +220,9 @@ def draw(out: str | Path, *, seed: int = 0, size: WorldSize | None = None, worke
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 and left > CHUNK else None
     with Progress(left, "draw the world", "pictures") as progress, pool or nullcontext():
         _do(asked, root, pool, progress)
-        rest = [*chunks, *_pictures(seed, (read_json(piece.part(root)) for piece in asked))]
+        rest = [*chunks, *_pictures(seed, size, (read_json(piece.part(root)) for piece in asked))]
         if size.captions:
-            rest.append(_Piece("captions", _captions, (seed, size.captions)))
+            rest.append(_Piece("captions", _captions, (seed, size.captions, frames_with(size.oblong))))
         _do(rest, root, pool, progress)
 
     told = {
