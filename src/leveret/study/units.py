@@ -147,12 +147,15 @@ def _weights(model: Mapping[str, Any]) -> str:
         return ""
     from leveret.world import write
     from leveret.world.backbones import shipped
+    from leveret.world.languages import LANGUAGES, files_of
     from leveret.world.towers import TOWERS, file_of
 
     weights = Path(write.__file__).parent / "weights"
-    # Of the other towers those that it names: what names none is still known for the same.
+    # Of the other ones those that it names: what names none is still known for the same.
     others = [file_of(weights, tower) for tower in TOWERS if repr(f"world/{tower}") in repr(model)]
-    return sha256_of({path.name: sha256_of(path) for path in [*shipped(weights), *others]})
+    texts = [file for one in LANGUAGES if repr(f"world/{one}") in repr(model) for file in files_of(weights, one)]
+    found = {path.name: sha256_of(path) for path in [*shipped(weights), *others]}
+    return sha256_of(found | {path.relative_to(weights).as_posix(): sha256_of(path) for path in texts})
 
 
 # --- making them ---------------------------------------------------------------------------------------------------

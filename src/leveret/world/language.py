@@ -140,20 +140,21 @@ def train_language(
     seed: int,
     steps: int,
     log: Log,
-    name: str = "language",
+    place: str = "language",
     width: int = 128,
     layers: int = 4,
     plain: bool = False,
     after: Path | None = None,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
-    """Trains a language model; writes the Hugging Face folder `out/NAME`, tokenizer included.
+    """Trains a language model; writes the Hugging Face folder `out/place`, tokenizer included.
 
     folder  keeps the state.
     plain   reads running text, never a conversation.
     after   the `folder` of another one: goes on from its last state, as one longer reading.
 
-    Returns the shares of right answers on fresh scenes, told as compounds and in words.
+    Returns the shares of right answers on fresh scenes, told as compounds and in words. With `stop_after` it leaves
+    after that step, writes no model and returns {}.
     """
     torch.manual_seed(seed)
     vocabulary = 8 * math.ceil(len(tokenizer) / 8)
@@ -179,8 +180,10 @@ def train_language(
     pretrain(
         parts, loss_of, steps=steps, rate=1.5e-3, clip=1.0, warmup=warmup, folder=folder, log=log, stop_after=stop_after
     )
+    if stop_after is not None and stop_after < steps:
+        return {}
     scores = examine(model, scenes, writer, 500, seed + 2)
     words = examine(model, scenes, writer, 300, seed + 2, told_in_words=True)
-    model.to(torch.bfloat16).save_pretrained(out / name)
-    tokenizer.save_pretrained(out / name)
+    model.to(torch.bfloat16).save_pretrained(out / place)
+    tokenizer.save_pretrained(out / place)
     return {"told as compounds": scores, "told in words": words}
