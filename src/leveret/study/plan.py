@@ -140,7 +140,7 @@ class Plan:
 
     def size(self, strength: str) -> WorldSize:
         """The world that is drawn for a strength."""
-        size = {"web": self.web, "tune": self.tune, "test": self.test, "captions": self.captions, "harder": 0}
+        size: dict[str, Any] = {"web": self.web, "tune": self.tune, "test": self.test, "captions": self.captions, "harder": 0}
         return WorldSize(strength=strength, **size)
 
     def fixed(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _job(name: str, out: str, seed: int, steps: int) -> None:
     from leveret.world import language, teachers, tokens, vision
 
     started = Path(out, "state")
-    others = {
+    others: dict[str, Callable[..., dict[str, Any]]] = {
         other: partial(
             language.train_language,
             place=f"languages/{other}",
