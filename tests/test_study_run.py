@@ -71,7 +71,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if kind == "choose":
                 (place / "coreset").mkdir()
             if kind == "teach":
-                return {"trainable": 7, "worth": settings["how"]["steps"] + settings["recipe"]["seed"] / 10}
+                return {"trainable": 7, "worth": settings["how"]["steps"] + settings["recipe"].get("seed", 0) / 10}
             if kind == "average":
                 return {"worth": sum(read_json(one / "done.json")["worth"] for one in inputs.values()) / len(inputs)}
             if kind == "examine":
@@ -98,6 +98,7 @@ def test_every_study_that_comes_with_leveret_can_be_planned() -> None:
         matrix.check()
         facts = describe(matrix)
         assert facts["kinds"]["examine"]["units"] == len(cells(one)) and facts["seconds"] > 0
+        assert facts["timed"] == (one.world is not None), "real backbones were not measured here"
 
 
 @pytest.mark.parametrize(
@@ -221,13 +222,32 @@ def test_a_study_that_grows_keeps_what_it_has(tmp_path: Path, worker: list[str])
         run(study(), tmp_path / "full", jobs=1)
 
 
+def test_studies_share_what_they_have_in_common(tmp_path: Path, worker: list[str]) -> None:
+    run(study(), tmp_path / "a", jobs=1, units=tmp_path / "units")
+    before = len(worker)
+    plan = describe(Matrix.of(study(name="b")), None, tmp_path / "units")["kinds"]
+    assert all(row["done"] == row["units"] for row in plan.values())
+    levels = {"usual": {}, "short": {"train": ["stages.tune.steps=1"]}}
+    other = study(name="b", axes={"length": axis(**levels)}, claims=[])
+    found = run(other, tmp_path / "b", jobs=1, units=tmp_path / "units")
+    assert sorted(worker[before:]) == sorted(2 * ["draw", "teach", "examine"]) and len(found["cells"]) == 4
+    told = {row["cell"]: row["did"] for row in read_jsonl(tmp_path / "b" / "ledger.jsonl") if row["kind"] == "examine"}
+    assert set(told.values()) == {"found", "made"} and told["length=usual@0"] == "found"
+    assert run(study(name="b", seeds=[0]), tmp_path / "b", jobs=1)["cells"], "the folder knows where its units are"
+    for place, units in (("a", "elsewhere"), ("c", "units")):
+        if place == "c":
+            run(study(name="c"), tmp_path / "c", jobs=1)
+        with pytest.raises(RecipeError, match="leave --units out"):
+            run(study(name={"a": "tiny"}.get(place, place)), tmp_path / place, jobs=1, units=tmp_path / units)
+
+
 def test_a_unit_that_fails_costs_only_what_needs_it(
     tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = KINDS["teach"].make
 
     def fail(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
-        if settings["how"]["steps"] == 4 and settings["recipe"]["seed"] == 1:
+        if settings["how"]["steps"] == 4 and settings["recipe"].get("seed", 0) == 1:
             raise DataError("no, says\nthe test")
         return usual(place, settings, inputs)
 

@@ -21,6 +21,15 @@ from leveret.train.stages import TrainRecipe
 SHARES = st.floats(0, 0.5)
 
 
+def test_a_stage_or_a_part_that_learns_is_taken_away_by_null() -> None:
+    usual = load("nano", TrainRecipe, "models")
+    fewer = load("nano", TrainRecipe, "models", ["stages.align=null", "stages.tune.learn.vision=null"])
+    assert set(usual.stages["tune"].learn) - set(fewer.stages["tune"].learn) == {"vision"}
+    assert list(fewer.stages) == ["tune"]
+    with pytest.raises(RecipeError, match=r"stages\.tune\.learn"):
+        load("nano", TrainRecipe, "models", [f"stages.tune.learn.{part}=null" for part in usual.stages["tune"].learn])
+
+
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 400), SHARES, SHARES)
 def test_a_rate_rises_once_and_then_never_rises_again(name: str, total: int, warmup: float, decay: float) -> None:
     rates = [rate(name, step, total, warmup, decay) for step in range(total)]

@@ -47,6 +47,9 @@ def study_run(
         str | None, typer.Option(help="A shell line to run each piece with, {} for its own: 'srun -c 4 {}'.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep drawn worlds and embeddings.")] = False,
+    units: Annotated[
+        Path | None, typer.Option(help="Folder for the pieces, which several studies share: one after the other.")
+    ] = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -61,9 +64,9 @@ def study_run(
             raise RecipeError(f"--command {command!r}: nothing says where a piece's own command goes; write {{}} there")
         if dry_run:
             matrix = Matrix.of(one)
-            facts = describe(matrix, place if (place / "study.json").exists() else None)
+            facts = describe(matrix, place if (place / "study.json").exists() else None, units)
         else:
-            results = run(one, place, jobs=jobs, command=command, keep=keep)
+            results = run(one, place, jobs=jobs, command=command, keep=keep, units=units)
     if dry_run:
         return tell(json, {**facts, "plan": as_plain(matrix)}, _study_plan(facts, jobs))
     if not json:
@@ -80,8 +83,11 @@ def _study_plan(facts: dict[str, Any], jobs: int | None) -> str:
     for kind, row in facts["kinds"].items():
         shared = f", shared: {row['alone']} without" if row["alone"] > row["units"] else ""
         done = f", {row['done']} done" if row["done"] else ""
-        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}; about {row['seconds'] / 60:.0f} min of one core")
+        time = f"; about {row['seconds'] / 60:.0f} min of one core" if facts["timed"] else ""
+        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}{time}")
     at_once = jobs or facts["cores"]
+    if not facts["timed"]:
+        return "\n".join([*lines, "how long that takes is told here when one piece of each kind is done"])
     lines.append(
         f"about {facts['seconds'] / 60 / at_once:.0f} min, {at_once} at once "
         f"({facts['without_sharing'] / 60 / at_once:.0f} min if nothing were shared nor done)"

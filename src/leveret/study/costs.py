@@ -103,24 +103,28 @@ def unit_seconds(units: Mapping[str, Unit], folder: Folder) -> dict[str, float]:
     guesses = {id: ALONE * _guess(unit) for id, unit in units.items()}
     for id, unit in units.items():
         if (facts := folder.facts(id)) is not None:
-            measured.setdefault(_sort(unit), []).append(float(facts["seconds"]) / guesses[id])
-    return {id: guesses[id] * median(measured.get(_sort(unit), [1.0])) for id, unit in units.items()}
+            measured.setdefault(sort_of(unit), []).append(float(facts["seconds"]) / guesses[id])
+    return {id: guesses[id] * median(measured.get(sort_of(unit), [1.0])) for id, unit in units.items()}
 
 
-def _sort(unit: Unit) -> str:
+def sort_of(unit: Unit) -> str:
+    """Units of one sort take about as long as each other, for their size."""
     return f"{unit.kind} {unit.what}" if unit.kind == "teach" else unit.kind
 
 
 def _guess(unit: Unit) -> float:
     """Of the drawn world's sizes; elsewhere a word only, until the first of its kind is done."""
+    from leveret.train.stages import StageRecipe
+    from leveret.world.write import WorldSize
+
     settings = unit.settings
     if unit.kind == "draw":
-        size = settings["size"]
-        return float((size["web"] + size["tune"] + 20 * size["test"]) * DRAW)
+        size = WorldSize(**settings["size"])
+        return float((size.web + size.tune + 20 * size.test) * DRAW)
     if unit.kind == "teach":
-        how = settings["how"]
-        deep = "language" in how["learn"] or "vision" in how["learn"]
-        return float((how["steps"] or 1000) * how["batch"] * (TUNE if deep else ALIGN))
+        how = StageRecipe.model_validate(settings["how"])
+        deep = "language" in how.learn or "vision" in how.learn
+        return float((how.steps or 1000) * how.batch * (TUNE if deep else ALIGN))
     if unit.kind == "examine":
         return float(KINDS * (settings["n"] or 1000) * (2 if settings["blind"] else 1) * ASK)
     return {"embed": 75_000 * EMBED, "choose": CHOOSE}.get(unit.kind, 2.0)

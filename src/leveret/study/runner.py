@@ -2,7 +2,8 @@
 
 DIR/study.json              the study as it was last asked for
 DIR/units.json              all units, for processes that make one of them
-DIR/units/ID/               what a unit made; done.json last, with its seconds and facts
+DIR/units/ID/               what a unit made; done.json last, with its seconds and facts. A link where several
+                            studies fill one folder, so that what they have in common is made once
 DIR/ledger.jsonl            a line for each unit of each cell: made for it, shared with an earlier cell, or found
 DIR/results.json report.html
 
@@ -111,12 +112,13 @@ def _teaches(unit: Unit) -> bool:
 
 @dataclass
 class Folder:
-    """A study's folder."""
+    """A study's folder. units: where its units lie, if not in it."""
 
     path: Path
+    units: Path | None = None
 
     def unit(self, id: str) -> Path:
-        return self.path / "units" / id
+        return (self.units or self.path / "units") / id
 
     def is_done(self, id: str) -> bool:
         return (self.unit(id) / "done.json").exists()
@@ -138,8 +140,22 @@ class Folder:
         claim(self.path)
         if mark.exists() and (there := read_json(mark)["name"]) != matrix.study.name:
             raise RecipeError(f"{self.path} holds the study {there!r}, not {matrix.study.name!r}; name another with -o")
+        if self.units is not None:
+            self._link(self.units.resolve())
         write_json(self.path / "units.json", {id: unit.plain() for id, unit in matrix.units.items()})
         write_json(mark, dump(matrix.study))
+
+    def _link(self, units: Path) -> None:
+        """`units` where processes that make one look for it. RecipeError where others are there already."""
+        here = self.path / "units"
+        if here.is_symlink() or here.exists():
+            if here.resolve() != units:
+                raise RecipeError(
+                    f"{here} is there already and is not {units}; leave --units out, or name another folder with -o"
+                )
+            return
+        units.mkdir(parents=True, exist_ok=True)
+        here.symlink_to(os.path.relpath(units, self.path.resolve()), target_is_directory=True)
 
 
 def make(path: Path, id: str) -> dict[str, Any]:
@@ -184,7 +200,13 @@ def follow_parent() -> None:
 
 
 def run(
-    study: StudyRecipe, out: str | Path, *, jobs: int | None = None, command: str | None = None, keep: bool = False
+    study: StudyRecipe,
+    out: str | Path,
+    *,
+    jobs: int | None = None,
+    command: str | None = None,
+    keep: bool = False,
+    units: str | Path | None = None,
 ) -> dict[str, Any]:
     """Run what is missing, or go on; returns what stands in `out/results.json` and writes the page.
 
@@ -192,13 +214,14 @@ def run(
     command  instead of a process here: a line for the shell with `{}` where the unit's own command stands (such as
              `srun -c 4 {}`), which ends when that does.
     keep     keep drawn worlds and embeddings, which can be made again to the byte, when no missing unit needs them.
+    units    a folder for the units that other studies fill too (one study at a time); by default one in `out`.
 
     Raises RecipeError (the study, or the folder), Interrupted (all that runs is stopped and saved; the same call goes
     on), and DataError where units failed, after all others were made.
     """
     from leveret.study.page import publish
 
-    matrix, folder = Matrix.of(study), Folder(Path(out))
+    matrix, folder = Matrix.of(study), Folder(Path(out), None if units is None else Path(units))
     matrix.check()
     folder.open(matrix)
     ledger = _Ledger(folder, matrix)
@@ -415,14 +438,14 @@ def reopen(path: str | Path) -> tuple[Folder, Matrix]:
     return Folder(Path(path)), Matrix.of(StudyRecipe.model_validate(read_json(mark)))
 
 
-def describe(matrix: Matrix, out: str | Path | None = None) -> dict[str, Any]:
-    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes. Writes
-    nothing."""
-    from leveret.study.costs import unit_seconds
+def describe(matrix: Matrix, out: str | Path | None = None, units: str | Path | None = None) -> dict[str, Any]:
+    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes (`timed`:
+    whether that was measured, on the drawn world or in this folder). Writes nothing."""
+    from leveret.study.costs import sort_of, unit_seconds
 
-    folder = Folder(Path(out or "."))
+    folder = Folder(Path(out or "."), None if units is None else Path(units))
     users, order = matrix.users(), matrix.order()
-    done = {id for id in order if out is not None and folder.is_done(id)}
+    done = {id for id in order if (out or units) is not None and folder.is_done(id)}
     costs = unit_seconds(matrix.units, folder)
     kinds: dict[str, dict[str, Any]] = {}
     for id in order:
@@ -432,6 +455,8 @@ def describe(matrix: Matrix, out: str | Path | None = None) -> dict[str, Any]:
         row["done"] += id in done
         row["seconds"] += 0.0 if id in done else costs[id]
     left = sum(row["seconds"] for row in kinds.values())
+    measured = {sort_of(matrix.units[id]) for id in done}
+    timed = matrix.study.world is not None or all(sort_of(unit) in measured for unit in matrix.units.values())
     apart = sum(costs[id] * users[id] for id in order)
     return {
         "study": matrix.study.name,
@@ -441,6 +466,7 @@ def describe(matrix: Matrix, out: str | Path | None = None) -> dict[str, Any]:
         "kinds": kinds,
         "seconds": round(left),
         "without_sharing": round(apart),
+        "timed": timed,
         "cores": cores(),
     }
 

@@ -5,7 +5,9 @@
 
 A unit's id is a hash of its kind, its settings and the ids of what it is made from. So cells that begin alike share
 what they share, studies that grow keep what they have, and nothing is ever made from something else than it says.
-Settings hold no place on a disk. Each kind is a row of KINDS: a function of folders to a folder, resumable.
+Settings say what differs from the defaults, so that a package that learns something new still finds what it made (where
+a default or a rule changes, VERSION does), and hold no place on a disk. Each kind is a row of KINDS: a function of
+folders to a folder, resumable.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ WEB, CORESET, DRAWN = "web.json", "world/coreset.json", "world/"
 """Data of a stage that begin with DRAWN are files of the drawn world; CORESET is the cell's own choice."""
 
 SCORER = "world/scorer"
+SCORER_FILE = "world/weights/scorer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,24 +88,29 @@ def _world(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
     from leveret.world.write import VERSION as drawn
     from leveret.world.write import WorldSize
 
-    fields = dict(study.world)
+    fields = {"harder": 0, **study.world}
     for axis, level in cell.levels:
         fields |= study.axes[axis].levels[level].world
-    size = WorldSize(**{"harder": 0, **fields})
-    settings = {"seed": cell.seed, "size": size.told(), "drawn": drawn}
+    usual, size = asdict(WorldSize()), asdict(WorldSize(**fields))
+    settings = {
+        "seed": cell.seed,
+        "size": {name: value for name, value in size.items() if value != usual[name]},
+        "drawn": drawn,
+    }
     return _put(units, Unit("draw", f"world {cell.seed}", settings))
 
 
 def _choice(study: StudyRecipe, cell: Cell, world: str, units: Units) -> str:
     from leveret.condense.pipeline import RULES
     from leveret.condense.steps import read
-    from leveret.recipe import dump
+    from leveret.model.hub import package_file
 
     how: Choose = study.choose
     for axis, level in cell.levels:
         how = study.axes[axis].levels[level].choose or how
-    embedded = _put(units, Unit("embed", f"web of world {cell.seed}", {"encoder": SCORER}, {"world": world}))
-    recipe = dump(read(how.recipe, [*how.set, f"seed={cell.seed}"]))
+    scorer = {"encoder": SCORER, "weights": sha256_of(package_file(SCORER_FILE, SCORER))}
+    embedded = _put(units, Unit("embed", f"web of world {cell.seed}", scorer, {"world": world}))
+    recipe = read(how.recipe, [*how.set, f"seed={cell.seed}"]).model_dump(mode="json", exclude_defaults=True)
     settings = {"rules": RULES, "recipe": recipe}
     return _put(units, Unit("choose", how.recipe, settings, {"world": world, "embeddings": embedded}))
 
@@ -122,8 +130,9 @@ def _model(study: StudyRecipe, cell: Cell, units: Units) -> str:
     overrides = list(study.train)
     for axis, level in cell.levels:
         overrides += study.axes[axis].levels[level].train
-    recipe = read(study.base, [*overrides, f"seed={cell.seed}"]).model_dump(mode="json")
+    recipe = read(study.base, [*overrides, f"seed={cell.seed}"]).model_dump(mode="json", exclude_defaults=True)
     world = _world(study, cell, units)
+    weights = _weights(recipe["model"])
     before: str | None = None
     for name, stage in recipe["stages"].items():
         inputs: dict[str, str] = {} if before is None else {"before": before}
@@ -135,27 +144,23 @@ def _model(study: StudyRecipe, cell: Cell, units: Units) -> str:
         own = {
             key: value for key, value in recipe.items() if key not in ("stages", "name", "average", "track", "ranks")
         }
-        settings: dict[str, Any] = {"recipe": own, "stage": name, "how": stage, "weights": _weights(recipe["model"])}
+        settings: dict[str, Any] = {"recipe": own, "stage": name, "how": stage, "weights": weights}
         before = _put(units, Unit("teach", name, settings, inputs))
     assert before is not None, "a recipe has at least one stage"
     return before
 
 
-def _weights(model: Mapping[str, Any]) -> str:
-    """A fingerprint of the shipped backbones, where the model has any: a newer package teaches other models."""
-    if "world/" not in repr(model):
-        return ""
-    from leveret.world import write
-    from leveret.world.backbones import shipped
-    from leveret.world.languages import LANGUAGES, files_of
-    from leveret.world.towers import TOWERS, file_of
+def _weights(model: Any) -> dict[str, str]:
+    """Fingerprints of the package's own weights that a model names: with newer ones it is another model."""
+    from leveret.model.hub import package_file
+    from leveret.model.language import LANGUAGES
+    from leveret.model.tower_table import TOWERS
 
-    weights = Path(write.__file__).parent / "weights"
-    # Of the other ones those that it names: what names none is still known for the same.
-    others = [file_of(weights, tower) for tower in TOWERS if repr(f"world/{tower}") in repr(model)]
-    texts = [file for one in LANGUAGES if repr(f"world/{one}") in repr(model) for file in files_of(weights, one)]
-    found = {path.name: sha256_of(path) for path in [*shipped(weights), *others]}
-    return sha256_of(found | {path.relative_to(weights).as_posix(): sha256_of(path) for path in texts})
+    if isinstance(model, str):
+        row = TOWERS.get(model) or LANGUAGES.get(model)
+        return {model: sha256_of(package_file(row.package, model))} if row and row.package else {}
+    parts = model.values() if isinstance(model, Mapping) else model if isinstance(model, list) else ()
+    return {name: found for part in parts for name, found in _weights(part).items()}
 
 
 # --- making them ---------------------------------------------------------------------------------------------------

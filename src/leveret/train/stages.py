@@ -182,6 +182,12 @@ class StageRecipe(_Strict):
     bad_share: Share = Field(0.2, description="Share of samples that may fail before the run stops.")
     seed: int | None = Field(None, ge=0, description="Instead of the run's.")
 
+    @field_validator("learn", mode="before")
+    @classmethod
+    def _frozen(cls, learn: Any) -> Any:
+        """`PART: null` freezes a part that learns in the recipe further up."""
+        return {part: how for part, how in learn.items() if how is not None} if isinstance(learn, dict) else learn
+
     @model_validator(mode="after")
     def _whole(self) -> StageRecipe:
         """Rules between fields. All broken ones are told at once."""
