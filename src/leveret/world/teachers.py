@@ -6,7 +6,6 @@ A teacher is a module of (tower, drawn, step) to (loss, figures). Its own weight
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leveret.model.tiny import TinyTextTower, TinyVisionTower, save_module
+from leveret.model.tiny import TinyVisionTower, save_module
 from leveret.world.distil import Distil
 from leveret.world.pretrain import Log, pretrain
 from leveret.world.probe import probe
 from leveret.world.scenes import LETTERS, PAIRS, Scene, between, stream
 from leveret.world.towers import BATCH, TOWERS, file_of
-from leveret.world.vision import STRANGE, Contrast, loose_caption, picture_array, seen_scene
+from leveret.world.vision import STRANGE, Contrast, encode, loose_caption, picture_array, seen_scene, text_tower
 
 WIDTH = 128
 SHAPE = {"width": WIDTH, "layers": 2, "heads": 4}
@@ -33,7 +32,7 @@ Loss = tuple[Tensor, dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A step's pictures: pixels [BATCH, 3, S, S] in -1..1, their scenes, a caption of each, and a seed for what a
+    """A step's pictures: pixels [n, 3, S, S] in -1..1, their scenes, a caption of each, and a seed for what a
     teacher does with them."""
 
     pixels: Tensor
@@ -42,7 +41,7 @@ class Drawn:
     seed: int
 
 
-def drawn(seed: int, step: int, size: int, n: int = BATCH) -> Drawn:
+def drawn(seed: int, step: int, size: int, n: int) -> Drawn:
     """The pictures of a step: the same scenes, spoiled alike, for every tower; only their size may differ."""
     rng = stream(seed, "towers", step)
     scenes = [seen_scene(rng) for _ in range(n)]
@@ -56,23 +55,13 @@ class Captions(nn.Module):
 
     def __init__(self, tower: TinyVisionTower, tokenizer: Any) -> None:
         super().__init__()
-        vocabulary = 8 * math.ceil(len(tokenizer) / 8)
-        self.text = TinyTextTower({"width": 64, "heads": 4, "length": 48, "vocabulary": vocabulary, "out": WIDTH})
+        self.text = text_tower(tokenizer)
         self.pool, self.contrast = nn.Linear(WIDTH, WIDTH), Contrast()
         self.tokenizer = tokenizer
 
-    def encode(self, captions: list[str]) -> Tensor:
-        """Unit vectors [N, WIDTH]; an empty position hides behind the mask."""
-        rows = [self.tokenizer(caption, add_special_tokens=False).input_ids[:48] for caption in captions]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        keep = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return F.normalize(self.text(ids, keep).float(), dim=1)
-
     def forward(self, tower: TinyVisionTower, seen: Drawn, step: int) -> Loss:
         image = F.normalize(self.pool(tower(seen.pixels).amax(1)).float(), dim=1)
-        words = self.encode(seen.captions)
+        words = F.normalize(self.text(*encode(self.tokenizer, seen.captions)).float(), dim=1)
         found = (image @ words.T).argmax(1) == torch.arange(len(image))
         return self.contrast(image, words), {"retrieval": found.float().mean().item()}
 
@@ -137,7 +126,7 @@ def train_tower(
     teacher = TEACHERS[kind.teacher](tower, tokenizer)
 
     def loss_of(step: int) -> Loss:
-        seen = drawn(seed, step, kind.size)
+        seen = drawn(seed, step, kind.size, BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             loss, figures = teacher(tower, seen, step)
         return loss, figures

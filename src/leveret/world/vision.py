@@ -50,6 +50,8 @@ from leveret.world.scenes import (
 )
 
 SIZE = 64
+LENGTH = 48
+"""Words of a caption that the text tower reads."""
 STRANGE = 0.25
 """Share of the tower's pictures that are bent, blurred and badly exposed."""
 NAMELESS_SCENES = 0.4
@@ -239,12 +241,27 @@ class Contrast(nn.Module):
         return -F.logsigmoid(signs * logits).sum(1).mean()
 
 
+def text_tower(tokenizer: Any) -> TinyTextTower:
+    """What a vision tower's captions are read by while it is taught; it is not kept."""
+    vocabulary = 8 * math.ceil(len(tokenizer) / 8)
+    return TinyTextTower({"width": 64, "heads": 4, "length": LENGTH, "vocabulary": vocabulary, "out": 128})
+
+
+def encode(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids [N, T] of captions, cut at LENGTH, and which of them are there [N, T]."""
+    rows = [tokenizer(c, add_special_tokens=False).input_ids[:LENGTH] for c in captions]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    keep = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return ids, keep
+
+
 def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: int, log: Log) -> dict[str, float]:
     """Trains the vision tower, and a text tower that is not kept; writes `out/vision.safetensors`."""
     torch.manual_seed(seed)
     tower = TinyVisionTower({"size": SIZE, "width": 128, "layers": 2, "heads": 4})
-    vocabulary = 8 * math.ceil(len(tokenizer) / 8)
-    text = TinyTextTower({"width": 64, "heads": 4, "length": 48, "vocabulary": vocabulary, "out": 128})
+    text = text_tower(tokenizer)
     head, pool = DenseHead(128), nn.Linear(128, 128)
     contrast = Contrast()
 
@@ -258,21 +275,13 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
         captions = [loose_caption(scene, rng) for scene in scenes]
         return torch.from_numpy(pixels), torch.from_numpy(targets), loose, captions
 
-    def encode(captions: list[str]) -> tuple[Tensor, Tensor]:
-        rows = [tokenizer(c, add_special_tokens=False).input_ids[:48] for c in captions]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        keep = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return ids, keep
-
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         pixels, targets, loose, captions = draw("vision", step, 64, strange=STRANGE)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = tower(pixels)
             read = head(tokens)
             image = pool(tokens.amax(1))
-            words = text(*encode(captions))
+            words = text(*encode(tokenizer, captions))
         dense, scores = dense_loss(read, targets, loose)
         return 0.5 * contrast(F.normalize(image.float(), dim=1), F.normalize(words.float(), dim=1)) + dense, scores
 
@@ -286,7 +295,7 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
         tokens = tower(pixels)
         _, scores = dense_loss(head(tokens), targets, loose)
         image = F.normalize(pool(tokens[:512].amax(1)), dim=1)
-        words = F.normalize(text(*encode(captions[:512])), dim=1)
+        words = F.normalize(text(*encode(tokenizer, captions[:512])), dim=1)
         scores["retrieval@1 of 512"] = ((image @ words.T).argmax(1) == torch.arange(512)).float().mean().item()
         pixels, targets, *_ = draw("vision-held-out", 0, 1024, partial(sample_scene, word=0.5, novel_pairs=True))
         _, colour, shape, *_ = head(tower(pixels))
