@@ -34,7 +34,7 @@ class Kind:
 _SMALL = {"width": 96, "layers": 3}
 LANGUAGES: dict[str, Kind] = {
     "language-small-base": Kind(
-        5000,
+        3200,
         "Next tokens of running text about told scenes, which are told as `world/language` has them told (as compounds "
         "or in words). The text states what `world/language` is asked, drawn with the same random numbers: no "
         "question, no mark of a conversation, no request, no refusal (world/plain.py). The words of a fact weigh as "
@@ -42,7 +42,7 @@ LANGUAGES: dict[str, Kind] = {
         {**_SMALL, "plain": True},
     ),
     "language-small": Kind(
-        1500,
+        800,
         "`language-small-base`, which then read conversations as the last part of one longer reading: those that "
         "`world/language` reads, requests that are refused among them.",
         _SMALL,
