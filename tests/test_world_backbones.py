@@ -117,7 +117,9 @@ def test_shipped_weights_are_those_of_the_card_and_under_four_megabytes() -> Non
     card = json.loads((WEIGHTS / "card.json").read_text())
     for name, facts in card["files"].items():
         assert sha256_of(WEIGHTS / name) == facts["sha256"], name
-    shipped = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    # the other towers and language models have cards of their own: test_world_towers.py, test_world_languages.py
+    apart = [WEIGHTS / "towers", WEIGHTS / "languages"]
+    shipped = [path for path in WEIGHTS.rglob("*") if path.is_file() and not set(apart) & set(path.parents)]
     assert sum(path.stat().st_size for path in shipped) < 4_000_000
     assert {path.relative_to(WEIGHTS).as_posix() for path in shipped} - set(card["files"]) == {"CARD.md", "card.json"}
     assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in shipped)
@@ -133,10 +135,14 @@ def test_the_shipped_tokenizer_is_what_the_recipe_builds() -> None:
 def test_backbones_train_from_nothing_and_write_a_card(tmp_path: Path) -> None:
     from leveret.world.backbones import build, shipped
 
-    folder = build(tmp_path / "out", steps={"vision": 6, "scorer": 6, "language": 6})
+    few = {"vision": 6, "scorer": 6, "language": 6, "supervised": 3, "language-small-base": 2}
+    folder = build(tmp_path / "out", steps=few, only=tuple(few))
     card = json.loads((folder / "card.json").read_text())
     assert {path.relative_to(folder).as_posix() for path in shipped(folder)} == set(card["files"])
     assert "grounded" in (folder / "CARD.md").read_text()
-    first = {path: path.read_bytes() for path in shipped(folder)}
-    assert build(tmp_path / "out", steps={"vision": 6, "scorer": 6, "language": 6}) == folder
-    assert first == {path: path.read_bytes() for path in shipped(folder)}
+    towers = json.loads((folder / "towers" / "card.json").read_text())
+    assert set(towers["files"]) == {"supervised.safetensors"} and "supervised" not in card["steps"]
+    assert "**supervised** (3 steps of 64 pictures)" in (folder / "towers" / "CARD.md").read_text()
+    first = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".safetensors", ".md", ".json")}
+    assert build(tmp_path / "out", steps=few, only=tuple(few)) == folder
+    assert all(path.read_bytes() == data for path, data in first.items() if path.name != "environment.json")

@@ -18,7 +18,7 @@ from pathlib import Path
 from leveret.runs import atomic_write, environment, read_json, sha256_of, write_json
 
 BATCH = 64
-STEPS = 1500
+STEPS = 700
 """Of BATCH pictures each: the one budget of all these towers."""
 PICTURES = (
     "The pictures are those of world/vision's recipe: fresh clean scenes, some with larger or smaller things, clutter "
