@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from leveret.evaluate.tasks import SUITES, asked, load_items
-from leveret.runs import RecipeError, read_json
+from leveret.model.language import describe, load_language, load_tokenizer
+from leveret.model.recipe import LanguageRecipe
+from leveret.runs import RecipeError, read_json, sha256_of
 from leveret.world import language, tokens
 from leveret.world.backbones import wanted
 from leveret.world.examination import MORE, ask
+from leveret.world.languages import LANGUAGES, files_of
 from leveret.world.plain import PLAIN, stated
 from leveret.world.questions import EXAM, READER, REFUSAL, TEXT_FORMS, TUNE_WEIGHTS, conversation, text_only
 from leveret.world.reading import FULL, PHASES, WEIGHTS, Writer, phase_at
@@ -135,6 +139,42 @@ def test_backbones_by_name_bring_what_they_go_on_from() -> None:
     assert {"vision", "scorer", "language", "language-small"} <= set(wanted([]))
     with pytest.raises(RecipeError, match=r"no such backbone.*Did you mean language-small\?"):
         wanted(["language-smal"])
+
+
+# --- those that are shipped ------------------------------------------------------------------------------------------
+
+WEIGHTS = Path(str(files("leveret") / "world" / "weights"))
+
+
+def test_what_is_shipped_is_what_the_card_says() -> None:
+    card = read_json(WEIGHTS / "languages" / "card.json")
+    assert card["steps"] == {name: kind.steps for name, kind in LANGUAGES.items()}
+    assert card["supervision"] == {name: kind.about for name, kind in LANGUAGES.items()}
+    there = {path for name in LANGUAGES for path in files_of(WEIGHTS, name)}
+    assert {WEIGHTS / "languages" / name for name in card["files"]} == there
+    for name, facts in card["files"].items():
+        assert sha256_of(WEIGHTS / "languages" / name) == facts["sha256"], name
+    assert sum(path.stat().st_size for path in there) < 2_000_000
+    assert all(path.suffix in (".json", ".safetensors") for path in there)
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_a_shipped_one_loads_by_name_and_speaks_the_same_tokens(name: str) -> None:
+    recipe = LanguageRecipe(name=f"world/{name}")
+    facts, large = describe(recipe), describe(LanguageRecipe(name="world/language"))
+    model = load_language(facts)
+    assert sum(weight.numel() for weight in model.parameters()) == 398_496
+    assert facts.vocab == large.vocab and facts.attention == "eager"
+    text = "<|user|>Is there a red ring in the image?<|assistant|> Yes<|end|>"
+    assert load_tokenizer(recipe.name)(text).input_ids == load_tokenizer("world/language")(text).input_ids
+
+
+def test_the_base_model_ends_statements_and_the_instructed_one_answers() -> None:
+    """What each was taught on told scenes, in its own form; the base was never asked anything."""
+    card = read_json(WEIGHTS / "languages" / "card.json")["figures"]
+    base, after = card["language-small-base"]["told as compounds"], card["language-small"]["told as compounds"]
+    assert base["shape"] > 0.9 and base["shape, asked"] < 0.1
+    assert after["shape"] > 0.9 and "shape, asked" not in after
 
 
 # --- the world's fields ----------------------------------------------------------------------------------------------
