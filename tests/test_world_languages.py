@@ -143,17 +143,17 @@ def test_backbones_by_name_bring_what_they_go_on_from() -> None:
 
 # --- those that are shipped ------------------------------------------------------------------------------------------
 
-WEIGHTS = Path(str(files("leveret") / "world" / "weights"))
+SHIPPED = Path(str(files("leveret") / "world" / "weights"))
 
 
 def test_what_is_shipped_is_what_the_card_says() -> None:
-    card = read_json(WEIGHTS / "languages" / "card.json")
+    card = read_json(SHIPPED / "languages" / "card.json")
     assert card["steps"] == {name: kind.steps for name, kind in LANGUAGES.items()}
     assert card["supervision"] == {name: kind.about for name, kind in LANGUAGES.items()}
-    there = {path for name in LANGUAGES for path in files_of(WEIGHTS, name)}
-    assert {WEIGHTS / "languages" / name for name in card["files"]} == there
+    there = {path for name in LANGUAGES for path in files_of(SHIPPED, name)}
+    assert {SHIPPED / "languages" / name for name in card["files"]} == there
     for name, facts in card["files"].items():
-        assert sha256_of(WEIGHTS / "languages" / name) == facts["sha256"], name
+        assert sha256_of(SHIPPED / "languages" / name) == facts["sha256"], name
     assert sum(path.stat().st_size for path in there) < 2_000_000
     assert all(path.suffix in (".json", ".safetensors") for path in there)
 
@@ -171,7 +171,7 @@ def test_a_shipped_one_loads_by_name_and_speaks_the_same_tokens(name: str) -> No
 
 def test_the_base_model_ends_statements_and_the_instructed_one_answers() -> None:
     """What each was taught on told scenes, in its own form; the base was never asked anything."""
-    card = read_json(WEIGHTS / "languages" / "card.json")["figures"]
+    card = read_json(SHIPPED / "languages" / "card.json")["figures"]
     base, after = card["language-small-base"]["told as compounds"], card["language-small"]["told as compounds"]
     assert base["shape"] > 0.9 and base["shape, asked"] < 0.1
     assert after["shape"] > 0.9 and "shape, asked" not in after

@@ -78,7 +78,7 @@ def _figures(folder: Folder, matrix: Matrix, last: str) -> dict[str, Any] | None
 
 def value_of(found: Mapping[str, Any], by: Sequence[str]) -> float | None:
     """The mean of the named tasks (or the score, or the words) of a cell; None where one of them was not asked."""
-    values = [found.get(name) if name in (SCORE, WORDS) else found["tasks"].get(name) for name in by]
+    values: list[Any] = [found.get(name) if name in (SCORE, WORDS) else found["tasks"].get(name) for name in by]
     return None if None in values else sum(values) / len(values)
 
 
@@ -110,7 +110,7 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
     base = _at(study, name, axis.base, figures, (SCORE,))
     levels = {}
     for level, how in axis.levels.items():
-        own = _at(study, name, level, figures, (SCORE,))
+        own, words = (_at(study, name, level, figures, (by,)) for by in (SCORE, WORDS))
         cells = [figures[cell] for seed in own if (cell := base_cell(study, seed).at(name, level)) in figures]
         by_task = {}
         for task in tasks:
@@ -122,9 +122,7 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
             "about": how.about,
             **(_plain(t_interval(list(own.values()))) if own else {"mean": None, "low": None, "high": None, "n": 0}),
             "tasks": by_task,
-            "words": sum(words) / len(words)
-            if (words := [c["words"] for c in cells if c["words"] is not None])
-            else None,
+            "words": sum(words.values()) / len(words) if words else None,
             "seconds": sum(cell["seconds"] for cell in cells) / len(cells) if cells else None,
             "trainable": max((cell["trainable"] for cell in cells), default=None),
             "difference": None if level == axis.base else paired(own, base),
