@@ -20,10 +20,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from browser_pipe import Browser
+    from page_hands import Hands
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -143,3 +147,22 @@ def chromium(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Screensh
         return picture
 
     return screenshot
+
+
+@pytest.fixture(scope="module")
+def chrome(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser that tests drive."""
+    from browser_pipe import Browser
+
+    started = Browser(browser, tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def page(chrome: Browser) -> Iterator[Hands]:
+    """The chat page in that browser, in front of a server of its own (`page_hands.opened`)."""
+    from page_hands import opened
+
+    with opened(chrome) as hands:
+        yield hands

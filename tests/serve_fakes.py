@@ -18,7 +18,6 @@ import openai
 from PIL import Image
 
 from fakes import tiny_vlm
-from leveret.generate.engine import Engine
 from leveret.generate.model import Model
 from leveret.model.vlm import VLM
 from leveret.serve.app import Service
@@ -92,8 +91,7 @@ def serving(
     **more: Any,
 ) -> Iterator[Up]:
     """A service on a free port, in a thread. `more` goes to Rules."""
-    model = Model(vlm or tiny_vlm())
-    model.engine = Engine(model.vlm, slots=slots)
+    model = Model(vlm or tiny_vlm(), slots=slots)
     service = Service(model, NAME, limits or Limits(), Rules(**more))
     where = where or Where(port=0)
     running = Running(service, where, bind(where.host, 0))

@@ -38,6 +38,7 @@ def _results(out: Path) -> tuple[object, ...]:
     return sorted(rows, key=lambda row: row["index"]), *((out / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_the_bits_of_threads_also_where_it_was_killed(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     x = rng.standard_normal((5000, 32), dtype=np.float32)
@@ -67,6 +68,7 @@ def test_a_cluster_gives_the_bits_of_threads_also_where_it_was_killed(tmp_path: 
         assert _results(out) == expected
 
 
+@pytest.mark.slow
 def test_images_are_embedded_on_the_cluster(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pictures = tmp_path / "pictures"

@@ -320,18 +320,19 @@ def test_memory_is_bounded_over_many_requests(vlm: VLM) -> None:
     assert live.figures()["row_bytes"] == 0
 
 
-def test_rows_keep_to_the_memory_allowed(vlm: VLM) -> None:
+def test_what_is_held_keeps_to_the_memory_allowed(vlm: VLM) -> None:
     one = engine(vlm, slots=8)
-    one.memory = 3 * 64 * Live(one).lanes.kv
+    one.memory = 4 * 64 * Live(one).lanes.kv
     live = Live(one)
     try:
-        rows = []
+        held = []
         many = [talk(question(random.Random(n), 9), tokens=40) for n in range(10)]
         clients = [asked(live, request) for request in many]
         for request, client in zip(many, clients, strict=True):
             assert client.text == oracle(request)
-            rows.append(live.figures()["row_bytes"])
-        assert max(rows) <= one.memory
+            now = live.figures()
+            held.append([now[name] for name in ("row_bytes", "past_bytes", "image_bytes")])
+        assert 0 < max(map(sum, held)) <= one.memory and max(past for _, past, _ in held) > 0
         with pytest.raises(DataError, match=r"need [\d,]+ bytes, and [\d,]+ are allowed"):
             live.prepare(Ask(talk("what", tokens=400)))
     finally:

@@ -97,6 +97,7 @@ HubError.__module__ = "huggingface_hub.errors"
         (EnvironmentFault("no room"), 5, "no room"),
         (KeyboardInterrupt(), 4, "run the same command again"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 5, "the disk is full: /data/x"),
+        (OSError(errno.EFBIG, "File too large", "/data/x"), 5, "larger than may be written here: /data/x. `ulimit -f`"),
         (
             FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"),
             3,

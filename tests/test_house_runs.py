@@ -195,6 +195,48 @@ def test_a_folder_that_may_not_be_written_is_not_called_busy(tmp_path: Path, mon
             RunFolder.open(tmp_path / "other", "train", {})
 
 
+@pytest.mark.parametrize(
+    ("held", "why"),
+    [
+        (b"name: [x\n", "not YAML at line 2, column 1"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"", "it holds no fields"),
+        (b"- 1\n", "it holds no fields"),
+        (b"a: \x00", "not YAML"),
+    ],
+)
+def test_a_damaged_recipe_is_named(tmp_path: Path, held: bytes, why: str) -> None:
+    recipe = {"seed": 0}
+    RunFolder.open(tmp_path, "train", recipe)
+    (tmp_path / "recipe.yaml").write_bytes(held)
+    for use in (RunFolder.open, RunFolder.peek, RunFolder.adopt):
+        with pytest.raises(DataError, match=f"recipe.yaml is damaged: {why}.*-o"):
+            use(tmp_path, "train", recipe)
+    assert (tmp_path / "recipe.yaml").read_bytes() == held
+
+
+def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
+    """The system's own fault tells no name. In a process of its own: the bound holds for all its files."""
+    code = """
+        import resource, signal, sys
+        from pathlib import Path
+        from leveret.runs import append_jsonl, atomic_write
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for write, given in ((atomic_write, "x" * 5000), (append_jsonl, ["x" * 5000])):
+            path = Path(sys.argv[1], write.__name__)
+            try:
+                write(path, given)
+            except OSError as fault:
+                assert fault.filename == str(path), fault
+            else:
+                raise SystemExit("nothing was raised")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True)
+    assert [item.name for item in tmp_path.iterdir()] == ["append_jsonl"]
+
+
 def test_a_look_at_a_run_changes_nothing_and_refuses_what_opening_would(tmp_path: Path) -> None:
     assert RunFolder.peek(tmp_path / "run", "train", {"a": 1}) == []
     assert not (tmp_path / "run").exists()

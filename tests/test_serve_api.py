@@ -255,6 +255,17 @@ def test_where_the_model_looked(up: Up) -> None:
         assert up.http.post("/v1/look", json={**body, **wrong}).status_code in (400, 404)
 
 
+def test_an_engine_that_has_ended_is_told_as_the_servers_end() -> None:
+    with serving() as up:
+        up.service.live.close()
+        answers = (
+            up.post({}),
+            up.http.post("/v1/look", json={"model": NAME, "messages": about(picture()), "answer": "a red square"}),
+        )
+        for answer in answers:
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "server_shutdown", answer.text
+
+
 # --- what people typed is text ---------------------------------------------------------------------------------------
 
 

@@ -11,23 +11,10 @@ from pathlib import Path
 import pytest
 
 from browser_pipe import Browser
-from page_hands import TURN, Hands, opened, photo
+from page_hands import TURN, Hands, photo
 from page_server import PageServer
 
 pytestmark = pytest.mark.serve
-
-
-@pytest.fixture(scope="module")
-def chrome(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    started = Browser(browser, tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def page(chrome: Browser) -> Iterator[Hands]:
-    with opened(chrome) as hands:
-        yield hands
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -259,7 +246,8 @@ def test_conversations_are_listed_renamed_deleted_and_brought_back(page: Hands) 
     assert page.run(f"{TURN}.length") == 0
     page.browser.click("document.querySelector('#notes .link')")
     page.wait("document.getElementById('title').textContent === 'A better name'")
-    assert page.turns() == ["One", "A red circle."] and len(page.titles()) == 2
+    page.wait("document.querySelectorAll('#list li').length === 2")
+    assert page.turns() == ["One", "A red circle."]
     page.run("history.back()")
     page.wait("document.getElementById('title').textContent !== 'A better name'")
 

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from browser_pipe import Browser
-from page_hands import TURN, Hands, opened, photo
+from page_hands import TURN, Hands, photo
 from page_server import CLOSE, PAGE, default_model
 
 pytestmark = pytest.mark.serve
-
-
-@pytest.fixture(scope="module")
-def chrome(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    started = Browser(browser, tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def page(chrome: Browser) -> Iterator[Hands]:
-    with opened(chrome) as hands:
-        yield hands
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from leveret.cli import run as command
 from leveret.recipe import names
-from leveret.runs import DataError, RecipeError, read_json, read_jsonl
+from leveret.runs import DataError, RecipeError, read_json, read_jsonl, write_json
 from leveret.study.figures import AGREES, DISAGREES, MISSING, UNDECIDED, paired, pareto, verdict
 from leveret.study.files import StudyRecipe, cells, read
 from leveret.study.paired import holm, p_value, t_interval
@@ -89,14 +89,12 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_study_that_comes_with_leveret_can_be_planned() -> None:
+def test_every_study_that_comes_with_leveret_can_be_planned(tmp_path: Path) -> None:
     assert "prismatic/one-stage" in names("studies")
     for name in names("studies"):
         one = read(name)
         assert one.name == name and one.claims and len(one.seeds) >= 3
-        matrix = Matrix.of(one)
-        matrix.check()
-        facts = describe(matrix)
+        facts = describe(Matrix.of(one), tmp_path)
         assert facts["kinds"]["examine"]["units"] == len(cells(one)) and facts["seconds"] > 0
         assert facts["timed"] == (one.world is not None), "real backbones were not measured here"
 
@@ -225,7 +223,7 @@ def test_a_study_that_grows_keeps_what_it_has(tmp_path: Path, worker: list[str])
 def test_studies_share_what_they_have_in_common(tmp_path: Path, worker: list[str]) -> None:
     run(study(), tmp_path / "a", jobs=1, units=tmp_path / "units")
     before = len(worker)
-    plan = describe(Matrix.of(study(name="b")), None, tmp_path / "units")["kinds"]
+    plan = describe(Matrix.of(study(name="b")), tmp_path / "b", tmp_path / "units")["kinds"]
     assert all(row["done"] == row["units"] for row in plan.values())
     levels = {"usual": {}, "short": {"train": ["stages.tune.steps=1"]}}
     other = study(name="b", axes={"length": axis(**levels)}, claims=[])
@@ -285,6 +283,9 @@ def test_figures_of_a_study_whose_answer_is_known(tmp_path: Path, worker: list[s
     assert claim["verdict"] == AGREES and results["comparisons"] == 2
     page = (tmp_path / "out" / "report.html").read_text()
     assert "longer is better" in page and "agrees" in page and "Does longer tuning help?" in page
+    assert "stages.tune.steps=4" in page and "the mean of usual and longer" in page, (
+        "levels that say nothing of themselves"
+    )
 
 
 def test_how_much_is_said_is_a_measure_too(tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,14 +425,27 @@ def test_a_study_is_taught_and_examined_in_processes_and_goes_on_after_a_kill(
 
 
 def test_the_command_line_tells_what_it_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(["study", "list"]) == 0 and "prismatic/one-stage" in capsys.readouterr().out
+    assert command(["study", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "prismatic/one-stage" in listed and max(map(len, listed.splitlines())) <= 80
     assert command(["study", "run", "prismatic/one-stage", "-o", str(tmp_path / "x"), "--dry-run", "seeds=[0,1]"]) == 0
     said = capsys.readouterr().out
-    assert "6 models, seeds 0, 1" in said and "min" in said and not (tmp_path / "x").exists()
+    assert "6 models, seeds 0, 1" in said and "about" in said and "less than a minute of one core" in said
+    assert "about 0 min" not in said and not (tmp_path / "x").exists()
     assert command(["study", "run", "prismatic/one-stge", "--dry-run"]) == 2
     assert "prismatic/one-stage" in capsys.readouterr().err
     assert command(["study", "run", "prismatic/one-stage", "--command", "srun", "--dry-run"]) == 2
     assert "write {} there" in capsys.readouterr().err
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.txt").touch()
+    line = ["study", "run", "prismatic/one-stage", "--dry-run", "-o"]
+    assert command([*line, str(tmp_path / "x")]) == 2 and "thesis.txt" in capsys.readouterr().err
+    assert command([*line, str(tmp_path / "x" / "thesis.txt")]) == 2 and "is a file" in capsys.readouterr().err
+    write_json(tmp_path / "y" / "study.json", {"name": "another"})
+    assert command([*line, str(tmp_path / "y")]) == 2 and "holds the study 'another'" in capsys.readouterr().err
+    no_such = "axes.stages.levels.one.train=[model.vision.tower=world/towre]"
+    assert command([*line, str(tmp_path / "z"), no_such]) == 2
+    assert "cannot run" in (said := capsys.readouterr().err) and "world/towre" in said and not (tmp_path / "z").exists()
     assert command(["study", "report", str(tmp_path)]) == 3 and "holds no study" in capsys.readouterr().err
 
 

@@ -144,6 +144,7 @@ def test_contents_count_copies_by_scene() -> None:
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_continued_it_redoes_nothing_and_ends_with_the_same_figures(out: Path, tmp_path: Path) -> None:
     plan = replace(TINY, arms=("coreset", "random"))
     killed = tmp_path / "out"

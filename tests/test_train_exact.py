@@ -243,7 +243,9 @@ def test_whatever_call_of_a_state_s_writing_fails_one_can_be_loaded(tmp_path: Pa
     assert each_call(tmp_path, work, check, act) >= 12
 
 
-@pytest.mark.parametrize("act", [FULL, BROKEN, dies], ids=["full", "broken", "kill -9"])
+@pytest.mark.parametrize(
+    "act", [FULL, BROKEN, pytest.param(dies, marks=pytest.mark.slow)], ids=["full", "broken", "kill -9"]
+)
 def test_whatever_call_of_a_model_s_writing_fails_the_old_one_stays(tmp_path: Path, act: Act) -> None:
     vlm = fakes.tiny_vlm()
     folder = tmp_path / "at" / "model"

@@ -163,6 +163,7 @@ def test_an_order_that_needs_two_kinds_says_so(data: Path, tmp_path: Path) -> No
         train(train_fakes.recipe(data, order="tinyllava"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(data: Path, tmp_path: Path) -> None:
     recipe = train_fakes.recipe(data)
     train(recipe, tmp_path / "one")

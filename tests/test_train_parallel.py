@@ -364,7 +364,8 @@ def test_a_worker_that_is_killed_while_it_holds_a_share_is_named(
 
 
 @pytest.mark.parametrize(
-    ("kind", "shard"), [pytest.param("ddp", "all", marks=pytest.mark.slow), ("fsdp", "all"), ("fsdp", 2)]
+    ("kind", "shard"),
+    [*(pytest.param(kind, "all", marks=pytest.mark.slow) for kind in ("ddp", "fsdp")), ("fsdp", 2)],
 )
 def test_four_ranks_teach_what_one_teaches(
     groups: Groups, recipe: TrainRecipe, one: Path, tmp_path: Path, kind: str, shard: int | str

@@ -272,6 +272,7 @@ def workers(mark: str) -> set[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.slow
 def test_a_lost_worker_fails_the_leader_and_a_lost_leader_ends_its_workers(
     recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,8 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
           after a power cut the file may be short. For large files that can be made again, whose size is checked.
 
     Raises:
-        OSError: the disk's own fault (full, read-only). At any error of the block the temporary file is removed.
+        OSError: the disk's own fault (full, read-only), with the file's name. At any error of the block the temporary
+            file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +127,23 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        _name_file(error, path)
         raise
     if sync:
         sync_folder(path.parent)
+
+
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Faults that only writing meets."""
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """The system does not say into which file a write failed; whoever mends it wants to know."""
+    if isinstance(error, OSError) and error.errno in _WRITING and error.filename is None:
+        error.filename = str(path)
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -259,6 +271,9 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
     try:
         while line:
             line = line[os.write(handle, line) :]
+    except OSError as error:
+        _name_file(error, path)
+        raise
     finally:
         os.close(handle)
 
@@ -491,6 +506,27 @@ def _fixed(free: Collection[str], *recipes: Mapping[str, Any]) -> list[dict[str,
     return [{key: value for key, value in recipe.items() if key not in free} for recipe in recipes]
 
 
+def kept_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that a run wrote into its folder. DataError where the file is damaged."""
+    import yaml
+
+    file = folder / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(file.read_text("utf-8"))
+        if isinstance(recipe, dict):
+            return recipe
+        why = "it holds no fields"
+    except UnicodeDecodeError as fault:
+        why = f"not UTF-8 text (byte {fault.start})"
+    except yaml.YAMLError as fault:
+        mark = getattr(fault, "problem_mark", None)
+        why = "not YAML" + (f" at line {mark.line + 1}, column {mark.column + 1}" if mark else "")
+    raise DataError(
+        f"{file} is damaged: {why}. The run wrote it and needs it to go on: bring it back from a copy, or name another "
+        "folder with -o and begin anew"
+    )
+
+
 class RunFolder:
     """A folder that one command fills: its resolved recipe, what it ran on, its metrics, and which steps are done.
 
@@ -515,6 +551,7 @@ class RunFolder:
         Raises:
             RecipeError: the folder holds another kind of run, another recipe (the text names every field that
                 differs), or files that are no run.
+            DataError: the recipe in it is damaged.
             EnvironmentFault: another process is writing in it, or it may not be written.
         """
         import yaml
@@ -527,8 +564,7 @@ class RunFolder:
         recipe_file = path / "recipe.yaml"
         fresh = not any(item.name != ".lock" for item in path.iterdir())
         if recipe_file.exists():
-            there = yaml.safe_load(recipe_file.read_text("utf-8"))
-            cls._check_same(path, kind, *_fixed(free, there, wanted))
+            cls._check_same(path, kind, *_fixed(free, kept_recipe(path), wanted))
         else:
             # environment.json alone is what a kill between the two writes below leaves: no stranger.
             known = {"environment.json"}
@@ -546,13 +582,10 @@ class RunFolder:
     @classmethod
     def peek(cls, path: str | Path, kind: str, recipe: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
         """Which steps are done in a folder, without opening it. RecipeError where `open` would refuse the recipe."""
-        import yaml
-
         path = Path(path)
         if not (path / "recipe.yaml").exists():
             return []
-        there = yaml.safe_load((path / "recipe.yaml").read_text("utf-8"))
-        cls._check_same(path, kind, *_fixed(free, there, json.loads(_dumps(recipe))), look=True)
+        cls._check_same(path, kind, *_fixed(free, kept_recipe(path), json.loads(_dumps(recipe))), look=True)
         return sorted(mark.stem for mark in (path / "done").glob("*.json"))
 
     @classmethod
@@ -565,7 +598,7 @@ class RunFolder:
         if not (path / "recipe.yaml").exists():
             return []
         claim(path)
-        there, wanted = yaml.safe_load((path / "recipe.yaml").read_text("utf-8")), json.loads(_dumps(recipe))
+        there, wanted = kept_recipe(path), json.loads(_dumps(recipe))
         cls._check_same(path, kind, there, there, look=True)
         if lines := differences(*_fixed(free, there, wanted)):
             atomic_write(path / "recipe.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True, width=120))

@@ -50,7 +50,7 @@ def serve(
     allow_domain: Annotated[
         list[str] | None, typer.Option(help="A host that images may be fetched from; by default none are.")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="Bound for answering, beside the weights: 2GB, 500MB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="What may be held for answers, beside the weights: 2GB.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto (bf16 where native), fp32, bf16.")] = "auto",
     load_in: LoadIn = None,

@@ -62,6 +62,11 @@ def _explain_os(error: OSError) -> tuple[int, str]:
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentFault.exit_code, f"the disk is full{where}. Free some space and run the same command again."
+    if error.errno == errno.EFBIG:
+        return EnvironmentFault.exit_code, (
+            f"the file would be larger than may be written here{where}. `ulimit -f` and the disk's file system say how "
+            "large that is; raise it, or name another folder with -o."
+        )
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)) and error.filename:
         return DataError.exit_code, f"{(error.strerror or 'not usable').lower()}{where}"
     if isinstance(error, FileExistsError) and error.filename:

@@ -33,8 +33,8 @@ def study_list(json: Json = False) -> None:
     for name in names("studies"):
         one = read(name)
         found.append({"name": name, "title": one.title, "models": len(cells(one)), "axes": list(one.axes)})
-    text = "\n".join(f"{row['name']:<32} {row['title']} ({row['models']} models)" for row in found)
-    tell(json, {"studies": found}, text)
+    lines = [line for row in found for line in (f"{row['name']}  ({row['models']} models)", f"  {row['title']}")]
+    tell(json, {"studies": found}, "\n".join(lines))
 
 
 @verb("run", "leveret.study.runner", group=study)
@@ -64,7 +64,7 @@ def study_run(
             raise RecipeError(f"--command {command!r}: nothing says where a piece's own command goes; write {{}} there")
         if dry_run:
             matrix = Matrix.of(one)
-            facts = describe(matrix, place if (place / "study.json").exists() else None, units)
+            facts = describe(matrix, place, units)
         else:
             results = run(one, place, jobs=jobs, command=command, keep=keep, units=units)
     if dry_run:
@@ -78,19 +78,22 @@ def study_run(
 
 def _study_plan(facts: dict[str, Any], jobs: int | None) -> str:
     """What a study would do, in lines."""
+    from leveret.study.costs import minutes
+
     lines = [f"{facts['study']}: {len(facts['cells'])} models, seeds {', '.join(map(str, facts['seeds']))}"]
     lines += [f"  {name}: {', '.join(levels)}" for name, levels in facts["axes"].items()]
     for kind, row in facts["kinds"].items():
         shared = f", shared: {row['alone']} without" if row["alone"] > row["units"] else ""
         done = f", {row['done']} done" if row["done"] else ""
-        time = f"; about {row['seconds'] / 60:.0f} min of one core" if facts["timed"] else ""
-        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}{time}")
+        told = facts["timed"] and row["done"] < row["units"]
+        left = f"; {minutes(row['seconds'])} of one core" if told else ""
+        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}{left}")
     at_once = jobs or facts["cores"]
     if not facts["timed"]:
         return "\n".join([*lines, "how long that takes is told here when one piece of each kind is done"])
     lines.append(
-        f"about {facts['seconds'] / 60 / at_once:.0f} min, {at_once} at once "
-        f"({facts['without_sharing'] / 60 / at_once:.0f} min if nothing were shared nor done)"
+        f"{minutes(facts['seconds'] / at_once)}, {at_once} at once "
+        f"({minutes(facts['without_sharing'] / at_once)} if nothing were shared nor done)"
     )
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from leveret.condense.npy import Arrays
 from leveret.condense.rows import Array, Ints
 from leveret.runs import atomic_write
 
@@ -120,8 +121,8 @@ def save(path: Path, columns: dict[str, Array | Ids]) -> None:
 
 def load(path: Path, *names: str) -> list[Any]:
     """Some columns of a part; the others are not read."""
-    with np.load(path, allow_pickle=False) as file:
+    with Arrays(path) as file:
         return [
-            Ids(file[f"{name}.blob"], file[f"{name}.ends"]) if f"{name}.blob" in file.files else file[name]
+            Ids(file[f"{name}.blob"], file[f"{name}.ends"]) if f"{name}.blob" in file.names else file[name]
             for name in names
         ]

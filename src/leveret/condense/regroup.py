@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from leveret.condense.columns import Ids, load, order_of, save
+from leveret.condense.npy import Arrays
 from leveret.condense.rows import Array, Ints, similarities, spans
 from leveret.condense.screen import Nearest
 from leveret.condense.shards import Shard
@@ -99,15 +100,15 @@ def _is_whole(run: Run, row_bytes: int) -> bool:
     """Whether a run is there with all its vectors, of which a power cut may leave fewer: they are not synced."""
     if not run.columns.exists():
         return False
-    with np.load(run.columns, allow_pickle=False) as file:
+    with Arrays(run.columns) as file:
         starts = {run.guests: "guest_starts"} | ({} if len(_place(file)) else {run.vectors: "starts"})
-        ends = {path: int(file[name][-1]) for path, name in starts.items() if name in file.files}
+        ends = {path: int(file[name][-1]) for path, name in starts.items() if name in file.names}
     return all(path.is_file() and path.stat().st_size == row_bytes * n for path, n in ends.items())
 
 
-def _place(file: Any) -> Ints:
+def _place(file: Arrays) -> Ints:
     """The column `place` of a run; an empty one where an earlier version wrote the run, which copied all vectors."""
-    found: Ints = file["place"] if "place" in file.files else np.zeros(0, np.int64)
+    found: Ints = file["place"] if "place" in file.names else np.zeros(0, np.int64)
     return found
 
 
@@ -169,7 +170,7 @@ def gather(bucket: Bucket, runs: Sequence[Run], parts: Sequence[Part], path: Pat
     source: list[Ints] = []
     before = 0
     for run, origin in zip(runs, parts, strict=True):
-        with np.load(run.columns, allow_pickle=False) as file:
+        with Arrays(run.columns) as file:
             s, place = file["starts"], _place(file)
         a, b = int(s[bucket.first]), int(s[bucket.last])
         if a == b:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from leveret.condense.npy import header
 from leveret.condense.rows import Array, Ints
 from leveret.runs import DataError
 
@@ -42,9 +43,7 @@ def open_npy(path: Path) -> Shard:
     """A `.npy` file of float16 or float32 rows. DataError says what else it is."""
     try:
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, by_columns, dtype = read(file)
+            shape, by_columns, dtype = header(file)
             offset = file.tell()
     except (OSError, ValueError) as fault:
         raise DataError(f"{path}: not a readable .npy file ({fault})") from None

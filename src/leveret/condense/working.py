@@ -22,6 +22,7 @@ import numpy as np
 
 from leveret.condense import ranks
 from leveret.condense.columns import Ids, load, save
+from leveret.condense.npy import Arrays
 from leveret.condense.rows import Array, Ints, spans
 from leveret.condense.shards import Shard, scattered
 
@@ -45,8 +46,8 @@ class Part:
 
     def names(self) -> list[str]:
         """Its columns."""
-        with np.load(self.path, allow_pickle=False) as file:
-            return list(dict.fromkeys(name.removesuffix(".blob").removesuffix(".ends") for name in file.files))
+        with Arrays(self.path) as file:
+            return list(dict.fromkeys(name.removesuffix(".blob").removesuffix(".ends") for name in file.names))
 
     def vectors(self, places: Ints | None = None, *, lent: bool = False) -> Array:
         """[n, width] as stored: of all rows, or of those at some places, in their order.

@@ -37,6 +37,7 @@ from leveret.runs import (
     RecipeError,
     RunFolder,
     atomic_write,
+    kept_recipe,
     read_jsonl,
     sha256_of,
     write_json,
@@ -231,11 +232,8 @@ def evaluate(
 def _open(out: str | Path, recipe: dict[str, Any]) -> RunFolder:
     """The folder of this examination. Tasks of the suite that were skipped before, or are now, change nothing in the
     others, so the folder goes on with them: it remembers the questions of all that were ever asked."""
-    file = Path(out) / "recipe.yaml"
-    if file.is_file():
-        import yaml
-
-        there = yaml.safe_load(file.read_text("utf-8"))
+    if (Path(out) / "recipe.yaml").is_file():
+        there = kept_recipe(Path(out))
         before, now = there.get("questions", {}), recipe["questions"]
         same = all(there.get(key) == recipe[key] for key in ("suite", "split", "model"))
         if same and before.keys() != now.keys() and all(before.get(task, now[task]) == now[task] for task in now):

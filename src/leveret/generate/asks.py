@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from leveret.generate.engine import Picture, Request
 from leveret.generate.past import Trace
 from leveret.generate.sampling import Sampling
+from leveret.runs import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,17 @@ class Full(Exception):
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after:.0f} seconds")
         self.retry_after = retry_after
+
+
+class NoRoom(DataError):
+    """A prompt and its answer need more memory than answers are allowed, however long they wait. In bytes."""
+
+    def __init__(self, prompt: int, limit: int, need: int, bound: int) -> None:
+        super().__init__(
+            f"the prompt of {prompt} tokens and an answer of {limit} need {need:,} bytes, and {bound:,} are allowed; "
+            "shorten them, or allow more memory"
+        )
+        self.need, self.bound = need, bound
 
 
 class Closed(Exception):

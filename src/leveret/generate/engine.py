@@ -100,8 +100,7 @@ class Engine:
         self.vlm = vlm.eval()
         self.max_new_tokens = max_new_tokens
         self.bf16 = resolve_precision(precision, vlm.device) == "bf16"
-        generation = getattr(vlm.language, "generation_config", None)
-        self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
+        self.stops = stops_of(vlm)
         self.eyes = Eyes(vlm, self.bf16, cache_bytes)
         usual = threads_for(vlm) if threads is None else threads
         alone = threads == 1 and vlm.device.type == "cpu" and not self.bf16
@@ -136,7 +135,7 @@ class Engine:
         self.plan = self.costs.plan(replies, self.most, self.kept, self.memory)
         if self.memory is not None:
             self.slots.follow(self.plan)
-            self.eyes.follow(self.plan)
+            self.eyes.keep(self.plan.features)
         number = {id(reply): place for place, reply in enumerate(replies)}
         predictions: list[Prediction | None] = [None] * len(replies)
         waiting = deque(self._order(replies))
@@ -329,10 +328,10 @@ class Eyes:
                 self._known[key] = picture = Picture(ref, key, (height, width))
         return picture, data
 
-    def follow(self, plan: Plan) -> None:
-        """Keep to a plan from now on."""
+    def keep(self, limit: int) -> None:
+        """Keep features within `limit` bytes from now on."""
         with self._lock:
-            self.shelf.shrink(plan.features)
+            self.shelf.shrink(limit)
 
     def forget(self) -> None:
         """Give back the features that are kept."""
@@ -402,6 +401,12 @@ class Eyes:
             return decode_image(read_bytes(ref))
         except ImageFault as fault:
             raise fault.at(str(ref)) from fault
+
+
+def stops_of(vlm: VLM) -> Stops:
+    """What ends an answer of a model: what its chat format says, and what the model was published with."""
+    generation = getattr(vlm.language, "generation_config", None)
+    return Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
 
 
 def common(rows: Sequence[Sequence[int]]) -> int:

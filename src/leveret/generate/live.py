@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeVar
 
-from leveret.generate.asks import Ask, Chance, Closed, Event, Full, Prepared, Told
+from leveret.generate.asks import Ask, Chance, Closed, Event, Full, NoRoom, Prepared, Told
 from leveret.generate.engine import Engine
 from leveret.generate.guests import Guest, smooth, spans_of, trace_of
 from leveret.generate.lanes import Lanes
@@ -29,7 +29,7 @@ from leveret.generate.sampling import Sampling
 from leveret.generate.text import Pieces, Stops, spelling
 from leveret.runs import DataError
 
-__all__ = ["Ask", "Chance", "Closed", "Event", "Full", "Live", "Prepared", "Sampling", "Ticket", "Told"]
+__all__ = ["Ask", "Chance", "Closed", "Event", "Full", "Live", "NoRoom", "Prepared", "Sampling", "Ticket", "Told"]
 
 PATIENCE = 0.05
 """Seconds that a prompt waits for others to join it in a pass, at most."""
@@ -81,6 +81,9 @@ class Live:
     waiting_tokens  tokens of their prompts, at most; None takes 131,072. The first in the queue is always taken.
     past            bytes of keys and values kept of earlier conversations; None takes the engine's `cache_bytes`.
     idle            called in the engine's thread, once, when there has been no work for `IDLE` seconds.
+
+    The engine's `memory` bounds all that is held for answers: an eighth of it is for earlier conversations, an eighth
+    for images, the rest for the answers in the making. What one pass computes comes on top.
     """
 
     def __init__(
@@ -96,9 +99,14 @@ class Live:
             raise DataError(f"waiting and waiting_tokens must be at least 1; got {waiting} and {waiting_tokens}")
         self._idle = idle
         self.engine, self.waiting, self.waiting_tokens = engine, waiting, waiting_tokens or 2**17
+        kept, rows = engine.kept, engine.memory
+        if rows is not None:
+            kept = min(kept, rows // 8)
+            rows -= 2 * kept
+            engine.eyes.keep(kept)
         self.lanes = Lanes(
             engine.vlm, engine.most, engine.eyes.features, engine.stops, bf16=engine.bf16, threads=engine.threads,
-            past=engine.kept if past is None else past, memory=engine.memory, relieve=engine.eyes.forget,
+            past=kept if past is None else past, memory=rows, relieve=engine.eyes.forget,
         )  # fmt: skip
         self._door = threading.Condition()  # guards everything down to `_reading`
         self._state: Running = "open"
@@ -122,8 +130,8 @@ class Live:
     def prepare(self, ask: Ask) -> Prepared:
         """Encode a prompt; read, check and resize its images.
 
-        Raises DataError when it cannot be answered (see `Engine.answer`), or never would find room, and ImageFault
-        when an image is refused.
+        Raises DataError when it cannot be answered (see `Engine.answer`), NoRoom when it never would find room, and
+        ImageFault when an image is refused.
         """
         if ask.logprobs is not None and not 0 <= ask.logprobs <= MOST_LOGPROBS:
             raise DataError(f"logprobs: got {ask.logprobs}; allowed are 0 to {MOST_LOGPROBS} alternatives")
@@ -133,10 +141,7 @@ class Live:
         with self._reading:
             reply = self.engine.reply(ask.request, seen.__getitem__)
         if (need := self.lanes.need(len(reply.ids) + reply.limit)) > self.lanes.bound:
-            raise DataError(
-                f"the prompt of {len(reply.ids)} tokens and an answer of {reply.limit} need {need:,} bytes, and "
-                f"{self.lanes.bound:,} are allowed; shorten them, or allow more memory"
-            )
+            raise NoRoom(len(reply.ids), reply.limit, need, self.lanes.bound)
         pictures = tuple(seen[ref] for ref in ask.request.images)
         counts = [self.engine.vlm.spec.count(*picture.size) for picture in pictures]
         return Prepared(

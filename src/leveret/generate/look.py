@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from leveret.generate.engine import Eyes
+from leveret.generate.engine import Eyes, stops_of
 from leveret.generate.gaze import watched
 from leveret.generate.looked import SHARES, Look, Near, Read, Token, split_words
 from leveret.generate.model import Model, reference
 from leveret.generate.slots import Reply, Slots
-from leveret.generate.text import BROKEN, Detokenizer, Stops, decode
-from leveret.inputs.chat import encode, find_chat
+from leveret.generate.text import BROKEN, Detokenizer, decode
+from leveret.inputs.chat import encode
 from leveret.model.language import reach
 from leveret.model.places import canvases
 from leveret.model.precision import resolve_precision
@@ -88,8 +88,7 @@ class _Seen:
         self.vlm, self.bf16, self.eyes = vlm, bf16, eyes
         self.pictures = [eyes.name(ref) for ref in refs]  # held: the engine knows an image while somebody does
         self.keys, self.sizes = tuple(one.key for one in self.pictures), [one.size for one in self.pictures]
-        generation = getattr(vlm.language, "generation_config", None)
-        self.stops = Stops.of(find_chat(vlm.chat).stop, vlm.tokenizer, getattr(generation, "eos_token_id", None))
+        self.stops = stops_of(vlm)
 
     def own(self, turns: Sequence[Turn], limit: int) -> tuple[list[int], list[bool], int]:
         """The prompt and the model's own answer: ids, image mask, and where the answer begins."""

@@ -13,7 +13,7 @@ import torch
 from leveret.generate.engine import Engine, Request
 from leveret.images import ImageFault
 from leveret.model import fewbits
-from leveret.model.precision import Precision, pick_device
+from leveret.model.precision import Precision, pick_device, resolve_precision
 from leveret.model.source import load as load_vlm
 from leveret.model.vlm import VLM
 from leveret.own import allow
@@ -30,12 +30,20 @@ class Model:
     """A vision-language model and the engine that answers with it.
 
     vlm     the network, its tokenizer and its chat format.
-    engine  for many questions at once.
+    engine  for many questions at once; the other arguments are its own.
     """
 
-    def __init__(self, vlm: VLM, *, precision: Precision = "auto") -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        precision: Precision = "auto",
+        slots: int = 64,
+        max_new_tokens: int = 64,
+        memory: int | None = None,
+    ) -> None:
         self.vlm = vlm
-        self.engine = Engine(vlm, precision=precision)
+        self.engine = Engine(vlm, slots=slots, max_new_tokens=max_new_tokens, precision=precision, memory=memory)
 
     def ask(self, image: Picture, question: str, max_new_tokens: int = 64) -> str:
         """The likeliest answer to one question, about an image or (None) about none.
@@ -74,6 +82,9 @@ def load(
     precision: Precision = "auto",
     load_in: str | None = None,
     own: str | Path | Sequence[str | Path] = (),
+    slots: int = 64,
+    max_new_tokens: int = 64,
+    memory: int | None = None,
 ) -> Model:
     """The model in a model folder, in the folder of a finished run, or of the hub.
 
@@ -82,10 +93,11 @@ def load(
     load_in "8bit" or "4bit": the language model's layers in so few bits, on a GPU, through bitsandbytes
             (`model.fewbits`); None keeps weights as they were saved.
     own     Python files that parts of the model are built by: they may run.
+    slots, max_new_tokens, memory: of the engine (`generate.engine.Engine`).
 
     Raises DataError when there is no readable model, or a part of it is built by a file that was not named;
     EnvironmentFault when the device is not there, few bits cannot be had or the hub cannot be asked; RecipeError for
-    another `load_in`.
+    another `load_in` or `precision`, before anything is loaded.
     """
     allow(own, "own")
     device, bits = pick_device(device), fewbits.bits_of(load_in)
@@ -96,14 +108,13 @@ def load(
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).strip().splitlines()[0]
         raise EnvironmentFault(f"device {device!r} cannot be used ({reason}); try auto or cpu") from fault
-    if bits is not None:
-        return Model(fewbits.put(load_vlm(path, "cpu"), bits, device), precision=precision)
-    vlm = load_vlm(path, device)
+    resolve_precision(precision, device)
+    vlm = load_vlm(path, device) if bits is None else fewbits.put(load_vlm(path, "cpu"), bits, device)
     if vlm.device.type == "cpu" and vlm.dtype == torch.float16:
         vlm.cast(torch.float32)  # on a CPU bf16 autocast takes no halves, and without it they are emulated
     if vlm.device.type == "mps" and vlm.dtype == torch.bfloat16:
         vlm.cast(torch.float16)  # which every version of macOS computes in
-    return Model(vlm, precision=precision)
+    return Model(vlm, precision=precision, slots=slots, max_new_tokens=max_new_tokens, memory=memory)
 
 
 def opening(image: Picture, question: str) -> tuple[tuple[ImageRef, ...], tuple[Turn, ...]]:

@@ -58,6 +58,7 @@ class Answers:
     tickets: list[Ticket] = field(default_factory=list)
     queue: asyncio.Queue[tuple[int, Event | None]] = field(default_factory=asyncio.Queue)
     ended: dict[int, Event] = field(default_factory=dict)
+    _begun: float = field(init=False, default=0.0)
 
     def submit(self) -> None:
         """Hand all to the engine, or none. Raises what `Live.submit` raises."""
@@ -78,8 +79,6 @@ class Answers:
             self.leave()
             raise
         self.prepared = ()  # the pictures in them are the engine's now
-
-    _begun: float = 0.0
 
     def leave(self) -> None:
         """No more of it is wanted. Harmless where all has ended."""

@@ -160,12 +160,15 @@ class Service:
         except (Gone, Refusal):
             raise
         except Exception as fault:
-            refusal = of_fault(fault, visit.id)
-            if refusal.status >= 500:
-                raise  # the guard writes it down
-            raise refusal from None
+            raise told(fault, visit.id) from None
         finally:
             watch.cancel()
+
+
+def told(fault: Exception, request_id: str) -> Exception:
+    """What to raise for a fault: a Refusal, or, of our own mistakes, the fault itself, which is then written down."""
+    refusal = of_fault(fault, request_id)
+    return fault if refusal.status == 500 else refusal
 
 
 def checked(kind: type[Body], body: bytes) -> Body:
@@ -274,10 +277,7 @@ def build(service: Service, *, token: bool = False) -> FastAPI:
             try:
                 answers.submit()
             except Exception as fault:
-                refusal = of_fault(fault, visit.id)
-                if refusal.status == 500:
-                    raise
-                raise refusal from None
+                raise told(fault, visit.id) from None
             if answers.request.stream:
                 return Stream(answers)
             return JSONResponse(await whole(answers, request.receive))

@@ -88,7 +88,7 @@ class Visit:
 class Door:
     """Who may come in.
 
-    hosts   names that the Host header may have beside addresses of this machine; None: any (see `hosts_for`).
+    hosts   names that the Host header may have beside addresses of this machine; None: any (see `run.Where.names`).
     token   what `Authorization: Bearer` must carry where there is one.
     """
 

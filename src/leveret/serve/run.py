@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leveret.runs import DataError, RecipeError, in_bytes
+from leveret.runs import DataError, EnvironmentFault, RecipeError, in_bytes
 
 TOKEN = "LEVERET_TOKEN"
 """The environment variable that holds the token clients must send. Never on the command line: others read that."""
@@ -99,7 +99,7 @@ def serve(
     name      what clients call the model; by default its folder's name.
     domains   hosts that pictures may be fetched from; by default none are fetched.
     slots     answers made at once.
-    memory    bytes that answering may take beside the weights; None puts no bound on it.
+    memory    bytes that may be held for answers beside the weights (see `Live`); None takes what is free.
     load_in   the language model in few bits, as `leveret.load` takes it.
     json_line put one JSON line on stdout when it is ready: url, pid, model, seconds.
     begun     `time.perf_counter()` when the command began; for the time that is told.
@@ -109,6 +109,11 @@ def serve(
     """
     begun = time.perf_counter() if begun is None else begun
     where = where or Where()
+    from leveret.serve.limits import Limits
+    from leveret.serve.pictures import Rules
+
+    limits = limits or Limits()
+    rules = Rules(tuple(domains), max_pixels=limits.pixels)  # a value that means nothing is told before all else
     # Kernels are compiled for each shape and kept, by a thousand and more, half a megabyte each in bf16; clients send
     # every length there is. Read when torch is imported.
     for name_of_cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
@@ -122,19 +127,14 @@ def serve(
         _say(f"loading {model} ...")
         import transformers  # noqa: F401  (so that its time is counted among the imports)
 
-        from leveret.generate.engine import Engine
         from leveret.generate.model import load
         from leveret.serve.app import Service
-        from leveret.serve.limits import Limits
-        from leveret.serve.pictures import Rules
 
         imported = time.perf_counter()
-        limits = limits or Limits()
-        rules = Rules(tuple(domains), max_pixels=limits.pixels)
-        loaded = load(model, device, precision=precision, load_in=load_in)
-        loaded.engine = Engine(
-            loaded.vlm, slots=slots, max_new_tokens=limits.answer_tokens, precision=precision, memory=memory
-        )
+        loaded = load(
+            model, device, precision=precision, load_in=load_in,
+            slots=slots, max_new_tokens=limits.answer_tokens, memory=memory,
+        )  # fmt: skip
         service = Service(loaded, name or name_of(model), limits, rules)
         try:
             try_out(service)
@@ -171,13 +171,14 @@ def name_of(model: str | Path) -> str:
 
 def try_out(service: Any) -> None:
     """One token about one grey picture: who says `ready` has answered once, and the first client need not wait for what
-    is only done once. DataError when the model cannot answer."""
+    is only done once. DataError when the model cannot answer, RecipeError or EnvironmentFault when not even this has
+    room in memory."""
     from io import BytesIO
 
     from PIL import Image
 
     from leveret.generate.engine import Request
-    from leveret.generate.live import Ask, Event
+    from leveret.generate.live import Ask, Event, NoRoom
     from leveret.generate.model import reference
     from leveret.records import IMAGE_MARK, Turn
 
@@ -194,7 +195,14 @@ def try_out(service: Any) -> None:
             done.set()
 
     ask = Ask(Request("", (ref,), (Turn("user", f"{IMAGE_MARK}\n?"),), max_new_tokens=1))
-    service.live.submit(service.live.prepare(ask), hear)
+    try:
+        prepared = service.live.prepare(ask)
+    except NoRoom as lack:
+        least = f"a short answer needs {in_bytes(lack.need)} beside the weights, and {in_bytes(lack.bound)} are"
+        if service.model.engine.memory is None:
+            raise EnvironmentFault(f"{least} what is free here for answers; end other programs") from None
+        raise RecipeError(f"{least} what --memory leaves for answers; give it more, such as 1GB") from None
+    service.live.submit(prepared, hear)
     done.wait()
     if (fault := last[0].fault) is not None:
         raise fault
@@ -213,6 +221,7 @@ class Running:
     line: socket.socket
     server: Any = field(init=False)
     url: str = field(init=False)
+    _asked: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         import uvicorn
@@ -330,8 +339,6 @@ class Running:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    _asked: bool = False
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------

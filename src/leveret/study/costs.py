@@ -48,6 +48,11 @@ def seconds(plan: Plan, cells: Collection[Cell]) -> dict[str, float]:
     }
 
 
+def minutes(seconds: float) -> str:
+    """A time for people, who plan with no finer ones."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 60 else "less than a minute"
+
+
 def outline(plan: Plan, done: Collection[str] = ()) -> str:
     """The cells of a plan, what they share, and about how many minutes those that are not `done` take."""
     cells = plan.cells()
@@ -62,9 +67,10 @@ def outline(plan: Plan, done: Collection[str] = ()) -> str:
         f"each arm's {plan.budget:,} pairs are chosen once for all measures, and aligned on once for loss and suite.",
     ]
     parts = seconds(plan, left)
-    minutes = ", ".join(f"{name} {value / 60:.0f}" for name, value in parts.items() if value)
+    each = ", ".join(f"{name} {value / 60:.0f}" for name, value in parts.items() if value >= 30)
     room = len(worlds) * ((plan.web + plan.tune) * PICTURE + len(plan.arms) * LEARNED)
-    told.append(f"About {sum(parts.values()) / 60:.0f} min on 2 quiet cores{f' ({minutes})' if minutes else ''}.")
+    whole = minutes(sum(parts.values()))
+    told.append(f"{whole[0].upper()}{whole[1:]} on 2 quiet cores{f' ({each})' if each else ''}.")
     told.append(f"About {room:.1f} GB of disk while it runs.")
     return "\n".join(told)
 
@@ -75,9 +81,9 @@ def _rounds(plan: Plan, left: Collection[Cell]) -> list[str]:
     names = {cell.name for cell in left}
     for question, cells in plan.rounds().items():
         before += [cell for cell in cells if cell.name in names]
-        minutes = (sum(seconds(plan, before).values()) - spent) / 60
-        spent += 60 * minutes
-        lines += [f"{question}: about {minutes:.0f} min", *_measures(cells)]
+        total = sum(seconds(plan, before).values())
+        lines += [f"{question}: {minutes(total - spent)}", *_measures(cells)]
+        spent = total
     return lines
 
 

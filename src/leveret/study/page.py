@@ -12,6 +12,7 @@ from leveret import pages
 from leveret.evaluate.radar import radar
 from leveret.runs import atomic_write, write_json
 from leveret.study.figures import AGREES, DISAGREES, MISSING, gather, pareto
+from leveret.study.files import Level
 from leveret.study.runner import Folder, Matrix
 
 Row = Mapping[str, Any]
@@ -65,7 +66,7 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
     rows = [
         [
             f"{level} (base)" if level == base else level,
-            row["about"],
+            row["about"] or _changes(matrix.study.axes[name].levels[level]),
             _value(row),
             _difference(row["difference"]),
             _p(row["difference"]),
@@ -108,6 +109,16 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
         body.append(pages.table(by_task, ["task", *more], caption="By kind of question."))
         body.append(_radar(known, tasks, matrix))
     return pages.Section(name, body, axis["question"])
+
+
+def _changes(level: Level) -> str:
+    """What a level is that says nothing of itself: what it changes of the base."""
+    if level.average is not None:
+        return f"the mean of {' and '.join(level.average.levels)}"
+    told = [*level.train, *(f"world.{key}={value}" for key, value in level.world.items())]
+    if level.choose is not None:
+        told.append(f"pairs chosen by {' '.join([level.choose.recipe, *level.choose.set])}")
+    return ", ".join(told) or "as the study has it"
 
 
 def _radar(known: Row, tasks: list[str], matrix: Matrix) -> Markup:

@@ -84,7 +84,9 @@ class Matrix:
         from leveret.model.recipe import ModelRecipe
 
         faults: dict[str, None] = {}
-        models = {json.dumps(unit.settings["recipe"]["model"]): unit for unit in self.units.values() if _teaches(unit)}
+        models = {
+            json.dumps(unit.settings["recipe"]["model"]): unit for unit in self.units.values() if unit.kind == "teach"
+        }
         for unit in models.values():
             try:
                 build_meta(ModelRecipe.model_validate(unit.settings["recipe"]["model"]))
@@ -106,10 +108,6 @@ class Matrix:
         return counts
 
 
-def _teaches(unit: Unit) -> bool:
-    return unit.kind == "teach"
-
-
 @dataclass
 class Folder:
     """A study's folder. units: where its units lie, if not in it."""
@@ -128,34 +126,42 @@ class Folder:
         found: dict[str, Any] | None = read_json(self.unit(id) / "done.json") if self.is_done(id) else None
         return found
 
-    def open(self, matrix: Matrix) -> None:
-        """Begin the folder, or go on in it: with the same study, or one of that name that grew or changed."""
-        mark = self.path / "study.json"
-        if self.path.is_dir() and not mark.exists():
+    @property
+    def _mark(self) -> Path:
+        return self.path / "study.json"
+
+    def check(self, study: StudyRecipe) -> None:
+        """RecipeError where the folder is none for this study: it holds another, something else, or other units. Writes
+        nothing."""
+        if self._mark.exists():
+            if (there := read_json(self._mark)["name"]) != study.name:
+                raise RecipeError(f"{self.path} holds the study {there!r}, not {study.name!r}; name another with -o")
+        elif self.path.is_dir():
             if strangers := sorted(item.name for item in self.path.iterdir() if item.name[0] != "."):
                 raise RecipeError(
                     f"{self.path} is not empty and holds no study (it holds {', '.join(strangers[:5])}); name a new or "
                     "empty folder with -o"
                 )
-        claim(self.path)
-        if mark.exists() and (there := read_json(mark)["name"]) != matrix.study.name:
-            raise RecipeError(f"{self.path} holds the study {there!r}, not {matrix.study.name!r}; name another with -o")
-        if self.units is not None:
-            self._link(self.units.resolve())
-        write_json(self.path / "units.json", {id: unit.plain() for id, unit in matrix.units.items()})
-        write_json(mark, dump(matrix.study))
-
-    def _link(self, units: Path) -> None:
-        """`units` where processes that make one look for it. RecipeError where others are there already."""
+        elif self.path.exists():
+            raise RecipeError(f"{self.path} is a file, and a study fills a folder; name another with -o")
         here = self.path / "units"
-        if here.is_symlink() or here.exists():
-            if here.resolve() != units:
-                raise RecipeError(
-                    f"{here} is there already and is not {units}; leave --units out, or name another folder with -o"
-                )
-            return
-        units.mkdir(parents=True, exist_ok=True)
-        here.symlink_to(os.path.relpath(units, self.path.resolve()), target_is_directory=True)
+        if self.units is not None and os.path.lexists(here) and here.resolve() != self.units.resolve():
+            raise RecipeError(
+                f"{here} is there already and is not {self.units}; leave --units out, or name another folder with -o"
+            )
+
+    def open(self, matrix: Matrix) -> None:
+        """Begin the folder, or go on in it: with the same study, or one of that name that grew or changed."""
+        self.check(matrix.study)
+        claim(self.path)
+        write_json(self._mark, dump(matrix.study))  # first: what else is here is then known to be a study's
+        if self.units is not None and not os.path.lexists(self.path / "units"):
+            # Processes that make one look for it here.
+            self.units.mkdir(parents=True, exist_ok=True)
+            (self.path / "units").symlink_to(
+                os.path.relpath(self.units.resolve(), self.path.resolve()), target_is_directory=True
+            )
+        write_json(self.path / "units.json", {id: unit.plain() for id, unit in matrix.units.items()})
 
 
 def make(path: Path, id: str) -> dict[str, Any]:
@@ -438,14 +444,17 @@ def reopen(path: str | Path) -> tuple[Folder, Matrix]:
     return Folder(Path(path)), Matrix.of(StudyRecipe.model_validate(read_json(mark)))
 
 
-def describe(matrix: Matrix, out: str | Path | None = None, units: str | Path | None = None) -> dict[str, Any]:
+def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -> dict[str, Any]:
     """What `run` would do: the cells, the units, what is shared and done, and about how long it takes (`timed`:
-    whether that was measured, on the drawn world or in this folder). Writes nothing."""
+    whether that was measured, on the drawn world or in this folder). Refuses what `run` would refuse before it begins,
+    with its RecipeError, and writes nothing."""
     from leveret.study.costs import sort_of, unit_seconds
 
-    folder = Folder(Path(out or "."), None if units is None else Path(units))
+    folder = Folder(Path(out), None if units is None else Path(units))
+    folder.check(matrix.study)
+    matrix.check()
     users, order = matrix.users(), matrix.order()
-    done = {id for id in order if (out or units) is not None and folder.is_done(id)}
+    done = {id for id in order if folder.is_done(id)}
     costs = unit_seconds(matrix.units, folder)
     kinds: dict[str, dict[str, Any]] = {}
     for id in order:

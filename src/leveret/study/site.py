@@ -17,6 +17,11 @@ SCORER = "world/scorer"
 """Judges every pair. It learned from another noisy draw of the web (its card says so), never from a pool it judges."""
 
 
+def web_records(world: Path) -> dict[str, dict[str, Any]]:
+    """The pairs of a drawn web by id, prompt and all: what chooses pairs by embeddings knows only their ids."""
+    return {record["id"]: record for record in read_json(world / "web.json")}
+
+
 @dataclass(frozen=True)
 class Site:
     """A world of one (strength, seed) in a folder of its own.
@@ -60,7 +65,7 @@ class Site:
     @cached_property
     def records(self) -> dict[str, dict[str, Any]]:
         """The web's pairs as they are recorded, by id, in their order."""
-        return {record["id"]: record for record in read_json(self.world / "web.json")}
+        return web_records(self.world)
 
     @cached_property
     def truth(self) -> dict[str, dict[str, Any]]:

@@ -20,13 +20,13 @@ from typing import Any
 
 from leveret.runs import read_json, sha256_of, write_json
 from leveret.study.files import Cell, Choose, StudyRecipe
+from leveret.study.site import SCORER, web_records
 
 VERSION = 1
 """Of the way units are made; another one finds none of the old."""
 WEB, CORESET, DRAWN = "web.json", "world/coreset.json", "world/"
 """Data of a stage that begin with DRAWN are files of the drawn world; CORESET is the cell's own choice."""
 
-SCORER = "world/scorer"
 SCORER_FILE = "world/weights/scorer.safetensors"
 
 
@@ -194,9 +194,7 @@ def _choose(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[st
     place.mkdir(parents=True, exist_ok=True)
     write_json(recipe, settings["recipe"])  # JSON is YAML
     out = condense(inputs["embeddings"] / "embeddings", place / "coreset", str(recipe), images=world)
-    chosen = read_json(out / "coreset.json")
-    # Embeddings know nothing of conversations: the web's own records, prompt and all.
-    records = {record["id"]: record for record in read_json(world / WEB)}
+    chosen, records = read_json(out / "coreset.json"), web_records(world)
     write_coreset([records[record["id"]] for record in chosen], place / "pairs.json")
     return {"kept": len(chosen)}
 

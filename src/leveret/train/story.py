@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leveret.runs import DataError, RecipeError, is_held, read_json, read_jsonl
+from leveret.runs import DataError, RecipeError, is_held, kept_recipe, read_json, read_jsonl
 
 RECENT = 50
 """Steps that the present speed is told from."""
@@ -115,8 +115,6 @@ def _trains(environment: Path) -> bool:
 
 def read(path: str | Path) -> Story:
     """The story of a run folder. DataError where it holds no training run; nothing is written and nothing is locked."""
-    import yaml
-
     path = Path(path)
     if not (path / "recipe.yaml").is_file():
         raise DataError(
@@ -130,7 +128,7 @@ def read(path: str | Path) -> Story:
     if (path / "command.json").is_file():
         recipe = read_json(path / "command.json")["recipe"]
     else:
-        recipe = yaml.safe_load((path / "recipe.yaml").read_text("utf-8"))
+        recipe = kept_recipe(path)
     running = is_held(path)
     stages = [_stage(path / name, name, how, running) for name, how in recipe["stages"].items()]
     done = all(stage.state == "done" for stage in stages)
