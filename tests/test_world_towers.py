@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ WEIGHTS = Path(str(files("leveret") / "world" / "weights"))
 STUDIES = ("prismatic/encoder", "prismatic/resolution", "prismatic/resize", "tinyllava/encoder")
 
 
+tokenizer = cache(tokens.build)
+
+
 def quiet(*_: Any, **__: Any) -> None:
     pass
 
@@ -55,7 +59,7 @@ def test_a_tower_is_taught_to_the_same_bits_however_often_it_is_stopped(
     def taught(out: Path, seed: int, stops: list[int | None]) -> bytes:
         for stop in stops:
             figures = teachers.train_tower(
-                name, out, out / "state", tokens.build(), seed=seed, steps=4, log=quiet, save_every=1, stop_after=stop
+                name, out, out / "state", tokenizer(), seed=seed, steps=4, log=quiet, save_every=1, stop_after=stop
             )
             assert figures == ({"seed": seed} if stop is None else {})
             assert file_of(out, name).exists() == (stop is None)
@@ -139,17 +143,16 @@ def test_the_table_names_all_towers_and_the_card_is_that_of_the_shipped_files() 
 
 def test_a_probe_tells_a_taught_tower_from_one_with_random_weights() -> None:
     torch.manual_seed(0)
-    untaught = probe.probe(TinyVisionTower({"size": 64, **teachers.SHAPE}), 1, taught=192, asked=96)
+    untaught = probe.probe(TinyVisionTower({"size": 64, **teachers.SHAPE}), 1, taught=128, asked=48)
     taught = load_module(TinyVisionTower, WEIGHTS / "vision.safetensors")
-    figures = probe.probe(taught, 1, taught=192, asked=96)
-    assert figures == probe.probe(taught, 1, taught=192, asked=96)
+    figures = probe.probe(taught, 1, taught=128, asked=48)
     assert figures.keys() == untaught.keys() and all(0 <= v <= 1 and math.isfinite(v) for v in untaught.values())
     assert figures["shape"] > untaught["shape"] + 0.3 and figures["letter"] > untaught["letter"] + 0.3
 
 
 def test_two_towers_side_by_side_are_as_wide_as_both() -> None:
-    from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
     from leveret.model.build import build
+    from leveret.model.recipe import ConnectorRecipe, LanguageRecipe, ModelRecipe
 
     both = [{"tower": "world/contrastive", "resize": "squash"}, {"tower": "world/self-supervised", "resize": "squash"}]
     recipe = ModelRecipe(
@@ -226,10 +229,17 @@ def test_an_oblong_world_tells_its_boxes_in_the_pictures_own_sides(tmp_path: Pat
         same_world(root, 0, WorldSize(web=40, tune=30, test=12, harder=0, captions=8))
 
 
-def test_a_usual_world_is_what_it_was_before_there_were_others(tmp_path: Path) -> None:
+def test_a_usual_world_is_what_it_was_before_there_were_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = WorldSize(web=10, tune=10, test=5, harder=0, captions=0)
     assert "oblong" not in told.told() and "oblong" not in same_world(tmp_path, 0, told)
     assert WorldSize(oblong=0.5).told()["oblong"] == 0.5
+    drawn = ["world", "draw", "-o", str(tmp_path / "w"), "--dry-run", "--json"]
+    for share, said in ((None, None), ("0.5", 0.5)):
+        assert command([*drawn, *(["--oblong", share] if share else [])]) == 0
+        assert json.loads(capsys.readouterr().out).get("oblong") == said
+    assert command([*drawn, "--oblong", "2"]) == 2
     with pytest.raises(RecipeError, match="oblong"):
         WorldSize(oblong=1.5)
     with pytest.raises(RecipeError, match="oblong"):
@@ -260,15 +270,11 @@ def test_the_studies_of_towers_and_pictures_build(name: str, capsys: pytest.Capt
     assert f"{name}: " in capsys.readouterr().out
 
 
-def test_a_study_knows_the_weights_of_the_towers_that_it_names_and_of_no_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from leveret.study import units
+def test_a_study_knows_the_weights_of_the_towers_that_it_names_and_of_no_others() -> None:
+    from leveret.study.units import _weights
 
-    plain = units._weights({"vision": {"tower": "world/vision"}})
-    hashed: list[Path] = []
-    monkeypatch.setattr(units, "sha256_of", lambda what: hashed.append(what) or str(what))
-    units._weights({"vision": {"tower": "world/contrastive-48"}})
-    names = [path.name for path in hashed if isinstance(path, Path)]
-    assert "contrastive-48.safetensors" in names and "contrastive.safetensors" not in names
-    assert "vision.safetensors" in names and plain
+    named = {"vision": {"towers": [{"tower": "world/contrastive"}, {"tower": "world/self-supervised"}]}}
+    assert _weights(named) == {
+        name: sha256_of(file_of(WEIGHTS, name.removeprefix("world/")))
+        for name in ("world/contrastive", "world/self-supervised")
+    }

@@ -79,11 +79,6 @@ def _timm(
 
 TOWERS: dict[str, TowerRow] = {
     "world/vision": TowerRow(layer=-1, package="world/weights/vision.safetensors"),
-    # the same network otherwise taught (world/towers.py)
-    **{
-        f"world/{name}": TowerRow(layer=-1, package=f"world/weights/towers/{name}.safetensors")
-        for name in ("contrastive", "contrastive-48", "contrastive-32", "supervised", "self-supervised")
-    },
     "google/siglip-so400m-patch14-384": TowerRow(),
     "google/siglip-so400m-patch14-224": TowerRow(),
     "google/siglip-base-patch16-224": TowerRow(),
@@ -120,6 +115,11 @@ TOWERS: dict[str, TowerRow] = {
         _timm("vit_large_patch14_reg4_dinov2.lvd142m", "facebook/dinov2-with-registers-large", size=224),
         _timm("vit_large_patch16_224.augreg_in21k_ft_in1k", "google/vit-large-patch16-224", layer_norm_eps=1e-6),
     ]),
+    # world/vision's network, otherwise taught (world/towers.py)
+    **{
+        f"world/{name}": TowerRow(layer=-1, package=f"world/weights/towers/{name}.safetensors")
+        for name in ("contrastive", "contrastive-48", "contrastive-32", "supervised", "self-supervised")
+    },
 }  # fmt: skip
 
 

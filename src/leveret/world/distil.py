@@ -8,9 +8,9 @@ hidden cells, prototypes balanced by Sinkhorn and Knopp's iteration.
 
 What is other than there, because the pictures are small and hold several things each: no small local crops (one of
 them would hold another thing than the next, and background alone would tell that they belong together); the student
-sees one crop of each picture, not both (two thirds of the time a step, so half as many steps again); pooled is
-the maximum over tokens, as for the other towers, for want of a class token; cells are hidden in the picture, since a
-convolutional stem would look around a mask that is laid on behind it.
+sees one crop of each picture, not both, which saves a third of the time; pooled is the maximum over tokens, as for
+the other towers, for want of a class token; cells are hidden in the picture, since a convolutional stem would look
+around a mask that is laid on behind it.
 """
 
 from __future__ import annotations

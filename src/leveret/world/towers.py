@@ -113,7 +113,8 @@ def write_card(folder: Path, seed: int, steps: Mapping[str, int]) -> None:
         "What linear reads of the frozen tokens get right on 1,024 fresh pictures; they learn from 2,048 others "
         "(world/probe.py). Colour, shape, letter and box (every side told to 1/32 of the picture's, one off at most) "
         "are read at the token where the centre lies, the count of one to four things from the mean and the "
-        "greatest of all tokens.",
+        "greatest of all tokens. A read that gets the shape of held-out pairs less often than one in eight knows their "
+        "colour better than their shape: it has learned what never goes with that colour.",
         "",
         f"| | {' | '.join(reads)} |",
         f"|---|{'---|' * len(reads)}",

@@ -47,7 +47,7 @@ class WorldSize:
                 of the kinds beyond the eight (`MORE`).
     captions    held-out pairs that fit.
     oblong      share of the pictures that are clearly not square (`scenes.OBLONG`), in the web, among the held-out
-                pairs, in tuning and in the splits test and train. Boxes are told in the picture's own sides.
+                pairs, in tuning and in the examination. Boxes are told in shares of the picture's own sides.
     refusals    share of the text-only questions that are requests to be refused.
     unasked     kinds of question (`questions.TUNE_WEIGHTS`) that no conversation about a picture asks; the others are
                 asked in their place. Descriptions of the whole picture stay. The examination asks all the same.
