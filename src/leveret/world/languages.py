@@ -42,7 +42,7 @@ LANGUAGES: dict[str, Kind] = {
         {**_SMALL, "plain": True},
     ),
     "language-small": Kind(
-        800,
+        1200,
         "`language-small-base`, which then read conversations as the last part of one longer reading: those that "
         "`world/language` reads, requests that are refused among them.",
         _SMALL,
