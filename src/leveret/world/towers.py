@@ -100,8 +100,8 @@ def write_card(folder: Path, seed: int, steps: Mapping[str, int]) -> None:
         "",
         "One network (that of `world/vision`), the same scenes in the same order, trained from nothing by `leveret "
         f"world backbones -o OUT --only NAME` (seed {seed}). They exist so that what teaches a tower, and the size "
-        "that it sees, can be compared; none is meant for more. `world/vision` beside them saw many times as many "
-        "pictures and was told what stands where.",
+        "that it sees, can be compared; none is meant for more. `world/vision` beside them saw many times as "
+        "many pictures and was told what stands where.",
         "",
         "## What taught them",
         "",
