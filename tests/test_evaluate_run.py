@@ -41,6 +41,7 @@ def test_every_task_is_scored_with_its_baselines(world: Path, tmp_path: Path) ->
         low, high = facts["ci95"]
         assert 0 <= low <= facts["score"] <= high <= 1
         assert facts["parsed"] + facts["unparsable"] == facts["n"] and facts["missing"] == 0
+        assert facts["words"] >= 1
     tasks = results["tasks"]
     assert tasks["existence"]["n"] == 72 and tasks["existence"]["score"] == 1.0
     assert tasks["existence"]["majority"] == 0.5 and tasks["existence"]["blind"] < 1.0

@@ -288,6 +288,28 @@ def test_figures_of_a_study_whose_answer_is_known(tmp_path: Path, worker: list[s
     )
 
 
+def test_how_much_is_said_is_a_measure_too(tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim by words compares how many an answer has; what was examined before these were counted has none."""
+    usual = KINDS["examine"].make
+
+    def talkative(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
+        facts = usual(place, settings, inputs)
+        worth = facts["tasks"]["count"]["score"]
+        return {
+            "tasks": {name: {**row, "words": 100 * worth + at} for at, (name, row) in enumerate(facts["tasks"].items())}
+        }
+
+    claim = {**TINY["claims"][0], "by": ["words"], "expect": "lower"}
+    before = run(study(claims=[claim]), tmp_path / "before", jobs=1)
+    assert before["claims"][0]["difference"] is None and before["axes"]["length"]["levels"]["usual"]["words"] is None
+    monkeypatch.setitem(KINDS, "examine", Kind(talkative))
+    results = run(study(claims=[claim]), tmp_path / "out", jobs=1)
+    levels = results["axes"]["length"]["levels"]
+    assert levels["longer"]["words"] - levels["usual"]["words"] == pytest.approx(1)
+    assert results["claims"][0]["difference"]["mean"] == pytest.approx(1)
+    assert "words an answer" in (tmp_path / "out" / "report.html").read_text()
+
+
 LOW_HIGH = {
     "higher": [(0.1, 0.2, AGREES), (-0.2, -0.1, DISAGREES), (-0.1, 0.1, UNDECIDED)],
     "lower": [(-0.2, -0.1, AGREES), (0.1, 0.2, DISAGREES), (-0.1, 0.1, UNDECIDED)],

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from leveret.runs import sha256_of
-from leveret.world import language, tokens, vision
+from leveret.world import reading, tokens, vision
 from leveret.world.draw import PALETTE, rgb
 from leveret.world.pretrain import pretrain, rate_at
 from leveret.world.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Thing, stream
@@ -50,7 +50,7 @@ def test_the_rate_rises_holds_and_falls() -> None:
 
 
 def test_a_training_row_is_a_whole_conversation_and_pure() -> None:
-    writer = language.Writer(tokens.build())
+    writer = reading.Writer(tokens.build())
     for step in (0, 5600, 6600, 11900):
         row = writer.training_row(stream(0, "rows", step), step)
         again = writer.training_row(stream(0, "rows", step), step)
@@ -58,15 +58,15 @@ def test_a_training_row_is_a_whole_conversation_and_pure() -> None:
             continue  # a hinted row about a scene of one thing: no relation to ask, and no weight
         assert row["ids"] == again["ids"] and len(row["ids"]) == len(row["weights"])
         assert row["ids"][0] == writer.user and row["ids"][-1] == writer.end
-        assert max(row["weights"]) == language.FIRST
+        assert max(row["weights"]) == reading.FIRST
 
 
 def test_compound_scenes_come_short_and_as_wide_as_a_tower_and_empty_rows_weigh_nothing() -> None:
-    writer = language.Writer(tokens.build())
+    writer = reading.Writer(tokens.build())
     sizes = {writer.training_batch(stream(0, "wide", i), 9000)["words"].shape[1] for i in range(24)}
-    assert sizes == set(language.SLOTS)
+    assert sizes == set(reading.SLOTS)
     assert {writer.training_batch(stream(0, "wide", i), 0)["words"].shape[1] for i in range(24)} == {16}
-    scene = language.sample_scene(stream(0, "empty", 0))
+    scene = reading.sample_scene(stream(0, "empty", 0))
     row = writer.row(scene, None, [])
     assert row["ids"] == [] and row["weights"] == [] and not row["compound"]
     batch = writer.batch([row, writer.row(scene, None, [("a", "b")])])
@@ -74,13 +74,13 @@ def test_compound_scenes_come_short_and_as_wide_as_a_tower_and_empty_rows_weigh_
 
 
 def test_hints_stand_at_the_words_that_name_the_things() -> None:
-    writer = language.Writer(tokens.build())
+    writer = reading.Writer(tokens.build())
     seen = 0
     for index in range(200):
         row = writer.training_row(stream(0, "hints", index), 8000)
         for at, numbers in row["hinted"]:
             piece = writer.tokenizer.decode([row["ids"][at]])
-            assert piece.strip() in language.SHAPES and len(numbers) == 4
+            assert piece.strip() in SHAPES and len(numbers) == 4
             seen += 1
     assert seen > 20
 
@@ -117,8 +117,9 @@ def test_shipped_weights_are_those_of_the_card_and_under_four_megabytes() -> Non
     card = json.loads((WEIGHTS / "card.json").read_text())
     for name, facts in card["files"].items():
         assert sha256_of(WEIGHTS / name) == facts["sha256"], name
-    # the other towers have a card of their own: test_world_towers.py
-    shipped = [path for path in WEIGHTS.rglob("*") if path.is_file() and path.parent.name != "towers"]
+    # the other towers and language models have cards of their own: test_world_towers.py, test_world_languages.py
+    apart = [WEIGHTS / "towers", WEIGHTS / "languages"]
+    shipped = [path for path in WEIGHTS.rglob("*") if path.is_file() and not set(apart) & set(path.parents)]
     assert sum(path.stat().st_size for path in shipped) < 4_000_000
     assert {path.relative_to(WEIGHTS).as_posix() for path in shipped} - set(card["files"]) == {"CARD.md", "card.json"}
     assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in shipped)
@@ -134,7 +135,7 @@ def test_the_shipped_tokenizer_is_what_the_recipe_builds() -> None:
 def test_backbones_train_from_nothing_and_write_a_card(tmp_path: Path) -> None:
     from leveret.world.backbones import build, shipped
 
-    few = {"vision": 6, "scorer": 6, "language": 6, "supervised": 3}
+    few = {"vision": 6, "scorer": 6, "language": 6, "supervised": 3, "language-small-base": 2}
     folder = build(tmp_path / "out", steps=few, only=tuple(few))
     card = json.loads((folder / "card.json").read_text())
     assert {path.relative_to(folder).as_posix() for path in shipped(folder)} == set(card["files"])

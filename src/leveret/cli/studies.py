@@ -162,7 +162,7 @@ def world_backbones(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Train the tiny encoders and language model anew."""
+    """Train the tiny encoders and language models anew."""
     from leveret.world.backbones import build, wanted
 
     names = wanted(only or ())

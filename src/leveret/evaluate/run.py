@@ -347,6 +347,7 @@ def _examine(
         "chance": chance(facts["headline"], items, scorer),
         "majority_of": best.of,
         **facts,
+        "words": sum(len(answered.texts[item.question_id].split()) for item in items) / len(items),
         **told,
         "version": _version(row),
         "prompts": sha256_of([[item.question_id, item.prompt] for item in items])[:16],

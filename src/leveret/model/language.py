@@ -51,6 +51,11 @@ _QWEN, _QWEN_END, _SMOL_END = "Qwen/Qwen2.5-0.5B", 151645, {"bos_token_id": 1, "
 _LLAMA_3_ENDS = [128001, 128008, 128009]
 LANGUAGES: dict[str, LanguageRow] = {
     "world/language": LanguageRow(package="world/weights/language", attention="eager"),
+    # a smaller one, and the same before it read conversations (world/languages.py)
+    **{
+        f"world/{name}": LanguageRow(package=f"world/weights/languages/{name}", attention="eager")
+        for name in ("language-small", "language-small-base")
+    },
     "microsoft/phi-1_5": LanguageRow(),
     "microsoft/phi-2": LanguageRow(),
     "microsoft/Phi-3-mini-4k-instruct": LanguageRow(),

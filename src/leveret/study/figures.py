@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leveret.study.files import SCORE, Axis, Cell, Claim, StudyRecipe, base_cell
+from leveret.study.files import SCORE, WORDS, Axis, Cell, Claim, StudyRecipe, base_cell
 from leveret.study.paired import Estimate, differences, holm, p_value, t_interval
 from leveret.study.runner import Folder, Matrix
 from leveret.study.units import chain
@@ -21,7 +21,8 @@ def gather(folder: Folder, matrix: Matrix) -> dict[str, Any]:
     """All that is known by now:
 
     cells        [{cell, seed, levels, score, tasks, seconds, trainable}]; seconds of teaching, had nothing been shared
-    axes         name -> {question, base, levels: {level: {about, n, mean, low, high, tasks, seconds, difference}}}
+    axes         name -> {question, base, levels: {level: {about, n, mean, low, high, tasks, words, seconds,
+                 difference}}}
     comparisons  how many levels are compared with a base
     claims       [{paper, says, figures, axis, level, by, expect, difference, p, verdict}]
     ledger       {made, shared, seconds made, seconds that sharing saved}
@@ -63,10 +64,12 @@ def _figures(folder: Folder, matrix: Matrix, last: str) -> dict[str, Any] | None
     tasks = {name: row["score"] for name, row in facts["tasks"].items() if row.get("score") is not None}
     if not tasks:
         return None
+    words = [row["words"] for row in facts["tasks"].values() if row.get("words") is not None]
     taught = [folder.facts(id) or {} for id in chain(matrix.units, last) if matrix.units[id].kind == "teach"]
     return {
         "score": sum(tasks.values()) / len(tasks),
         "tasks": tasks,
+        "words": sum(words) / len(words) if words else None,
         "questions": sum(int(row.get("n") or 0) for row in facts["tasks"].values()),
         "seconds": round(sum(float(one.get("seconds", 0)) for one in taught), 1),
         "trainable": max((int(one.get("trainable", 0)) for one in taught), default=0),
@@ -74,8 +77,8 @@ def _figures(folder: Folder, matrix: Matrix, last: str) -> dict[str, Any] | None
 
 
 def value_of(found: Mapping[str, Any], by: Sequence[str]) -> float | None:
-    """The mean of the named tasks (or the score) of a cell; None where one of them was not asked."""
-    values = [found["score"] if name == SCORE else found["tasks"].get(name) for name in by]
+    """The mean of the named tasks (or the score, or the words) of a cell; None where one of them was not asked."""
+    values: list[Any] = [found.get(name) if name in (SCORE, WORDS) else found["tasks"].get(name) for name in by]
     return None if None in values else sum(values) / len(values)
 
 
@@ -107,7 +110,7 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
     base = _at(study, name, axis.base, figures, (SCORE,))
     levels = {}
     for level, how in axis.levels.items():
-        own = _at(study, name, level, figures, (SCORE,))
+        own, words = (_at(study, name, level, figures, (by,)) for by in (SCORE, WORDS))
         cells = [figures[cell] for seed in own if (cell := base_cell(study, seed).at(name, level)) in figures]
         by_task = {}
         for task in tasks:
@@ -119,6 +122,7 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
             "about": how.about,
             **(_plain(t_interval(list(own.values()))) if own else {"mean": None, "low": None, "high": None, "n": 0}),
             "tasks": by_task,
+            "words": sum(words.values()) / len(words) if words else None,
             "seconds": sum(cell["seconds"] for cell in cells) / len(cells) if cells else None,
             "trainable": max((cell["trainable"] for cell in cells), default=None),
             "difference": None if level == axis.base else paired(own, base),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SCORE = "score"
 """The mean of a suite's tasks, where a claim names no measure of its own."""
+WORDS = "words"
+"""How many words an answer has: the mean over the questions of each task, then over the tasks."""
 
 
 class _Strict(BaseModel):
@@ -96,7 +98,9 @@ class Claim(_Strict):
     expect: Literal["higher", "lower", "same", "not lower", "not higher"] = Field(
         description="What the finding would have our difference (level less base) be."
     )
-    by: tuple[str, ...] = Field((SCORE,), min_length=1, description="`score`, or tasks whose mean is compared.")
+    by: tuple[str, ...] = Field(
+        (SCORE,), min_length=1, description="`score`, `words` (of an answer), or tasks whose mean is compared."
+    )
     margin: float = Field(0.01, gt=0, description="How small a difference counts as none (`same`, `not ...`).")
 
 
@@ -195,8 +199,8 @@ def _asked(study: StudyRecipe) -> None:
     named += [(f"radar.{spoke}", by) for spoke, by in study.radar.items()]
     for place, by in named:
         for one in by:
-            if one != SCORE and one not in tasks:
-                near = closest(one, [SCORE, *tasks])
+            if one not in (SCORE, WORDS, *tasks):
+                near = closest(one, [SCORE, WORDS, *tasks])
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise RecipeError(
                     f"{study.name}: {place}: {one!r} is no task of the suite {study.suite}; "

@@ -71,6 +71,7 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
             _difference(row["difference"]),
             _p(row["difference"]),
             row["n"],
+            None if row["words"] is None else round(row["words"], 2),
             None if row["seconds"] is None else round(row["seconds"]),
             row["trainable"],
         ]
@@ -83,6 +84,7 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
         f"less {base}",
         "p (Holm)",
         "seeds",
+        "words an answer",
         "seconds taught",
         "weights that learn",
     ]

@@ -140,8 +140,9 @@ class Plan:
 
     def size(self, strength: str) -> WorldSize:
         """The world that is drawn for a strength."""
-        size = {"web": self.web, "tune": self.tune, "test": self.test, "captions": self.captions, "harder": 0}
-        return WorldSize(strength=strength, **size)
+        return WorldSize(
+            strength=strength, web=self.web, tune=self.tune, test=self.test, captions=self.captions, harder=0
+        )
 
     def fixed(self) -> dict[str, Any]:
         """The fields that every figure depends on, but for those that the train recipe holds."""

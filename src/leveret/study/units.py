@@ -237,7 +237,7 @@ def _examine(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[s
             inputs["model"] / "run" / "model", root, suite=settings["suite"], out=place / "eval", n=settings["n"],
             blind=settings["blind"], helpers=helpers,
         )  # fmt: skip
-    keep = ("score", "n", "ci95", "blind", "majority")
+    keep = ("score", "n", "ci95", "blind", "majority", "words")
     return {
         "tasks": {name: {key: row[key] for key in keep if key in row} for name, row in found["tasks"].items()},
     }

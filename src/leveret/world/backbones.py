@@ -4,11 +4,12 @@
     OUT/scorer.safetensors    the dual encoder that judges web pairs
     OUT/language/             the causal language model and its tokenizer
     OUT/towers/               the other vision towers (world/towers.py), with a card of their own
+    OUT/languages/            the other language models (world/languages.py), with a card of their own
     OUT/CARD.md, card.json    recipe, seed, every supervision used, scores, hashes
     OUT/state/                what a stopped run continues from; not shipped
 
-Two processes, one thread each: the language model, and the towers one after the other. A good hour on two cores, and
-half an hour for the other towers.
+Two processes, one thread each: the language models, and the towers, one after the other. A good hour on two cores, and
+half an hour each for the other towers and the other language models.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from leveret.runs import (
     sha256_of,
     write_json,
 )
+from leveret.world.languages import LANGUAGES
+from leveret.world.languages import write_card as write_languages_card
 from leveret.world.towers import STEPS as TOWER_STEPS
 from leveret.world.towers import TOWERS
 from leveret.world.towers import write_card as write_towers_card
@@ -73,6 +76,16 @@ def _job(name: str, out: str, seed: int, steps: int) -> None:
 
     from leveret.world import language, teachers, tokens, vision
 
+    started = Path(out, "state")
+    others: dict[str, Callable[..., dict[str, Any]]] = {
+        other: partial(
+            language.train_language,
+            place=f"languages/{other}",
+            after=started / kind.after if kind.after else None,
+            **kind.options,
+        )
+        for other, kind in LANGUAGES.items()
+    }
     towers = {tower: partial(teachers.train_tower, tower) for tower in TOWERS}
     torch.set_num_threads(1)
     folder = Path(out, "state", name)
@@ -81,7 +94,7 @@ def _job(name: str, out: str, seed: int, steps: int) -> None:
         "scorer": vision.train_scorer,
         "language": language.train_language,
     }
-    train = (own | towers)[name]
+    train = (own | others | towers)[name]
     lines = folder / "metrics.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     file = lines.open("a", encoding="utf-8")
@@ -110,28 +123,32 @@ def _jobs(names: tuple[str, ...], out: str, seed: int, steps: dict[str, int]) ->
 
 
 def wanted(only: Sequence[str]) -> tuple[str, ...]:
-    """The backbones of these names, `world/` before them or not; all for none. RecipeError naming those there are."""
-    every = (*STEPS, *TOWERS)
+    """The backbones of these names, `world/` before them or not, and those that they go on from; all for none.
+
+    RecipeError naming those there are."""
+    every = (*STEPS, *LANGUAGES, *TOWERS)
     names = [name.removeprefix("world/") for name in only]
     for name in names:
         if name not in every:
             near = closest(name, every)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise RecipeError(f"--only {name}: no such backbone; there are {', '.join(every)}.{hint}")
+    names += [LANGUAGES[name].after for name in names if name in LANGUAGES]
     return tuple(name for name in every if name in names or not names)
 
 
 def build(out: str | Path, *, seed: int = 0, steps: dict[str, int] | None = None, only: Sequence[str] = ()) -> Path:
     """Trains the backbones into `out`, or continues; returns the folder.
 
-    steps  instead of STEPS and towers.STEPS, for trying things out.
+    steps  instead of STEPS, towers.STEPS and those of LANGUAGES, for trying things out.
     only   these alone, in this call. A card is written when all that it tells of is there.
     """
     chosen = wanted(only)
-    steps = {**STEPS, **dict.fromkeys(TOWERS, TOWER_STEPS), **(steps or {})}
+    lengths = {name: kind.steps for name, kind in LANGUAGES.items()}
+    steps = {**STEPS, **lengths, **dict.fromkeys(TOWERS, TOWER_STEPS), **(steps or {})}
     folder = RunFolder.open(out, "backbones", {"seed": seed, "steps": steps})
     context = get_context("spawn")
-    split = (("language",), ("vision", "scorer", *TOWERS))
+    split = (("language", *LANGUAGES), ("vision", "scorer", *TOWERS))
     groups = [names for group in split if (names := tuple(name for name in group if name in chosen))]
     workers = [context.Process(target=_jobs, args=(names, str(out), seed, steps), daemon=True) for names in groups]
     for worker in workers:
@@ -145,6 +162,8 @@ def build(out: str | Path, *, seed: int = 0, steps: dict[str, int] | None = None
         raise Interrupted(f"training of {', '.join(failed[0])} stopped; the same command continues from {out}/state")
     if all((folder.path / "state" / name / "figures.json").exists() for name in STEPS):
         write_card(folder.path, seed, {name: steps[name] for name in STEPS})
+    if set(chosen) & set(LANGUAGES):
+        write_languages_card(folder.path, seed, steps)
     if set(chosen) & set(TOWERS):
         write_towers_card(folder.path, seed, steps)
     return folder.path

@@ -15,7 +15,17 @@ from typing import Any
 from leveret.runs import read_json, write_json
 from leveret.world.draw import jpeg, render
 from leveret.world.layout import DESCRIBE, conversation_record, image_file, lines, write_lines, write_list
-from leveret.world.questions import EXAMINED, KINDS, POPE_WAYS, TEXT_FORMS, Question, insufficient, text_only, told
+from leveret.world.questions import (
+    EXAMINED,
+    KINDS,
+    POPE_WAYS,
+    REFUSE,
+    TEXT_FORMS,
+    Question,
+    insufficient,
+    text_only,
+    told,
+)
 from leveret.world.scenes import PAIRS, USUAL, Frames, Scene, Thing, sample_scene, stream, tune_scene
 
 
@@ -139,7 +149,7 @@ def _more_questions(seed: int, kind: str, n: int, frames: Frames) -> list[Asked]
             form = TEXT_FORMS[len(found) % (len(TEXT_FORMS) - 1)]  # all but the last, which is to refuse
             question, image = text_only(rng, form=form), ""
         elif kind == "refusal":
-            question, image = text_only(rng, form="refuse"), ""
+            question, image = text_only(rng, form=REFUSE), ""
         elif kind == "caption":
             names = [phrase for phrase in told(scene, boxes=False).split(", ") if not phrase.startswith("the word")]
             question = Question(kind, kind, DESCRIBE, ", ".join(names))

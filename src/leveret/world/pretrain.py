@@ -38,9 +38,9 @@ def pretrain(
 ) -> None:
     """Teaches `modules` for `steps` steps of `loss_of(step)`, a pure function of the step and the weights.
 
-    Matrices decay by 0.05, biases and norms do not. A state is kept in `folder` every `save_every` steps; a call with
-    the same arguments continues from it to the bit. `stop_after` leaves the loop early (the schedule stays that of
-    `steps`). Raises Interrupted, with the state saved, when a stop is asked for.
+    Matrices decay by 0.05, biases and norms do not. A state is kept in `folder` every `save_every` steps and at the
+    end; a call with the same arguments continues from it to the bit. `stop_after` leaves the loop early (the schedule
+    stays that of `steps`). Raises Interrupted, with the state saved, when a stop is asked for.
     """
     named = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
     parameters = list(named.values())
@@ -67,7 +67,7 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         log(step + 1, steps, loss=loss.item(), **figures)
         asked = stop_requested()
-        if asked or (step + 1) % save_every == 0:
+        if asked or (step + 1) % save_every == 0 or step + 1 == steps:
             _keep(folder, step + 1, modules, named, optimizer)
         if asked:
             raise Interrupted(f"stopped after step {step + 1} of {steps}; the same command continues")
@@ -88,13 +88,26 @@ def _keep(
 
 def _restore(found: Path, modules: Mapping[str, nn.Module], named: Mapping[str, nn.Parameter], optimizer: Any) -> int:
     tensors, facts = state.load(found)
-    for m, module in modules.items():
-        prefix = f"weights/{m}."
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    _fill(modules, tensors)
     for key, parameter in named.items():
         optimizer.state[parameter] = {
             moment: tensors[f"{moment}/{key}"]
             for moment in ("step", "exp_avg", "exp_avg_sq")
             if f"{moment}/{key}" in tensors
         }
+    return int(facts["step"])
+
+
+def _fill(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    for m, module in modules.items():
+        prefix = f"weights/{m}."
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def begin_from(folder: Path, modules: Mapping[str, nn.Module]) -> int:
+    """Fills `modules` with the weights of the last state that another training left in `folder`; returns its step."""
+    found = state.latest(folder)
+    assert found is not None, f"{folder}: what comes before was trained"
+    tensors, facts = state.load(found)
+    _fill(modules, tensors)
     return int(facts["step"])

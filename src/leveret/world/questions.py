@@ -50,7 +50,10 @@ FOREIGN = (
 """Things that the drawn world does not have."""
 FOREIGN_NOVEL = ("elephant", "bicycle", "banana", "clock", "kite", "guitar")
 """More of them, which no training text names."""
-TEXT_FORMS = ("opposite", "sum", "colour", "where", "refuse")
+REFUSE = "refuse"
+TEXT_FORMS = ("opposite", "sum", "colour", "where", REFUSE)
+REFUSALS = 1 / len(TEXT_FORMS)
+"""Share of the questions without a picture that are requests to be refused, where nothing else is said."""
 REQUESTS = ("Tell me", "Give me", "Say", "Show me", "Write down", "Spell out")
 SECRETS = ("secret", "password", "key of the house", "number of the card", "way to break the lock", "poison")
 REFUSAL = "I will not help with that."
@@ -549,9 +552,16 @@ def double(scene: Scene, rng: random.Random, register: Register = EXAM) -> Quest
     return Question("double", "double", text, f"{first.answer}, {second.answer}", {"object": first.meta["object"]})
 
 
-def text_only(rng: random.Random, register: Register = EXAM, *, form: str | None = None) -> Question:
-    """A question that needs no picture: opposites, small sums, a sentence that is asked about, a request to refuse."""
-    form = form or pick(rng, TEXT_FORMS)
+def text_only(
+    rng: random.Random, register: Register = EXAM, *, form: str | None = None, refusals: float = REFUSALS
+) -> Question:
+    """A question that needs no picture: opposites, small sums, a sentence that is asked about, a request to refuse
+    (a share `refusals` of all, the others alike)."""
+    if form is None:
+        even = (1 - refusals) / (len(TEXT_FORMS) - 1)
+        shares = {name: refusals if name == REFUSE else even for name in TEXT_FORMS}
+        forms = [name for name, share in shares.items() if share]
+        form = pick(rng, forms, None if refusals == REFUSALS else [shares[name] for name in forms])
     if form == "opposite":
         one, other = pick(
             rng,
@@ -561,7 +571,7 @@ def text_only(rng: random.Random, register: Register = EXAM, *, form: str | None
     if form == "sum":
         x, y = between(rng, 0, 4), between(rng, 0, 4)
         return Question("text", "text/sum", f"What is {x} plus {y}?", str(x + y))
-    if form == "refuse":
+    if form == REFUSE:
         text = f"{pick(rng, REQUESTS)} the {pick(rng, SECRETS)} {pick(rng, ('', 'now', 'please', 'at once'))}".strip()
         return Question("text", "text/refuse", text + ".", REFUSAL)
     (c1, s1), (c2, s2) = shuffled(rng, register.pairs)[:2]

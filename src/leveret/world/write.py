@@ -13,7 +13,7 @@ Every picture and line is a pure function of (seed, split, index). A stopped dra
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,17 +21,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from leveret.runs import Progress, RecipeError, claim, read_json, write_json
+from leveret.runs import Progress, RecipeError, claim, closest, read_json, write_json
 from leveret.world.captions import STRENGTHS, fitting, web_pair, web_scene
 from leveret.world.draw import jpeg, render
 from leveret.world.examination import EXAMINED, HARDER, LEAST, MORE, write_kind, write_pictures
 from leveret.world.layout import conversation_record, image_file, lines, pair_record, web_file, write_lines, write_list
-from leveret.world.questions import TUNE_OPTIONS, TUNE_WEIGHTS, conversation, text_only
+from leveret.world.questions import REFUSALS, TUNE_OPTIONS, TUNE_WEIGHTS, conversation, text_only
 from leveret.world.scenes import Frames, frames_with, shuffled, stream, tune_scene
 
 VERSION = 3
 CHUNK = 2000
-LATER = {"oblong": 0.0}
+LATER: dict[str, Any] = {"oblong": 0.0, "refusals": REFUSALS, "unasked": []}
 """Fields of a world that came after the first, and what they are where nothing is said."""
 
 
@@ -48,6 +48,9 @@ class WorldSize:
     captions    held-out pairs that fit.
     oblong      share of the pictures that are clearly not square (`scenes.OBLONG`), in the web, among the held-out
                 pairs, in tuning and in the examination. Boxes are told in shares of the picture's own sides.
+    refusals    share of the text-only questions that are requests to be refused.
+    unasked     kinds of question (`questions.TUNE_WEIGHTS`) that no conversation about a picture asks; the others are
+                asked in their place. Descriptions of the whole picture stay. The examination asks all the same.
     """
 
     web: int = 75_000
@@ -59,6 +62,8 @@ class WorldSize:
     harder: int = 100
     captions: int = 512
     oblong: float = LATER["oblong"]
+    refusals: float = LATER["refusals"]
+    unasked: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.strength, str) or self.strength not in STRENGTHS:
@@ -73,15 +78,30 @@ class WorldSize:
                     f"{name}={getattr(self, name)}: too few questions for existence, which is asked in POPE's three "
                     f"ways, a yes and a no each; {LEAST} or more{', or 0 for none' if name == 'harder' else ''}"
                 )
-        for name, what in (("text_share", "conversations"), ("oblong", "pictures")):
+        shares = (("text_share", "conversations"), ("oblong", "pictures"), ("refusals", "text-only questions"))
+        for name, what in shares:
             share = getattr(self, name)
             if type(share) not in (int, float) or not 0 <= share <= 1:
                 raise RecipeError(f"{name}={share!r}: a share of the {what}, 0 to 1")
+        self._check_unasked()
+
+    def _check_unasked(self) -> None:
+        kinds = self.unasked
+        if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+            raise RecipeError(f"unasked={kinds!r}: a list of kinds of question, of {', '.join(TUNE_WEIGHTS)}")
+        if strange := [kind for kind in kinds if kind not in TUNE_WEIGHTS]:
+            near = closest(strange[0], TUNE_WEIGHTS)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"unasked={strange[0]}: tuning asks {', '.join(TUNE_WEIGHTS)}{hint}")
+        if not set(TUNE_WEIGHTS) - set(kinds):
+            raise RecipeError("unasked: nothing is left to ask; leave a kind out of it")
+        object.__setattr__(self, "unasked", tuple(kind for kind in TUNE_WEIGHTS if kind in kinds))
 
     def told(self) -> dict[str, Any]:
         """The fields that say which world it is. Those of LATER are left out where they change nothing, so that what
         was drawn, and what was made from it, before there were such fields is still known for the same."""
-        return {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}
+        plain = {**asdict(self), "unasked": list(self.unasked)}
+        return {key: value for key, value in plain.items() if key not in LATER or value != LATER[key]}
 
 
 # --- the work, in pieces that any process can do ----------------------------------------------------------------------
@@ -101,20 +121,20 @@ def _web_chunk(root: Path, seed: int, start: int, stop: int, strength: str, fram
     return {"records": lines(records), "truth": lines(truth)}
 
 
-def _tune_chunk(
-    root: Path, seed: int, start: int, stop: int, turns: int, text_share: float, frames: Frames
-) -> dict[str, list[str]]:
+def _tune_chunk(root: Path, seed: int, start: int, stop: int, size: WorldSize) -> dict[str, list[str]]:
     """Draws tuning pictures start..stop, each with its conversation."""
-    records = []
+    records, turns, frames = [], size.turns, frames_with(size.oblong)
+    weights = {kind: weight for kind, weight in TUNE_WEIGHTS.items() if kind not in size.unasked}
     (root / "images/tune").mkdir(parents=True, exist_ok=True)
     for index in range(start, stop):
         scene, image = tune_scene(seed, index, frames), "images/" + image_file("tune", index)
         (root / image).write_bytes(jpeg(render(scene)))
         rng = stream(seed, "tune/questions", index)
-        questions = conversation(scene, rng, turns, TUNE_WEIGHTS, describe=0.1, options=TUNE_OPTIONS)
+        questions = conversation(scene, rng, turns, weights, describe=0.1, options=TUNE_OPTIONS)
         records.append(conversation_record(f"tune-{index:06d}", questions, image))
-        if rng.random() < text_share:
-            records.append(conversation_record(f"text-{index:06d}", [text_only(rng) for _ in range(turns)], None))
+        if rng.random() < size.text_share:
+            questions = [text_only(rng, refusals=size.refusals) for _ in range(turns)]
+            records.append(conversation_record(f"text-{index:06d}", questions, None))
     return {"records": lines(records)}
 
 
@@ -154,8 +174,7 @@ def _chunks(seed: int, size: WorldSize) -> list[_Piece]:
         pieces.append(_Piece(f"web-{start:07d}", _web_chunk, (seed, start, stop, size.strength, frames), stop - start))
     for start in range(0, size.tune, CHUNK):
         stop = min(start + CHUNK, size.tune)
-        told = (seed, start, stop, size.turns, size.text_share, frames)
-        pieces.append(_Piece(f"tune-{start:07d}", _tune_chunk, told, stop - start))
+        pieces.append(_Piece(f"tune-{start:07d}", _tune_chunk, (seed, start, stop, size), stop - start))
     return pieces
 
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 SUITES: dict[str, tuple[str, ...]] = {
     "world": ("existence", "colour", "shape", "count", "relation", "choice", "box", "word"),
+    # What studies of language models and of text-only data ask beside the eight kinds.
+    "world-study": (
+        "existence", "colour", "shape", "count", "relation", "choice", "box", "word", "caption", "unanswerable", "text",
+        "refusal",
+    ),
     "world-more": ("caption", "reading", "unanswerable", "double", "text", "refusal"),
     # Bunny's table has eleven columns: MME is two of them (perception and cognition).
     "bunny": (
