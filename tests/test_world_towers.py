@@ -31,6 +31,7 @@ from leveret.runs import RecipeError, read_json, sha256_of
 from leveret.world import distil, probe, teachers, tokens
 from leveret.world.backbones import wanted
 from leveret.world.examination import ask, exam_scene
+from leveret.world.languages import LANGUAGES
 from leveret.world.scenes import HELD_OUT, OBLONG, USUAL, frames_with, sample_scene, stream, tune_scene
 from leveret.world.towers import TOWERS, file_of
 from leveret.world.write import WorldSize, draw, same_world
@@ -174,7 +175,7 @@ def test_two_towers_side_by_side_are_as_wide_as_both() -> None:
 def test_only_the_backbones_that_are_asked_for_and_no_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert wanted(()) == ("vision", "scorer", "language", *TOWERS)
+    assert wanted(()) == ("vision", "scorer", "language", *LANGUAGES, *TOWERS)
     assert wanted(["world/supervised", "vision"]) == ("vision", "supervised")
     with pytest.raises(RecipeError, match=r"--only contrastiv: .*Did you mean contrastive\?"):
         wanted(["contrastiv"])
