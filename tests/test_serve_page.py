@@ -263,7 +263,7 @@ def test_two_tabs_share_what_is_kept_and_destroy_nothing(page: Hands) -> None:
     page.server.reply = lambda body: ["Second answer."]
     page.ask("From the second")
     second = page.browser.turn(first)
-    page.wait(f"{TURN}.length === 4")
+    page.wait(f"{TURN}.length === 4 && {TURN}.at(-1).innerText.includes('Second answer.')")
     assert page.turns()[2:] == ["From the second", "Second answer."]
     page.server.reply = lambda body: ["Third answer."]
     page.ask("From the first again")

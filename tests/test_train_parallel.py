@@ -48,8 +48,9 @@ class Groups:
     def lead(self, world: int) -> Ranks:
         if world == 1:
             return Ranks()  # one that ends with its training
-        if world not in self.made:
-            self.close()
+        there = self.made.get(world)
+        if there is None or any(follower.poll() is not None for follower, _ in there._followers):
+            self.close()  # a test whose worker died took its group along
             self.made[world] = self.start(world)
         return self.made[world]
 
