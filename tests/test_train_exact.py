@@ -169,7 +169,7 @@ def failing(recipe: TrainRecipe, whole: Whole, run: Path, at: int, act: Act) -> 
     return failed
 
 
-@pytest.mark.parametrize("act", [FULL, BROKEN], ids=["full", "broken"])
+@pytest.mark.parametrize("act", [FULL, pytest.param(BROKEN, marks=pytest.mark.slow)], ids=["full", "broken"])
 def test_a_disk_that_fails_while_a_run_writes_stops_it_with_a_clear_error(
     recipe: TrainRecipe, whole: Whole, tmp_path: Path, act: Act
 ) -> None:
@@ -221,7 +221,9 @@ def each_call(folder: Path, work: Callable[[], Any], check: Callable[[], None], 
     raise AssertionError("it never ends")
 
 
-@pytest.mark.parametrize("act", [FULL, BROKEN, dies], ids=["full", "broken", "kill -9"])
+@pytest.mark.parametrize(
+    "act", [FULL, BROKEN, pytest.param(dies, marks=pytest.mark.slow)], ids=["full", "broken", "kill -9"]
+)
 def test_whatever_call_of_a_state_s_writing_fails_one_can_be_loaded(tmp_path: Path, act: Act) -> None:
     old, new = tensors(0), tensors(1)
     state.save(tmp_path, 3, old, {"facts": {}})
