@@ -341,9 +341,8 @@ def batched(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
         yield batch
 
 
-def grown(sizes: Sequence[Size], memory: float = 96.0, threads: int = 10, files: int = 8) -> list[str]:
-    """What did not come back to its level between the first look and the last. The server makes the eight threads that
-    read requests when it first needs them, which may be after the warm-up."""
+def grown(sizes: Sequence[Size], memory: float = 96.0, threads: int = 2, files: int = 8) -> list[str]:
+    """What did not come back to its level between the first look and the last."""
     first, last = sizes[0], sizes[-1]
     found = []
     if last.memory > first.memory + memory:

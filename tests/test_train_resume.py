@@ -300,7 +300,7 @@ def test_a_lost_worker_fails_the_leader_and_a_lost_leader_ends_its_workers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_kill_9_at_random_moments_of_two_ranks_and_two_stages(data: Path, tmp_path: Path, seed: int) -> None:
     import random
 
