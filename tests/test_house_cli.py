@@ -35,8 +35,9 @@ def test_help_imports_nothing_heavy(args: tuple[str, ...]) -> None:
         heavy = {"torch", "transformers", "peft", "numpy", "scipy", "pyarrow", "PIL", "yaml", "jinja2"}
         # Newer typers build a verb's own parameters with pydantic; the help everybody sees first needs none.
         heavy |= {"pydantic"} if sys.argv[1:] in (["--help"], ["--version"]) else set()
-        rooms = [name for name in sys.modules if name.startswith("leveret.") and not name.startswith("leveret.cli")]
-        print("LOADED", *sorted(heavy & set(sys.modules)), *sorted(set(rooms) - {"leveret.runs"}))
+        light = ("leveret.cli", "leveret.runs")
+        rooms = [name for name in sys.modules if name.startswith("leveret.") and not name.startswith(light)]
+        print("LOADED", *sorted(heavy & set(sys.modules)), *sorted(rooms))
         sys.exit(code)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True)

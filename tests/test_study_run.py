@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -467,3 +468,17 @@ def test_units_run_by_a_command_of_ones_own(tmp_path: Path) -> None:
     assert command(line) == 3
     (first,) = said.read_text().splitlines()
     assert "study unit" in first and "draw-" in first
+
+
+def test_it_says_what_runs_and_how_far_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("leveret.runs.progress._PLAIN_EVERY", 0.0)
+    monkeypatch.setattr("leveret.study.runner.LOOK", 0.0)
+    log = "echo 'draw the world: 500 of 2,000 pictures  9 pictures/s'; echo 'tokenising: 6 of 6 samples'"
+    with pytest.raises(DataError, match="failed"):
+        run(read("prismatic/one-stage", ["seeds=[0]"]), tmp_path / "out", jobs=2, command=f"{log}; sleep 1; false {{}}")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("study (seconds of work): ")]
+    told = next(line for line in said if "now draw world 0 25%" in line)
+    first, total = (float(number.replace(",", "")) for number in re.findall(r"[\d,]+", told)[:2])
+    assert 0 < first < total / 2 and "left" in told

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -48,8 +49,12 @@ from leveret.study.units import KINDS, Unit, Units, chain, of_cell
 KIND = "study"
 POLL = 0.2
 """Seconds between two looks at the processes."""
+LOOK = 2.0
+"""Seconds between two looks at how far they are."""
 PARENT = "LEVERET_STUDY_PROCESS"
 """Tells a unit's process who started it here: it ends, with its work saved, when that is killed."""
+LATELY = 4_000
+"""Bytes of a log in which the last line of progress is looked for."""
 TAIL = 400
 """Characters of a failed unit's log that are told."""
 
@@ -247,9 +252,25 @@ def run(
 
 @dataclass
 class _Running:
+    """A unit's process. began: where in the log its own words begin. told: seconds of it that the bar has counted."""
+
     id: str
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    began: int
+    told: int = 0
+
+    def share(self, unit: Unit) -> float:
+        """How much of it is done, by the last line of its own `Progress` in the log; 0 before the first."""
+        with open(self.log.name, "rb") as log:
+            log.seek(max(self.began, log.seek(0, os.SEEK_END) - LATELY))
+            said = log.read().decode("utf-8", "replace")
+        name = KINDS[unit.kind].progress.format(what=unit.what)
+        found = re.findall(rf"^{re.escape(name)}: ([\d,]+) of ([\d,]+) ", said, re.MULTILINE) if name else []
+        if not found:
+            return 0.0
+        count, total = (int(number.replace(",", "")) for number in found[-1])
+        return count / total if total else 0.0
 
 
 @dataclass
@@ -274,7 +295,8 @@ class _Work:
 
         costs = unit_seconds({id: self.matrix.units[id] for id in left}, self.folder)
         running: list[_Running] = []
-        with Progress(round(sum(costs.values())), "study", "s of work") as bar:
+        with Progress(sum(round(cost) for cost in costs.values()), "study (seconds of work)") as bar:
+            looked = time.monotonic()
             try:
                 while left or running:
                     if stop_requested():
@@ -294,7 +316,10 @@ class _Work:
                         one.log.close()
                         if one.process.returncode or not self.folder.is_done(one.id):
                             self._fail(one.id, _last_words(self.folder.unit(one.id) / "log.txt"))
-                        self._ended(one.id, bar, costs)
+                        self._ended(one.id, bar, costs, one.told)
+                    if running and time.monotonic() - looked >= LOOK:
+                        looked = time.monotonic()
+                        self._tell(running, bar, costs)
                     if running:
                         time.sleep(POLL)
             finally:
@@ -350,16 +375,26 @@ class _Work:
         process = subprocess.Popen(
             what, shell=self.command is not None, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-        return _Running(id, process, log)
+        return _Running(id, process, log, log.tell())
+
+    def _tell(self, running: Sequence[_Running], bar: Progress, costs: dict[str, float]) -> None:
+        """What runs, how far each is, and its part of the bar."""
+        words, more = [], 0
+        for one in running:
+            unit = self.matrix.units[one.id]
+            share = one.share(unit)
+            now = max(one.told, int(share * round(costs[one.id])))
+            more, one.told = more + now - one.told, now
+            words.append(f"{unit.kind} {unit.what}" + (f" {share:.0%}" if share else ""))
+        bar.advance(more, now=", ".join(words))
 
     def _fail(self, id: str, why: str) -> None:
         self.failed[id] = why or "it ended without a word"
         print(f"failed: {self.matrix.units[id].kind} ({self.matrix.units[id].what}): {self.failed[id]}",
               file=sys.stderr, flush=True)  # fmt: skip
 
-    def _ended(self, id: str, bar: Progress, costs: dict[str, float]) -> None:
-        unit = self.matrix.units[id]
-        bar.advance(round(costs[id]), last=f"{unit.kind} {unit.what}")
+    def _ended(self, id: str, bar: Progress, costs: dict[str, float], told: int = 0) -> None:
+        bar.advance(round(costs[id]) - told)
         if id not in self.failed:
             self.ledger.made(id)
             if not self.keep:

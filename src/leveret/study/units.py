@@ -246,17 +246,19 @@ def _examine(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[s
 @dataclass(frozen=True, slots=True)
 class Kind:
     """make: (folder, settings, folders of the inputs) -> facts. heavy: names in its folder that a study which keeps
-    little removes when nothing asks for them any more."""
+    little removes when nothing asks for them any more. progress: what it calls its long part while it runs, with the
+    unit's `{what}`; a study reads there how far it is."""
 
     make: Callable[[Path, Mapping[str, Any], Places], dict[str, Any]]
     heavy: tuple[str, ...] = ()
+    progress: str = ""
 
 
 KINDS: dict[str, Kind] = {
-    "draw": Kind(_draw, ("world",)),
-    "embed": Kind(_embed, ("embeddings",)),
+    "draw": Kind(_draw, ("world",), "draw the world"),
+    "embed": Kind(_embed, ("embeddings",), "embedding"),
     "choose": Kind(_choose, ("coreset",)),
-    "teach": Kind(_teach),
+    "teach": Kind(_teach, progress="{what}"),
     "average": Kind(_average),
-    "examine": Kind(_examine),
+    "examine": Kind(_examine, progress="asking"),
 }
