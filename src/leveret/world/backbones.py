@@ -24,14 +24,12 @@ from typing import Any
 from leveret.runs import (
     RecipeError,
     RunFolder,
-    atomic_write,
     closest,
-    environment,
     graceful_stop,
     read_json,
-    sha256_of,
     write_json,
 )
+from leveret.world import cards
 from leveret.world.languages import LANGUAGES
 from leveret.world.languages import write_card as write_languages_card
 from leveret.world.towers import STEPS as TOWER_STEPS
@@ -176,43 +174,27 @@ def shipped(folder: Path) -> list[Path]:
 
 
 def write_card(folder: Path, seed: int, steps: dict[str, int]) -> None:
-    """CARD.md and card.json: what the weights are, what taught them, how good they are, and their hashes."""
+    """CARD.md and card.json of the three that ship with leveret."""
     figures: dict[str, dict[str, Any]] = {name: read_json(folder / "state" / name / "figures.json") for name in STEPS}
-    files: dict[str, dict[str, Any]] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in shipped(folder)
-    }
-    card: dict[str, Any] = {
-        "seed": seed,
-        "steps": steps,
-        "supervision": SUPERVISION,
-        "withheld": WITHHELD,
-        "figures": figures,
-        "files": files,
-        "environment": {key: environment().get(key) for key in ("python", "platform", "packages")},
-    }
-    write_json(folder / "card.json", card)
-    total = sum(item["bytes"] for item in files.values())
-    lines = [
-        "# The drawn world's tiny backbones",
-        "",
-        f"Trained from nothing by `leveret world backbones -o OUT` (seed {seed}); bfloat16 safetensors, "
-        f"{total / 1e6:.2f} MB in all. They exist so that the whole loop "
-        "(choose data, align, tune, examine, chat) runs on a laptop in minutes; they know no world but the drawn one.",
-        "",
-        "## What taught them",
-        "",
-        *(f"- **{name}** ({steps[name]:,} steps): {text}" for name, text in SUPERVISION.items()),
-        f"- {WITHHELD}",
-        "",
-        "## How good they are, on fresh scenes",
-        "",
-    ]
+    files = shipped(folder)
+    total = sum(path.stat().st_size for path in files)
+    lines = []
     for name, found in figures.items():
         groups = found if name == "language" else {"": found}
         for group, values in groups.items():
             shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
             lines.append(f"- **{name}**{' (' + group + ')' if group else ''}: {shown}")
-    lines += ["", "## Files", "", "| file | bytes | sha256 |", "|---|---|---|"]
-    lines += [f"| {name} | {item['bytes']:,} | `{item['sha256']}` |" for name, item in files.items()]
-    atomic_write(folder / "CARD.md", "\n".join(lines) + "\n")
+    cards.write_card(
+        folder,
+        files,
+        {"seed": seed, "steps": steps, "supervision": SUPERVISION, "withheld": WITHHELD, "figures": figures},
+        title="The drawn world's tiny backbones",
+        about=(
+            f"Trained from nothing by `leveret world backbones -o OUT` (seed {seed}); bfloat16 safetensors, "
+            f"{total / 1e6:.2f} MB in all. They exist so that the whole loop (choose data, align, tune, examine, "
+            "chat) runs on a laptop in minutes; they know no world but the drawn one."
+        ),
+        taught=[*(f"**{name}** ({steps[name]:,} steps): {text}" for name, text in SUPERVISION.items()), WITHHELD],
+        found="How good they are, on fresh scenes",
+        figures=lines,
+    )

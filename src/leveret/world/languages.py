@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leveret.runs import atomic_write, environment, read_json, sha256_of, write_json
+from leveret.runs import read_json
+from leveret.world import cards
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,51 +63,34 @@ def files_of(folder: Path, name: str) -> list[Path]:
 
 
 def write_card(folder: Path, seed: int, steps: Mapping[str, int]) -> None:
-    """`languages/CARD.md` and `languages/card.json` of those that are there: what taught each, what it can, its
-    hashes."""
-    place = folder / "languages"
+    """`languages/CARD.md` and `languages/card.json` of those that are there."""
     done = [name for name in LANGUAGES if (folder / "state" / name / "figures.json").exists()]
     figures = {name: read_json(folder / "state" / name / "figures.json") for name in done}
-    files = {
-        path.relative_to(place).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for name in done
-        for path in files_of(folder, name)
-    }
-    card = {
-        "seed": seed,
-        "steps": {name: steps[name] for name in done},
-        "supervision": {name: LANGUAGES[name].about for name in done},
-        "figures": figures,
-        "files": files,
-        "environment": {key: environment().get(key) for key in ("python", "platform", "packages")},
-    }
-    write_json(place / "card.json", card)
-    lines = [
-        "# The drawn world's other language models",
-        "",
-        f"Trained from nothing by `leveret world backbones -o OUT --only NAME` (seed {seed}): Llamas of width 96 and 3 "
-        "layers, 0.4 million weights, bfloat16. What holds of `world/language` holds of them: the eight held-out pairs "
-        "are read of, no held-out word is, and `colour` and `word` are never asked nor stated.",
-        "",
-        "## What taught them",
-        "",
-        *(f"- **{name}** ({steps[name]:,} steps of 16 rows): {LANGUAGES[name].about}" for name in done),
-        "",
-        "## What they can, on fresh scenes",
-        "",
-        "Share of answers (of a base model: ends of statements) whose every token is the most likely one. `asked` and "
-        "`unread`: in a conversation's form, which the base model never saw, or in words that none did.",
-        "",
-        *(
-            f"- **{name}** ({group}): {', '.join(f'{key} {value:.3f}' for key, value in values.items())}"
-            for name, found in figures.items()
-            for group, values in found.items()
+    cards.write_card(
+        folder / "languages",
+        [path for name in done for path in files_of(folder, name)],
+        {
+            "seed": seed,
+            "steps": {name: steps[name] for name in done},
+            "supervision": {name: LANGUAGES[name].about for name in done},
+            "figures": figures,
+        },
+        title="The drawn world's other language models",
+        about=(
+            f"Trained from nothing by `leveret world backbones -o OUT --only NAME` (seed {seed}): Llamas of width 96 "
+            "and 3 layers, 0.4 million weights, bfloat16. What holds of `world/language` holds of them: the eight "
+            "held-out pairs are read of, no held-out word is, and `colour` and `word` are never asked nor stated."
         ),
-        "",
-        "## Files",
-        "",
-        "| file | bytes | sha256 |",
-        "|---|---|---|",
-        *(f"| {name} | {item['bytes']:,} | `{item['sha256']}` |" for name, item in files.items()),
-    ]
-    atomic_write(place / "CARD.md", "\n".join(lines) + "\n")
+        taught=[f"**{name}** ({steps[name]:,} steps of 16 rows): {LANGUAGES[name].about}" for name in done],
+        found="What they can, on fresh scenes",
+        figures=[
+            "Share of answers (of a base model: ends of statements) whose every token is the most likely one. `asked` "
+            "and `unread`: in a conversation's form, which the base model never saw, or in words that none did.",
+            "",
+            *(
+                f"- **{name}** ({group}): {', '.join(f'{key} {value:.3f}' for key, value in values.items())}"
+                for name, found in figures.items()
+                for group, values in found.items()
+            ),
+        ],
+    )

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from leveret.runs import atomic_write, environment, read_json, sha256_of, write_json
+from leveret.runs import read_json, write_json
+from leveret.world import cards
 
 BATCH = 64
 STEPS = 700
@@ -71,7 +72,7 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def write_card(folder: Path, seed: int, steps: Mapping[str, int]) -> None:
-    """`towers/CARD.md` and `towers/card.json` of the towers that are there: what taught each, its probe, its hash."""
+    """`towers/CARD.md` and `towers/card.json` of the towers that are there, with their probes."""
     done = [name for name in TOWERS if (folder / "state" / name / "figures.json").exists()]
     beside = folder / "state" / "references.json"
     if not beside.exists():
@@ -79,51 +80,39 @@ def write_card(folder: Path, seed: int, steps: Mapping[str, int]) -> None:
 
         write_json(beside, references(seed))
     probes = read_json(beside) | {name: read_json(folder / "state" / name / "figures.json") for name in done}
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in (file_of(folder, name) for name in done)
-    }
-    card = {
-        "seed": seed,
-        "steps": {name: steps[name] for name in done},
-        "batch": BATCH,
-        "supervision": {name: TOWERS[name].about for name in done},
-        "pictures": PICTURES,
-        "probe": probes,
-        "files": files,
-        "environment": {key: environment().get(key) for key in ("python", "platform", "packages")},
-    }
-    write_json(folder / "towers" / "card.json", card)
     reads = list(next(iter(probes.values())))
-    lines = [
-        "# The drawn world's other towers",
-        "",
-        "One network (that of `world/vision`), the same scenes in the same order, trained from nothing by `leveret "
-        f"world backbones -o OUT --only NAME` (seed {seed}). They exist so that what teaches a tower, and the size "
-        "that it sees, can be compared; none is meant for more. `world/vision` beside them saw many times as "
-        "many pictures and was told what stands where.",
-        "",
-        "## What taught them",
-        "",
-        *(f"- **{name}** ({steps[name]:,} steps of {BATCH} pictures): {TOWERS[name].about}" for name in done),
-        f"- {PICTURES}",
-        "",
-        "## What their tokens hold",
-        "",
-        "What linear reads of the frozen tokens get right on 1,024 fresh pictures; they learn from 2,048 others "
-        "(world/probe.py). Colour, shape, letter and box (every side told to 1/32 of the picture's, one off at most) "
-        "are read at the token where the centre lies, the count of one to four things from the mean and the "
-        "greatest of all tokens. A read that gets the shape of held-out pairs less often than one in eight knows their "
-        "colour better than their shape: it has learned what never goes with that colour.",
-        "",
-        f"| | {' | '.join(reads)} |",
-        f"|---|{'---|' * len(reads)}",
-        *(f"| {name} | {' | '.join(f'{found[read]:.3f}' for read in reads)} |" for name, found in probes.items()),
-        "",
-        "## Files",
-        "",
-        "| file | bytes | sha256 |",
-        "|---|---|---|",
-        *(f"| {name} | {item['bytes']:,} | `{item['sha256']}` |" for name, item in files.items()),
-    ]
-    atomic_write(folder / "towers" / "CARD.md", "\n".join(lines) + "\n")
+    cards.write_card(
+        folder / "towers",
+        [file_of(folder, name) for name in done],
+        {
+            "seed": seed,
+            "steps": {name: steps[name] for name in done},
+            "batch": BATCH,
+            "supervision": {name: TOWERS[name].about for name in done},
+            "pictures": PICTURES,
+            "probe": probes,
+        },
+        title="The drawn world's other towers",
+        about=(
+            "One network (that of `world/vision`), the same scenes in the same order, trained from nothing by `leveret "
+            f"world backbones -o OUT --only NAME` (seed {seed}). They exist so that what teaches a tower, and the size "
+            "that it sees, can be compared; none is meant for more. `world/vision` beside them saw many times as "
+            "many pictures and was told what stands where."
+        ),
+        taught=[
+            *(f"**{name}** ({steps[name]:,} steps of {BATCH} pictures): {TOWERS[name].about}" for name in done),
+            PICTURES,
+        ],
+        found="What their tokens hold",
+        figures=[
+            "What linear reads of the frozen tokens get right on 1,024 fresh pictures; they learn from 2,048 others "
+            "(world/probe.py). Colour, shape, letter and box (every side told to 1/32 of the picture's, one off at "
+            "most) are read at the token where the centre lies, the count of one to four things from the mean and the "
+            "greatest of all tokens. A read that gets the shape of held-out pairs less often than one in eight knows "
+            "their colour better than their shape: it has learned what never goes with that colour.",
+            "",
+            f"| | {' | '.join(reads)} |",
+            f"|---|{'---|' * len(reads)}",
+            *(f"| {name} | {' | '.join(f'{found[read]:.3f}' for read in reads)} |" for name, found in probes.items()),
+        ],
+    )
