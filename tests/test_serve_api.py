@@ -255,6 +255,17 @@ def test_where_the_model_looked(up: Up) -> None:
         assert up.http.post("/v1/look", json={**body, **wrong}).status_code in (400, 404)
 
 
+def test_attention_that_cannot_be_read_is_told() -> None:
+    with serving() as up:
+        language = up.service.model.vlm.language
+        language.config._attn_implementation_internal = "flash_attention_2"
+        got = up.http.post("/v1/look", json={"model": NAME, "messages": about(picture()), "answer": "a red square"})
+        error = got.json()["error"]
+        assert (
+            got.status_code == 501 and error["code"] == "attention_unreadable" and "takes no mask" in error["message"]
+        )
+
+
 def test_an_engine_that_has_ended_is_told_as_the_servers_end() -> None:
     with serving() as up:
         up.service.live.close()

@@ -24,6 +24,11 @@ NAME = "leveret_watched"
 PIECE = 2**23
 """Weights that are computed at once: 32 MB of float32."""
 
+
+class Unreadable(EnvironmentFault):
+    """This model's attention cannot be read, and never will be: its code has no form that gives the weights."""
+
+
 Take = Callable[[int, int, Tensor], None]
 """(layer, first of the rows, weights [rows, heads, T] in float32)."""
 
@@ -55,9 +60,7 @@ def _attend(
 
     watch, own = _WATCH.get(), _written_out(module)
     if own is None:
-        raise EnvironmentFault(
-            f"the attention of {type(module).__name__} cannot be read: its family has no written-out form"
-        )
+        raise Unreadable(f"the attention of {type(module).__name__} cannot be read: its family has no written-out form")
     answer = ALL_ATTENTION_FUNCTIONS.get_interface(watch.before, own)
     out, _ = answer(module, query, key, value, attention_mask, **options)
     _read(watch, own, module, query, key, value, attention_mask, options)
@@ -103,7 +106,7 @@ def _mask(**options: Any) -> Tensor | None:
 def watched(language: Any, rows: Tensor, take: Take) -> Iterator[None]:
     """Inside, the attention weights of `rows` (positions in a batch of one row) go to `take`, layer after layer.
 
-    The model is left as it was, whatever happens inside. Raises EnvironmentFault where its attention code is one that
+    The model is left as it was, whatever happens inside. Raises Unreadable where its attention code is one that
     takes no mask (FlashAttention), or its layers do not go through transformers' interface.
     """
     from transformers import AttentionInterface
@@ -112,7 +115,7 @@ def watched(language: Any, rows: Tensor, take: Take) -> Iterator[None]:
     config = language.config.get_text_config()
     before = str(config._attn_implementation)
     if before not in ("eager", "sdpa"):
-        raise EnvironmentFault(
+        raise Unreadable(
             f"attention {before!r} cannot be read: it takes no mask; allowed are eager and sdpa; set "
             "language.attention in the model's recipe"
         )
@@ -127,7 +130,7 @@ def watched(language: Any, rows: Tensor, take: Take) -> Iterator[None]:
         config._attn_implementation = before
         _WATCH.reset(token)
     if len(watch.layers) != int(config.num_hidden_layers):
-        raise EnvironmentFault(
+        raise Unreadable(
             f"the attention of {type(language).__name__} cannot be read: {len(watch.layers)} of its "
             f"{config.num_hidden_layers} layers go through transformers' attention interface"
         )

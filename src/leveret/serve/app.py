@@ -192,6 +192,7 @@ _REASONS = {
     415: "The body is not application/json.",
     429: "Too many requests, of this client or of all.",
     500: "The server's own fault.",
+    501: "This model's attention cannot be read.",
     503: "The server is shutting down, or has too many connections.",
 }
 
@@ -289,7 +290,7 @@ def build(service: Service, *, token: bool = False) -> FastAPI:
         "/v1/look",
         responses={
             200: {"description": "docs/look.md explains it."},
-            **_errors(400, 404, 413, 415, 429, 500),
+            **_errors(400, 404, 413, 415, 429, 500, 501),
             **locked,
         },
         openapi_extra=_takes(LookRequest),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from leveret.generate.gaze import Unreadable
 from leveret.generate.live import Closed, Full
 from leveret.images import ImageFault
 from leveret.runs import DataError
@@ -96,6 +97,8 @@ def of_fault(fault: BaseException, request_id: str) -> Refusal:
         return busy(fault.retry_after)
     if isinstance(fault, Closed):
         return shutting_down()
+    if isinstance(fault, Unreadable):
+        return Refusal(501, str(fault), kind=OURS, code="attention_unreadable")
     return failed(request_id)
 
 
