@@ -479,6 +479,6 @@ def test_it_says_what_runs_and_how_far_that_is(
     with pytest.raises(DataError, match="failed"):
         run(read("prismatic/one-stage", ["seeds=[0]"]), tmp_path / "out", jobs=2, command=f"{log}; sleep 1; false {{}}")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("study (seconds of work): ")]
-    told = next(line for line in said if "now draw world 0 25%" in line)
+    told = next(line for line in said if "now draw world 0 of stages=two@0 25%" in line)
     first, total = (float(number.replace(",", "")) for number in re.findall(r"[\d,]+", told)[:2])
     assert 0 < first < total / 2 and "left" in told

@@ -385,7 +385,10 @@ class _Work:
             share = one.share(unit)
             now = max(one.told, int(share * round(costs[one.id])))
             more, one.told = more + now - one.told, now
-            words.append(f"{unit.kind} {unit.what}" + (f" {share:.0%}" if share else ""))
+            cell = next(
+                cell.name for cell, last in self.matrix.last.items() if one.id in chain(self.matrix.units, last)
+            )
+            words.append(f"{unit.kind} {unit.what} of {cell}" + (f" {share:.0%}" if share else ""))
         bar.advance(more, now=", ".join(words))
 
     def _fail(self, id: str, why: str) -> None:
