@@ -106,6 +106,8 @@ def test_every_study_that_comes_with_leveret_can_be_planned(tmp_path: Path) -> N
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"claims": [{**TINY["claims"][0], "axis": "lenght"}]}, "the axes are length"),
         ({"claims": [{**TINY["claims"][0], "level": "usual"}]}, "allowed are longer, mean"),
+        ({"claims": [{**TINY["claims"][0], "than": "shorter"}]}, "claims.0.than: 'shorter'; allowed are longer, mean"),
+        ({"claims": [{**TINY["claims"][0], "than": "longer"}]}, "claims.0.level: 'longer'; allowed are mean, usual"),
         ({"world": None}, "the suite's files need a folder"),
         ({"axes": {"a": {"question": "?", "base": "c", "levels": {"a": {}, "b": {}}}}}, "none of its levels: a, b"),
         ({"axes": {"a": axis(a={}, b={"average": {"levels": ["a", "z"]}})}}, "z is no level"),
@@ -287,6 +289,14 @@ def test_figures_of_a_study_whose_answer_is_known(tmp_path: Path, worker: list[s
     assert "stages.tune.steps=4" in page and "the mean of usual and longer" in page, (
         "levels that say nothing of themselves"
     )
+
+
+def test_a_claim_may_compare_two_levels_that_are_no_base(tmp_path: Path, worker: list[str]) -> None:
+    claim = {**TINY["claims"][0], "level": "mean", "than": "longer", "expect": "lower"}
+    (told,) = run(study(claims=[claim]), tmp_path / "out", jobs=1)["claims"]
+    assert told["base"] == "longer" and told["verdict"] == AGREES
+    assert told["difference"]["mean"] == pytest.approx(-0.005)
+    assert "mean less longer" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_how_much_is_said_is_a_measure_too(tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,12 +192,12 @@ def turns(root: Path, prefix: str) -> list[tuple[str, str]]:
     return found
 
 
-def test_refusals_and_unasked_kinds_change_what_they_say_and_nothing_else(tmp_path: Path) -> None:
+def test_refusals_and_how_often_kinds_are_asked_change_what_they_say_and_nothing_else(tmp_path: Path) -> None:
     usual, none, all_, less = (draw(tmp_path / name, size=size, workers=1) for name, size in {
         "usual": SMALL,
         "none": replace(SMALL, refusals=0.0),
         "all": replace(SMALL, refusals=1.0),
-        "less": replace(SMALL, unasked=["word", "count"]),
+        "less": replace(SMALL, asked={"word": 0, "count": 0}),
     }.items())  # fmt: skip
     refused = {root.name: [a for _, a in turns(root, "text-")].count(REFUSAL) for root in (usual, none, all_)}
     assert refused["none"] == 0 < refused["usual"] < refused["all"] == 24 * 10
@@ -213,18 +213,35 @@ def test_refusals_and_unasked_kinds_change_what_they_say_and_nothing_else(tmp_pa
                 assert file.read_bytes() == (root / name).read_bytes(), name
 
 
+def test_a_kind_asked_more_seldom_and_captions_that_are_short(tmp_path: Path) -> None:
+    size = replace(SMALL, tune=60)
+    usual, seldom, short, long = (draw(tmp_path / name, size=size, workers=1) for name, size in {
+        "usual": size, "seldom": replace(size, asked={"count": 0.1}), "short": replace(SMALL, web=120, plain=1.0),
+        "long": replace(SMALL, web=120, plain=0.0),
+    }.items())  # fmt: skip
+    counted = [sum("How many" in question for question, _ in turns(root, "tune-")) for root in (usual, seldom)]
+    assert 0 < counted[1] < counted[0] / 3
+    words = {}
+    for root in (short, long):
+        truth = [json.loads(line) for line in (root / "web_truth.jsonl").read_text().splitlines()]
+        told = [record["conversations"][1]["value"] for record in json.loads((root / "web.json").read_text())]
+        words[root] = [caption for caption, row in zip(told, truth, strict=True) if row["words"] != "dull"]
+    assert len(words[short]) == len(words[long]), "the same pairs are wrong, dull and copied"
+    assert sum(map(len, words[short])) < 0.8 * sum(map(len, words[long]))
+
+
 def test_a_world_that_says_nothing_of_the_new_fields_is_the_same_as_before(tmp_path: Path) -> None:
     plain = same_world(tmp_path, 0, WorldSize())
-    assert not {"refusals", "unasked", "oblong"} & plain.keys()
-    assert same_world(tmp_path, 0, WorldSize(refusals=0.2, unasked=())) == plain
-    told = same_world(tmp_path, 0, WorldSize(refusals=0.5, unasked=["word"]))
-    assert told["refusals"] == 0.5 and told["unasked"] == ["word"]
+    assert not {"refusals", "asked", "plain", "oblong"} & plain.keys()
+    assert same_world(tmp_path, 0, WorldSize(refusals=0.2, asked={"word": 1})) == plain
+    told = same_world(tmp_path, 0, WorldSize(refusals=0.5, asked={"word": 0}))
+    assert told["refusals"] == 0.5 and told["asked"] == {"word": 0.0}
 
 
 def test_a_folder_of_another_share_of_refusals_is_refused(tmp_path: Path) -> None:
-    root = draw(tmp_path / "w", size=replace(SMALL, web=2, tune=4, unasked=["word"]), workers=1)
-    assert draw(root, size=replace(SMALL, web=2, tune=4, unasked=("word",)), workers=1) == root
-    with pytest.raises(RecipeError, match=r"holds another world: .*unasked \['word'\] \(wanted \[\]\)"):
+    root = draw(tmp_path / "w", size=replace(SMALL, web=2, tune=4, asked={"word": 0}), workers=1)
+    assert draw(root, size=replace(SMALL, web=2, tune=4, asked={"word": 0.0}), workers=1) == root
+    with pytest.raises(RecipeError, match=r"holds another world: .*asked \{'word': 0.0\} \(wanted \{\}\)"):
         draw(root, size=replace(SMALL, web=2, tune=4), workers=1)
 
 
@@ -233,13 +250,16 @@ def test_a_folder_of_another_share_of_refusals_is_refused(tmp_path: Path) -> Non
     [
         ({"refusals": 1.5}, "refusals=1.5: a share of the text-only questions"),
         ({"refusals": "some"}, "refusals='some': a share"),
-        ({"unasked": "word"}, "unasked='word': a list of kinds"),
-        ({"unasked": ["wrod"]}, r"unasked=wrod: tuning asks .*did you mean word\?"),
-        ({"unasked": [3]}, r"unasked=\[3\]: a list of kinds"),
-        ({"unasked": list(TUNE_WEIGHTS)}, "nothing is left to ask"),
+        ({"plain": -1}, "plain=-1: a share of the captions"),
+        ({"asked": "word"}, "asked='word': kind of question -> how often"),
+        ({"asked": {"wrod": 0}}, r"asked: wrod: tuning asks .*did you mean word\?"),
+        ({"asked": {3: 0}}, r"asked=\{3: 0\}: kind of question"),
+        ({"asked": {"box": -0.5}}, "asked: box: -0.5; a share"),
+        ({"asked": {"box": "seldom"}}, "asked: box: 'seldom'; a share"),
+        ({"asked": dict.fromkeys(TUNE_WEIGHTS, 0)}, "nothing is left to ask"),
     ],
 )
-def test_what_no_world_can_leave_unasked(fields: dict[str, Any], said: str) -> None:
+def test_what_no_world_can_ask(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         WorldSize(**fields)
 
@@ -261,4 +281,4 @@ def test_the_suite_of_studies_asks_the_eight_kinds_and_what_is_asked_apart(tmp_p
 def test_world_json_tells_the_fields_that_are_not_usual(tmp_path: Path) -> None:
     root = draw(tmp_path / "w", size=replace(SMALL, web=2, tune=4, refusals=0.0), workers=1)
     there = read_json(root / "world.json")
-    assert there["refusals"] == 0.0 and "unasked" not in there
+    assert there["refusals"] == 0.0 and "asked" not in there

@@ -24,7 +24,7 @@ def gather(folder: Folder, matrix: Matrix) -> dict[str, Any]:
     axes         name -> {question, base, levels: {level: {about, n, mean, low, high, tasks, words, seconds,
                  difference}}}
     comparisons  how many levels are compared with a base
-    claims       [{paper, says, figures, axis, level, by, expect, difference, p, verdict}]
+    claims       [{paper, says, figures, axis, level, base (compared with), by, expect, difference, p, verdict}]
     ledger       {made, shared, seconds made, seconds that sharing saved}
     """
     study = matrix.study
@@ -131,12 +131,12 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
 
 
 def _claim(study: StudyRecipe, claim: Claim, figures: Mapping[Cell, Any]) -> dict[str, Any]:
-    axis = study.axes[claim.axis]
-    ours, theirs = (_at(study, claim.axis, level, figures, claim.by) for level in (claim.level, axis.base))
+    than = claim.than or study.axes[claim.axis].base
+    ours, theirs = (_at(study, claim.axis, level, figures, claim.by) for level in (claim.level, than))
     found = paired(ours, theirs)
     return {
         **claim.model_dump(mode="json"),
-        "base": axis.base,
+        "base": than,
         "difference": found,
         "verdict": verdict(claim.expect, claim.margin, found),
     }

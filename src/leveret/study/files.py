@@ -94,9 +94,10 @@ class Claim(_Strict):
     says: str = Field(description="Its finding, in words.")
     figures: str = Field("", description="Its own figures, as printed there.")
     axis: str = Field(description="The axis that asks the same.")
-    level: str = Field(description="The level that is compared with the axis' base.")
+    level: str = Field(description="The level that is compared.")
+    than: str | None = Field(None, description="The level that it is compared with; null for the axis' base.")
     expect: Literal["higher", "lower", "same", "not lower", "not higher"] = Field(
-        description="What the finding would have our difference (level less base) be."
+        description="What the finding would have our difference (`level` less `than`) be."
     )
     by: tuple[str, ...] = Field(
         (SCORE,), min_length=1, description="`score`, `words` (of an answer), or tasks whose mean is compared."
@@ -141,8 +142,12 @@ class StudyRecipe(_Strict):
             axis = self.axes.get(claim.axis)
             if axis is None:
                 faults.append(f"claims.{place}.axis: {claim.axis!r}; the axes are {', '.join(self.axes)}")
-            elif claim.level not in axis.levels or claim.level == axis.base:
-                others = [name for name in axis.levels if name != axis.base]
+                continue
+            than = claim.than or axis.base
+            if than not in axis.levels:
+                faults.append(f"claims.{place}.than: {than!r}; allowed are {', '.join(axis.levels)}")
+            if claim.level not in axis.levels or claim.level == than:
+                others = [name for name in axis.levels if name != than]
                 faults.append(f"claims.{place}.level: {claim.level!r}; allowed are {', '.join(others)}")
         if self.world is None and self.questions is None:
             faults.append("questions: without a drawn world the suite's files need a folder")

@@ -43,7 +43,7 @@ STRENGTHS = {
 }
 """The drawn webs. `usual` is the quickstart's, and what the scorer learned from (another draw of it)."""
 PLAIN = 0.25
-"""Share of fitting captions that name things without saying where."""
+"""Share of captions of a scene, its own or another's, that name things without saying where."""
 
 DULL = (
     "image", "photo", "a picture", "untitled", "some shapes", "a nice picture", "wallpaper", "click here", "thumbnail",
@@ -70,9 +70,10 @@ class WebPair:
         return jpeg(render(self.scene, shift=self.shift, jitter=self.jitter), self.quality)
 
 
-def fitting(scene: Scene, rng: random.Random) -> str:
-    """A caption that is true: mostly the whole scene with places, sometimes only what is there, in any order."""
-    if rng.random() >= PLAIN:
+def fitting(scene: Scene, rng: random.Random, plain: float = PLAIN) -> str:
+    """A caption that is true: the whole scene with places, or, a share `plain` of them, only what is there, in any
+    order."""
+    if rng.random() >= plain:
         return told(scene)
     names = [a(item.name) if isinstance(item, Thing) else f"the word {item.text}" for item in scene.in_reading_order()]
     return " and ".join(shuffled(rng, names))
@@ -83,20 +84,29 @@ def web_scene(seed: int, split: str, index: int, frames: Frames = USUAL) -> Scen
 
 
 def _caption(
-    ill: Diseases, seed: int, split: str, index: int, scene: Scene, rng: random.Random, frames: Frames
+    ill: Diseases, seed: int, split: str, index: int, scene: Scene, rng: random.Random, frames: Frames, plain: float
 ) -> tuple[str, str]:
     r = rng.random()
     if r < ill.wrong:
         other = web_scene(seed, split + "/other", index, frames)
-        return fitting(other, rng), "wrong"
+        return fitting(other, rng, plain), "wrong"
     if r < ill.wrong + ill.dull:
         text = pick(rng, DULL)
         return (f"{text} {between(rng, 1, 999)}" if rng.random() < 0.4 else text), "dull"
-    return fitting(scene, rng), "fits"
+    return fitting(scene, rng, plain), "fits"
 
 
-def web_pair(seed: int, split: str, index: int, ill: Diseases = STRENGTHS["usual"], frames: Frames = USUAL) -> WebPair:
-    """The pair at `index` of the web drawn from `seed` for `split`."""
+def web_pair(
+    seed: int,
+    split: str,
+    index: int,
+    ill: Diseases = STRENGTHS["usual"],
+    frames: Frames = USUAL,
+    *,
+    plain: float = PLAIN,
+) -> WebPair:
+    """The pair at `index` of the web drawn from `seed` for `split`. plain: share of its captions that only name things;
+    it changes nothing else."""
     rng = stream(seed, split + "/pair", index)
     r, copy = rng.random(), "new"
     for kind, rate in ill.copies.items():
@@ -106,12 +116,12 @@ def web_pair(seed: int, split: str, index: int, ill: Diseases = STRENGTHS["usual
         r -= rate
     if copy == "new":
         scene = web_scene(seed, split, index, frames)
-        caption, words = _caption(ill, seed, split, index, scene, rng, frames)
+        caption, words = _caption(ill, seed, split, index, scene, rng, frames, plain)
         return WebPair(index, scene, caption, words, copy, index)
-    earlier = web_pair(seed, split, int(rng.random() ** ill.tail * index), ill, frames)
+    earlier = web_pair(seed, split, int(rng.random() ** ill.tail * index), ill, frames, plain=plain)
     if copy == "exact":
         return replace(earlier, index=index, copy=copy)
-    caption, words = _caption(ill, seed, split, index, earlier.scene, rng, frames)
+    caption, words = _caption(ill, seed, split, index, earlier.scene, rng, frames, plain)
     shift, jitter, quality = (0, 0), 0, 90
     if copy == "redrawn":
         jitter = 1 + between(rng, 0, 98)

@@ -13,16 +13,16 @@ Every picture and line is a pure function of (seed, split, index). A stopped dra
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from leveret.runs import Progress, RecipeError, claim, closest, read_json, write_json
-from leveret.world.captions import STRENGTHS, fitting, web_pair, web_scene
+from leveret.world.captions import PLAIN, STRENGTHS, fitting, web_pair, web_scene
 from leveret.world.draw import jpeg, render
 from leveret.world.examination import EXAMINED, HARDER, LEAST, MORE, write_kind, write_pictures
 from leveret.world.layout import conversation_record, image_file, lines, pair_record, web_file, write_lines, write_list
@@ -31,7 +31,7 @@ from leveret.world.scenes import Frames, frames_with, shuffled, stream, tune_sce
 
 VERSION = 3
 CHUNK = 2000
-LATER: dict[str, Any] = {"oblong": 0.0, "refusals": REFUSALS, "unasked": []}
+LATER: dict[str, Any] = {"oblong": 0.0, "refusals": REFUSALS, "asked": {}, "plain": PLAIN}
 """Fields of a world that came after the first, and what they are where nothing is said."""
 
 
@@ -49,8 +49,10 @@ class WorldSize:
     oblong      share of the pictures that are clearly not square (`scenes.OBLONG`), in the web, among the held-out
                 pairs, in tuning and in the examination. Boxes are told in shares of the picture's own sides.
     refusals    share of the text-only questions that are requests to be refused.
-    unasked     kinds of question (`questions.TUNE_WEIGHTS`) that no conversation about a picture asks; the others are
-                asked in their place. Descriptions of the whole picture stay. The examination asks all the same.
+    asked       kind of question (`questions.TUNE_WEIGHTS`) -> how often conversations about pictures draw it, as a
+                share of usual: 0 is never; the others take its place. No picture is asked the same twice, so what was
+                asked often falls by less. Descriptions stay. The examination asks all the same.
+    plain       share of the web's fitting captions that are short: they name things without saying where.
     """
 
     web: int = 75_000
@@ -63,7 +65,8 @@ class WorldSize:
     captions: int = 512
     oblong: float = LATER["oblong"]
     refusals: float = LATER["refusals"]
-    unasked: Sequence[str] = ()
+    asked: Mapping[str, float] = field(default_factory=dict)
+    plain: float = LATER["plain"]
 
     def __post_init__(self) -> None:
         if not isinstance(self.strength, str) or self.strength not in STRENGTHS:
@@ -78,40 +81,52 @@ class WorldSize:
                     f"{name}={getattr(self, name)}: too few questions for existence, which is asked in POPE's three "
                     f"ways, a yes and a no each; {LEAST} or more{', or 0 for none' if name == 'harder' else ''}"
                 )
-        shares = (("text_share", "conversations"), ("oblong", "pictures"), ("refusals", "text-only questions"))
+        shares = (
+            ("text_share", "conversations"), ("oblong", "pictures"), ("refusals", "text-only questions"),
+            ("plain", "captions that fit"),
+        )  # fmt: skip
         for name, what in shares:
             share = getattr(self, name)
             if type(share) not in (int, float) or not 0 <= share <= 1:
                 raise RecipeError(f"{name}={share!r}: a share of the {what}, 0 to 1")
-        self._check_unasked()
+        self._check_asked()
 
-    def _check_unasked(self) -> None:
-        kinds = self.unasked
-        if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
-            raise RecipeError(f"unasked={kinds!r}: a list of kinds of question, of {', '.join(TUNE_WEIGHTS)}")
-        if strange := [kind for kind in kinds if kind not in TUNE_WEIGHTS]:
+    def _check_asked(self) -> None:
+        given = self.asked
+        if not isinstance(given, Mapping) or not all(isinstance(kind, str) for kind in given):
+            raise RecipeError(f"asked={given!r}: kind of question -> how often, such as {{box: 0.1}}")
+        if strange := [kind for kind in given if kind not in TUNE_WEIGHTS]:
             near = closest(strange[0], TUNE_WEIGHTS)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"unasked={strange[0]}: tuning asks {', '.join(TUNE_WEIGHTS)}{hint}")
-        if not set(TUNE_WEIGHTS) - set(kinds):
-            raise RecipeError("unasked: nothing is left to ask; leave a kind out of it")
-        object.__setattr__(self, "unasked", tuple(kind for kind in TUNE_WEIGHTS if kind in kinds))
+            raise RecipeError(f"asked: {strange[0]}: tuning asks {', '.join(TUNE_WEIGHTS)}{hint}")
+        for kind, often in given.items():
+            if type(often) not in (int, float) or not 0 <= often < float("inf"):
+                raise RecipeError(f"asked: {kind}: {often!r}; a share of how often it is usually asked, from 0 on")
+        # Frozen, so by the back door: the usual is left out, and order says nothing.
+        asked = {kind: float(given[kind]) for kind in TUNE_WEIGHTS if given.get(kind, 1) != 1}
+        object.__setattr__(self, "asked", asked)
+        if not any(self.weights().values()):
+            raise RecipeError("asked: nothing is left to ask; ask a kind more often than never")
+
+    def weights(self) -> dict[str, float]:
+        """Kind of question -> how often tuning asks it, beside the others; those never asked are left out."""
+        weights = {kind: weight * self.asked.get(kind, 1.0) for kind, weight in TUNE_WEIGHTS.items()}
+        return {kind: weight for kind, weight in weights.items() if weight}
 
     def told(self) -> dict[str, Any]:
         """The fields that say which world it is. Those of LATER are left out where they change nothing, so that what
         was drawn, and what was made from it, before there were such fields is still known for the same."""
-        plain = {**asdict(self), "unasked": list(self.unasked)}
-        return {key: value for key, value in plain.items() if key not in LATER or value != LATER[key]}
+        return {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}
 
 
 # --- the work, in pieces that any process can do ----------------------------------------------------------------------
 
 
-def _web_chunk(root: Path, seed: int, start: int, stop: int, strength: str, frames: Frames) -> dict[str, list[str]]:
+def _web_chunk(root: Path, seed: int, start: int, stop: int, size: WorldSize) -> dict[str, list[str]]:
     """Draws web pairs start..stop."""
-    records, truth = [], []
+    records, truth, frames = [], [], frames_with(size.oblong)
     for index in range(start, stop):
-        pair = web_pair(seed, "web", index, STRENGTHS[strength], frames)
+        pair = web_pair(seed, "web", index, STRENGTHS[size.strength], frames, plain=size.plain)
         path = root / web_file(index)
         if index % 1000 == 0 or index == start:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +138,7 @@ def _web_chunk(root: Path, seed: int, start: int, stop: int, strength: str, fram
 
 def _tune_chunk(root: Path, seed: int, start: int, stop: int, size: WorldSize) -> dict[str, list[str]]:
     """Draws tuning pictures start..stop, each with its conversation."""
-    records, turns, frames = [], size.turns, frames_with(size.oblong)
-    weights = {kind: weight for kind, weight in TUNE_WEIGHTS.items() if kind not in size.unasked}
+    records, turns, frames, weights = [], size.turns, frames_with(size.oblong), size.weights()
     (root / "images/tune").mkdir(parents=True, exist_ok=True)
     for index in range(start, stop):
         scene, image = tune_scene(seed, index, frames), "images/" + image_file("tune", index)
@@ -168,10 +182,10 @@ class _Piece:
 
 def _chunks(seed: int, size: WorldSize) -> list[_Piece]:
     """The web and the tuning pictures."""
-    pieces, frames = [], frames_with(size.oblong)
+    pieces = []
     for start in range(0, size.web, CHUNK):
         stop = min(start + CHUNK, size.web)
-        pieces.append(_Piece(f"web-{start:07d}", _web_chunk, (seed, start, stop, size.strength, frames), stop - start))
+        pieces.append(_Piece(f"web-{start:07d}", _web_chunk, (seed, start, stop, size), stop - start))
     for start in range(0, size.tune, CHUNK):
         stop = min(start + CHUNK, size.tune)
         pieces.append(_Piece(f"tune-{start:07d}", _tune_chunk, (seed, start, stop, size), stop - start))
