@@ -276,6 +276,19 @@ def test_a_unit_alone(tmp_path: Path, worker: list[str]) -> None:
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
+def test_waiting_is_no_work(tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others take of the cores is not what a model costs."""
+    teach = KINDS["teach"].make
+
+    def waiting(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
+        time.sleep(1)
+        return teach(place, settings, inputs)
+
+    monkeypatch.setitem(KINDS, "teach", Kind(waiting))
+    results = run(study(seeds=[0], axes={"a": axis(b={}, c={"world": {"tune": 61}})}, claims=[]), tmp_path, jobs=1)
+    assert all(cell["seconds"] < 2 for cell in results["cells"]), "each waits for two seconds in two stages"
+
+
 def test_figures_of_a_study_whose_answer_is_known(tmp_path: Path, worker: list[str]) -> None:
     results = run(study(seeds=[0, 1, 2]), tmp_path / "out", jobs=1)
     levels = results["axes"]["length"]["levels"]

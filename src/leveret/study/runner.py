@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -183,16 +183,33 @@ def make(path: Path, id: str) -> dict[str, Any]:
         raise DataError(f"unit {id} is made from {', '.join(missing)}, which is not done")
     place = folder.unit(id)
     claim(place)  # one process a unit: one whose study was killed may still be at it
-    began = time.time()
     spent = place / "seconds.json"
     before = float(read_json(spent)) if spent.exists() else 0.0
+    worked = _clock()
     try:
         facts = KINDS[unit.kind].make(place, unit.settings, {k: folder.unit(v) for k, v in unit.inputs.items()})
     finally:
-        write_json(spent, before + time.time() - began)
-    found = {"unit": unit.plain(), "seconds": round(before + time.time() - began, 1), **facts}
+        write_json(spent, before + worked())
+    found = {"unit": unit.plain(), "seconds": round(before + worked(), 1), **facts}
     write_json(place / "done.json", found)
     return found
+
+
+def _clock() -> Callable[[], float]:
+    """Seconds of work since now, so that costs can be compared that were not measured side by side: by the clock on the
+    wall where a GPU works, else without the time that others had the cores (on several threads the wall's again)."""
+
+    def cpu() -> float:
+        return sum(os.times()[:4])  # with that of processes which ended
+
+    began, busy = time.time(), cpu()
+
+    def worked() -> float:
+        torch = sys.modules.get("torch")
+        passed = time.time() - began
+        return passed if torch is not None and torch.cuda.is_initialized() else min(passed, cpu() - busy)
+
+    return worked
 
 
 def follow_parent() -> None:
