@@ -60,7 +60,7 @@ SUPERVISION = {
     "words, `relation` in other words and with other answers, `choice` in other words (of colours never) with"
     " its options at first under random letters and later under A to D as they are examined, `colour` and "
     "`word` not at all (though naming everything, which it reads, names the word too). No picture. Phases: "
-    "world/language.py. Loss weights: first answer token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
+    "world/reading.py. Loss weights: first answer token 3, the rest of an answer 1, end of turn 0.2, all else 0.1.",
 }
 WITHHELD = (
     "Eight colour-shape pairs are in no picture that any of this saw; the language model has read their names, as it "
