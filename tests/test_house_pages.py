@@ -73,6 +73,7 @@ def whole_page(evil: str = "<script>alert('x')</script>&") -> str:
             Section("Bars", pages.bars([Bar(evil, 0.5, 0.4, 0.6, {evil: 0.3, "majority": 0.2}, evil), Bar("b", 1.0)])),
             Section("Histogram", pages.histogram([1, 5, 2], [0, 1, 2, 3], [(1, 2, evil)], evil, evil)),
             Section("Map", pages.scatter([(0, 0), (1, 2), (float("nan"), 1)], [evil, "b", "b"], evil)),
+            Section("Plot", pages.plot({evil: (1, 2), "b": (1, 2), "c": (3, 4)}, evil, evil, evil, [evil, "c"])),
             Section("Curves", pages.lines({evil: [(0, 3), (1, float("nan")), (2, 1)], "b": []}, evil, evil, evil)),
             Section("Pictures", [pages.gallery([(picture(), evil, evil), (stream.getvalue(), "b\nc", "kept")])]),
             Section("One", pages.figure(picture(side=400), evil)),
@@ -129,7 +130,7 @@ def test_a_page_loads_nothing_and_says_so() -> None:
 def test_what_is_drawn_is_said_too() -> None:
     read = Reader(whole_page("word"))
     figures = [attrs for tag, attrs in read.tags if tag == "figure" and attrs.get("class") == "card"]
-    assert len(figures) == 5 and all(len(attrs["aria-label"]) > 10 for attrs in figures)
+    assert len(figures) == 6 and all(len(attrs["aria-label"]) > 10 for attrs in figures)
     assert all(attrs.get("alt") for tag, attrs in read.tags if tag == "img")
     assert all(
         attrs.get("aria-hidden") == "true"
@@ -168,6 +169,17 @@ def test_a_histogram_counts_like_numpy(values: list[float], edges: list[float]) 
     assert [int(number.replace(",", "")) for number in shown] == expected
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=9))
+def test_names_of_points_lie_on_none_of_each_other(places: list[tuple[int, int]]) -> None:
+    html = pages.plot({f"p{at}": (float(x), float(y)) for at, (x, y) in enumerate(places)}, "cost", "score")
+    names = [
+        (float(x), float(y)) for x, y in re.findall(r'<text class="band" x="([\d.]+)%" dx="[-\d]+" y="([-\d.]+)"', html)
+    ]
+    assert len(names) == len(places) == html.count("<circle")
+    assert len(set(names)) == len(names)
+    assert all(abs(a[1] - b[1]) >= 14.9 for a in names for b in names if a is not b and abs(a[0] - b[0]) < 24)
+
+
 def test_empty_and_flat_data_still_make_a_page() -> None:
     html = pages.page(
         "Nothing",
@@ -177,6 +189,7 @@ def test_empty_and_flat_data_still_make_a_page() -> None:
             Section("c", pages.bars([])),
             Section("d", pages.histogram([0, 0], [0, 1, 2])),
             Section("e", pages.scatter([])),
+            Section("f", [pages.plot({}, "x", "y"), pages.plot({"one": (1, 1)}, "x", "y", front=["one"])]),
             Section("f", pages.lines({"flat": [(0, 1), (0, 1)]})),
             Section("g", [pages.gallery([]), pages.tiles([]), Markup("")]),
         ],

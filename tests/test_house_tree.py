@@ -19,7 +19,7 @@ BEGIN, END = "<!-- tree: begin -->", "<!-- tree: end -->"
 
 # The order of the story; what is not named comes after, by name.
 STORY = (
-    "__init__.py", "records.py", "recipe.py", "runs.py", "own.py", "cells.py", "images.py", "pages.py", "pages.css",
+    "__init__.py", "records.py", "recipe.py", "runs/", "own.py", "cells.py", "images.py", "pages/",
     "pool/", "condense/", "inputs/", "model/", "train/", "generate/", "evaluate/", "serve/", "world/", "study/",
     "recipes/", "show.py", "doctor.py", "quickstart.py", "cli.py", "py.typed",
 )  # fmt: skip

@@ -42,11 +42,10 @@ def _claims(results: Row) -> pages.Section:
     rows = [
         [
             claim["verdict"],
-            claim["says"],
-            f"{claim['paper']}{': ' + claim['figures'] if claim['figures'] else ''}",
-            f"{claim['level']} less {claim['base']}, {' + '.join(claim['by'])}",
-            _difference(claim["difference"]),
+            _under(claim["says"], f"{claim['level']} less {claim['base']}, {' + '.join(claim['by'])}"),
+            _over(_difference(claim["difference"])),
             (claim["difference"] or {}).get("n", 0),
+            f"{claim['paper']}{': ' + claim['figures'] if claim['figures'] else ''}",
         ]
         for claim in results["claims"]
     ]
@@ -55,7 +54,13 @@ def _claims(results: Row) -> pages.Section:
         "other side. Not decided: it lies on both. Intervals are Student's over seeds, paired; the drawn world is "
         "small, so what it says of large models is a hint."
     )
-    header = ["verdict", "the finding", "the paper, its figures", "here", "difference (95 %)", "seeds"]
+    header = [
+        "verdict",
+        "the finding, and what is compared here",
+        "difference (95 %)",
+        "seeds",
+        "the paper, its figures",
+    ]
     body: Any = pages.table(rows, header) if rows else "This study takes up no paper's finding."
     return pages.Section("What the papers found", body, lead if rows else "")
 
@@ -63,15 +68,19 @@ def _claims(results: Row) -> pages.Section:
 def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
     levels, base = axis["levels"], axis["base"]
     known = {level: row for level, row in levels.items() if row["n"]}
+    words = [row["words"] for row in known.values() if row["words"] is not None]
+    told = bool(words) and max(words) - min(words) >= 0.1
     rows = [
         [
-            f"{level} (base)" if level == base else level,
-            row["about"] or _changes(matrix.study.axes[name].levels[level]),
-            _value(row),
-            _difference(row["difference"]),
-            _p(row["difference"]),
+            _under(
+                f"{level} (base)" if level == base else level,
+                row["about"] or _changes(matrix.study.axes[name].levels[level]),
+            ),
+            _over(_value(row)),
+            _over(_difference(row["difference"])),
+            _over(_p(row["difference"])),
             row["n"],
-            None if row["words"] is None else round(row["words"], 2),
+            *([None if row["words"] is None else round(row["words"], 2)] if told else []),
             None if row["seconds"] is None else round(row["seconds"]),
             row["trainable"],
         ]
@@ -79,23 +88,22 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
     ]
     header = [
         "level",
-        "what it is",
         "score (95 %)",
         f"less {base}",
         "p (Holm)",
         "seeds",
-        "words an answer",
-        "seconds taught",
-        "weights that learn",
+        *(["words an answer"] if told else []),
+        "seconds",
+        "weights taught",
     ]
     bars = [pages.Bar(level, row["mean"], row["low"], row["high"]) for level, row in known.items()]
     tasks = list(dict.fromkeys(task for row in known.values() for task in row["tasks"]))
     by_task = [
         [
             task,
-            *(_value(row["tasks"].get(task)) for row in known.values()),
+            *(_over(_value(row["tasks"].get(task))) for row in known.values()),
             *(
-                _difference((row["tasks"].get(task) or {}).get("difference"))
+                _over(_difference((row["tasks"].get(task) or {}).get("difference")))
                 for level, row in known.items()
                 if level != base
             ),
@@ -109,6 +117,19 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
         body.append(pages.table(by_task, ["task", *more], caption="By kind of question."))
         body.append(_radar(known, tasks, matrix))
     return pages.Section(name, body, axis["question"])
+
+
+def _under(name: str, more: str) -> Markup:
+    """A cell of two lines."""
+    return Markup('{}<span class="under">{}</span>').format(name, more)
+
+
+def _over(figure: str | None) -> Markup | None:
+    """A figure, and what stands behind it in brackets on a line of its own."""
+    if figure is None:
+        return None
+    value, _, more = figure.partition(" (")
+    return Markup('{}<span class="range">{}</span>').format(value, more.removesuffix(")"))
 
 
 def _changes(level: Level) -> str:
@@ -148,18 +169,14 @@ def _cost(results: Row) -> pages.Section:
         for label, (cost, score) in sorted(points.items(), key=lambda item: item[1])
     ]
     body = [
-        pages.scatter(
-            list(points.values()),
-            ["on the front" if label in best else "beaten" for label in points],
-            "Seconds of teaching to the right, score upwards.",
-            "Map of cost and score; the table has the figures.",
-            height=260,
-        ),
+        pages.plot(points, "seconds taught", "score", "The line joins what nothing beats on both.", front=best),
         pages.table(rows, ["level", "seconds taught, mean", "score, mean", ""]),
     ]
-    return pages.Section(
-        "Cost beside score", body, "Seconds are this machine's, of every stage, as if nothing were shared."
+    lead = (
+        "Seconds are this machine's, of every stage, as if nothing were shared; without the time that other work had "
+        "its cores."
     )
+    return pages.Section("Cost beside score", body, lead)
 
 
 def _shared(results: Row) -> pages.Section:
