@@ -137,7 +137,7 @@ def test_what_is_drawn_is_said_too() -> None:
         for tag, attrs in read.tags
         if tag == "svg" and "viewbox" not in attrs and "y" not in attrs
     )
-    assert sum(tag == "details" for tag, _ in read.tags) == 5
+    assert sum(tag == "details" for tag, _ in read.tags) == 6
     headers = [attrs for tag, attrs in read.tags if tag == "th"]
     assert headers and all(attrs.get("scope") in {"row", "col"} for attrs in headers)
     ids = [attrs["id"] for tag, attrs in read.tags if tag == "section"]
