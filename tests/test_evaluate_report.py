@@ -51,6 +51,8 @@ def test_the_sentence_names_what_sight_does_not_help() -> None:
     }
     words = in_words(facts)
     assert "most in colour (+0.60" in words and "least in count (+0.02)" in words and "chance: count" in words
+    guessed = {"own": {"score": 0.1, "ci95": [0.0, 0.3], "majority": 0.15, "blind": 0.15}}
+    assert in_words(guessed).startswith("Nothing is above guessing; nearest is the score in own (-0.05")
     bare = {"colour": {"score": 0.9, "ci95": [0.8, 1.0], "majority": None, "blind": None}}
     assert "no baseline" in in_words(bare).lower()
 

@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
 from evaluate_fakes import tiny_world
@@ -20,11 +21,11 @@ from leveret.cli import run
 from leveret.evaluate import SUITES
 from leveret.inputs import find_chat
 from leveret.model import checkpoint
-from leveret.model.hub import as_id, parted, to_fetch
+from leveret.model.hub import as_id, hub_fault, parted, to_fetch
 from leveret.model.peers.write import write
 from leveret.model.push import push
 from leveret.model.source import locate
-from leveret.runs import DataError, RecipeError
+from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,17 @@ def test_what_cannot_be_had_is_one_clear_line(
             assert done.code == code and said in done.err, done.err
         lines = [line for line in done.err.splitlines() if line.strip()]
         assert len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_a_mistyped_path_is_told_what_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("quickstart", "rehearsal", ".hidden"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    away = OfflineModeIsEnabled("offline")
+    near, far = (hub_fault(away, f"runs/{name}") for name in ("quikstart", "zzz"))
+    assert isinstance(near, DataError) and "no such folder here (runs holds quickstart, ...)" in str(near)
+    assert isinstance(far, DataError) and "(runs holds quickstart, rehearsal)" in str(far)
+    assert isinstance(hub_fault(away, "nobody/nothing"), EnvironmentFault)
 
 
 def test_ids_and_paths_are_told_apart() -> None:

@@ -122,6 +122,8 @@ def in_words(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     blindish = [name for name in eyes if tasks[name]["ci95"][0] <= tasks[name]["score"] - eyes[name]]
     over = "the better of blind and majority" if seen else "the best constant answer"
     lead = "Sight helps most" if seen else "Farthest above guessing is the score"
+    if eyes[best] <= 0:
+        lead = "Nothing is above guessing; nearest is the score"
     words = f"{lead} in {best} ({eyes[best]:+.2f} over {over})"
     if worst != best:
         words += f" and least in {worst} ({eyes[worst]:+.2f})"

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from leveret.runs import DataError, EnvironmentFault, RecipeError
+from leveret.runs import DataError, EnvironmentFault, RecipeError, closest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -325,12 +325,23 @@ def remote_outline(name: str, revision: str | None = None) -> dict[str, Tensor]:
     return {tensor: told_tensor(about.dtype, about.shape) for file in told for tensor, about in file.tensors.items()}
 
 
+def _beside(name: str) -> str:
+    """What lies where a name points on this disk, if anywhere: whoever mistyped a path did not mean the hub."""
+    above = Path(name).parent
+    if above == Path() or not above.is_dir():
+        return ""
+    there = sorted(item.name for item in above.iterdir() if item.is_dir() and item.name[0] != ".")
+    near = closest(Path(name).name, there) or there[:5]
+    return f" ({above} holds {', '.join(near)}{', ...' if len(there) > len(near) else ''})" if near else ""
+
+
 def hub_fault(fault: Exception, name: str, revision: str | None = None) -> DataError | EnvironmentFault:
     """One line on why the hub did not give or take a repository, and how to mend it."""
     from huggingface_hub import errors
 
     what = f"{name}@{revision}" if revision else name
     reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    beside = _beside(name)
     if isinstance(fault, errors.GatedRepoError):
         return EnvironmentFault(
             f"{what}: the hub gives this model only to those who accepted its terms; accept them on its page there, "
@@ -340,8 +351,12 @@ def hub_fault(fault: Exception, name: str, revision: str | None = None) -> DataE
         return DataError(f"{what}: the hub has the model {name}, but no revision {revision!r} of it")
     if isinstance(fault, errors.RepositoryNotFoundError):
         return DataError(
-            f"{what}: there is no such folder here, and the hub has no model of this name (or it is private: "
+            f"{what}: there is no such folder here{beside}, and the hub has no model of this name (or it is private: "
             "`hf auth login`)"
+        )
+    if isinstance(fault, errors.OfflineModeIsEnabled) and beside:
+        return DataError(
+            f"{what}: there is no such folder here{beside}, and the hub's cache holds no model of this name"
         )
     if isinstance(fault, errors.OfflineModeIsEnabled):
         return EnvironmentFault(

@@ -193,7 +193,9 @@ class StageRecipe(_Strict):
         """Rules between fields. All broken ones are told at once."""
         faults = []
         if (self.steps is None) == (self.epochs is None):
-            faults.append("give exactly one of steps and epochs")
+            faults.append(
+                "give exactly one of steps and epochs; where the recipe has the other, add steps=null or epochs=null"
+            )
         if self.micro_batch is not None and self.micro_batch > self.batch:
             faults.append(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
