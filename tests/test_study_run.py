@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from leveret.cli import run as command
 from leveret.recipe import names
 from leveret.runs import DataError, RecipeError, read_json, read_jsonl, write_json
-from leveret.study.figures import AGREES, DISAGREES, MISSING, UNDECIDED, paired, pareto, verdict
+from leveret.study.figures import AGREES, DISAGREES, MISSING, UNDECIDED, at_most, paired, pareto, verdict
 from leveret.study.files import StudyRecipe, cells, read
 from leveret.study.paired import holm, p_value, t_interval
 from leveret.study.runner import Matrix, describe, make, run
@@ -349,6 +349,15 @@ def test_verdicts() -> None:
             assert verdict(expect, 0.01, {"low": low, "high": high}) == said, (expect, low, high)
         assert verdict(expect, 0.01, None) == MISSING
         assert verdict(expect, 0.01, {"low": None, "high": None}) == UNDECIDED, "one seed has no interval"
+
+
+def test_what_an_interval_on_both_sides_says() -> None:
+    found = {"low": -0.003, "high": 0.011}
+    assert at_most("lower", found) == at_most("not lower", found) == "at most 0.003 lower"
+    assert at_most("higher", found) == at_most("not higher", found) == "at most 0.011 higher"
+    assert at_most("same", found) is None and at_most("higher", None) is None
+    assert at_most("higher", {"low": None, "high": None}) is None, "one seed has no interval"
+    assert at_most("lower", {"low": 0.001, "high": 0.01}) is None, "all of it on one side: the verdict says so"
 
 
 def test_how_sums_round_is_no_difference() -> None:

@@ -167,7 +167,8 @@ def _findings(paper: str, place: str) -> str:
                 verdict = "not run"
             else:
                 n = (ours["difference"] or {}).get("n", 0)
-                said = f"**{ours['verdict']}**: {_figure(ours['difference'])}, n = {n} seeds"
+                bound = f", {ours['at_most']}" if ours.get("at_most") else ""
+                said = f"**{ours['verdict']}**{bound}: {_figure(ours['difference'])}, n = {n} seeds"
                 verdict = f"{said} ([page]({up}/{done['folder']}/report.html))"
             where = claim.paper.partition("), ")[2] or claim.paper
             rows.append((f"{cell(claim.says)} ({cell(where)})", cell(claim.figures), f"`{name}`", verdict))

@@ -24,7 +24,8 @@ def gather(folder: Folder, matrix: Matrix) -> dict[str, Any]:
     axes         name -> {question, base, levels: {level: {about, n, mean, low, high, tasks, words, seconds,
                  difference}}}
     comparisons  how many levels are compared with a base
-    claims       [{paper, says, figures, axis, level, base (compared with), by, expect, difference, p, verdict}]
+    claims       [{paper, says, figures, axis, level, base (compared with), by, expect, difference, verdict,
+                 at_most}]
     ledger       {made, shared, seconds made, seconds that sharing saved}
     """
     study = matrix.study
@@ -139,6 +140,7 @@ def _claim(study: StudyRecipe, claim: Claim, figures: Mapping[Cell, Any]) -> dic
         "base": than,
         "difference": found,
         "verdict": verdict(claim.expect, claim.margin, found),
+        "at_most": at_most(claim.expect, found),
     }
 
 
@@ -162,6 +164,16 @@ def verdict(expect: str, margin: float, found: Mapping[str, Any] | None) -> str:
         inside, outside = -margin < low and high < margin, low > margin or high < -margin
         return AGREES if inside else DISAGREES if outside else UNDECIDED
     return AGREES if low > -margin else DISAGREES if high < -margin else UNDECIDED
+
+
+def at_most(expect: str, found: Mapping[str, Any] | None) -> str | None:
+    """What an interval on both sides of zero does say: how large, at most, the difference is that a finding speaks of.
+    None where the verdict says it all."""
+    if found is None or found["low"] is None or expect == "same" or not found["low"] <= 0 <= found["high"]:
+        return None
+    if expect in ("higher", "not higher"):
+        return f"at most {found['high']:.3f} higher"
+    return f"at most {max(0.0, -found['low']):.3f} lower"
 
 
 def _ledger(folder: Folder, matrix: Matrix) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def write_page(path: Path, results: Row, matrix: Matrix) -> None:
 def _claims(results: Row) -> pages.Section:
     rows = [
         [
-            claim["verdict"],
+            _under(claim["verdict"], claim["at_most"]) if claim["at_most"] else claim["verdict"],
             _under(claim["says"], f"{claim['level']} less {claim['base']}, {' + '.join(claim['by'])}"),
             _over(_difference(claim["difference"])),
             (claim["difference"] or {}).get("n", 0),
@@ -228,5 +228,6 @@ def say(results: Row, out: Path) -> None:
         console.print(table)
     for claim in results["claims"]:
         found = _difference(claim["difference"]) or "-"
-        console.print(f"{claim['verdict']}: {claim['says']} [{claim['paper']}]; here {found}", markup=False)
+        bound = f", {claim['at_most']}" if claim["at_most"] else ""
+        console.print(f"{claim['verdict']}: {claim['says']} [{claim['paper']}]; here {found}{bound}", markup=False)
     console.print(f"{out / 'report.html'}", markup=False)
