@@ -41,11 +41,10 @@ def write_page(path: Path, results: Row, matrix: Matrix) -> None:
 def _claims(results: Row) -> pages.Section:
     rows = [
         [
-            _under(claim["verdict"], claim["at_most"]) if claim["at_most"] else claim["verdict"],
+            _over(claim["verdict"] + (f" ({claim['at_most']})" if claim["at_most"] else "")),
             _under(claim["says"], f"{claim['level']} less {claim['base']}, {' + '.join(claim['by'])}"),
-            _over(_difference(claim["difference"])),
-            (claim["difference"] or {}).get("n", 0),
-            f"{claim['paper']}{': ' + claim['figures'] if claim['figures'] else ''}",
+            _over(_with_seeds(claim["difference"])),
+            _under(claim["paper"], claim["figures"]),
         ]
         for claim in results["claims"]
     ]
@@ -54,13 +53,7 @@ def _claims(results: Row) -> pages.Section:
         "other side. Not decided: it lies on both. Intervals are Student's over seeds, paired; the drawn world is "
         "small, so what it says of large models is a hint."
     )
-    header = [
-        "verdict",
-        "the finding, and what is compared here",
-        "difference (95 %)",
-        "seeds",
-        "the paper, its figures",
-    ]
+    header = ["verdict", "the finding, and what is compared", "difference (95 %)", "the paper, its figures"]
     body: Any = pages.table(rows, header) if rows else "This study takes up no paper's finding."
     return pages.Section("What the papers found", body, lead if rows else "")
 
@@ -204,6 +197,11 @@ def _difference(found: Row | None) -> str | None:
     if found["low"] is None:
         return f"{found['mean']:+.3f}"
     return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+def _with_seeds(found: Row | None) -> str | None:
+    told = _difference(found)
+    return told if told is None or found is None else f"{told.removesuffix(')')}, n = {found['n']})"
 
 
 def _p(found: Row | None) -> str | None:
