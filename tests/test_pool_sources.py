@@ -329,6 +329,8 @@ TABLES = {
     "captions.json": '[{"file": "a.jpg", "caption": "one"}, {"file": "d/b.jpg", "caption": "two, \\"quoted\\""}]',
     "captions.jsonl": '{"image": "d/b.jpg", "text": "two, \\"quoted\\""}\n{"image": "./a.jpg", "text": "one"}\n',
     "captions.csv": 'file_name,caption,other\na.jpg,one,1\nd/b.jpg,"two, ""quoted""",2\n',
+    "metadata.jsonl": '{"file_name": "d/b.jpg", "text": "two, \\"quoted\\""}\n{"file_name": "a.jpg", "text": "one"}\n',
+    "metadata.csv": 'file_name,text\na.jpg,one\nd/b.jpg,"two, ""quoted"""\n',
     "captions.tsv": 'text\timage\none\ta.jpg\n"two, ""quoted"""\td/b.jpg\n',
 }
 
@@ -408,6 +410,13 @@ def test_surplus_cells_of_a_row_are_not_lost_in_silence(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text("file,caption\na.jpg,one, and more\n")
     source = open_source(tmp_path)
     assert {refusal(source, index).reason for index in range(2)} == {"row has too many cells", "no caption"}
+
+
+def test_metadata_of_something_else_is_no_table(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg", "beside")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.jpg,3\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": 3}\n')
+    assert open_source(tmp_path).sample(0).caption == "beside"
 
 
 def test_two_tables_are_refused(tmp_path: Path) -> None:

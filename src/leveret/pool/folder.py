@@ -3,6 +3,7 @@
 The table lies at the top of the folder and is called captions.json, .jsonl, .csv or .tsv. Its columns: the photo's path
 relative to the folder (`file`, `image` or `file_name`) and its caption (`caption` or `text`). A captions.json may also
 be one object {path: caption}. A photo that the table names takes its caption from there, any other from its own .txt.
+Hugging Face's ImageFolder has the same table as metadata.jsonl or metadata.csv; it is taken where it has such columns.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ FOREIGN = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ico", "
 FILE_COLUMNS = ("file", "image", "file_name")
 TEXT_COLUMNS = ("caption", "text")
 TABLES = ("captions.json", "captions.jsonl", "captions.csv", "captions.tsv")
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Names that many programs use, for many things: a table only where it tells captions."""
 MAX_CAPTION = 2**20
 """Bytes of one .txt: more is no caption."""
 
@@ -143,7 +146,7 @@ _LONE = "caption without a photo"
 def _nothing_in(path: Path) -> str:
     lists = sorted(p.name for p in path.iterdir() if p.suffix.lower() in (".json", *jsonfile.LINES))[:5]
     hint = f" It holds {', '.join(lists)}: if that is a LLaVA list, give the file itself." if lists else ""
-    return f"{path} holds no photos ({', '.join(ENDINGS)}) and no table ({', '.join(TABLES)}).{hint}"
+    return f"{path} holds no photos ({', '.join(ENDINGS)}) and no table ({', '.join(TABLES + METADATA)}).{hint}"
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -152,6 +155,7 @@ def _nothing_in(path: Path) -> str:
 def _table(folder: Path) -> dict[str, list[tuple[Any, str]]]:
     """photo -> [(caption, fault)], in the order of the table."""
     present = [folder / name for name in TABLES if (folder / name).is_file()]
+    present += [path for name in METADATA if (path := folder / name).is_file() and _tells_captions(path)]
     if not present:
         return {}
     if len(present) > 1:
@@ -168,6 +172,15 @@ def _table(folder: Path) -> dict[str, list[tuple[Any, str]]]:
             photo = Path(photo).as_posix()  # `./a.jpg` and `a.jpg` are one photo
         found.setdefault(photo, []).append(("" if caption is None else caption, fault))
     return found
+
+
+def _tells_captions(path: Path) -> bool:
+    """Whether the first row of a table names a photo and has words for it."""
+    try:
+        photo, caption, _ = next(_READERS[path.suffix.lower()](path), (None, None, ""))
+    except DataError:
+        return False
+    return isinstance(photo, str) and isinstance(caption, str)
 
 
 _Row = tuple[Any, Any, str]
