@@ -255,6 +255,11 @@ def test_bad_samples_are_quarantined_with_reasons(data: Path, tmp_path: Path) ->
     assert all(row["reason"] for row in refused)
     with pytest.raises(DataError, match=r"3 of 24 samples of toy.json cannot be used, more than bad_share 0\.1"):
         train(train_fakes.recipe(bad, bad_share=0.1), tmp_path / "strict")
+    assert list((tmp_path / "strict").glob("*/quarantine.jsonl")), "what was wrong stays to be read"
+    # Nothing was taught, so another recipe does not find the folder taken.
+    train(train_fakes.recipe(bad, steps=1, bad_share=0.4), tmp_path / "strict")
+    with pytest.raises(RecipeError, match="made with another recipe"):
+        train(train_fakes.recipe(bad, steps=2, bad_share=0.4), tmp_path / "strict")
 
 
 def test_an_image_that_fails_while_training_costs_its_sample_only(data: Path, tmp_path: Path) -> None:

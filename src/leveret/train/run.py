@@ -30,6 +30,7 @@ from leveret.runs import (
     EnvironmentFault,
     RecipeError,
     RunFolder,
+    claim,
     closest,
     disk_faults,
     graceful_stop,
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     from leveret.train.held_out import Some
     from leveret.train.loop import Validator
     from leveret.train.ranks import Ranks
+
+
+REFUSED = ".refused"
+"""In a run's folder: its data were refused before the first step, and there is nothing to go on with."""
 
 
 def read(recipe: str | Path | TrainRecipe, overrides: Sequence[str] = ()) -> TrainRecipe:
@@ -120,6 +125,7 @@ def _train(
         why = "nothing validates this stage, so no model is the best; give it `held_out` data"
         raise RecipeError("\n".join(f"stages.{name}.keep_best: {why}" for name in blind))
     others = {name: held_out.open_held_out(recipe.stages[name], name, sources[name]) for name in chosen}
+    _begin_anew(out)
     whole = recipe.model_dump(mode="json")
     changes = Changes(out, allow_change)
     changes.recipe(binding(whole))
@@ -154,13 +160,30 @@ def _train(
 
 @contextlib.contextmanager
 def _unless_refused(run: RunFolder) -> Iterator[None]:
-    """Leaves no folder behind where a fresh run is refused before its first step: it would refuse the mended run."""
+    """Leaves nothing in the way of the mended run where a fresh one is refused before its first step: no folder where
+    the recipe was at fault; of bad data what was wrong with them, and a mark that no more than that is in it."""
     try:
         yield
-    except RecipeError:
+    except (RecipeError, DataError) as fault:
         if run.fresh and not any(run.path.glob("*/metrics.jsonl")):
-            shutil.rmtree(run.path, ignore_errors=True)
+            if isinstance(fault, RecipeError):
+                shutil.rmtree(run.path, ignore_errors=True)
+            else:
+                (run.path / REFUSED).touch()
         raise
+
+
+def _begin_anew(out: Path) -> None:
+    """Clears a folder whose run was refused for its data before it taught anything."""
+    if not (out / REFUSED).exists():
+        return
+    claim(out)
+    for item in out.iterdir():
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        elif item.name not in (".lock", REFUSED):
+            item.unlink()
+    (out / REFUSED).unlink()  # last: a kill in between leaves the mark
 
 
 def _keeps_blindly(stage: StageRecipe) -> bool:
