@@ -13,9 +13,9 @@ JOBS ?= 2
 help:
 	@sed -n '2,6s/^# \{0,1\}//p' Makefile
 
-venv: .venv/.installed
+venv: .venv/.dev
 
-# The stamp is newer than what it was made from, or the environment is brought up to date.
+# The stamps are newer than what they were made from, or the environment is brought up to date.
 .venv/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on PATH. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 5; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -23,11 +23,17 @@ venv: .venv/.installed
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "make: $(PYTHON) cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 5; }
 	$(PYTHON) -m venv .venv
+	@echo "installing leveret into .venv: a minute or two"
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	@echo "installing what tests, types and the documentation need"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-quickstart: venv
+quickstart: .venv/.installed
 	$(BIN)/leveret quickstart
 
 style: venv

@@ -342,8 +342,8 @@ def test_a_wrong_image_folder_is_told_as_such(verb: str, home: Path, tmp_path: P
         "train": teach,
         "dry": [*teach, "--dry-run"],
     }
-    said = run(*commands[verb], code=0 if verb == "dry" else 3)
-    text = said.out if verb == "dry" else said.err
+    text = run(*commands[verb], code=3).err
+    assert ("The first is" in text) == (verb in ("check", "train")), text
     assert "12 image missing" in text and f"Image paths start from {home}" in text and "--images" in text
     if verb != "dry":
         place = Path(re.search(r"Each is named in (\S+quarantine\.jsonl)", text)[1])  # type: ignore[index]
@@ -476,6 +476,7 @@ TEACH = ("train", "world", "stages.align.data=photos", "stages.tune.data=my.json
         (["condense", "bad", "-r", "photos", "-o", "o"], 3, "6 of 6 samples are refused"),
         (["train", "world", "stages.align.data=words.json", "stages.tune.data=bare", "-o", "o"], 3, "stages.tune.data"),
         (["eval", "run", "bare", "--suite", "own", "-o", "o"], 3, "no test.json or test.jsonl in bare"),
+        (["eval", "run", "nowhere", "--suite", "own", "-o", "o"], 3, "there is no folder nowhere"),
         (["eval", "run", "photos", "-o", "o"], 3, "--suite own"),
         (["eval", "bare", "photos", "--suite", "own", "-o", "o"], 3, "bare is not a model"),
         # another run's folder, or no run's

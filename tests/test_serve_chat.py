@@ -20,12 +20,13 @@ from PIL import Image
 
 import leveret
 from fakes import tiny_vlm
+from leveret.cli import run as command
 from leveret.generate.model import Model
 from leveret.images import ImageFault
 from leveret.model.checkpoint import save
 from leveret.records import ImageRef, Sample, Turn
 from leveret.runs import DataError, EnvironmentFault, RecipeError
-from leveret.serve.chat import COMMANDS, Talk, as_path, chat, shown
+from leveret.serve.chat import COMMANDS, Talk, as_path, chat, converse, shown
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,22 @@ def test_one_question_and_out(folder: Path, photo: Path, model: Model, capsys: p
     assert capsys.readouterr().out == shown(model.ask(photo, "is there a square", 6)) + "\n"
     with pytest.raises(ImageFault):
         chat(folder, "no such.png", "is there a square")
+
+
+def test_a_question_behind_the_picture(
+    folder: Path, photo: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["chat", str(folder), str(photo), "is there a square"]) == 0
+    assert capsys.readouterr().out == shown(model.ask(photo, "is there a square")) + "\n"
+    assert command(["chat", str(folder), str(photo), "is there a square", "-p", "how many"]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["exit", " quit "])
+def test_the_words_that_leave_other_prompts_leave(talk: Talk, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: word)
+    converse(talk)
+    assert not talk.turns, "nobody was asked"
 
 
 def test_lines_of_a_pipe_are_questions_of_their_own(

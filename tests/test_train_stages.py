@@ -125,3 +125,6 @@ def test_a_dry_run_measures_data_that_is_there(capsys: pytest.CaptureFixture[str
     train(train_fakes.recipe(data, epochs=2, steps=None), tmp_path / "run", dry_run=True)
     told = capsys.readouterr().out
     assert "24 samples" in told and "6 steps" in told
+    train(train_fakes.recipe(data, steps=1), tmp_path / "run")
+    began = "the backbones as they come, a connector that knows nothing"
+    assert began in told and began in capsys.readouterr().err, "a run says it as its dry run does"

@@ -125,11 +125,13 @@ def say(root: Path, results: dict[str, Any]) -> None:
         f"open {root / 'report.html'}": "what happened, with pictures",
         f"{called} chat {root} {root / 'world/images/test/000003.jpg'}": "ask about any picture",
         f"{called} show {root / 'world/tune.json'} --model {root}": "one sample at every seam",
+        f"{called} serve {root}": "a chat page in the browser, and OpenAI's API",
         f"{called} train bunny/v1.0-3b --dry-run": "the same kind of recipe with SigLIP and Phi-2",
     }
     width = max(map(len, nexts))
     for command, what in nexts.items():
         console.print(f"  {command:<{width}}  [dim]{what}[/]", highlight=False)
+    console.print("Photos of your own: docs/tutorials/own-data.md.")
 
 
 def _program() -> str:

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from leveret.cli.common import LOOK, Images, Json, LoadIn, Own, Source, allow_own, verb
+from leveret.runs import RecipeError
 
 
 @verb("chat", "leveret.serve.chat", LOOK)
 def chat(
     model: Annotated[str, typer.Argument(help="A model's folder, a run's, or an id of the hub (OWNER/NAME).")],
     image: Annotated[Path | None, typer.Argument(help="The picture to talk about.")] = None,
+    question: Annotated[str | None, typer.Argument(help="Ask it, print the answer, and end; as -p.")] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once, print the answer, and end.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     load_in: LoadIn = None,
@@ -23,7 +25,9 @@ def chat(
     allow_own(own)
     from leveret.serve.chat import chat as station
 
-    station(model, image=image, prompt=prompt, device=device, load_in=load_in)
+    if question is not None and prompt is not None:
+        raise RecipeError("the question is given twice, behind the picture and with -p; give it once")
+    station(model, image=image, prompt=question or prompt, device=device, load_in=load_in)
 
 
 @verb("serve", "leveret.serve.run", LOOK)

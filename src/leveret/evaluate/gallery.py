@@ -71,7 +71,7 @@ def browse(cards: Iterable[Card], kinds: Mapping[str, str], name: str = "answers
     order = {card.task: number for number, card in reversed(list(enumerate(every)))}
     taken.sort(key=lambda pair: order[pair[0].task])
     told = (
-        f"All {len(every):,} answers."
+        (f"All {len(every):,} answers." if every else "There are none.")
         if len(taken) == len(every)
         else f"{len(taken):,} of {len(every):,} answers, chosen by kind and question id; all are in items/."
     )

@@ -31,7 +31,7 @@ def report(examined: Sequence[Examined], results: Mapping[str, Any], *, split: s
         *(_task(task) for task in examined),
     ]
     parts = dict.fromkeys(facts["split"] for facts in tasks.values()) or (split,)
-    subtitle = f"{n:,} questions of {len(tasks)} tasks, split {' and '.join(parts)}"
+    subtitle = f"{n:,} questions of {len(tasks)} task{'s' * (len(tasks) != 1)}, split {' and '.join(parts)}"
     return pages.page("Examination", sections, subtitle=subtitle, script=script())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from leveret.images import ImageFault, Root
 from leveret.records import ImageRef, Sample
-from leveret.runs import DataError
+from leveret.runs import DataError, each_jsonl
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -27,6 +27,15 @@ class SampleFault(DataError):
         self.index, self.id, self.image, self.reason, self.detail = index, id, image, reason, detail
         place = f"sample {index}{f' ({id})' if id else ''}{f' of {source}' if source else ''}"
         super().__init__(f"{place} is refused: {reason}{f': {detail}' if detail else ''}")
+
+
+def first_of(quarantine: Path) -> str:
+    """A sentence that begins with a blank: the first refused sample by name, and what was found in it. The counts by
+    reason beside it do not tell that."""
+    row = next(each_jsonl(quarantine), None) if quarantine.exists() else None
+    if row is None:
+        return ""
+    return f" The first is {row['id']}: {row['reason']}{' (' + str(row['detail']) + ')' if row.get('detail') else ''}."
 
 
 class Source(ABC):
@@ -94,7 +103,7 @@ class Source(ABC):
             return ""
         return (
             f" Image paths start from {self.root.path}; if that is the wrong folder, name the right one "
-            "(--images on the command line, `images` of a stage in a recipe)."
+            "(--images; for train stages.STAGE.images=DIR)."
         )
 
     def _within(self, images: str | Path | None, what: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from leveret.images import ImageFault, decode, read_bytes
-from leveret.pool.base import SampleFault, Source
+from leveret.pool.base import SampleFault, Source, first_of
 from leveret.records import Sample
 from leveret.runs import (
     DataError,
@@ -312,7 +312,7 @@ def too_many(source: Source, reasons: Mapping[str, int], seen: int, limit_share:
     return DataError(
         f"{sum(reasons.values()):,} of {'the first ' * (seen < total)}{seen:,} samples"
         f"{f' (of {total:,})' * (seen < total)} are refused, more than the limit of {limit_share:.0%} of all: "
-        f"{in_words(reasons)}."
+        f"{in_words(reasons)}.{first_of(quarantine)}"
         f"{source.advice(reasons, seen)} Each is named in {quarantine}. Mend the data, or raise the limit "
         "(--limit-share)."
     )

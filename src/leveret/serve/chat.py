@@ -88,6 +88,8 @@ def converse(talk: Talk) -> None:
             continue
         if not line.strip():
             continue
+        if line.strip() in ("exit", "quit"):  # what every other prompt takes; no model is asked this
+            return
         try:
             talk.say(line)
         except (UserError, OSError) as fault:

@@ -33,7 +33,7 @@ from leveret.images import ImageFault
 from leveret.inputs.chat import encode
 from leveret.inputs.tiles import prepare_all
 from leveret.model.threads import torch_threads
-from leveret.pool.base import SampleFault
+from leveret.pool.base import SampleFault, first_of
 from leveret.records import IGNORE, IMAGE_MARK, Batch, Cutting, ImageRef, ImageSpec
 from leveret.runs import (
     DataError,
@@ -298,8 +298,8 @@ def _judge(source: Source, reasons: Counter[str], share: float, quarantine: Path
     if bad == total or bad > share * total:
         raise DataError(
             f"{bad:,} of {total:,} samples of {source.name} cannot be used, more than bad_share {share} allows: "
-            f"{in_words(reasons)}.{source.advice(reasons, total)} Each is named in {quarantine}. Mend the data, or "
-            "raise bad_share of the stage."
+            f"{in_words(reasons)}.{first_of(quarantine)}{source.advice(reasons, total)} Each is named in {quarantine}. "
+            "Mend the data, or raise bad_share of the stage."
         )
 
 

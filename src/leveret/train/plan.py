@@ -84,11 +84,22 @@ def plan(recipe: TrainRecipe, chosen: Sequence[str]) -> list[StagePlan]:
         learning.set_resize(vlm, recipe.stages[name].resize)
         sharing = decide(recipe, world, "cpu" if recipe.device == "cpu" else "cuda")
         found = describe(vlm, name, recipe.stages[name], world=world, sharing=sharing)
-        found.lines[:0] = [("start", starts.in_words(how)) for how in starts.of_stage(recipe, name).values()]
+        found.lines[:0] = beginnings(recipe, name)
         if name == list(recipe.stages)[-1] and (words := averaged(recipe)):
             found.lines.append(("average", words))
         plans.append(found)
     return plans
+
+
+def beginnings(recipe: TrainRecipe, name: str) -> list[tuple[str, str]]:
+    """What a stage's model is before it learns: lines for its plan."""
+    from leveret.train import starts
+
+    names = list(recipe.stages)
+    before = names[names.index(name) - 1] if name != names[0] else None
+    first = f"the model of {before}" if before else "the backbones as they come, a connector that knows nothing"
+    told = [starts.in_words(how) for how in starts.of_stage(recipe, name).values()]
+    return [("start", line) for line in told or [first]]
 
 
 def sharing(recipe: TrainRecipe, stage: StageRecipe, vlm: VLM, world: int, device: str) -> Sharing:
@@ -207,6 +218,12 @@ def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]
             lengths.append(len(text.ids))
         except DataError as error:
             refused[reason_of(error)] += 1
+    if refused and not lengths:
+        seen = min(SAMPLED, count)
+        raise DataError(
+            f"{stage.data}: none of {'the first ' * (seen < count)}{seen:,} samples can be used: {in_words(refused)}."
+            f"{source.advice(refused, seen)}"
+        )
     looked = f"{count:,} samples; of the first {min(SAMPLED, count):,}, {len(lengths):,} are good"
     if refused:
         looked += f", the rest are not: {in_words(refused)}.{source.advice(refused, min(SAMPLED, count))}"

@@ -126,6 +126,8 @@ def _train(
         raise RecipeError("\n".join(f"stages.{name}.keep_best: {why}" for name in blind))
     others = {name: held_out.open_held_out(recipe.stages[name], name, sources[name]) for name in chosen}
     _begin_anew(out)
+    if (out / ".lock").exists():
+        claim(out)  # told before the data are read, if another process has it
     whole = recipe.model_dump(mode="json")
     changes = Changes(out, allow_change)
     changes.recipe(binding(whole))
@@ -335,6 +337,7 @@ def _stage(
         facts=facts, sharing=sharing.to_dict(), validates=bool(validators),
     )  # fmt: skip
     told = plan.describe(vlm, name, stage, data=data, total=total, job=job, world=ranks.world)
+    told.lines[:0] = plan.beginnings(recipe, name)
     plan.show_stage(told)
     write_json(folder / "stage.json", _facts(told, data, source, total))
     ranks.tell(as_json(job))

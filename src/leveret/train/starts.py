@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from leveret.model.vlm import VLM
     from leveret.train.stages import Start, TrainRecipe
 
-MOST = 12
+MOST = 3
 """Names that a refusal lists of each kind."""
 
 SETTINGS = ("model_type", "hidden_act", "num_attention_heads", "num_key_value_heads", "rope_parameters")
@@ -170,6 +170,13 @@ def _refuse(vlm: VLM, brought: Brought, how: Start, where: str, empty: Collectio
     spare = _idle(vlm) - {name for name in own if any(name.startswith(PREFIXES[part]) for part in empty)}
     given = {name: tensor for name, tensor in brought.state.items() if name.startswith(prefixes)}
     faults = {
+        "of other settings": [
+            f"{part} {key} {brought.settings[part][key]!r} for {mine!r}"
+            for part, said in _settings(vlm).items()
+            if part in parts and part in brought.settings
+            for key, mine in said.items()
+            if brought.settings[part][key] != mine
+        ],
         "missing": [name for name in own if name not in given and name not in spare],
         "unexpected": [
             name
@@ -180,13 +187,6 @@ def _refuse(vlm: VLM, brought: Brought, how: Start, where: str, empty: Collectio
             f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
             for name, tensor in own.items()
             if name in given and given[name].shape != tensor.shape
-        ],
-        "of other settings": [
-            f"{part} {key} {brought.settings[part][key]!r} for {mine!r}"
-            for part, said in _settings(vlm).items()
-            if part in parts and part in brought.settings
-            for key, mine in said.items()
-            if brought.settings[part][key] != mine
         ],
     }
     if any(faults.values()) or not given:

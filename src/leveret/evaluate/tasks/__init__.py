@@ -174,6 +174,8 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test", promp
     """
     row, root = task_row(task), Path(root)
     official = row.splits.get(split, split)
+    if not root.exists():
+        raise DataError(f"Task {row.id!r}: there is no folder {root}")
     home, files = find_files(row, root, split)
     if not files:
         patterns = [pattern.format(split=official) for pattern in row.files]

@@ -26,7 +26,10 @@ from leveret.runs import EnvironmentFault, RecipeError
 State = dict[str, Tensor]
 
 LANGUAGE, VISION = "model.gguf", "mmproj.gguf"
-INSTEAD = "leveret itself runs this model (chat, eval); other engines read --to hf-llava, where it fits"
+INSTEAD = (
+    "leveret itself runs this model (chat, eval), transformers runs it from --to remote-code, and other engines read "
+    "--to hf-llava, where it fits"
+)
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 _ACTS = {
     "quick_gelu": {},
