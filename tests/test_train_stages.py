@@ -128,3 +128,18 @@ def test_a_dry_run_measures_data_that_is_there(capsys: pytest.CaptureFixture[str
     train(train_fakes.recipe(data, steps=1), tmp_path / "run")
     began = "the backbones as they come, a connector that knows nothing"
     assert began in told and began in capsys.readouterr().err, "a run says it as its dry run does"
+
+
+def test_steps_and_epochs_take_each_others_place() -> None:
+    """A recipe has one of them; whoever asks for the other means it."""
+    from leveret.train.run import read
+
+    tune = read("world", ["stages.tune.epochs=3"]).stages["tune"]
+    assert (tune.steps, tune.epochs) == (None, 3)
+    tune = read("nano", ["stages.tune.steps=20"]).stages["tune"]
+    assert (tune.steps, tune.epochs) == (20, None)
+    tune = read("world", ["stages.tune.steps=20", "stages.tune.epochs=null"]).stages["tune"]
+    assert (tune.steps, tune.epochs) == (20, None)
+    for both in (["stages.tune.steps=20", "stages.tune.epochs=3"], ["stages.tune.epochs=3", "stages.tune.steps=20"]):
+        with pytest.raises(RecipeError, match="exactly one of steps and epochs"):
+            read("world", both)

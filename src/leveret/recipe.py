@@ -315,6 +315,10 @@ def _note_lines(node: yaml.Node, path: KeyPath, file: str, origin: dict[KeyPath,
 # --- overrides ------------------------------------------------------------------------------------------------------
 
 
+_IN_PLACE_OF = {"steps": "epochs", "epochs": "steps"}
+"""Two keys that say one thing: an override of the one takes the place of the other where the recipe has that."""
+
+
 def _override(raw: _Raw, text: str) -> str | None:
     """Apply one `key.path=value`; returns the fault, if it has one."""
     where = f"[override {text!r}]"
@@ -345,6 +349,11 @@ def _override(raw: _Raw, text: str) -> str | None:
             _merge({}, value, path, raw.origin)
             here[step] = value
             raw.origin[path] = f"override {text!r}"
+            other = _IN_PLACE_OF.get(str(step)) if value is not None else None
+            beside = (*path[:-1], other or "")
+            if other and here.get(other) is not None and not raw.came_from(beside).startswith("override"):
+                here[other] = None
+                raw.origin[beside] = f"override {text!r}"
         else:
             here = here[step]
     return None
