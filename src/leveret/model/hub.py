@@ -330,7 +330,10 @@ def _beside(name: str) -> str:
     above = Path(name).parent
     if above == Path() or not above.is_dir():
         return ""
-    there = sorted(item.name for item in above.iterdir() if item.is_dir() and item.name[0] != ".")
+    try:
+        there = sorted(item.name for item in above.iterdir() if item.is_dir() and item.name[0] != ".")
+    except OSError:  # no right to look: then it is not told
+        return ""
     near = closest(Path(name).name, there) or there[:5]
     return f" ({above} holds {', '.join(near)}{', ...' if len(there) > len(near) else ''})" if near else ""
 
