@@ -149,6 +149,9 @@ def _figure(difference: dict[str, Any] | None) -> str:
     return f"{difference['mean']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"
 
 
+NOT_RUN = "not run"
+
+
 def _findings(paper: str, place: str) -> str:
     from leveret.recipe import load
     from leveret.recipe import names as recipes
@@ -164,15 +167,16 @@ def _findings(paper: str, place: str) -> str:
             done = run.get(study.name, {})
             ours = next((one for one in done.get("claims", ()) if one["says"] == claim.says), None)
             if ours is None:
-                verdict = "not run"
+                verdict = NOT_RUN
             else:
                 n = (ours["difference"] or {}).get("n", 0)
                 bound = f", {ours['at_most']}" if ours.get("at_most") else ""
                 said = f"**{ours['verdict']}**{bound}: {_figure(ours['difference'])}, n = {n} seeds"
                 verdict = f"{said} ([page]({up}/{done['folder']}/report.html))"
             where = claim.paper.partition("), ")[2] or claim.paper
-            rows.append((f"{cell(claim.says)} ({cell(where)})", cell(claim.figures), f"`{name}`", verdict))
-    return table(("finding", "its figures", "study", "on the drawn world"), rows)
+            rows.append((f"{cell(claim.says)} ({cell(where)}) `{name}`", verdict, cell(claim.figures)))
+    rows.sort(key=lambda row: row[1] == NOT_RUN)  # what is known first
+    return table(("finding and study", "on the drawn world", "its figures"), rows)
 
 
 def _studies(_: str, place: str) -> str:
@@ -184,10 +188,12 @@ def _studies(_: str, place: str) -> str:
         rows = []
         for axis in told["axes"].values():
             for level, had in axis["levels"].items():
-                mean = f"{had['mean']:.3f} ({had['low']:.3f} to {had['high']:.3f})" if had.get("low") is not None else (
-                    f"{had['mean']:.3f}")  # fmt: skip
+                mean = f"{had['mean']:.3f}"
+                if had.get("low") is not None:
+                    mean += f" ({max(0.0, had['low']):.3f} to {min(1.0, had['high']):.3f})"
                 base = " (base)" if level == axis["base"] else ""
-                rows.append((f"`{level}`{base}: {cell(had.get('about', ''))}", mean, _figure(had.get("difference"))))
+                about = f": {cell(had['about'])}" if had.get("about") else ""
+                rows.append((f"`{level}`{base}{about}", mean, _figure(had.get("difference"))))
         parts.append(table(("", "score, mean and 95 % interval", "less the base"), rows))
     return "".join(parts)
 
