@@ -91,23 +91,12 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
     ]
     bars = [pages.Bar(level, row["mean"], row["low"], row["high"]) for level, row in known.items()]
     tasks = list(dict.fromkeys(task for row in known.values() for task in row["tasks"]))
-    by_task = [
-        [
-            task,
-            *(_over(_value(row["tasks"].get(task))) for row in known.values()),
-            *(
-                _over(_difference((row["tasks"].get(task) or {}).get("difference")))
-                for level, row in known.items()
-                if level != base
-            ),
-        ]
-        for task in tasks
-    ]
-    more = [*known, *(f"{level} less {base}" for level in known if level != base)]
+    by_task = [[task, *(_task(row["tasks"].get(task)) for row in known.values())] for task in tasks]
     body: list[Markup | str] = [pages.table(rows, header)]
     if bars:
         body.append(pages.bars(bars, caption="Mean score over seeds, and its 95 % interval."))
-        body.append(pages.table(by_task, ["task", *more], caption="By kind of question."))
+        caption = f"By kind of question: the mean and its interval, and the difference to {base} with its own."
+        body.append(pages.table(by_task, ["task", *known], caption=caption))
         body.append(_radar(known, tasks, matrix))
     return pages.Section(name, body, axis["question"])
 
@@ -123,6 +112,14 @@ def _over(figure: str | None) -> Markup | None:
         return None
     value, _, more = figure.partition(" (")
     return Markup('{}<span class="range">{}</span>').format(value, more.removesuffix(")"))
+
+
+def _task(row: Row | None) -> Markup | None:
+    """What a level scores in one task, over the difference to the base."""
+    cell = _over(_value(row))
+    if cell is None or not row or not (told := _difference(row["difference"])):
+        return cell
+    return cell + (_over(told) or "")
 
 
 def _changes(level: Level) -> str:
