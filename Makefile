@@ -25,7 +25,7 @@ venv: .venv/.dev
 	$(PYTHON) -m venv .venv
 	@echo "installing leveret into .venv: a minute or two"
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
 	@touch $@
 
 .venv/.dev: .venv/.installed
