@@ -155,7 +155,7 @@ def test_folders_that_are_no_runs_are_left_alone(tmp_path: Path) -> None:
 def test_a_resume_elsewhere_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RunFolder.open(tmp_path / "run", "train", {"a": 1})
     there = {**runs.environment(), "cores": 64}
-    monkeypatch.setattr(runs, "environment", lambda: there)
+    monkeypatch.setattr("leveret.runs.folders.environment", lambda: there)
     for _ in range(2):
         RunFolder.open(tmp_path / "run", "train", {"a": 1})
     assert [old["cores"] for old in runs.read_json(tmp_path / "run/environment.json")["resumed"]] == [64]
@@ -273,7 +273,7 @@ def test_progress_without_a_terminal_is_lines_on_stderr(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("leveret.runs.progress.time.monotonic", lambda: now[0])
     with Progress(100, "embedding", "images") as progress:
         for _ in range(10):
             now[0] += 6.0
