@@ -143,18 +143,13 @@ def results() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _figure(difference: dict[str, Any] | None) -> str:
-    if not difference:
-        return ""
-    return f"{difference['mean']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"
-
-
 NOT_RUN = "not run"
 
 
 def _findings(paper: str, place: str) -> str:
     from leveret.recipe import load
     from leveret.recipe import names as recipes
+    from leveret.study.figures import difference_in_words
     from leveret.study.files import StudyRecipe
 
     run, up = results(), os.path.relpath("studies", PurePosixPath(place).parent)
@@ -171,7 +166,7 @@ def _findings(paper: str, place: str) -> str:
             else:
                 n = (ours["difference"] or {}).get("n", 0)
                 bound = f", {ours['at_most']}" if ours.get("at_most") else ""
-                said = f"**{ours['verdict']}**{bound}: {_figure(ours['difference'])}, n = {n} seeds"
+                said = f"**{ours['verdict']}**{bound}: {difference_in_words(ours['difference']) or ''}, n = {n} seeds"
                 verdict = f"{said} ([page]({up}/{done['folder']}/report.html))"
             where = claim.paper.partition("), ")[2] or claim.paper
             rows.append((f"{cell(claim.says)} ({cell(where)}) `{name}`", verdict, cell(claim.figures)))
@@ -180,6 +175,8 @@ def _findings(paper: str, place: str) -> str:
 
 
 def _studies(_: str, place: str) -> str:
+    from leveret.study.figures import difference_in_words, mean_in_words
+
     up = os.path.relpath("studies", PurePosixPath(place).parent)
     parts = []
     for name, told in results().items():
@@ -188,12 +185,10 @@ def _studies(_: str, place: str) -> str:
         rows = []
         for axis in told["axes"].values():
             for level, had in axis["levels"].items():
-                mean = f"{had['mean']:.3f}"
-                if had.get("low") is not None:
-                    mean += f" ({max(0.0, had['low']):.3f} to {min(1.0, had['high']):.3f})"
                 base = " (base)" if level == axis["base"] else ""
                 about = f": {cell(had['about'])}" if had.get("about") else ""
-                rows.append((f"`{level}`{base}{about}", mean, _figure(had.get("difference"))))
+                less = difference_in_words(had.get("difference"))
+                rows.append((f"`{level}`{base}{about}", mean_in_words(had) or "", less or ""))
         parts.append(table(("", "score, mean and 95 % interval", "less the base"), rows))
     return "".join(parts)
 

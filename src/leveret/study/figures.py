@@ -176,6 +176,24 @@ def at_most(expect: str, found: Mapping[str, Any] | None) -> str | None:
     return f"at most {max(0.0, -found['low']):.3f} lower"
 
 
+def mean_in_words(row: Mapping[str, Any] | None) -> str | None:
+    """`0.982 (0.972 to 0.993)` of {mean, low, high}, a share; without an interval where one seed gives none."""
+    if not row or row["mean"] is None:
+        return None
+    if row["low"] is None:
+        return f"{row['mean']:.3f}"
+    return f"{row['mean']:.3f} ({max(0.0, row['low']):.3f} to {min(1.0, row['high']):.3f})"
+
+
+def difference_in_words(found: Mapping[str, Any] | None) -> str | None:
+    """`-0.055 (-0.068 to -0.042)` of {mean, low, high}; None where nothing was compared."""
+    if not found:
+        return None
+    if found["low"] is None:
+        return f"{found['mean']:+.3f}"
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
 def _ledger(folder: Folder, matrix: Matrix) -> dict[str, Any]:
     """What sharing saved: each unit was made once, whatever number of cells needs it."""
     users = matrix.users()

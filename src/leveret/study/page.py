@@ -11,7 +11,15 @@ from markupsafe import Markup
 from leveret import pages
 from leveret.evaluate.radar import radar
 from leveret.runs import atomic_write, write_json
-from leveret.study.figures import AGREES, DISAGREES, MISSING, gather, pareto
+from leveret.study.figures import (
+    AGREES,
+    DISAGREES,
+    MISSING,
+    difference_in_words,
+    gather,
+    mean_in_words,
+    pareto,
+)
 from leveret.study.files import Level
 from leveret.study.runner import Folder, Matrix
 
@@ -69,8 +77,8 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
                 f"{level} (base)" if level == base else level,
                 row["about"] or _changes(matrix.study.axes[name].levels[level]),
             ),
-            _over(_value(row)),
-            _over(_difference(row["difference"])),
+            _over(mean_in_words(row)),
+            _over(difference_in_words(row["difference"])),
             _over(_p(row["difference"])),
             row["n"],
             *([None if row["words"] is None else round(row["words"], 2)] if told else []),
@@ -116,8 +124,8 @@ def _over(figure: str | None) -> Markup | None:
 
 def _task(row: Row | None) -> Markup | None:
     """What a level scores in one task, over the difference to the base."""
-    cell = _over(_value(row))
-    if cell is None or not row or not (told := _difference(row["difference"])):
+    cell = _over(mean_in_words(row))
+    if cell is None or not row or not (told := difference_in_words(row["difference"])):
         return cell
     return cell + (_over(told) or "")
 
@@ -180,24 +188,8 @@ def _shared(results: Row) -> pages.Section:
     )
 
 
-def _value(row: Row | None) -> str | None:
-    if not row or row["mean"] is None:
-        return None
-    if row["low"] is None:
-        return f"{row['mean']:.3f}"
-    return f"{row['mean']:.3f} ({max(0.0, row['low']):.3f} to {min(1.0, row['high']):.3f})"
-
-
-def _difference(found: Row | None) -> str | None:
-    if not found:
-        return None
-    if found["low"] is None:
-        return f"{found['mean']:+.3f}"
-    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
-
-
 def _with_seeds(found: Row | None) -> str | None:
-    told = _difference(found)
+    told = difference_in_words(found)
     return told if told is None or found is None else f"{told.removesuffix(')')}, n = {found['n']})"
 
 
@@ -218,11 +210,11 @@ def say(results: Row, out: Path) -> None:
         for head in ("level", "score (95 %)", f"less {axis['base']}", "p (Holm)", "seeds"):
             table.add_column(head)
         for level, row in axis["levels"].items():
-            cells = (_value(row), _difference(row["difference"]), _p(row["difference"]), str(row["n"]))
+            cells = (mean_in_words(row), difference_in_words(row["difference"]), _p(row["difference"]), str(row["n"]))
             table.add_row(level, *(cell or "" for cell in cells))
         console.print(table)
     for claim in results["claims"]:
-        found = _difference(claim["difference"]) or "-"
+        found = difference_in_words(claim["difference"]) or "-"
         bound = f", {claim['at_most']}" if claim["at_most"] else ""
         console.print(f"{claim['verdict']}: {claim['says']} [{claim['paper']}]; here {found}{bound}", markup=False)
     console.print(f"{out / 'report.html'}", markup=False)
