@@ -123,15 +123,13 @@ def test_a_file_that_tells_no_split_is_not_taken_for_the_servers(tmp_path: Path)
 
 def test_two_processes_share_the_work_of_one_command(root: Path, model: str, tmp_path: Path) -> None:
     """The same bytes as one process, for a suite of a user's own choosing."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(out: Path, *more: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "leveret.cli", "eval", model, str(root), "-o", str(out), "--task", "mme"]
-        done = subprocess.run([*command, "--json", *more], capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
-
-    one, two = run(tmp_path / "one", "--workers", "1"), run(tmp_path / "two", "--workers", "2")
-    assert one["tasks"] == two["tasks"]
+    one = evaluate(model, root, "mme", out=tmp_path / "one")
+    command = [sys.executable, "-m", "leveret.cli", "eval", model, str(root), "-o", str(tmp_path / "two")]
+    done = subprocess.run(
+        [*command, "--task", "mme", "--json", "--workers", "2"], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tasks"] == json.loads(json.dumps(one["tasks"]))
     name = "answers/mme.jsonl"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

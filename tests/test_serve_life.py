@@ -22,6 +22,7 @@ import openai
 import pytest
 
 from fakes import tiny_vlm
+from leveret import cli
 from leveret.generate.model import load
 from leveret.model.checkpoint import save
 from leveret.runs import DataError, EnvironmentFault, RecipeError
@@ -80,14 +81,6 @@ def started(folder: Path, *args: Any, **environment: str) -> Iterator[Process]:
         reader.join(10)
         popen.stdout.close()
         popen.stderr.close()
-
-
-def refused(*args: Any, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        command("serve", *args), capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stderr
 
 
 def test_a_server_answers_as_the_terminal_chat_and_ends_when_it_is_told(folder: Path, tmp_path: Path) -> None:
@@ -193,7 +186,17 @@ def test_killed_and_started_again_on_the_same_port(folder: Path) -> None:
                 assert process.ended() == -signal.SIGKILL
 
 
-def test_starting_says_clearly_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+def test_starting_says_clearly_what_is_wrong(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*args: Any) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["leveret", "serve", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return ended.value.code, said
+
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -210,8 +213,7 @@ def test_starting_says_clearly_what_is_wrong(folder: Path, tmp_path: Path) -> No
     assert code == 2 and "1 B are what --memory leaves for answers" in said
     with pytest.raises(RecipeError, match="allowed are auto, bf16, fp32"):
         load(tmp_path / "nothing", "cpu", precision="fp31")  # type: ignore[arg-type]
-    code, said = refused(folder, "--port", 0, "--rate", -1)
-    assert code == 2
+    assert refused(folder, "--port", 0, "--rate", -1)[0] == 2
 
 
 def test_who_lets_everybody_in_is_warned(folder: Path) -> None:

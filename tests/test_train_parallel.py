@@ -286,7 +286,7 @@ def composed(what: str) -> ModelRecipe:
     return plain.model_copy(update={"vision": VisionRecipe.model_validate(vision[what])} if what in vision else {})
 
 
-@pytest.mark.parametrize("what", ["s2", "tiles", "towers", "resampler", "ldp"])
+@pytest.mark.parametrize("what", [pytest.param("s2", marks=pytest.mark.slow), "tiles", "towers", "resampler", "ldp"])
 def test_every_composition_can_be_shared(groups: Groups, data: Path, tmp_path: Path, what: str) -> None:
     """A tower that sees twice in one pass, a newline of its own, several towers, connectors of several modules."""
     recipe = train_fakes.recipe(data, learn=ALL, steps=4, batch=5, micro_batch=2, max_tokens=256)
@@ -366,7 +366,7 @@ def test_a_worker_that_is_killed_while_it_holds_a_share_is_named(
 
 @pytest.mark.parametrize(
     ("kind", "shard"),
-    [*(pytest.param(kind, "all", marks=pytest.mark.slow) for kind in ("ddp", "fsdp")), ("fsdp", 2)],
+    [pytest.param(*way, marks=pytest.mark.slow) for way in (("ddp", "all"), ("fsdp", "all"), ("fsdp", 2))],
 )
 def test_four_ranks_teach_what_one_teaches(
     groups: Groups, recipe: TrainRecipe, one: Path, tmp_path: Path, kind: str, shard: int | str
