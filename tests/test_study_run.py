@@ -24,8 +24,8 @@ from leveret.runs import DataError, RecipeError, read_json, read_jsonl, write_js
 from leveret.study.figures import AGREES, DISAGREES, MISSING, UNDECIDED, at_most, paired, pareto, verdict
 from leveret.study.files import StudyRecipe, cells, read
 from leveret.study.paired import holm, p_value, t_interval
-from leveret.study.runner import Matrix, describe, make, run
-from leveret.study.units import KINDS, Kind, chain
+from leveret.study.runner import Matrix, _Running, describe, make, run
+from leveret.study.units import KINDS, Kind, Unit, chain
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -266,7 +266,7 @@ def test_a_unit_alone(tmp_path: Path, worker: list[str]) -> None:
     with pytest.raises(DataError, match="no study with the unit teach-0"):
         make(tmp_path / "out", "teach-0")
     matrix = Matrix.of(study(seeds=[0]))
-    last = matrix.last[cells(study(seeds=[0]))[0]]
+    last = matrix.measured[cells(study(seeds=[0]))[0]]["suite"]
     (tmp_path / "out" / "units" / chain(matrix.units, last)[-2] / "done.json").unlink()
     (tmp_path / "out" / "units" / last / "done.json").unlink()
     with pytest.raises(DataError, match="which is not done"):
@@ -507,9 +507,18 @@ def test_it_says_what_runs_and_how_far_that_is(
 ) -> None:
     monkeypatch.setattr("leveret.runs.progress._PLAIN_EVERY", 0.0)
     monkeypatch.setattr("leveret.study.runner.LOOK", 0.0)
+    share = _Running.share
+
+    def looked(self: _Running, unit: Unit) -> float:
+        if found := share(self, unit):
+            (tmp_path / "seen").touch()
+        return found
+
+    monkeypatch.setattr(_Running, "share", looked)
     log = "echo 'draw the world: 500 of 2,000 pictures  9 pictures/s'; echo 'tokenising: 6 of 6 samples'"
+    wait = f"for i in $(seq 600); do [ -e {tmp_path}/seen ] && break; sleep .05; done"
     with pytest.raises(DataError, match="failed"):
-        run(read("prismatic/one-stage", ["seeds=[0]"]), tmp_path / "out", jobs=2, command=f"{log}; sleep 1; false {{}}")
+        run(read("prismatic/one-stage", ["seeds=[0]"]), tmp_path / "out", jobs=2, command=f"{log}; {wait}; false {{}}")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("study (seconds of work): ")]
     told = next(line for line in said if "now draw world 0 of stages=two@0 25%" in line)
     first, total = (float(number.replace(",", "")) for number in re.findall(r"[\d,]+", told)[:2])

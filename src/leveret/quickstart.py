@@ -6,8 +6,9 @@ leaves its work in one folder and a mark when it is finished, so the same comman
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from leveret.runs import RecipeError, RunFolder, read_json, write_json
 
 if TYPE_CHECKING:
+    from leveret.study.files import StudyRecipe
     from leveret.world.write import WorldSize
 
 BUDGET = 1_500
@@ -23,6 +25,20 @@ STEPS = ("draw", "condense", "align", "tune", "examine", "stages", "harder")
 """The last two only where the world has questions on harder pictures."""
 BRIEF = 150
 """Questions a kind before and after aligning."""
+STUDY = "bunny/selection"
+_CHEAPEST = ("measures=[encoder]", "claims=[]")
+_LONGER = ("measures=[suite]", "claims=[]", "train=[stages.tune.steps=3120]")
+_LEFT_OUT = ("no-dedup", "score-only", "dedup-only", "windows", "everything", "oracle")
+ROUNDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "severe": ("Does choosing pay, on a severely diseased web?", ()),
+    "usual": ("And on the usual web, by the cheapest measure?", ("world.strength=usual", *_CHEAPEST)),
+    "mild": ("And on a mildly diseased one?", ("world.strength=mild", *_CHEAPEST)),
+    "longer": (
+        "Does four times the tuning make up for it?",
+        (*_LONGER, *(f"axes.choice.levels.{name}=null" for name in _LEFT_OUT)),
+    ),
+}
+"""What `full` asks of STUDY, the most telling first: a folder's name -> the question, overrides of the study."""
 
 
 def run(
@@ -35,9 +51,9 @@ def run(
 ) -> Path:
     """Runs, or continues, the quickstart in `out`; returns that folder.
 
-    full       then compare ways of choosing data, over seeds (`study.selection`), in `out/selection`.
+    full       then ask whether choosing data pays (ROUNDS, of the study `bunny/selection`), in `out/selection`.
     overrides  `world.FIELD=n` (sizes of world.write.WorldSize), `budget=n` (pairs the coreset keeps),
-               `study.FIELD=value` (a field of study.Plan, for `full`); anything else
+               `study.FIELD=value` (of that study, for `full`); anything else
                changes the train recipe `world`, e.g. `stages.tune.steps=100`.
 
     `out/results.json` holds {"tasks": {kind: {"score", "n", "ci95", "majority", "blind"}}, "seconds": {step: s},
@@ -46,14 +62,13 @@ def run(
     Raises RecipeError for an unknown or unusable override, and when `out` holds another quickstart.
     """
     from leveret.generate.helpers import Helpers
-    from leveret.study import Plan
     from leveret.train.run import read as read_recipe
     from leveret.train.run import resolve_device
 
     studied = [given.removeprefix("study.") for given in overrides if given.startswith("study.")]
     if studied and not full:
         raise RecipeError(f"study.{studied[0]}: the comparison runs only with --full; add it, or leave this out.")
-    plan = Plan.read(studied, prefix="study.")
+    compared = studies(studied) if full else {}
     size, budget, changes = _settings([given for given in overrides if not given.startswith("study.")])
     taught = read_recipe("world", changes)  # its faults are told now, not after minutes of drawing
     if taught.device == "cuda":
@@ -61,11 +76,7 @@ def run(
     recipe = {"seed": seed, "world": size.told(), "budget": budget, "overrides": changes}
     if dry_run:
         _say_plan(Path(out), recipe, RunFolder.peek(out, "quickstart", recipe))
-        if full:
-            from leveret.study import describe
-
-            print("\nThen the comparison, with sizes of its own (study.web, study.budget, ..):")
-            print(describe(plan, Path(out) / "selection"))
+        _say_studies(compared, Path(out) / "selection")
         return Path(out)
     folder = RunFolder.open(out, "quickstart", recipe)
     root = folder.path
@@ -140,10 +151,36 @@ def run(
     quickstart_page.write(root, results, size.web, budget)
     quickstart_page.say(root, results)
     if full:
-        from leveret.study import compare
-
-        compare(root / "selection", plan, keep=False)
+        compare(root / "selection", compared)
     return root
+
+
+def compare(root: Path, asked: Mapping[str, StudyRecipe]) -> None:
+    """Runs studies in folders of their names below `root`, where they share what they make, and shows their tables."""
+    from leveret.study import page, run
+
+    for name, study in asked.items():
+        print(f"\n{study.title}", file=sys.stderr, flush=True)
+        page.say(run(study, root / name, units=root / "units"), root / name)
+
+
+def studies(overrides: Sequence[str]) -> dict[str, StudyRecipe]:
+    """The studies of ROUNDS under overrides that hold for all of them."""
+    from leveret.study import read
+
+    return {
+        name: read(STUDY, [*changes, *overrides]).model_copy(update={"title": question})
+        for name, (question, changes) in ROUNDS.items()
+    }
+
+
+def _say_studies(asked: Mapping[str, StudyRecipe], root: Path) -> None:
+    from leveret.study.costs import outline
+    from leveret.study.runner import Matrix, describe
+
+    for name, study in asked.items():
+        facts = describe(Matrix.of(study), root / name, root / "units")
+        print(f"\n{study.title}\n{outline(facts)}")
 
 
 def _collected(root: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,39 +63,19 @@ def study_run(
         if command is not None and "{}" not in command:
             raise RecipeError(f"--command {command!r}: nothing says where a piece's own command goes; write {{}} there")
         if dry_run:
+            from leveret.study.costs import outline
+
             matrix = Matrix.of(one)
             facts = describe(matrix, place, units)
         else:
             results = run(one, place, jobs=jobs, command=command, keep=keep, units=units)
     if dry_run:
-        return tell(json, {**facts, "plan": as_plain(matrix)}, _study_plan(facts, jobs))
+        return tell(json, {**facts, "plan": as_plain(matrix)}, outline(facts, jobs))
     if not json:
         from leveret.study.page import say
 
         say(results, place)
     tell(json, {"out": str(place), "page": str(place / "report.html"), **results})
-
-
-def _study_plan(facts: dict[str, Any], jobs: int | None) -> str:
-    """What a study would do, in lines."""
-    from leveret.study.costs import minutes
-
-    lines = [f"{facts['study']}: {len(facts['cells'])} models, seeds {', '.join(map(str, facts['seeds']))}"]
-    lines += [f"  {name}: {', '.join(levels)}" for name, levels in facts["axes"].items()]
-    for kind, row in facts["kinds"].items():
-        shared = f", shared: {row['alone']} without" if row["alone"] > row["units"] else ""
-        done = f", {row['done']} done" if row["done"] else ""
-        told = facts["timed"] and row["done"] < row["units"]
-        left = f"; {minutes(row['seconds'])} of one core" if told else ""
-        lines.append(f"  {kind:<9}{row['units']:>4}{shared}{done}{left}")
-    at_once = jobs or facts["cores"]
-    if not facts["timed"]:
-        return "\n".join([*lines, "how long that takes is told here when one piece of each kind is done"])
-    lines.append(
-        f"{minutes(facts['seconds'] / at_once)}, {at_once} at once "
-        f"({minutes(facts['without_sharing'] / at_once)} if nothing were shared nor done)"
-    )
-    return "\n".join(lines)
 
 
 @verb("report", "leveret.study.runner", group=study)

@@ -1,6 +1,6 @@
-"""Compare: designs side by side on the same worlds, with intervals. `compare` asks whether choosing data pays."""
+"""Compare: designs side by side on the same worlds, over seeds, with intervals."""
 
-from leveret.study.plan import Plan
-from leveret.study.selection import compare, describe
+from leveret.study.files import read
+from leveret.study.runner import run
 
-__all__ = ["Plan", "compare", "describe"]
+__all__ = ["read", "run"]

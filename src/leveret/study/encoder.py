@@ -67,7 +67,7 @@ def fresh(seed: int) -> TinyDualEncoder:
 
     from leveret.model.encoders import load_encoder
     from leveret.model.tiny import TinyDualEncoder
-    from leveret.study.site import SCORER
+    from leveret.study.choices import SCORER
 
     scorer: Any = load_encoder(SCORER)
     with torch.random.fork_rng(devices=[]):

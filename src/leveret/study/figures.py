@@ -12,24 +12,28 @@ from typing import Any
 from leveret.study.files import SCORE, WORDS, Axis, Cell, Claim, StudyRecipe, base_cell
 from leveret.study.paired import Estimate, differences, holm, p_value, t_interval
 from leveret.study.runner import Folder, Matrix
-from leveret.study.units import chain
 
+CONTENTS = ("kept", "fits", "copies", "scenes", "characters")
+"""What is told of a choice (`choices.contents`)."""
 AGREES, DISAGREES, UNDECIDED, MISSING = "agrees", "disagrees", "not decided", "not measured yet"
 
 
 def gather(folder: Folder, matrix: Matrix) -> dict[str, Any]:
     """All that is known by now:
 
-    cells        [{cell, seed, levels, score, tasks, seconds, trainable}]; seconds of teaching, had nothing been shared
+    cells        [{cell, seed, levels, score, tasks, measures, seconds, trainable}]; seconds of teaching, had nothing
+                 been shared
     axes         name -> {question, base, levels: {level: {about, n, mean, low, high, tasks, words, seconds,
-                 difference}}}
+                 difference}}}; among tasks what else is measured
+    choices      where levels of an axis choose other pairs: axis -> {level: {kept, fits, copies, scenes, characters:
+                 means over seeds, shown: of the first, unit}}
     comparisons  how many levels are compared with a base
     claims       [{paper, says, figures, axis, level, base (compared with), by, expect, difference, verdict,
                  at_most}]
     ledger       {made, shared, seconds made, seconds that sharing saved}
     """
     study = matrix.study
-    figures = {cell: found for cell, last in matrix.last.items() if (found := _figures(folder, matrix, last))}
+    figures = {cell: found for cell in matrix.measured if (found := _figures(folder, matrix, cell))}
     axes = {name: _axis(study, name, axis, figures) for name, axis in study.axes.items()}
     raw = {
         f"{name}={level}": row["difference"]["p"]
@@ -50,36 +54,70 @@ def gather(folder: Folder, matrix: Matrix) -> dict[str, Any]:
             {"cell": cell.name, "seed": cell.seed, "levels": dict(cell.levels), **found}
             for cell, found in figures.items()
         ],
-        "asked": len(matrix.last),
+        "measures": list(study.measures),
+        "asked": len(matrix.measured),
         "axes": axes,
+        "choices": {name: rows for name in study.axes if (rows := _choices(folder, matrix, name))},
         "comparisons": len(raw),
         "claims": [_claim(study, claim, figures) for claim in study.claims],
         "ledger": _ledger(folder, matrix),
     }
 
 
-def _figures(folder: Folder, matrix: Matrix, last: str) -> dict[str, Any] | None:
-    facts = folder.facts(last)
-    if facts is None:
+def _figures(folder: Folder, matrix: Matrix, cell: Cell) -> dict[str, Any] | None:
+    """Of a cell whose first measure is taken."""
+    measured = {name: facts for name, id in matrix.measured[cell].items() if (facts := folder.facts(id)) is not None}
+    asked = measured.get("suite", {"tasks": {}})["tasks"]
+    tasks = {name: row["score"] for name, row in asked.items() if row.get("score") is not None}
+    others = {name: facts["value"] for name, facts in measured.items() if name != "suite"}
+    first = matrix.study.measures[0]
+    score = others.get(first) if first != "suite" else sum(tasks.values()) / len(tasks) if tasks else None
+    if score is None:
         return None
-    tasks = {name: row["score"] for name, row in facts["tasks"].items() if row.get("score") is not None}
-    if not tasks:
-        return None
-    words = [row["words"] for row in facts["tasks"].values() if row.get("words") is not None]
-    taught = [folder.facts(id) or {} for id in chain(matrix.units, last) if matrix.units[id].kind == "teach"]
+    words = [row["words"] for row in asked.values() if row.get("words") is not None]
+    taught = [folder.facts(id) or {} for id in matrix.needed(cell) if matrix.units[id].kind == "teach"]
     return {
-        "score": sum(tasks.values()) / len(tasks),
+        "score": score,
         "tasks": tasks,
+        "measures": others,
         "words": sum(words) / len(words) if words else None,
-        "questions": sum(int(row.get("n") or 0) for row in facts["tasks"].values()),
+        "questions": sum(int(row.get("n") or 0) for row in asked.values()),
         "seconds": round(sum(float(one.get("seconds", 0)) for one in taught), 1),
         "trainable": max((int(one.get("trainable", 0)) for one in taught), default=0),
     }
 
 
+def _choices(folder: Folder, matrix: Matrix, axis: str) -> dict[str, Any]:
+    """What the levels of an axis chose, where they chose otherwise than each other and all of it is known."""
+    rows: dict[str, Any] = {}
+    units: dict[str, str] = {}
+    for level in matrix.study.axes[axis].levels:
+        chosen = []
+        for seed in matrix.study.seeds:
+            needed = matrix.needed(base_cell(matrix.study, seed).at(axis, level))
+            chosen += [id for id in needed if matrix.units[id].kind == "choose"]
+        found = [facts for id in chosen if "fits" in (facts := folder.facts(id) or {})]
+        if found:
+            units[level] = chosen[0]
+            rows[level] = {name: _mean([facts[name] for facts in found]) for name in CONTENTS}
+            rows[level] |= {
+                "n": len(found),
+                "unit": chosen[0],
+                "shown": (folder.facts(chosen[0]) or {}).get("shown", []),
+            }
+    return rows if len(set(units.values())) > 1 else {}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def value_of(found: Mapping[str, Any], by: Sequence[str]) -> float | None:
-    """The mean of the named tasks (or the score, or the words) of a cell; None where one of them was not asked."""
-    values: list[Any] = [found.get(name) if name in (SCORE, WORDS) else found["tasks"].get(name) for name in by]
+    """The mean of what is named (tasks, the score, the words, another measure) of a cell; None where one of them was
+    not measured."""
+    known = {**found["tasks"], **found["measures"], SCORE: found["score"], WORDS: found["words"]}
+    values: list[Any] = [known.get(name) for name in by]
     return None if None in values else sum(values) / len(values)
 
 
@@ -107,7 +145,8 @@ def _plain(found: Estimate) -> dict[str, Any]:
 
 
 def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]) -> dict[str, Any]:
-    tasks = list(dict.fromkeys(task for found in figures.values() for task in found["tasks"]))
+    names = (name for found in figures.values() for name in (*found["tasks"], *found["measures"]))
+    tasks = [name for name in dict.fromkeys(names) if name != study.measures[0]]
     base = _at(study, name, axis.base, figures, (SCORE,))
     levels = {}
     for level, how in axis.levels.items():
@@ -176,13 +215,15 @@ def at_most(expect: str, found: Mapping[str, Any] | None) -> str | None:
     return f"at most {max(0.0, -found['low']):.3f} lower"
 
 
-def mean_in_words(row: Mapping[str, Any] | None) -> str | None:
-    """`0.982 (0.972 to 0.993)` of {mean, low, high}, a share; without an interval where one seed gives none."""
+def mean_in_words(row: Mapping[str, Any] | None, share: bool = True) -> str | None:
+    """`0.982 (0.972 to 0.993)` of {mean, low, high}; without an interval where one seed gives none. share: whether it
+    lies between 0 and 1, as all do but the loss."""
     if not row or row["mean"] is None:
         return None
     if row["low"] is None:
         return f"{row['mean']:.3f}"
-    return f"{row['mean']:.3f} ({max(0.0, row['low']):.3f} to {min(1.0, row['high']):.3f})"
+    low, high = (max(0.0, row["low"]), min(1.0, row["high"])) if share else (row["low"], row["high"])
+    return f"{row['mean']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def difference_in_words(found: Mapping[str, Any] | None) -> str | None:

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from leveret import recipe as recipes
 from leveret.runs import RecipeError, closest
@@ -25,9 +25,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SCORE = "score"
-"""The mean of a suite's tasks, where a claim names no measure of its own."""
+"""A study's first measure, where a claim names none: the mean of the suite's tasks, if the suite is asked."""
 WORDS = "words"
 """How many words an answer has: the mean over the questions of each task, then over the tasks."""
+MEASURES = {
+    "suite": "the suite, asked of the model",
+    "loss": "loss on held-out captions, in nats a token, of the model that learned from the chosen pairs; low is good",
+    "encoder": "recall at 5 of held-out pairs, by a dual encoder that learned from nothing but the chosen pairs",
+}
+"""What can be measured of a cell, the dearest first. The last two want held-out captions of the drawn world."""
 
 
 class _Strict(BaseModel):
@@ -39,6 +45,9 @@ class Choose(_Strict):
 
     recipe: str = Field("world", description="A condense recipe, by name or path.")
     set: tuple[str, ...] = Field(("steps.budget.count=1500",), description="Overrides of it, `a.b=c`.")
+    oracle: int | None = Field(
+        None, ge=1, description="Instead: so many pairs by the drawn world's own truth. A bound, no method."
+    )
 
 
 class Averaged(_Strict):
@@ -64,6 +73,12 @@ class Axis(_Strict):
     question: str = Field(description="What it answers.")
     base: str = Field(description="The level that the others are compared with.")
     levels: dict[str, Level] = Field(min_length=2, description="Its levels, by name.")
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _left_out(cls, levels: Any) -> Any:
+        """`NAME: null` takes away a level that the file has."""
+        return {name: how for name, how in levels.items() if how is not None} if isinstance(levels, dict) else levels
 
     @model_validator(mode="after")
     def _whole(self) -> Axis:
@@ -119,6 +134,9 @@ class StudyRecipe(_Strict):
     choose: Choose = Field(
         default_factory=lambda: Choose.model_validate({}), description="How the align stage's pairs are chosen."
     )
+    measures: tuple[Literal["suite", "loss", "encoder"], ...] = Field(
+        ("suite",), min_length=1, description="What is measured of each cell; the first is its score."
+    )
     suite: str = Field("world", description="What the models are examined on.")
     questions: str | None = Field(None, description="Folder of the suite's files, where no world is drawn.")
     n: int | None = Field(None, ge=1, description="At most so many questions a task.")
@@ -151,6 +169,15 @@ class StudyRecipe(_Strict):
                 faults.append(f"claims.{place}.level: {claim.level!r}; allowed are {', '.join(others)}")
         if self.world is None and self.questions is None:
             faults.append("questions: without a drawn world the suite's files need a folder")
+        if len(set(self.measures)) < len(self.measures):
+            faults.append("measures: each only once")
+        if more := [name for name in self.measures if name != "suite"]:
+            if self.world is None:
+                faults.append(
+                    f"measures: {', '.join(more)} is measured on the drawn world only, and this study has none"
+                )
+            elif self.world.get("captions") == 0:
+                faults.append(f"measures: {', '.join(more)} needs held-out captions; world.captions is 0")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -195,7 +222,7 @@ def _asked(study: StudyRecipe) -> None:
     from leveret.evaluate.tasks import asked
 
     try:
-        tasks = [row.id for row, _ in asked(study.suite)]
+        tasks = [row.id for row, _ in asked(study.suite)] if "suite" in study.measures else []
     except RecipeError as fault:
         raise RecipeError(f"{study.name}: suite: {fault}") from None
     if study.world is None:  # what a benchmark's table calls its columns is known when it was asked
@@ -204,12 +231,13 @@ def _asked(study: StudyRecipe) -> None:
     named += [(f"radar.{spoke}", by) for spoke, by in study.radar.items()]
     for place, by in named:
         for one in by:
-            if one not in (SCORE, WORDS, *tasks):
-                near = closest(one, [SCORE, WORDS, *tasks])
+            measured = [SCORE, WORDS, *(name for name in study.measures if name != "suite"), *tasks]
+            if one not in measured:
+                near = closest(one, measured)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise RecipeError(
-                    f"{study.name}: {place}: {one!r} is no task of the suite {study.suite}; "
-                    f"it has {', '.join(tasks)}.{hint}"
+                    f"{study.name}: {place}: {one!r} is no task of the suite {study.suite}, and nothing else that is "
+                    f"measured; allowed are {', '.join(measured)}.{hint}"
                 )
 
 

@@ -12,19 +12,17 @@ from leveret import pages
 from leveret.evaluate.radar import radar
 from leveret.runs import atomic_write, write_json
 from leveret.study.figures import (
-    AGREES,
-    DISAGREES,
-    MISSING,
     difference_in_words,
     gather,
     mean_in_words,
     pareto,
 )
-from leveret.study.files import Level
+from leveret.study.files import MEASURES, Level
 from leveret.study.runner import Folder, Matrix
 
 Row = Mapping[str, Any]
-SIGNS = {AGREES: "+", DISAGREES: "-", MISSING: " "}
+MARKS = {"fits": "right", "wrong": "wrong", "dull": "dull"}
+"""How a shown pair's words are."""
 
 
 def publish(folder: Folder, matrix: Matrix) -> dict[str, Any]:
@@ -40,6 +38,7 @@ def write_page(path: Path, results: Row, matrix: Matrix) -> None:
     state = "" if done == asked else f" {done} of {asked} models are done."
     subtitle = f"{results['name']}: {asked} models, {seeds} seed{'s' if seeds > 1 else ''} each.{state}"
     sections = [_claims(results), *(_axis(name, axis, matrix) for name, axis in results["axes"].items())]
+    sections += [_choices(name, rows, path.parent / "units") for name, rows in results["choices"].items()]
     sections += [_cost(results), _shared(results)]
     if matrix.study.about:
         sections.insert(0, pages.Section("What this is", matrix.study.about))
@@ -71,13 +70,14 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
     known = {level: row for level, row in levels.items() if row["n"]}
     words = [row["words"] for row in known.values() if row["words"] is not None]
     told = bool(words) and max(words) - min(words) >= 0.1
+    first = matrix.study.measures[0]
     rows = [
         [
             _under(
                 f"{level} (base)" if level == base else level,
                 row["about"] or _changes(matrix.study.axes[name].levels[level]),
             ),
-            _over(mean_in_words(row)),
+            _over(mean_in_words(row, first != "loss")),
             _over(difference_in_words(row["difference"])),
             _over(_p(row["difference"])),
             row["n"],
@@ -89,7 +89,7 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
     ]
     header = [
         "level",
-        "score (95 %)",
+        f"{_headline(first)} (95 %)",
         f"less {base}",
         "p (Holm)",
         "seeds",
@@ -99,14 +99,23 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
     ]
     bars = [pages.Bar(level, row["mean"], row["low"], row["high"]) for level, row in known.items()]
     tasks = list(dict.fromkeys(task for row in known.values() for task in row["tasks"]))
-    by_task = [[task, *(_task(row["tasks"].get(task)) for row in known.values())] for task in tasks]
+    by_task = [[task, *(_task(row["tasks"].get(task), task != "loss") for row in known.values())] for task in tasks]
     body: list[Markup | str] = [pages.table(rows, header)]
     if bars:
-        body.append(pages.bars(bars, caption="Mean score over seeds, and its 95 % interval."))
-        caption = f"By kind of question: the mean and its interval, and the difference to {base} with its own."
-        body.append(pages.table(by_task, ["task", *known], caption=caption))
-        body.append(_radar(known, tasks, matrix))
+        highest = max(max(bar.value, bar.high or 0.0) for bar in bars)
+        told_of = f"Mean {_headline(first)} over seeds, and its 95 % interval."
+        body.append(pages.bars(bars, maximum=1.0 if first != "loss" else 1.05 * highest, caption=told_of))
+        caption = f"Mean and interval of each, and the difference to {base} with its own."
+        if by_task:
+            body.append(pages.table(by_task, ["", *known], caption=caption))
+        body += [f"`{one}`: {MEASURES[one]}." for one in matrix.study.measures if one != "suite"]
+        body += [_radar(known, asked, matrix)] if (asked := [task for task in tasks if task not in MEASURES]) else []
     return pages.Section(name, body, axis["question"])
+
+
+def _headline(measure: str) -> str:
+    """What a table calls a study's first measure."""
+    return "score" if measure == "suite" else measure
 
 
 def _under(name: str, more: str) -> Markup:
@@ -122,12 +131,44 @@ def _over(figure: str | None) -> Markup | None:
     return Markup('{}<span class="range">{}</span>').format(value, more.removesuffix(")"))
 
 
-def _task(row: Row | None) -> Markup | None:
+def _task(row: Row | None, share: bool) -> Markup | None:
     """What a level scores in one task, over the difference to the base."""
-    cell = _over(mean_in_words(row))
+    cell = _over(mean_in_words(row, share))
     if cell is None or not row or not (told := difference_in_words(row["difference"])):
         return cell
     return cell + (_over(told) or "")
+
+
+def _choices(axis: str, rows: Row, units: Path) -> pages.Section:
+    """What each level's choice of pairs holds, and some of it."""
+    body: list[Markup | str] = []
+    table = [
+        [
+            level,
+            f"{row['kept']:,.0f}",
+            *(None if row[name] is None else f"{row[name]:.1%}" for name in ("fits", "copies")),
+            f"{row['scenes']:,.0f}",
+            None if row["characters"] is None else f"{row['characters']:.0f}",
+        ]
+        for level, row in rows.items()
+    ]
+    body.append(pages.table(table, ["level", "kept", "fits", "copies", "scenes", "characters"], "Mean over seeds."))
+    for level, row in rows.items():
+        items = [
+            (units / row["unit"] / "shown" / one["file"], _words(one), MARKS[one["words"]]) for one in row["shown"]
+        ]
+        there = [item for item in items if item[0].is_file()]
+        body += [f"`{level}`", pages.gallery(there)] if there else []
+    lead = (
+        "By the world's own truth, which no method reads. fits: captions that are true of their picture. copies: pairs "
+        "whose scene another kept pair shows too. scenes: distinct ones. characters: of a caption, on average. "
+        "Pictures are spread evenly over the first seed's choice."
+    )
+    return pages.Section(f"What each {axis} chose", body, lead)
+
+
+def _words(shown: Mapping[str, str]) -> str:
+    return shown["caption"] + (f"\n(a copy, {shown['copy']})" if shown["copy"] != "new" else "")
 
 
 def _changes(level: Level) -> str:
@@ -135,8 +176,8 @@ def _changes(level: Level) -> str:
     if level.average is not None:
         return f"the mean of {' and '.join(level.average.levels)}"
     told = [*level.train, *(f"world.{key}={value}" for key, value in level.world.items())]
-    if level.choose is not None:
-        told.append(f"pairs chosen by {' '.join([level.choose.recipe, *level.choose.set])}")
+    if (how := level.choose) is not None:
+        told.append("pairs chosen by " + ("the truth" if how.oracle else " ".join([how.recipe, *how.set])))
     return ", ".join(told) or "as the study has it"
 
 
@@ -190,7 +231,9 @@ def _shared(results: Row) -> pages.Section:
 
 def _with_seeds(found: Row | None) -> str | None:
     told = difference_in_words(found)
-    return told if told is None or found is None else f"{told.removesuffix(')')}, n = {found['n']})"
+    if told is None or found is None:
+        return told
+    return f"{told.removesuffix(')')}, n = {found['n']})" if told.endswith(")") else f"{told} (n = {found['n']})"
 
 
 def _p(found: Row | None) -> str | None:
@@ -204,13 +247,14 @@ def say(results: Row, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console, first = Console(), results["measures"][0]
     for name, axis in results["axes"].items():
         table = Table(title=f"{name}: {axis['question']}", title_justify="left")
-        for head in ("level", "score (95 %)", f"less {axis['base']}", "p (Holm)", "seeds"):
+        for head in ("level", f"{_headline(first)} (95 %)", f"less {axis['base']}", "p (Holm)", "seeds"):
             table.add_column(head)
         for level, row in axis["levels"].items():
-            cells = (mean_in_words(row), difference_in_words(row["difference"]), _p(row["difference"]), str(row["n"]))
+            found = row["difference"]
+            cells = (mean_in_words(row, first != "loss"), difference_in_words(found), _p(found), str(row["n"]))
             table.add_row(level, *(cell or "" for cell in cells))
         console.print(table)
     for claim in results["claims"]:

@@ -43,8 +43,8 @@ from leveret.runs import (
     stop_requested,
     write_json,
 )
-from leveret.study.files import Cell, StudyRecipe, cells
-from leveret.study.units import KINDS, Unit, Units, chain, of_cell
+from leveret.study.files import Cell, StudyRecipe, base_cell, cells
+from leveret.study.units import CORESET, KINDS, Unit, Units, chain, of_cell
 
 KIND = "study"
 POLL = 0.2
@@ -61,27 +61,32 @@ TAIL = 400
 
 @dataclass(frozen=True)
 class Matrix:
-    """A study taken apart. last: cell -> the unit that gives its figures."""
+    """A study taken apart. measured: cell -> measure -> the unit that takes it."""
 
     study: StudyRecipe
     units: Units
-    last: dict[Cell, str]
+    measured: dict[Cell, dict[str, str]]
 
     @classmethod
     def of(cls, study: StudyRecipe) -> Matrix:
         """RecipeError with every cell whose recipe cannot be, at once."""
         units: Units = {}
-        last: dict[Cell, str] = {}
+        measured: dict[Cell, dict[str, str]] = {}
         faults: dict[str, None] = {}
         for cell in cells(study):
             try:
-                last[cell] = of_cell(study, cell, units)
+                measured[cell] = of_cell(study, cell, units)
             except RecipeError as fault:
                 where = ",".join(f"{axis}={level}" for axis, level in cell.levels)
                 faults[f"{where}: {fault}"] = None
+                continue
+            if lacking := [name for name in study.measures if name not in measured[cell]]:
+                if cell == base_cell(study, cell.seed) or lacking[0] == study.measures[0]:
+                    faults[f"measures: {', '.join(lacking)}: no stage of {cell.name} learns from {CORESET}"] = None
         if faults:
             raise RecipeError(f"study {study.name} cannot run:\n" + "\n".join(faults))
-        return cls(study, units, last)
+        needed = chain(units, *(id for ends in measured.values() for id in ends.values()))
+        return cls(study, {id: units[id] for id in needed}, measured)
 
     def check(self) -> None:
         """RecipeError with every model that cannot be built, before anything is made. Imports torch."""
@@ -100,15 +105,19 @@ class Matrix:
         if faults:
             raise RecipeError(f"study {self.study.name} cannot run:\n" + "\n".join(faults))
 
+    def needed(self, cell: Cell) -> list[str]:
+        """All units behind a cell's figures, in the order of work."""
+        return chain(self.units, *self.measured[cell].values())
+
     def order(self) -> list[str]:
         """All units, those of the first cells first."""
-        return list(dict.fromkeys(id for last in self.last.values() for id in chain(self.units, last)))
+        return list(dict.fromkeys(id for cell in self.measured for id in self.needed(cell)))
 
     def users(self) -> dict[str, int]:
         """How many cells need each unit."""
         counts: dict[str, int] = {}
-        for last in self.last.values():
-            for id in chain(self.units, last):
+        for cell in self.measured:
+            for id in self.needed(cell):
                 counts[id] = counts.get(id, 0) + 1
         return counts
 
@@ -354,9 +363,10 @@ class _Work:
             for one in self.matrix.units[id].inputs.values():
                 need(one)
 
-        for last in self.matrix.last.values():
-            if not self.folder.is_done(last):
-                need(last)
+        for ends in self.matrix.measured.values():
+            for last in ends.values():
+                if not self.folder.is_done(last):
+                    need(last)
         return wanted
 
     def _usable(self, id: str) -> bool:
@@ -385,6 +395,7 @@ class _Work:
     def _start(self, id: str) -> _Running:
         own = [sys.executable, "-m", "leveret.cli", "study", "unit", str(self.folder.path), id]
         log = open(_made(self.folder.unit(id)) / "log.txt", "ab")
+        began = log.tell()  # before there is a process: it writes at the same place
         threads = str(max(1, cores() // self.jobs))
         ours = {"OMP_NUM_THREADS": threads, PARENT: str(os.getpid())}
         environment = {**os.environ, **ours} if self.command is None else dict(os.environ)
@@ -392,7 +403,7 @@ class _Work:
         process = subprocess.Popen(
             what, shell=self.command is not None, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-        return _Running(id, process, log, log.tell())
+        return _Running(id, process, log, began)
 
     def _tell(self, running: Sequence[_Running], bar: Progress, costs: dict[str, float]) -> None:
         """What runs, how far each is, and its part of the bar."""
@@ -402,9 +413,7 @@ class _Work:
             share = one.share(unit)
             now = max(one.told, int(share * round(costs[one.id])))
             more, one.told = more + now - one.told, now
-            cell = next(
-                cell.name for cell, last in self.matrix.last.items() if one.id in chain(self.matrix.units, last)
-            )
+            cell = next(cell.name for cell in self.matrix.measured if one.id in self.matrix.needed(cell))
             words.append(f"{unit.kind} {unit.what} of {cell}" + (f" {share:.0%}" if share else ""))
         bar.advance(more, now=", ".join(words))
 
@@ -452,8 +461,8 @@ class _Ledger:
         path = self.folder.path / "ledger.jsonl"
         told = self._told(path)
         facts = self.folder.facts(id) or {}
-        for cell, last in self.matrix.last.items():
-            if id in chain(self.matrix.units, last) and (id, cell.name) not in told:
+        for cell in self.matrix.measured:
+            if id in self.matrix.needed(cell) and (id, cell.name) not in told:
                 unit = self.matrix.units[id]
                 line = {"unit": id, "kind": unit.kind, "what": unit.what, "cell": cell.name, "did": did}
                 append_jsonl(path, {**line, "seconds": facts.get("seconds") if did == "made" else 0})
@@ -524,7 +533,7 @@ def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -
     apart = sum(costs[id] * users[id] for id in order)
     return {
         "study": matrix.study.name,
-        "cells": [cell.name for cell in matrix.last],
+        "cells": [cell.name for cell in matrix.measured],
         "axes": {name: list(axis.levels) for name, axis in matrix.study.axes.items()},
         "seeds": list(matrix.study.seeds),
         "kinds": kinds,
@@ -537,4 +546,4 @@ def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -
 
 def as_plain(matrix: Matrix) -> list[dict[str, Any]]:
     """The cells and their units, for `--json`."""
-    return [{**asdict(cell), "units": chain(matrix.units, last)} for cell, last in matrix.last.items()]
+    return [{**asdict(cell), "units": matrix.needed(cell)} for cell in matrix.measured]

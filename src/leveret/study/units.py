@@ -1,7 +1,8 @@
 """The pieces of work that a study's cells are made of, each known by what goes into it.
 
     draw --> embed --> choose --> teach (align) --> teach (tune) --> examine
-                                        \\--> teach (another tune)    average
+                         \\               \\--> teach (another tune)    average
+                          \\--> encoder   \\--> loss
 
 A unit's id is a hash of its kind, its settings and the ids of what it is made from. So cells that begin alike share
 what they share, studies that grow keep what they have, and nothing is ever made from something else than it says.
@@ -19,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from leveret.runs import read_json, sha256_of, write_json
+from leveret.study.choices import SCORER, by_truth, contents, keep_some, truth_of, web_records
 from leveret.study.files import Cell, Choose, StudyRecipe
-from leveret.study.site import SCORER, web_records
 
 VERSION = 1
 """Of the way units are made; another one finds none of the old."""
 WEB, CORESET, DRAWN = "web.json", "world/coreset.json", "world/"
 """Data of a stage that begin with DRAWN are files of the drawn world; CORESET is the cell's own choice."""
 
+HELD_OUT = "captions.json"
+"""Pairs of a drawn world that fit, of scenes that nothing else shows."""
+ENCODER_STEPS, ENCODER_BATCH = 300, 64
+"""Optimiser steps of a dual encoder that is taught from nothing, and pairs in each."""
 SCORER_FILE = "world/weights/scorer.safetensors"
 
 
@@ -56,16 +61,15 @@ Units = dict[str, Unit]
 """By id, each behind what it is made from."""
 
 
-def of_cell(study: StudyRecipe, cell: Cell, units: Units) -> str:
-    """The id of the cell's examination; it and all that it needs are put into `units`."""
-    world = _world(study, cell, units)
-    inputs = {"model": _model(study, cell, units)} | ({"world": world} if world else {})
-    settings = {"suite": study.suite, "n": study.n, "blind": study.blind, "questions": study.questions}
-    return _put(units, Unit("examine", study.suite, settings, inputs))
+def of_cell(study: StudyRecipe, cell: Cell, units: Units) -> dict[str, str]:
+    """Measure -> id of the unit that takes it; these and all that they need are put into `units`. A measure that the
+    cell cannot have (the loss where no stage of its own learned from the chosen pairs) is left out."""
+    found = {name: MEASURED[name](study, cell, units) for name in study.measures}
+    return {name: id for name, id in found.items() if id is not None}
 
 
-def chain(units: Units, last: str) -> list[str]:
-    """A unit and all that it is made from, in the order of work."""
+def chain(units: Units, *last: str) -> list[str]:
+    """Units and all that they are made from, in the order of work."""
     found: dict[str, None] = {}
 
     def visit(id: str) -> None:
@@ -73,7 +77,8 @@ def chain(units: Units, last: str) -> list[str]:
             visit(one)
         found.setdefault(id)
 
-    visit(last)
+    for id in last:
+        visit(id)
     return list(found)
 
 
@@ -110,6 +115,9 @@ def _choice(study: StudyRecipe, cell: Cell, world: str, units: Units) -> str:
     how: Choose = study.choose
     for axis, level in cell.levels:
         how = study.axes[axis].levels[level].choose or how
+    if how.oracle is not None:
+        rule = {"oracle": how.oracle, "seed": cell.seed}
+        return _put(units, Unit("choose", "by the truth", rule, {"world": world}))
     scorer = {"encoder": SCORER, "weights": sha256_of(package_file(SCORER_FILE, SCORER))}
     embedded = _put(units, Unit("embed", f"web of world {cell.seed}", scorer, {"world": world}))
     recipe = read(how.recipe, [*how.set, f"seed={cell.seed}"]).model_dump(mode="json", exclude_defaults=True)
@@ -165,6 +173,38 @@ def _weights(model: Any) -> dict[str, str]:
     return {name: found for part in parts for name, found in _weights(part).items()}
 
 
+def _suite(study: StudyRecipe, cell: Cell, units: Units) -> str:
+    world = _world(study, cell, units)
+    inputs = {"model": _model(study, cell, units)} | ({"world": world} if world else {})
+    settings = {"suite": study.suite, "n": study.n, "blind": study.blind, "questions": study.questions}
+    return _put(units, Unit("examine", study.suite, settings, inputs))
+
+
+def _loss_of(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
+    world, last = _world(study, cell, units), _model(study, cell, units)
+    learned = [id for id in chain(units, last) if "pairs" in units[id].inputs and units[id].kind == "teach"]
+    if world is None or len(learned) != 1:
+        return None
+    tokens = units[learned[0]].settings["how"]["max_tokens"]
+    return _put(units, Unit("loss", "captions", {"max_tokens": tokens}, {"model": learned[0], "world": world}))
+
+
+def _encoder_of(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
+    if (world := _world(study, cell, units)) is None:
+        return None
+    settings = {"steps": ENCODER_STEPS, "batch": ENCODER_BATCH, "seed": cell.seed}
+    pairs = _choice(study, cell, world, units)
+    return _put(units, Unit("encoder", "encoder", settings, {"world": world, "pairs": pairs}))
+
+
+MEASURED: dict[str, Callable[[StudyRecipe, Cell, Units], str | None]] = {
+    "suite": _suite,
+    "loss": _loss_of,
+    "encoder": _encoder_of,
+}
+"""How each of `files.MEASURES` is taken."""
+
+
 # --- making them ---------------------------------------------------------------------------------------------------
 
 Places = Mapping[str, Path]
@@ -190,13 +230,18 @@ def _choose(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[st
     from leveret.condense.ledger import write_coreset
 
     world = inputs["world"] / "world"
-    recipe = place / "recipe.yaml"
     place.mkdir(parents=True, exist_ok=True)
-    write_json(recipe, settings["recipe"])  # JSON is YAML
-    out = condense(inputs["embeddings"] / "embeddings", place / "coreset", str(recipe), images=world)
-    chosen, records = read_json(out / "coreset.json"), web_records(world)
-    write_coreset([records[record["id"]] for record in chosen], place / "pairs.json")
-    return {"kept": len(chosen)}
+    records, truth = web_records(world), truth_of(world)
+    if "oracle" in settings:
+        ids = by_truth(truth, settings["oracle"], settings["seed"])
+    else:
+        recipe = place / "recipe.yaml"
+        write_json(recipe, settings["recipe"])  # JSON is YAML
+        out = condense(inputs["embeddings"] / "embeddings", place / "coreset", str(recipe), images=world)
+        ids = [record["id"] for record in read_json(out / "coreset.json")]
+    chosen = [records[id] for id in ids]
+    write_coreset(chosen, place / "pairs.json")
+    return {**contents(chosen, truth), "shown": keep_some(place / "shown", world, chosen, truth)}
 
 
 def _teach(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[str, Any]:
@@ -243,6 +288,28 @@ def _examine(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[s
     }
 
 
+def _loss(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[str, Any]:
+    from leveret.study.loss import held_out_loss
+
+    world = inputs["world"] / "world"
+    model, cache = inputs["model"] / "run" / "model", place / "cache"
+    found = held_out_loss(model, world / HELD_OUT, world, settings["max_tokens"], cache)
+    shutil.rmtree(cache, ignore_errors=True)
+    return found
+
+
+def _encoder(place: Path, settings: Mapping[str, Any], inputs: Places) -> dict[str, Any]:
+    from leveret.study.encoder import judge
+
+    world = inputs["world"] / "world"
+    how = {name: settings[name] for name in ("steps", "batch", "seed")}
+    found = judge(inputs["pairs"] / "pairs.json", world / HELD_OUT, world, folder=place / "state", **how)
+    shutil.rmtree(place / "state", ignore_errors=True)
+    if found is None:
+        return {"value": None}
+    return {"value": found.mean, "image_to_text": found.image_to_text, "text_to_image": found.text_to_image}
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """make: (folder, settings, folders of the inputs) -> facts. heavy: names in its folder that a study which keeps
@@ -261,4 +328,6 @@ KINDS: dict[str, Kind] = {
     "teach": Kind(_teach, progress="{what}"),
     "average": Kind(_average),
     "examine": Kind(_examine, progress="asking"),
+    "loss": Kind(_loss),
+    "encoder": Kind(_encoder, progress="teaching an encoder"),
 }
