@@ -88,24 +88,17 @@ def _figures(folder: Folder, matrix: Matrix, cell: Cell) -> dict[str, Any] | Non
 
 
 def _choices(folder: Folder, matrix: Matrix, axis: str) -> dict[str, Any]:
-    """What the levels of an axis chose, where they chose otherwise than each other and all of it is known."""
+    """What the levels of an axis chose, by what is known; nothing where all chose alike."""
     rows: dict[str, Any] = {}
-    units: dict[str, str] = {}
     for level in matrix.study.axes[axis].levels:
-        chosen = []
-        for seed in matrix.study.seeds:
-            needed = matrix.needed(base_cell(matrix.study, seed).at(axis, level))
-            chosen += [id for id in needed if matrix.units[id].kind == "choose"]
-        found = [facts for id in chosen if "fits" in (facts := folder.facts(id) or {})]
+        cells = [base_cell(matrix.study, seed).at(axis, level) for seed in matrix.study.seeds]
+        chosen = [id for cell in cells for id in matrix.needed(cell) if matrix.units[id].kind == "choose"]
+        found = {id: facts for id in chosen if "fits" in (facts := folder.facts(id) or {})}
         if found:
-            units[level] = chosen[0]
-            rows[level] = {name: _mean([facts[name] for facts in found]) for name in CONTENTS}
-            rows[level] |= {
-                "n": len(found),
-                "unit": chosen[0],
-                "shown": (folder.facts(chosen[0]) or {}).get("shown", []),
-            }
-    return rows if len(set(units.values())) > 1 else {}
+            first = next(iter(found))
+            means = {name: _mean([facts[name] for facts in found.values()]) for name in CONTENTS}
+            rows[level] = {**means, "n": len(found), "unit": first, "shown": found[first]["shown"]}
+    return rows if len({row["unit"] for row in rows.values()}) > 1 else {}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

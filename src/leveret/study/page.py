@@ -201,7 +201,7 @@ def _cost(results: Row) -> pages.Section:
                 label = "base" if level == axis["base"] else f"{name}={level}"
                 points.setdefault(label, (row["seconds"], row["mean"]))
     if not points:
-        return pages.Section("Cost beside score", "Nothing is measured yet.")
+        return pages.Section("Cost beside score", "Nothing is taught yet.")
     best = set(pareto(points))
     rows = [
         [label, round(cost), score, "nothing is cheaper and as good" if label in best else ""]
