@@ -55,7 +55,7 @@ def lines(path: Path) -> int:
 def test_unusable_settings_are_refused_before_anything_is_drawn(tmp_path: Path) -> None:
     for given, named in (
         ("world.wbe=5", "world.web"),
-        ("world.web=no", "positive number"),
+        ("world.web=no", "whole number"),
         ("world.web=0", "1 or more"),
         ("world.harder=-1", "0 or more"),
         ("world.harder=3", "5 or more"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,9 +164,15 @@ def compare(root: Path, asked: Mapping[str, StudyRecipe]) -> None:
 
 
 def studies(overrides: Sequence[str]) -> dict[str, StudyRecipe]:
-    """The studies of ROUNDS under overrides that hold for all of them."""
+    """The studies of ROUNDS under overrides that hold for all of them. RecipeError for one that is a round's own."""
     from leveret.study import read
 
+    own = {change.partition("=")[0] for _, changes in ROUNDS.values() for change in changes} | {"world"}
+    for given in overrides:
+        if (key := given.partition("=")[0]) in own:
+            raise RecipeError(
+                f"study.{given}: the rounds say {key} themselves; `leveret study run {STUDY} {given}` asks one"
+            )
     return {
         name: read(STUDY, [*changes, *overrides]).model_copy(update={"title": question})
         for name, (question, changes) in ROUNDS.items()
@@ -175,8 +180,8 @@ def studies(overrides: Sequence[str]) -> dict[str, StudyRecipe]:
 
 
 def _say_studies(asked: Mapping[str, StudyRecipe], root: Path) -> None:
-    from leveret.study.costs import outline
-    from leveret.study.runner import Matrix, describe
+    from leveret.study.costs import describe, outline
+    from leveret.study.matrix import Matrix
 
     for name, study in asked.items():
         facts = describe(Matrix.of(study), root / name, root / "units")
@@ -210,12 +215,14 @@ def _collected(root: Path) -> dict[str, Any]:
 
 def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
     """The world's size, the budget, and what is left for the train recipe."""
+    import yaml
+
     from leveret.runs import closest
     from leveret.world.write import WorldSize
 
     sizes: dict[str, Any] = {}
     budget, left = BUDGET, []
-    allowed = {name: type(value) for name, value in asdict(WorldSize()).items()}
+    allowed = tuple(WorldSize.__dataclass_fields__)
     for given in overrides:
         key, _, value = given.partition("=")
         name = key.removeprefix("world.")
@@ -228,16 +235,15 @@ def _settings(overrides: Sequence[str]) -> tuple[WorldSize, int, list[str]]:
             hint = f" Did you mean world.{near[0]}?" if near else ""
             raise RecipeError(f"{given}: the world has no {name!r}; allowed are {', '.join(allowed)}.{hint}")
         try:
-            number = int(value) if key == "budget" else allowed[name](value)
-            if key == "budget" and number < 1:
-                raise ValueError
-        except ValueError:
-            least = "a number" if name in ("harder", "captions", "text_share", "oblong") else "a positive number"
-            raise RecipeError(f"{given}: {key} takes {least}, such as {key}=1000") from None
+            plain = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"{given}: what stands behind the = is not YAML") from None
         if key == "budget":
-            budget = int(number)
+            if type(plain) is not int or plain < 1:
+                raise RecipeError(f"{given}: budget takes a positive number, such as budget=1000")
+            budget = plain
         else:
-            sizes[name] = number
+            sizes[name] = plain
     size = WorldSize(**sizes)
     if budget > size.web:
         raise RecipeError(

@@ -55,7 +55,8 @@ def study_run(
 ) -> None:
     """Teach and examine what is missing of a study, and write its page."""
     from leveret.study.files import read
-    from leveret.study.runner import Matrix, as_plain, describe, run
+    from leveret.study.matrix import Matrix, as_plain
+    from leveret.study.runner import run
 
     with reporting(json):
         one = read(recipe, overrides or [])
@@ -63,7 +64,7 @@ def study_run(
         if command is not None and "{}" not in command:
             raise RecipeError(f"--command {command!r}: nothing says where a piece's own command goes; write {{}} there")
         if dry_run:
-            from leveret.study.costs import outline
+            from leveret.study.costs import describe, outline
 
             matrix = Matrix.of(one)
             facts = describe(matrix, place, units)
@@ -84,8 +85,8 @@ def study_report(
     json: Json = False,
 ) -> None:
     """Write a study's page again, of what is done by now."""
+    from leveret.study.matrix import reopen
     from leveret.study.page import publish, say
-    from leveret.study.runner import reopen
 
     with reporting(json):
         folder, matrix = reopen(path)

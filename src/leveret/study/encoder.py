@@ -1,4 +1,4 @@
-"""A small dual encoder taught from random weights on an arm's pairs alone: the cheapest judge of a choice of data.
+"""A small dual encoder taught from random weights on chosen pairs alone: the cheapest judge of a choice of data.
 
 It has the scorer's architecture and none of its weights. What it can find among held-out pairs, the chosen pairs have
 taught it; nothing pre-trained stands in between. The loss is SigLIP's (Zhai et al., arXiv 2303.15343).
@@ -62,7 +62,7 @@ def judge(
 
 
 def fresh(seed: int) -> TinyDualEncoder:
-    """The scorer's architecture and tokenizer with random weights, float32; equal for all arms of a seed."""
+    """The scorer's architecture and tokenizer with random weights, float32; equal for all choices of a seed."""
     import torch
 
     from leveret.model.encoders import load_encoder

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from leveret.runs import sha256_of
 from leveret.study.files import SCORE, WORDS, Axis, Cell, Claim, StudyRecipe, base_cell
+from leveret.study.matrix import Folder, Matrix
 from leveret.study.paired import Estimate, differences, holm, p_value, t_interval
-from leveret.study.runner import Folder, Matrix
 
 CONTENTS = ("kept", "fits", "copies", "scenes", "characters")
 """What is told of a choice (`choices.contents`)."""
@@ -21,16 +22,19 @@ AGREES, DISAGREES, UNDECIDED, MISSING = "agrees", "disagrees", "not decided", "n
 def gather(folder: Folder, matrix: Matrix) -> dict[str, Any]:
     """All that is known by now:
 
-    cells        [{cell, seed, levels, score, tasks, measures, seconds, trainable}]; seconds of teaching, had nothing
-                 been shared
+    cells        [{cell, seed, levels, score, tasks, measures, words, seconds, trainable}] of which the first measure
+                 is taken; seconds of teaching, had nothing been shared (None before all is taught)
+    asked, whole how many cells there are to be, and how many have all their measures
     axes         name -> {question, base, levels: {level: {about, n, mean, low, high, tasks, words, seconds,
                  difference}}}; among tasks what else is measured
-    choices      where levels of an axis choose other pairs: axis -> {level: {kept, fits, copies, scenes, characters:
-                 means over seeds, shown: of the first, unit}}
+    crossed      of a study of all combinations: [{levels, n, mean, low, high, difference to the base cell}]
+    choices      where levels of an axis choose by other rules: axis -> {level: {kept, fits, copies, scenes,
+                 characters: means over the n seeds that are known, shown: of the first of these, unit}}
+    costs        level -> {seconds, score}: means over the seeds that all of them have
     comparisons  how many levels are compared with a base
     claims       [{paper, says, figures, axis, level, base (compared with), by, expect, difference, verdict,
                  at_most}]
-    ledger       {made, shared, seconds made, seconds that sharing saved}
+    ledger       kind of work -> {made, needed, seconds, saved: seconds that sharing saved}
     """
     study = matrix.study
     figures = {cell: found for cell in matrix.measured if (found := _figures(folder, matrix, cell))}
@@ -56,7 +60,10 @@ def gather(folder: Folder, matrix: Matrix) -> dict[str, Any]:
         ],
         "measures": list(study.measures),
         "asked": len(matrix.measured),
+        "whole": sum(all(folder.is_done(id) for id in ends.values()) for ends in matrix.measured.values()),
         "axes": axes,
+        "crossed": _crossed(study, figures) if study.crossed else [],
+        "costs": _costs(study, figures),
         "choices": {name: rows for name in study.axes if (rows := _choices(folder, matrix, name))},
         "comparisons": len(raw),
         "claims": [_claim(study, claim, figures) for claim in study.claims],
@@ -75,30 +82,63 @@ def _figures(folder: Folder, matrix: Matrix, cell: Cell) -> dict[str, Any] | Non
     if score is None:
         return None
     words = [row["words"] for row in asked.values() if row.get("words") is not None]
-    taught = [folder.facts(id) or {} for id in matrix.needed(cell) if matrix.units[id].kind == "teach"]
+    taught = [folder.facts(id) for id in matrix.needed(cell) if matrix.units[id].kind == "teach"]
+    known = [facts for facts in taught if facts is not None]
     return {
         "score": score,
         "tasks": tasks,
         "measures": others,
         "words": sum(words) / len(words) if words else None,
-        "questions": sum(int(row.get("n") or 0) for row in asked.values()),
-        "seconds": round(sum(float(one.get("seconds", 0)) for one in taught), 1),
-        "trainable": max((int(one.get("trainable", 0)) for one in taught), default=0),
+        "seconds": round(sum(float(one["seconds"]) for one in known), 1) if len(known) == len(taught) else None,
+        "trainable": max((int(one["trainable"]) for one in known), default=0),
     }
 
 
 def _choices(folder: Folder, matrix: Matrix, axis: str) -> dict[str, Any]:
-    """What the levels of an axis chose, by what is known; nothing where all chose alike."""
+    """What the levels of an axis chose, by what is known; nothing where all of them choose by one rule."""
     rows: dict[str, Any] = {}
-    for level in matrix.study.axes[axis].levels:
+    rules = set()
+    for level, how in matrix.study.axes[axis].levels.items():
+        if how.average is not None:
+            continue
         cells = [base_cell(matrix.study, seed).at(axis, level) for seed in matrix.study.seeds]
         chosen = [id for cell in cells for id in matrix.needed(cell) if matrix.units[id].kind == "choose"]
         found = {id: facts for id in chosen if "fits" in (facts := folder.facts(id) or {})}
         if found:
+            rules.add(sha256_of(matrix.units[chosen[0]].settings))
             first = next(iter(found))
             means = {name: _mean([facts[name] for facts in found.values()]) for name in CONTENTS}
             rows[level] = {**means, "n": len(found), "unit": first, "shown": found[first]["shown"]}
-    return rows if len({row["unit"] for row in rows.values()}) > 1 else {}
+    return rows if len(rules) > 1 else {}
+
+
+def _crossed(study: StudyRecipe, figures: Mapping[Cell, Any]) -> list[dict[str, Any]]:
+    base = {cell.seed: found["score"] for cell, found in figures.items() if cell == base_cell(study, cell.seed)}
+    by_levels: dict[tuple[tuple[str, str], ...], dict[int, float]] = {}
+    for cell, found in figures.items():
+        by_levels.setdefault(cell.levels, {})[cell.seed] = found["score"]
+    return [
+        {"levels": dict(levels), **_plain(t_interval(list(own.values()))), "difference": paired(own, base)}
+        for levels, own in by_levels.items()
+    ]
+
+
+def _costs(study: StudyRecipe, figures: Mapping[Cell, Any]) -> dict[str, dict[str, float]]:
+    """Seconds and score of each level, over the seeds that all of them have: means over others cannot be compared."""
+    known: dict[str, dict[int, Any]] = {}
+    for name, axis in study.axes.items():
+        for level in axis.levels:
+            label = "base" if level == axis.base else f"{name}={level}"
+            cells = {seed: base_cell(study, seed).at(name, level) for seed in study.seeds}
+            own = {seed: figures[cell] for seed, cell in cells.items() if cell in figures}
+            if any(found["seconds"] for found in own.values()):
+                known.setdefault(label, {s: found for s, found in own.items() if found["seconds"] is not None})
+    common = set.intersection(*(set(own) for own in known.values())) if known else set()
+    return {
+        label: {key: sum(own[seed][key] for seed in common) / len(common) for key in ("seconds", "score")}
+        for label, own in known.items()
+        if common
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -125,7 +165,8 @@ def _at(study: StudyRecipe, axis: str, level: str, figures: Mapping[Cell, Any], 
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
-    """The difference at the seeds that both have, its interval and its p; None without such a seed."""
+    """The difference at the seeds that both have, its interval and its p: what a seed does to both cancels. None
+    without such a seed."""
     by_seed = differences(ours, theirs)
     if not by_seed:
         return None
@@ -156,7 +197,7 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
             **(_plain(t_interval(list(own.values()))) if own else {"mean": None, "low": None, "high": None, "n": 0}),
             "tasks": by_task,
             "words": sum(words.values()) / len(words) if words else None,
-            "seconds": sum(cell["seconds"] for cell in cells) / len(cells) if cells else None,
+            "seconds": _mean([cell["seconds"] for cell in cells]),
             "trainable": max((cell["trainable"] for cell in cells), default=None),
             "difference": None if level == axis.base else paired(own, base),
         }
@@ -187,7 +228,7 @@ def verdict(expect: str, margin: float, found: Mapping[str, Any] | None) -> str:
         return MISSING
     low, high = found["low"], found["high"]
     if low is None or high is None:
-        return UNDECIDED  # one seed has no interval
+        return UNDECIDED  # one seed has no interval, nor have seeds that are alike to the last digit
     if expect in ("lower", "not higher"):
         low, high = -high, -low
     if expect in ("higher", "lower"):
@@ -245,7 +286,8 @@ def _ledger(folder: Folder, matrix: Matrix) -> dict[str, Any]:
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Of name -> (cost, score) those that no other beats: none is as cheap and better, or cheaper and as good."""
+    """Of name -> (cost, score) those that no other beats: none is as cheap and better (higher), or cheaper and as
+    good."""
     return [
         name
         for name, (cost, score) in points.items()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -46,8 +46,24 @@ class Choose(_Strict):
     recipe: str = Field("world", description="A condense recipe, by name or path.")
     set: tuple[str, ...] = Field(("steps.budget.count=1500",), description="Overrides of it, `a.b=c`.")
     oracle: int | None = Field(
-        None, ge=1, description="Instead: so many pairs by the drawn world's own truth. A bound, no method."
-    )
+        None, ge=1, strict=True,
+        description="Instead: so many pairs by the drawn world's own truth. A bound, no method.",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _whole(self) -> Choose:
+        usual = (Choose.model_fields["recipe"].default, Choose.model_fields["set"].default)
+        if self.oracle is not None and (self.recipe, self.set) != usual:
+            raise ValueError("oracle: it reads the truth and follows no recipe; leave out recipe and set")
+        _no_seed("set", self.set)
+        return self
+
+
+def _no_seed(place: str, overrides: Sequence[str]) -> None:
+    if given := [one for one in overrides if one.partition("=")[0].strip() == "seed"]:
+        raise ValueError(
+            f"{place}: {given[0]!r} is without effect: the seed is the cell's own, one of the study's `seeds`"
+        )
 
 
 class Averaged(_Strict):
@@ -62,9 +78,16 @@ class Level(_Strict):
 
     about: str = Field("", description="In words, for the page.")
     train: tuple[str, ...] = Field((), description="Overrides of the train recipe, `a.b=c`.")
-    choose: Choose | None = Field(None, description="Another choice of pairs.")
+    choose: Choose | None = Field(
+        None, description="Another choice of pairs, whole: what it does not say is usual, not the study's."
+    )
     world: dict[str, Any] = Field(default_factory=dict, description="Other fields of the drawn world.")
     average: Averaged | None = Field(None, description="Instead of teaching: the mean of other levels' models.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Level:
+        _no_seed("train", self.train)
+        return self
 
 
 class Axis(_Strict):
@@ -96,6 +119,10 @@ class Axis(_Strict):
                 raise ValueError(f"levels.{name}.average: {', '.join(strange)} is no level of this axis that is taught")
             if level.average.weights is not None and len(level.average.weights) != len(level.average.levels):
                 raise ValueError(f"levels.{name}.average: as many weights as levels, or none")
+            if any(
+                self.levels[one].world != self.levels[level.average.levels[0]].world for one in level.average.levels
+            ):
+                raise ValueError(f"levels.{name}.average: its levels are of different worlds; in which is it examined?")
             shares = level.average.weights
             if shares is not None and (min(shares) < 0 or not abs(sum(shares) - 1) < 1e-6):
                 raise ValueError(f"levels.{name}.average: weights are from 0 on, and sum to 1")
@@ -141,7 +168,9 @@ class StudyRecipe(_Strict):
     questions: str | None = Field(None, description="Folder of the suite's files, where no world is drawn.")
     n: int | None = Field(None, ge=1, description="At most so many questions a task.")
     blind: bool = Field(False, description="Also ask with another picture.")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Of world, choice and training.")
+    seeds: tuple[Annotated[int, Field(strict=True)], ...] = Field(
+        (0, 1, 2), min_length=1, description="Of world, choice and training."
+    )
     axes: dict[str, Axis] = Field(min_length=1, description="What is varied.")
     crossed: bool = Field(False, description="All combinations of levels, instead of one change at a time.")
     claims: tuple[Claim, ...] = Field((), description="What papers found.")
@@ -152,8 +181,14 @@ class StudyRecipe(_Strict):
     @model_validator(mode="after")
     def _whole(self) -> StudyRecipe:
         faults = []
-        if self.name.startswith("/") or {"..", "."} & set(self.name.split("/")):
-            faults.append(f"name: {self.name!r}; its folder is called so: no / in front, and no ..")
+        if self.name.startswith("/") or {"..", "."} & set(self.name.split("/")) or not self.name.isprintable():
+            faults.append(f"name: {self.name!r}; its folder is called so: no / in front, no .., no control characters")
+        for word in (*self.axes, *(level for axis in self.axes.values() for level in axis.levels)):
+            if not word or set(word) & set("=,@") or not word.isprintable():
+                faults.append(
+                    f"axes: {word!r}: names of axes and levels are words without = , @, for cells are named by them"
+                )
+        _no_seed("train", self.train)
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             faults.append("seeds: different whole numbers, 0 or more")
         for place, claim in enumerate(self.claims):
@@ -176,11 +211,28 @@ class StudyRecipe(_Strict):
                 faults.append(
                     f"measures: {', '.join(more)} is measured on the drawn world only, and this study has none"
                 )
-            elif self.world.get("captions") == 0:
-                faults.append(f"measures: {', '.join(more)} needs held-out captions; world.captions is 0")
+            else:
+                faults += [
+                    f"measures: {', '.join(more)} needs held-out captions; {place}captions is 0"
+                    for place, world in self._worlds().items()
+                    if world.get("captions") == 0
+                ]
+        if self.world is None:
+            faults += [
+                f"axes.{axis}.levels.{name}: changes the drawn world, or a choice from it, and this study draws none"
+                for axis, row in self.axes.items()
+                for name, level in row.levels.items()
+                if level.world or level.choose is not None
+            ]
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _worlds(self) -> dict[str, dict[str, Any]]:
+        """Where fields of the world stand -> these fields over the study's own."""
+        own = self.world or {}
+        levels = ((f"axes.{a}.levels.{n}", level) for a, axis in self.axes.items() for n, level in axis.levels.items())
+        return {"world.": own} | {f"{place}.world.": {**own, **level.world} for place, level in levels if level.world}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,23 +254,23 @@ class Cell:
 def read(name_or_path: str | Path, overrides: Sequence[str] = ()) -> StudyRecipe:
     """A study by its name or its file, with overrides. RecipeError with all faults at once."""
     study = recipes.load(name_or_path, StudyRecipe, "studies", overrides)
-    _asked(study)
     if study.world is not None:
         from leveret.world.write import WorldSize
 
         known = WorldSize.__dataclass_fields__
-        given = [study.world, *(level.world for axis in study.axes.values() for level in axis.levels.values())]
-        for one in given:
+        for one in study._worlds().values():
             for field in one:
                 if field not in known:
                     near = closest(field, known)
                     hint = f" Did you mean {near[0]}?" if near else ""
                     raise RecipeError(f"{study.name}: the world has no {field!r}; it has {', '.join(known)}.{hint}")
+    _asked(study)
     return study
 
 
 def _asked(study: StudyRecipe) -> None:
-    """RecipeError where the suite is none, or where a task is named that it does not ask."""
+    """RecipeError where the suite is none or asks what the world has no questions for, or where a task is named that it
+    does not ask."""
     from leveret.evaluate.tasks import asked
 
     try:
@@ -227,17 +279,25 @@ def _asked(study: StudyRecipe) -> None:
         raise RecipeError(f"{study.name}: suite: {fault}") from None
     if study.world is None:  # what a benchmark's table calls its columns is known when it was asked
         return
-    named = [(f"claims.{place}.by", claim.by) for place, claim in enumerate(study.claims)]
-    named += [(f"radar.{spoke}", by) for spoke, by in study.radar.items()]
-    for place, by in named:
+    from leveret.world.examination import MORE
+
+    for place, world in study._worlds().items():
+        if world.get("harder", 0) == 0 and (more := [task for task in tasks if task in MORE]):
+            raise RecipeError(
+                f"{study.name}: the suite {study.suite} asks {', '.join(more)}, of which a world has as many questions "
+                f"as {place}harder says, and that is 0; give it a number"
+            )
+    others = [name for name in study.measures if name != "suite"]
+    named = [(f"claims.{at}.by", claim.by, [SCORE, WORDS, *others, *tasks]) for at, claim in enumerate(study.claims)]
+    named += [(f"radar.{spoke}", by, tasks) for spoke, by in study.radar.items()]
+    for place, by, known in named:
         for one in by:
-            measured = [SCORE, WORDS, *(name for name in study.measures if name != "suite"), *tasks]
-            if one not in measured:
-                near = closest(one, measured)
+            if one not in known:
+                near = closest(one, known)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise RecipeError(
                     f"{study.name}: {place}: {one!r} is no task of the suite {study.suite}, and nothing else that is "
-                    f"measured; allowed are {', '.join(measured)}.{hint}"
+                    f"measured; allowed are {', '.join(known)}.{hint}"
                 )
 
 

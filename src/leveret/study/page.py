@@ -18,7 +18,7 @@ from leveret.study.figures import (
     pareto,
 )
 from leveret.study.files import MEASURES, Level
-from leveret.study.runner import Folder, Matrix
+from leveret.study.matrix import Folder, Matrix
 
 Row = Mapping[str, Any]
 MARKS = {"fits": "right", "wrong": "wrong", "dull": "dull"}
@@ -34,10 +34,11 @@ def publish(folder: Folder, matrix: Matrix) -> dict[str, Any]:
 
 
 def write_page(path: Path, results: Row, matrix: Matrix) -> None:
-    done, asked, seeds = len(results["cells"]), results["asked"], len(results["seeds"])
+    done, asked, seeds = results["whole"], results["asked"], len(results["seeds"])
     state = "" if done == asked else f" {done} of {asked} models are done."
-    subtitle = f"{results['name']}: {asked} models, {seeds} seed{'s' if seeds > 1 else ''} each.{state}"
+    subtitle = f"{results['name']}: {asked} models, of {seeds} seed{'s' if seeds > 1 else ''}.{state}"
     sections = [_claims(results), *(_axis(name, axis, matrix) for name, axis in results["axes"].items())]
+    sections += [_crossed(results)] if results["crossed"] else []
     sections += [_choices(name, rows, path.parent / "units") for name, rows in results["choices"].items()]
     sections += [_cost(results), _shared(results)]
     if matrix.study.about:
@@ -57,7 +58,7 @@ def _claims(results: Row) -> pages.Section:
     ]
     lead = (
         "Agrees, disagrees: the whole 95 % interval of our difference lies where the finding would have it, or on the "
-        "other side. Not decided: it lies on both. Intervals are Student's over seeds, paired; the drawn world is "
+        "other side. Not decided: neither. Intervals are Student's over seeds, paired; the drawn world is "
         "small, so what it says of large models is a hint."
     )
     header = ["verdict", "the finding, and what is compared", "difference (95 %)", "the paper, its figures"]
@@ -97,7 +98,11 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
         "seconds",
         "weights taught",
     ]
-    bars = [pages.Bar(level, row["mean"], row["low"], row["high"]) for level, row in known.items()]
+    most = max((row["n"] for row in known.values()), default=0)
+    bars = [
+        pages.Bar(level + (f" (n = {row['n']})" if row["n"] < most else ""), row["mean"], row["low"], row["high"])
+        for level, row in known.items()
+    ]
     tasks = list(dict.fromkeys(task for row in known.values() for task in row["tasks"]))
     by_task = [[task, *(_task(row["tasks"].get(task), task != "loss") for row in known.values())] for task in tasks]
     body: list[Markup | str] = [pages.table(rows, header)]
@@ -152,7 +157,10 @@ def _choices(axis: str, rows: Row, units: Path) -> pages.Section:
         ]
         for level, row in rows.items()
     ]
-    body.append(pages.table(table, ["level", "kept", "fits", "copies", "scenes", "characters"], "Mean over seeds."))
+    seeds = sorted({row["n"] for row in rows.values()})
+    unequal = "; of some levels fewer seeds are done" if len(seeds) > 1 else ""
+    header = ["level", "kept", "fits", "copies", "scenes", "characters"]
+    body.append(pages.table(table, header, f"Mean over {seeds[-1]} seed{'s' if seeds[-1] > 1 else ''}{unequal}."))
     for level, row in rows.items():
         items = [
             (units / row["unit"] / "shown" / one["file"], _words(one), MARKS[one["words"]]) for one in row["shown"]
@@ -162,7 +170,7 @@ def _choices(axis: str, rows: Row, units: Path) -> pages.Section:
     lead = (
         "By the world's own truth, which no method reads. fits: captions that are true of their picture. copies: pairs "
         "whose scene another kept pair shows too. scenes: distinct ones. characters: of a caption, on average. "
-        "Pictures are spread evenly over the first seed's choice."
+        "Pictures are spread evenly over one seed's choice."
     )
     return pages.Section(f"What each {axis} chose", body, lead)
 
@@ -194,28 +202,38 @@ def _radar(known: Row, tasks: list[str], matrix: Matrix) -> Markup:
 
 
 def _cost(results: Row) -> pages.Section:
-    points: dict[str, tuple[float, float]] = {}
-    for name, axis in results["axes"].items():
-        for level, row in axis["levels"].items():
-            if row["mean"] is not None and row["seconds"]:
-                label = "base" if level == axis["base"] else f"{name}={level}"
-                points.setdefault(label, (row["seconds"], row["mean"]))
-    if not points:
-        return pages.Section("Cost beside score", "Nothing is taught yet.")
-    best = set(pareto(points))
+    if not results["costs"]:
+        over = "Nothing was taught." if results["whole"] == results["asked"] else "Nothing is taught yet."
+        return pages.Section("Cost beside score", over)
+    first = results["measures"][0]
+    points = {label: (row["seconds"], row["score"]) for label, row in results["costs"].items()}
+    good = {label: (cost, -score if first == "loss" else score) for label, (cost, score) in points.items()}
+    best, head = set(pareto(good)), _headline(first)
     rows = [
         [label, round(cost), score, "nothing is cheaper and as good" if label in best else ""]
         for label, (cost, score) in sorted(points.items(), key=lambda item: item[1])
     ]
     body = [
-        pages.plot(points, "seconds taught", "score", "The line joins what nothing beats on both.", front=best),
-        pages.table(rows, ["level", "seconds taught, mean", "score, mean", ""]),
+        pages.plot(points, "seconds taught", head, "The line joins what nothing beats on both.", front=best),
+        pages.table(rows, ["level", "seconds taught, mean", f"{head}, mean", ""]),
     ]
     lead = (
         "Seconds are this machine's, of every stage, as if nothing were shared; without the time that other work had "
-        "its cores."
+        "its cores. Over the seeds that all levels have."
     )
     return pages.Section("Cost beside score", body, lead)
+
+
+def _crossed(results: Row) -> pages.Section:
+    """All combinations, where a study has them."""
+    first, rows = results["measures"][0], results["crossed"]
+    table = []
+    for row in rows:
+        figures = (mean_in_words(row, first != "loss"), difference_in_words(row["difference"]))
+        table.append([*row["levels"].values(), *map(_over, figures), row["n"]])
+    header = [*rows[0]["levels"], f"{_headline(first)} (95 %)", "less the base", "seeds"]
+    lead = "Above each axis is told with the others at their base; here is every combination."
+    return pages.Section("All combinations", pages.table(table, header), lead)
 
 
 def _shared(results: Row) -> pages.Section:
@@ -223,7 +241,7 @@ def _shared(results: Row) -> pages.Section:
         [kind, row["made"], row["needed"], round(row["seconds"]), round(row["saved"])]
         for kind, row in results["ledger"].items()
     ]
-    lead = "Each piece of work is known by what goes into it and made once, whichever models need it."
+    lead = "Each piece of work is known by what goes into it, and serves all models that need it."
     return pages.Section(
         "What was shared", pages.table(rows, ["work", "made", "needed", "seconds", "seconds saved"]), lead
     )

@@ -13,32 +13,27 @@ DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over `n` seeds and its 95 % t-interval; without bounds where one seed cannot give them."""
+    """A mean over `n` seeds and its 95 % t-interval; without bounds where the seeds cannot give them."""
 
     mean: float
     low: float | None
     high: float | None
     n: int
 
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the whole interval lies above or below zero, else 0: seeds do not tell."""
-        if self.low is None or self.high is None:
-            return 0
-        return 1 if self.low > 0 else -1 if self.high < 0 else 0
-
 
 def t_interval(values: Sequence[float]) -> Estimate:
     """Mean and two-sided 95 % interval, mean +- t(0.975, n - 1) * s / sqrt(n), s with n - 1 in its denominator.
 
-    Student, "The probable error of a mean", Biometrika 6 (1908). ValueError where there are no values.
+    Student, "The probable error of a mean", Biometrika 6 (1908). No bounds of one value, nor of several that are alike
+    to the last digit and not zero: shares of a few hundred questions may be so by chance, and how far they would spread
+    is then not known. ValueError where there are no values.
     """
     n = len(values)
     if not n:
         raise ValueError("an interval needs at least one value")
     mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(mean, None, None, 1)
+    if n == 1 or _alike(values):
+        return Estimate(mean, None, None, n)
     from scipy.special import stdtrit
 
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
@@ -46,31 +41,28 @@ def t_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
+def _alike(values: Sequence[float]) -> bool:
+    """Whether they say nothing of their spread: all the same, and that is not zero."""
+    return min(values) == max(values) != 0
+
+
 def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
     """Seed -> ours minus theirs, at the seeds that both have, in order; equal scores differ by zero."""
     return {seed: round(ours[seed] - theirs[seed], DIGITS) + 0.0 for seed in sorted(ours.keys() & theirs.keys())}
 
 
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Of ours minus theirs at the seeds that both have: what a seed does to both cancels. None without such a seed."""
-    found = differences(ours, theirs)
-    return t_interval(list(found.values())) if found else None
-
-
 def p_value(values: Sequence[float]) -> float | None:
-    """Two-sided p of a mean that differs from zero, by Student's t with n - 1 degrees of freedom; None for one value.
-
-    Differences that are all alike have p 0, or 1 where they are zero. Source: as for `t_interval`.
-    """
+    """Two-sided p of a mean that differs from zero, by Student's t with n - 1 degrees of freedom; 1 where all are zero,
+    None where `t_interval` has no bounds. Source: as there."""
     n = len(values)
-    if n < 2:
+    if n < 2 or _alike(values):
         return None
     from scipy.special import stdtr
 
     mean = math.fsum(values) / n
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     if not deviation:
-        return 0.0 if mean else 1.0
+        return 1.0
     return float(2 * stdtr(n - 1, -abs(mean) / deviation * math.sqrt(n)))
 
 

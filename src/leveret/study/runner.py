@@ -1,9 +1,6 @@
 """Runs what is missing of a study: its units in an order in which each finds what it is made from.
 
-DIR/study.json              the study as it was last asked for
-DIR/units.json              all units, for processes that make one of them
-DIR/units/ID/               what a unit made; done.json last, with its seconds and facts. A link where several
-                            studies fill one folder, so that what they have in common is made once
+DIR/units/ID/               made here, or found (study/matrix.py)
 DIR/ledger.jsonl            a line for each unit of each cell: made for it, shared with an earlier cell, or found
 DIR/results.json report.html
 
@@ -13,7 +10,6 @@ see the same folder. One that fails costs the cells that need it, and no other.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -23,30 +19,32 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from leveret.recipe import dump
 from leveret.runs import (
     DataError,
+    EnvironmentFault,
     Interrupted,
     Progress,
-    RecipeError,
     UserError,
     append_jsonl,
     claim,
     cores,
     graceful_stop,
+    is_held,
     read_json,
     stop_requested,
     write_json,
 )
-from leveret.study.files import Cell, StudyRecipe, base_cell, cells
-from leveret.study.units import CORESET, KINDS, Unit, Units, chain, of_cell
+from leveret.study.files import StudyRecipe
+from leveret.study.kinds import KINDS
+from leveret.study.matrix import Folder, Matrix
+from leveret.study.units import Unit
 
-KIND = "study"
 POLL = 0.2
 """Seconds between two looks at the processes."""
 LOOK = 2.0
@@ -57,125 +55,10 @@ LATELY = 4_000
 """Bytes of a log in which the last line of progress is looked for."""
 TAIL = 400
 """Characters of a failed unit's log that are told."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A study taken apart. measured: cell -> measure -> the unit that takes it."""
-
-    study: StudyRecipe
-    units: Units
-    measured: dict[Cell, dict[str, str]]
-
-    @classmethod
-    def of(cls, study: StudyRecipe) -> Matrix:
-        """RecipeError with every cell whose recipe cannot be, at once."""
-        units: Units = {}
-        measured: dict[Cell, dict[str, str]] = {}
-        faults: dict[str, None] = {}
-        for cell in cells(study):
-            try:
-                measured[cell] = of_cell(study, cell, units)
-            except RecipeError as fault:
-                where = ",".join(f"{axis}={level}" for axis, level in cell.levels)
-                faults[f"{where}: {fault}"] = None
-                continue
-            if lacking := [name for name in study.measures if name not in measured[cell]]:
-                if cell == base_cell(study, cell.seed) or lacking[0] == study.measures[0]:
-                    faults[f"measures: {', '.join(lacking)}: no stage of {cell.name} learns from {CORESET}"] = None
-        if faults:
-            raise RecipeError(f"study {study.name} cannot run:\n" + "\n".join(faults))
-        needed = chain(units, *(id for ends in measured.values() for id in ends.values()))
-        return cls(study, {id: units[id] for id in needed}, measured)
-
-    def check(self) -> None:
-        """RecipeError with every model that cannot be built, before anything is made. Imports torch."""
-        from leveret.model.build import build_meta
-        from leveret.model.recipe import ModelRecipe
-
-        faults: dict[str, None] = {}
-        models = {
-            json.dumps(unit.settings["recipe"]["model"]): unit for unit in self.units.values() if unit.kind == "teach"
-        }
-        for unit in models.values():
-            try:
-                build_meta(ModelRecipe.model_validate(unit.settings["recipe"]["model"]))
-            except RecipeError as fault:
-                faults[str(fault)] = None
-        if faults:
-            raise RecipeError(f"study {self.study.name} cannot run:\n" + "\n".join(faults))
-
-    def needed(self, cell: Cell) -> list[str]:
-        """All units behind a cell's figures, in the order of work."""
-        return chain(self.units, *self.measured[cell].values())
-
-    def order(self) -> list[str]:
-        """All units, those of the first cells first."""
-        return list(dict.fromkeys(id for cell in self.measured for id in self.needed(cell)))
-
-    def users(self) -> dict[str, int]:
-        """How many cells need each unit."""
-        counts: dict[str, int] = {}
-        for cell in self.measured:
-            for id in self.needed(cell):
-                counts[id] = counts.get(id, 0) + 1
-        return counts
-
-
-@dataclass
-class Folder:
-    """A study's folder. units: where its units lie, if not in it."""
-
-    path: Path
-    units: Path | None = None
-
-    def unit(self, id: str) -> Path:
-        return (self.units or self.path / "units") / id
-
-    def is_done(self, id: str) -> bool:
-        return (self.unit(id) / "done.json").exists()
-
-    def facts(self, id: str) -> dict[str, Any] | None:
-        """What a finished unit found; None where it is not finished."""
-        found: dict[str, Any] | None = read_json(self.unit(id) / "done.json") if self.is_done(id) else None
-        return found
-
-    @property
-    def _mark(self) -> Path:
-        return self.path / "study.json"
-
-    def check(self, study: StudyRecipe) -> None:
-        """RecipeError where the folder is none for this study: it holds another, something else, or other units. Writes
-        nothing."""
-        if self._mark.exists():
-            if (there := read_json(self._mark)["name"]) != study.name:
-                raise RecipeError(f"{self.path} holds the study {there!r}, not {study.name!r}; name another with -o")
-        elif self.path.is_dir():
-            if strangers := sorted(item.name for item in self.path.iterdir() if item.name[0] != "."):
-                raise RecipeError(
-                    f"{self.path} is not empty and holds no study (it holds {', '.join(strangers[:5])}); name a new or "
-                    "empty folder with -o"
-                )
-        elif self.path.exists():
-            raise RecipeError(f"{self.path} is a file, and a study fills a folder; name another with -o")
-        here = self.path / "units"
-        if self.units is not None and os.path.lexists(here) and here.resolve() != self.units.resolve():
-            raise RecipeError(
-                f"{here} is there already and is not {self.units}; leave --units out, or name another folder with -o"
-            )
-
-    def open(self, matrix: Matrix) -> None:
-        """Begin the folder, or go on in it: with the same study, or one of that name that grew or changed."""
-        self.check(matrix.study)
-        claim(self.path)
-        write_json(self._mark, dump(matrix.study))  # first: what else is here is then known to be a study's
-        if self.units is not None and not os.path.lexists(self.path / "units"):
-            # Processes that make one look for it here.
-            self.units.mkdir(parents=True, exist_ok=True)
-            (self.path / "units").symlink_to(
-                os.path.relpath(self.units.resolve(), self.path.resolve()), target_is_directory=True
-            )
-        write_json(self.path / "units.json", {id: unit.plain() for id, unit in matrix.units.items()})
+OURS, LINES = "error: this is a fault in leveret", 3
+"""How a log tells that we are at fault, in its last so many lines: the fault itself stands before them."""
+GONE = ".gone-"
+"""How what is being thrown away is called, so that half of it is never taken for all of it."""
 
 
 def make(path: Path, id: str) -> dict[str, Any]:
@@ -184,24 +67,47 @@ def make(path: Path, id: str) -> dict[str, Any]:
     folder = Folder(path)
     if (done := folder.facts(id)) is not None:
         return done
-    known = read_json(path / "units.json") if (path / "units.json").exists() else {}
+    known = read_json(path / "units.json")["units"] if (path / "units.json").exists() else {}
     if id not in known:
         raise DataError(f"{path} holds no study with the unit {id}; `leveret study run` writes {path / 'units.json'}")
     unit = Unit(**known[id])
     if missing := [one for one in unit.inputs.values() if not folder.is_done(one)]:
         raise DataError(f"unit {id} is made from {', '.join(missing)}, which is not done")
     place = folder.unit(id)
-    claim(place)  # one process a unit: one whose study was killed may still be at it
+    _claim_in_turn(place)
+    if (done := folder.facts(id)) is not None:
+        return done
     spent = place / "seconds.json"
     before = float(read_json(spent)) if spent.exists() else 0.0
     worked = _clock()
     try:
-        facts = KINDS[unit.kind].make(place, unit.settings, {k: folder.unit(v) for k, v in unit.inputs.items()})
+        # However the folder is called today: a stage that goes on is bound to where its data lie.
+        inputs = {role: folder.unit(one).resolve() for role, one in unit.inputs.items()}
+        facts = KINDS[unit.kind].make(place, unit.settings, inputs)
     finally:
         write_json(spent, before + worked())
     found = {"unit": unit.plain(), "seconds": round(before + worked(), 1), **facts}
     write_json(place / "done.json", found)
+    spent.unlink(missing_ok=True)  # what is made again later costs what that costs
     return found
+
+
+def _claim_in_turn(place: Path) -> None:
+    """One process a unit. One whose study was killed may still be at it: it saves its work, or ends it."""
+    told = free = False
+    while True:
+        try:
+            return claim(place)
+        except EnvironmentFault:
+            if free:
+                raise  # it is not that somebody holds it
+            free = not is_held(place)
+        if stop_requested():
+            raise Interrupted("stopped as asked; the same command goes on from there")
+        if not free and not told:
+            print(f"{place}: another process is still at this; waiting for it", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(POLL)
 
 
 def _clock() -> Callable[[], float]:
@@ -247,14 +153,16 @@ def run(
 ) -> dict[str, Any]:
     """Run what is missing, or go on; returns what stands in `out/results.json` and writes the page.
 
-    jobs     units at once, each in a process of one thread; None: as many as there are cores.
+    jobs     units at once, each in a process with its share of the cores, or, when it is 1, in this one; None: as many
+             as there are cores.
     command  instead of a process here: a line for the shell with `{}` where the unit's own command stands (such as
              `srun -c 4 {}`), which ends when that does.
     keep     keep drawn worlds and embeddings, which can be made again to the byte, when no missing unit needs them.
     units    a folder for the units that other studies fill too (one study at a time); by default one in `out`.
 
-    Raises RecipeError (the study, or the folder), Interrupted (all that runs is stopped and saved; the same call goes
-    on), and DataError where units failed, after all others were made.
+    Raises RecipeError (the study, or the folder), EnvironmentFault (another study is at work there), Interrupted (all
+    that runs is stopped and saved; the same call goes on), and DataError where units failed, after all others were
+    made.
     """
     from leveret.study.page import publish
 
@@ -311,7 +219,10 @@ class _Work:
 
     def run(self) -> None:
         order = self.matrix.order()
-        wanted = self._wanted(order)
+        wanted = self.matrix.wanted(self.folder)
+        for id in wanted:
+            if self.folder.is_done(id):  # what was thrown away is made again
+                (self.folder.unit(id) / "done.json").unlink()
         done = [id for id in order if self.folder.is_done(id)]
         self.ledger.found(done)
         left = [id for id in order if id in wanted]
@@ -335,8 +246,8 @@ class _Work:
                         if self.jobs == 1 and self.command is None:
                             self._here(id)
                             self._ended(id, bar, costs)
-                        else:
-                            running.append(self._start(id))
+                            break  # what it makes possible may come before what was possible already
+                        running.append(self._start(id))
                     for one in [one for one in running if one.process.poll() is not None]:
                         running.remove(one)
                         one.log.close()
@@ -350,29 +261,6 @@ class _Work:
                         time.sleep(POLL)
             finally:
                 _stop(running)
-
-    def _wanted(self, order: Sequence[str]) -> set[str]:
-        """Units that are not done and that a missing figure needs. What was thrown away is made again only for one."""
-        wanted: set[str] = set()
-
-        def need(id: str) -> None:
-            if id in wanted or self._usable(id):
-                return
-            (self.folder.unit(id) / "done.json").unlink(missing_ok=True)
-            wanted.add(id)
-            for one in self.matrix.units[id].inputs.values():
-                need(one)
-
-        for ends in self.matrix.measured.values():
-            for last in ends.values():
-                if not self.folder.is_done(last):
-                    need(last)
-        return wanted
-
-    def _usable(self, id: str) -> bool:
-        heavy = KINDS[self.matrix.units[id].kind].heavy
-        place = self.folder.unit(id)
-        return self.folder.is_done(id) and all((place / name).exists() for name in heavy)
 
     def _ready(self, id: str) -> bool:
         return all(self.folder.is_done(one) for one in self.matrix.units[id].inputs.values())
@@ -391,6 +279,11 @@ class _Work:
             raise
         except UserError as fault:
             self._fail(id, " ".join(str(fault).split()))
+        except Exception as fault:  # as where it runs in a process of its own: it costs what needs it, and no more
+            log = self.folder.unit(id) / "log.txt"
+            with open(log, "a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            self._fail(id, f"{type(fault).__name__}: {' '.join(str(fault).split())} (see {log})"[-TAIL:])
 
     def _start(self, id: str) -> _Running:
         own = [sys.executable, "-m", "leveret.cli", "study", "unit", str(self.folder.path), id]
@@ -440,7 +333,7 @@ class _Work:
         for id, unit in self.matrix.units.items():
             if id not in needed and self.folder.is_done(id):
                 for name in KINDS[unit.kind].heavy:
-                    shutil.rmtree(self.folder.unit(id) / name, ignore_errors=True)
+                    _throw_away(self.folder.unit(id) / name)
 
 
 @dataclass
@@ -475,14 +368,26 @@ class _Ledger:
         return {(row["unit"], row["cell"]) for row in read_jsonl(path)} if path.exists() else set()
 
 
+def _throw_away(place: Path) -> None:
+    """At once, for whoever looks; what an earlier one left behind goes too."""
+    gone = place.with_name(GONE + place.name)
+    shutil.rmtree(gone, ignore_errors=True)
+    if place.exists():
+        place.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def _made(place: Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     return place
 
 
 def _last_words(log: Path) -> str:
-    """The last line that says something: where a fault is told."""
+    """The last line that says something: where a fault is told. Of a fault of ours the line that names it."""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    ours = [at for at, line in enumerate(lines) if line.startswith(OURS)]
+    if ours and ours[-1] > 0 and len(lines) - ours[-1] <= LINES:
+        return f"{lines[ours[-1] - 1]} (see {log})"[-TAIL:]
     return lines[-1][-TAIL:] if lines else ""
 
 
@@ -498,52 +403,3 @@ def _stop(running: list[_Running]) -> None:
             os.killpg(one.process.pid, signal.SIGKILL)
             one.process.wait()
         one.log.close()
-
-
-def reopen(path: str | Path) -> tuple[Folder, Matrix]:
-    """A study's folder and the study that it was last run for. DataError where there is none."""
-    mark = Path(path) / "study.json"
-    if not mark.exists():
-        raise DataError(f"{path} holds no study (no study.json); `leveret study run STUDY -o {path}` makes one")
-    return Folder(Path(path)), Matrix.of(StudyRecipe.model_validate(read_json(mark)))
-
-
-def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -> dict[str, Any]:
-    """What `run` would do: the cells, the units, what is shared and done, and about how long it takes (`timed`:
-    whether that was measured, on the drawn world or in this folder). Refuses what `run` would refuse before it begins,
-    with its RecipeError, and writes nothing."""
-    from leveret.study.costs import sort_of, unit_seconds
-
-    folder = Folder(Path(out), None if units is None else Path(units))
-    folder.check(matrix.study)
-    matrix.check()
-    users, order = matrix.users(), matrix.order()
-    done = {id for id in order if folder.is_done(id)}
-    costs = unit_seconds(matrix.units, folder)
-    kinds: dict[str, dict[str, Any]] = {}
-    for id in order:
-        row = kinds.setdefault(matrix.units[id].kind, {"units": 0, "done": 0, "alone": 0, "seconds": 0.0})
-        row["units"] += 1
-        row["alone"] += users[id]
-        row["done"] += id in done
-        row["seconds"] += 0.0 if id in done else costs[id]
-    left = sum(row["seconds"] for row in kinds.values())
-    measured = {sort_of(matrix.units[id]) for id in done}
-    timed = matrix.study.world is not None or all(sort_of(unit) in measured for unit in matrix.units.values())
-    apart = sum(costs[id] * users[id] for id in order)
-    return {
-        "study": matrix.study.name,
-        "cells": [cell.name for cell in matrix.measured],
-        "axes": {name: list(axis.levels) for name, axis in matrix.study.axes.items()},
-        "seeds": list(matrix.study.seeds),
-        "kinds": kinds,
-        "seconds": round(left),
-        "without_sharing": round(apart),
-        "timed": timed,
-        "cores": cores(),
-    }
-
-
-def as_plain(matrix: Matrix) -> list[dict[str, Any]]:
-    """The cells and their units, for `--json`."""
-    return [{**asdict(cell), "units": matrix.needed(cell)} for cell in matrix.measured]
