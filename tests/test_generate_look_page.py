@@ -105,7 +105,7 @@ def planted(words: int = 3, layers: int = 3, rows: int = 4, columns: int = 6, im
     shares = torch.tensor([0.5, 0.25, 0.125, 0.125, 0.0]).expand(words, layers, 5)
     texts = ["red", "\x1b[31msquare", EVIL, *(f"word{n}" for n in range(words))][:words]
     named = tuple(Word(text, place, place + 1) for place, text in enumerate(texts))
-    tokens = tuple(Token(f" {text}", 0.75, ((f" {text}", 0.75), (" other", 0.2), (EVIL, 0.05))) for text in texts)
+    tokens = tuple(Token(f" {text}", 0.75, ((f" {text}", 0.75), (" other", 0.2), (EVIL, 0.05)), 0) for text in texts)
     each = torch.arange(cells)
     canvases = tuple(
         Canvas(
@@ -119,6 +119,21 @@ def planted(words: int = 3, layers: int = 3, rows: int = 4, columns: int = 6, im
     return Look(" ".join(texts), tokens, read, read, canvases, near, ("A note.",), 7)
 
 
+def test_the_picture_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = tmp_path / "p.png"
+    Image.new("RGB", (32, 32)).save(photo)
+    before = photo.read_bytes()
+    assert run(["look", "no model is read for it", str(photo), "What?", "-o", f"{tmp_path}/./p.png"]) == 2
+    assert "this is the picture that is asked about" in capsys.readouterr().err and photo.read_bytes() == before
+
+
+def test_a_long_answer_is_no_title_and_a_table_says_what_it_leaves_out() -> None:
+    found = planted(words=500, layers=1)
+    text = page(found, [Image.new("RGB", (48, 32))], question="What?", model="m")
+    assert len(text[text.index("<h1") : text.index("</h1>")]) < 300
+    assert text.count("the first 400 of 500; --json has all") >= 3
+
+
 def test_a_map_in_signs_and_in_half_blocks() -> None:
     values = torch.zeros(3, 4)
     values[1, 2], values[2, 0] = 1.0, 0.5
@@ -126,7 +141,7 @@ def test_a_map_in_signs_and_in_half_blocks() -> None:
     assert [len(line) for line in lines] == [8, 8, 8, 0]
     assert lines[1] == "    @@  " and lines[0].strip() == "" and lines[2][:2] == "++"
     blocks = heat(values, colour=True)
-    assert blocks.plain == "\u2580" * 8 + "\n" + "\u2580" * 8 + "\n"
+    assert blocks.plain == "\u2580" * 4 + "\n" + "\u2580" * 4 + "\n", "a character is twice as high as wide"
     big = heat(torch.rand(64, 48), colour=False).plain.splitlines()
     assert len(big) == 16 and len(big[0]) == 24
 

@@ -293,6 +293,14 @@ def test_newlines_lie_nowhere_and_borders_are_left_out(towers: dict[str, str], w
     assert tiles.shown[0] > -0.2 and tiles.shown[2] < 1.2
 
 
+@pytest.mark.parametrize("size", [(600, 15), (3000, 15), (15, 3000)])
+def test_a_strip_of_which_tiles_hold_only_borders_is_seen_as_a_whole(
+    size: tuple[int, int], towers: dict[str, str], words: str
+) -> None:
+    _, canvases, _ = tokens_of(model(towers, words, {"tiles": {}}), spotted(*size, None))
+    assert [canvas.part for canvas in canvases] == ["whole"]
+
+
 def test_a_grid_that_is_scaled_down_covers_the_same(towers: dict[str, str], words: str) -> None:
     plain, limited = (model(towers, words, {"tiles": {"limit": limit}}) for limit in (0, 1))
     tiling = limited.spec.tiling
@@ -391,9 +399,8 @@ def test_a_model_of_every_kind_is_looked_into(kind: str, towers: dict[str, str],
     tower = {"own shape": "siglip2", "class token": "clip"}.get(kind, "siglip")
     vlm = model(towers, words, {"tower": towers[tower], **vision}, connector)
     pictures = [spotted(97, 48, (0.3, 0.5)), spotted(40, 70, (0.5, 0.5))]
-    found = look(
-        Model(vlm, precision="fp32"), (Turn("user", "<image>\n<image>\nhow many red square ?"),), pictures, "two"
-    )
+    turns = (Turn("user", "<image>\n<image>\nhow many red square ?"),)
+    found = look(Model(vlm, precision="fp32"), turns, pictures, "two")
     assert {canvas.image for canvas in found.canvases} == {0, 1}
     assert torch.allclose(found.said.shares.sum(-1), torch.ones(found.said.shares.shape[:2]), atol=1e-5)
     total = found.said.shares[..., 0].mean(0)
@@ -402,6 +409,11 @@ def test_a_model_of_every_kind_is_looked_into(kind: str, towers: dict[str, str],
     loose = [token for token in range(found.said.weights.shape[-1]) if token not in held]
     assert bool(loose) == (kind in ("anyres", "anyres_max", "class token"))
     assert torch.allclose(laid + found.said.weights[..., loose].sum(-1).mean(0), total, atol=1e-5)
+    cells = max(sum(c.grid[0] * c.grid[1] for c in found.canvases), found.said.weights.shape[-1])
+    bounded = look(Model(vlm, precision="fp32"), turns, pictures, "two red squares and a blue one", most=2 * 6 * cells)
+    assert len(bounded.said.weights) + len(bounded.asked.weights) == 6 and bounded.unread, (
+        "maps count, not tokens alone"
+    )
     facts = found.as_json()
     for canvas, weights in zip(facts["images"], facts["weights"], strict=True):
         assert len(weights[0][0]) == canvas["grid"][0] * canvas["grid"][1]

@@ -253,6 +253,11 @@ def test_where_the_model_looked(up: Up) -> None:
     assert up.post({}).status_code == 200, "and it answers as before"
     for wrong in ({"answer": ""}, {"messages": []}, {"model": "other"}, {"more": 1}, {"answer": "   "}):
         assert up.http.post("/v1/look", json={**body, **wrong}).status_code in (400, 404)
+    long = up.http.post("/v1/look", json={**body, "answer": "red " * 4000})
+    assert long.status_code == 400 and long.json()["error"]["param"] == "answer", long.text
+    for strange in ("strem", "string", "more"):
+        fault = up.http.post("/v1/look", json={**body, strange: 1}).json()["error"]
+        assert fault["param"] == strange and strange in fault["message"]
 
 
 def test_attention_that_cannot_be_read_is_told() -> None:

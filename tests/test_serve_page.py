@@ -335,7 +335,10 @@ def test_how_sure_it_was_and_where_it_looked(page: Hands) -> None:
     body = page.server.looked[0]
     assert body["answer"] == "A red circle" and body["messages"][0]["content"][0]["type"] == "image_url"
     told = "document.querySelector('.inside [aria-live]').textContent"
-    assert page.run(told) == "For \u201cred\u201d 40 % of its attention lay on the picture, strongest in the middle."
+    assert page.run(told) == (
+        "For \u201cred\u201d 36 % of its attention lay on the picture and 3.6 % on the padding around it, "
+        "strongest in the middle."
+    )
     pixels = "document.querySelector('.looked canvas').toDataURL()"
     before = page.run(pixels)
     answer = "document.querySelector('[aria-label=\"Words of the answer\"]').querySelectorAll('.word')"
@@ -343,7 +346,7 @@ def test_how_sure_it_was_and_where_it_looked(page: Hands) -> None:
     assert page.run(pixels) != before and "circle" in page.run(told)
     before = page.run(pixels)
     page.browser.click("document.querySelector('[aria-label=\"Words of the question\"]').querySelectorAll('.word')[1]")
-    assert page.run(pixels) != before and page.run(told).startswith("For \u201cthing?\u201d 60 % of its attention")
+    assert page.run(pixels) != before and page.run(told).startswith("For \u201cthing?\u201d 47 % of its attention")
     page.focus("document.querySelector('.layer input')")
     before = page.run(pixels)
     page.browser.key("ArrowRight")

@@ -79,6 +79,10 @@
       const pen = element.getContext("2d");
       const [x0, y0, x1, y1] = stage.frame;
       pen.clearRect(0, 0, element.width, element.height);
+      if (filter !== "none") { // heat is seen through: on nothing it would glow more than on the picture
+        pen.fillStyle = "#1c1c1c";
+        pen.fillRect(0, 0, element.width, element.height);
+      }
       pen.imageSmoothingEnabled = Math.max(stage.image.width, stage.image.height) > 128;
       pen.filter = filter;
       const across = element.width / (x1 - x0), down = element.height / (y1 - y0);

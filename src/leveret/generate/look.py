@@ -23,13 +23,14 @@ from leveret.generate.looked import SHARES, Look, Near, Read, Token, split_words
 from leveret.generate.model import Model, reference
 from leveret.generate.slots import Reply, Slots
 from leveret.generate.text import BROKEN, Detokenizer, decode
+from leveret.images import read_bytes, upright_size
 from leveret.inputs.chat import encode
 from leveret.model.language import reach
 from leveret.model.places import canvases
 from leveret.model.precision import resolve_precision
 from leveret.model.rows import only_rows
 from leveret.model.vlm import VLM
-from leveret.records import IGNORE, Batch, ImageRef, Turn
+from leveret.records import IGNORE, IMAGE_MARK, Batch, ImageRef, Turn
 from leveret.runs import DataError
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def look(
     refs = [ref for image in images if (ref := reference(image)) is not None]
     seen = _Seen(vlm, bf16, eyes, refs)
     ids, marks, first = seen.own(turns, max_new_tokens) if answer is None else seen.given(turns, answer)
-    return seen.look(ids, marks, first, top=top, near=near, heads=heads, most=most)
+    question = next((turn.text for turn in reversed(turns) if turn.role == "user"), "").replace(IMAGE_MARK, "").strip()
+    return seen.look(ids, marks, first, question, top=top, near=near, heads=heads, most=most)
 
 
 class _Seen:
@@ -87,7 +89,8 @@ class _Seen:
     def __init__(self, vlm: VLM, bf16: bool, eyes: Eyes, refs: Sequence[ImageRef]) -> None:
         self.vlm, self.bf16, self.eyes = vlm, bf16, eyes
         self.pictures = [eyes.name(ref) for ref in refs]  # held: the engine knows an image while somebody does
-        self.keys, self.sizes = tuple(one.key for one in self.pictures), [one.size for one in self.pictures]
+        self.keys = tuple(one.key for one in self.pictures)
+        self.sizes = [upright_size(read_bytes(ref))[::-1] for ref in refs]  # where no tile counts, a name tells another
         self.stops = stops_of(vlm)
 
     def own(self, turns: Sequence[Turn], limit: int) -> tuple[list[int], list[bool], int]:
@@ -142,25 +145,42 @@ class _Seen:
         text = decode(self.vlm.tokenizer, said)
         kept = self.stops.cut(text)
         kept = (text if kept is None else kept).rstrip()
-        while said and len(decode(self.vlm.tokenizer, said[:-1])) >= len(kept):
+        while said and decode(self.vlm.tokenizer, said[:-1]).startswith(kept):
             said.pop()
         return said
 
     @torch.inference_mode()
     def look(
-        self, ids: list[int], marks: list[bool], first: int, *, top: int, near: int, heads: bool, most: int
+        self,
+        ids: list[int],
+        marks: list[bool],
+        first: int,
+        question: str,
+        *,
+        top: int,
+        near: int,
+        heads: bool,
+        most: int,
     ) -> Look:
         vlm, device = self.vlm, self.vlm.device
         config = vlm.language.config.get_text_config()
         layers, count, every = int(config.num_hidden_layers), sum(marks), int(config.num_attention_heads)
-        room = max(2, most // (layers * max(count, 1) * (1 + every * heads)))
-        asked = self._asked(ids, marks, first)[-min(ASKED, room // 2) :]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.eyes.features(self.keys)["features"] if self.keys else None
+            lying, notes = ([], []) if features is None else canvases(vlm, features, self.sizes)
+        # A learned query lies in every cell of its map, so maps may be larger than what draws them.
+        wide = max(count, sum(canvas.grid[0] * canvas.grid[1] for canvas in lying), 1)
+        room = max(2, most // (layers * wide * (1 + every * heads)))
+        whole = self._asked(ids, marks, first, question)
+        asked = whole[-min(ASKED, room // 2) :]
+        if len(asked) < len(whole):
+            notes = [*notes, f"Of the question's {len(whole)} tokens the last {len(asked)} were read."]
         said = len(ids) - first
         read = min(said, room - len(asked))
         answer = decode(vlm.tokenizer, ids[first:]).strip()
         ids, marks = ids[: first + read], marks[: first + read]
         batch = self._batch(ids, marks)
-        rows = torch.tensor([*asked, *range(first - 1, first - 1 + read)], device=device)
+        rows = torch.tensor([*asked, *range(first - 1, first - 1 + read)], dtype=torch.long, device=device)
         kinds = _kinds(marks, first, device)
         eye = batch.image_mask[0]
         weights = torch.zeros(len(rows), layers, count)
@@ -187,7 +207,6 @@ class _Seen:
                     inputs_embeds=embeddings, attention_mask=batch.attention_mask.long(),
                     position_ids=batch.position_ids, use_cache=False,
                 ).logits[0].float()  # fmt: skip
-            lying, notes = ([], []) if batch.features is None else canvases(vlm, batch.features, self.sizes)
         # The row before the answer may be a word of the question, too: `only_rows` gives it once.
         tokens = self._tokens(ids[first:], logits[-read:], top)
 
@@ -204,11 +223,22 @@ class _Seen:
             nearest(vlm, embeddings[0, eye], near) if near and count else (), tuple(notes), said - read,
         )  # fmt: skip
 
-    def _asked(self, ids: Sequence[int], marks: Sequence[bool], first: int) -> list[int]:
-        """Where the question's tokens stand."""
+    def _asked(self, ids: Sequence[int], marks: Sequence[bool], first: int, question: str) -> list[int]:
+        """Where the question's tokens stand: those of the last user's words, without what a chat format writes around
+        them. All tokens behind the image where a tokenizer writes these words in another way."""
         begin = max((place + 1 for place, mark in enumerate(marks) if mark), default=0)
         special = {*self.vlm.tokenizer.all_special_ids, *self.stops.ids}
-        return [place for place in range(begin, first) if ids[place] not in special]
+        places = [place for place in range(begin, first) if ids[place] not in special]
+        texts = self._texts([ids[place] for place in places])
+        start = "".join(texts).rfind(question)
+        if start < 0:
+            return places
+        found, length = [], 0
+        for place, text in zip(places, texts, strict=True):
+            at, length = length, length + len(text)
+            if at < start + len(question) and (length > start or (not text and at == start)):
+                found.append(place)
+        return found
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; what was never a whole character comes with the last one."""
@@ -237,7 +267,7 @@ class _Seen:
             if token not in others:
                 others, values = [*others, token], [*values, mine]
             spelled = [_spelled(tokenizer, other) for other in others]
-            found.append(Token(text, mine, tuple(zip(spelled, values, strict=True))))
+            found.append(Token(text, mine, tuple(zip(spelled, values, strict=True)), others.index(token)))
         return tuple(found)
 
 
@@ -261,9 +291,11 @@ def nearest(vlm: VLM, visual: Tensor, count: int) -> tuple[tuple[Near, ...], ...
     told beside the mean of the same cosine over all visual tokens. Special tokens and fragments of characters are no
     words.
     """
-    tokenizer = vlm.tokenizer
-    table = vlm.language.get_input_embeddings().weight[: len(tokenizer)]
-    mean = table.mean(0, dtype=torch.float32)
+    tokenizer, embedding = vlm.tokenizer, vlm.language.get_input_embeddings()
+    table = embedding.weight[: len(tokenizer)]
+    # Gemma's rows are scaled before they are read, and visual tokens stand beside the scaled ones.
+    scale = float(getattr(embedding, "embed_scale", 1.0))
+    mean = table.mean(0, dtype=torch.float32) * scale
     tokens = normalize(visual.float() - mean, dim=-1)
     middle = tokens.mean(0)
     special = torch.zeros(len(table), dtype=torch.bool, device=table.device)
@@ -273,7 +305,7 @@ def nearest(vlm: VLM, visual: Tensor, count: int) -> tuple[tuple[Near, ...], ...
     usual: list[Tensor] = []
     step = max(1, PIECE // max(len(tokens), table.shape[1]))
     for first in range(0, len(table), step):  # a table of 150,000 rows is never held in float32
-        rows = normalize(table[first : first + step].float() - mean, dim=-1)
+        rows = normalize(table[first : first + step].float() * scale - mean, dim=-1)
         usual.append(rows @ middle)
         cosines = (tokens @ rows.T).masked_fill(special[first : first + step], -2.0)
         here = torch.arange(first, first + len(rows), device=words.device).expand(len(tokens), -1)

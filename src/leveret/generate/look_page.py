@@ -27,6 +27,8 @@ SIDE = 640
 """Longer side of a picture as it stands in the page."""
 BARS = 3
 """Alternatives under a word."""
+TITLE = 120
+"""Letters of the answer in the page's title, at most."""
 ROWS = 400
 """Rows of a table, at most; what is over stands in `--json`."""
 
@@ -64,7 +66,8 @@ def page(look: Look, pictures: Sequence[Image], *, question: str, model: str) ->
         *([pages.Section("Nearest words", _nearest(look))] if look.nearest else []),
         pages.Section("How to read this", notes),
     ]
-    return pages.page(f"Looking inside: {look.answer}", sections, subtitle=f"{question} ({model})", script=script())
+    answer = look.answer if len(look.answer) <= TITLE else f"{look.answer[:TITLE].rstrip()} ..."
+    return pages.page(f"Looking inside: {answer}", sections, subtitle=f"{question} ({model})", script=script())
 
 
 _LEAD = (
@@ -119,12 +122,13 @@ def _button(kind: str, place: int, text: str) -> Markup:
 
 
 def _said(look: Look, place: int) -> Markup:
-    """A word of the answer, and under it how likely its first token and the likeliest others were."""
+    """A word of the answer, and under it how likely its first token with ink and the likeliest others were."""
     word = look.words[place]
-    token = look.tokens[word.first]
+    tokens = look.tokens[word.first : word.last]
+    token = next((token for token in tokens if token.text.strip()), tokens[0])
     likeliest = list(token.top[:BARS])
-    if likeliest and token.probability < likeliest[-1][1]:  # the token itself is always shown
-        likeliest[-1] = next(pair for pair in token.top if pair[1] == token.probability)
+    if token.own >= BARS:  # the token itself is always shown
+        likeliest[-1] = token.top[token.own]
     bar = Markup('<rect class="track" width="100%" height="8" rx="2"/><rect class="bar" width="{}" height="8" rx="2"/>')
     rows = [
         Markup('<li><span>{}</span><svg height="8" aria-hidden="true">{}</svg><small>{}</small></li>').format(
@@ -192,7 +196,7 @@ def _shares(look: Look) -> list[Markup]:
             for word, mean in list(zip(read.words, means, strict=True))[:ROWS]
         ]
         if rows:
-            tables.append(pages.table(rows, ["word", *SHARES], caption=title))
+            tables.append(pages.table(rows, ["word", *SHARES], caption=title + _cut(len(rows), len(read.words))))
     layers = look.said.shares.mean(0).tolist() if len(look.tokens) else []
     rows = [[f"layer {place + 1}", *(f"{share:.3f}" for share in mean)] for place, mean in enumerate(layers)]
     if rows:
@@ -209,14 +213,23 @@ def _alternatives(look: Look) -> Markup:
         ]
         for token in look.tokens[:ROWS]
     ]
-    return pages.table(rows, ["token", "probability", "the likeliest"])
+    return pages.table(rows, ["token", "probability", "the likeliest"], caption=_cut(len(rows), len(look.tokens)))
+
+
+def _cut(shown: int, all: int) -> str:
+    """What a caption says where a table does not hold everything."""
+    return f" (the first {shown:,} of {all:,}; --json has all)" if shown < all else ""
 
 
 def _nearest(look: Look) -> list[Markup | str]:
     rows: list[list[str]] = []
+    standing = 0
     for place, canvas in enumerate(look.canvases):
         for cell, token in enumerate(canvas.stands()):
-            if token is None or len(rows) >= ROWS:
+            if token is None:
+                continue
+            standing += 1
+            if len(rows) >= ROWS:
                 continue
             row, column = divmod(cell, canvas.grid[1])
             near = ", ".join(f"{one.text} {one.cosine:.2f}" for one in look.nearest[token])
@@ -230,4 +243,5 @@ def _nearest(look: Look) -> list[Markup | str]:
     if not rows:
         return [told, "No token stands in a cell by itself here: they lie in several, or nowhere."]
     inner = pages.table(rows, ["cell", "nearest words"])
-    return [told, Markup("<details><summary>{} cells</summary>{}</details>").format(f"{len(rows):,}", inner)]
+    cells = f"{len(rows):,} cells{_cut(len(rows), standing)}"
+    return [told, Markup("<details><summary>{}</summary>{}</details>").format(cells, inner)]

@@ -45,6 +45,8 @@ def run(
     """
     if out is not None and Path(out).is_dir():
         raise RecipeError(f"-o {out}: this is a folder; name the page in it, such as {Path(out) / 'look.html'}")
+    if out is not None and Path(out).exists() and Path(image).exists() and Path(out).samefile(image):
+        raise RecipeError(f"-o {out}: this is the picture that is asked about; name another file for the page")
     from leveret.generate.look import look
     from leveret.generate.model import load, opening
     from leveret.images import load as load_image
@@ -83,6 +85,7 @@ def summary(look: Look, layer: int | None = None) -> None:
     console.print(Text.assemble(_plain(look.answer), (f"   ({named})", "dim")))
     for title, read, asked in (("The question's words", look.asked, True), ("The answer's words", look.said, False)):
         words = [place for place, word in enumerate(read.words) if any(letter.isalnum() for letter in word.text)]
+        words = words or list(range(len(read.words)))  # signs alone: then these
         drawn = words[:WORDS]
         if not drawn:
             continue
@@ -111,8 +114,9 @@ def summary(look: Look, layer: int | None = None) -> None:
             console.print(Text(more, style="dim"))
     console.print()
     for token in look.tokens[: 4 * WORDS]:
-        others = ", ".join(f"{_plain(text.strip()) or '(blank)'} {chance:.3f}" for text, chance in token.top[:4])
-        console.print(Text.assemble((f"{_plain(token.text.strip()) or '(blank)':<12}", "bold"), f"{others}"))
+        others = ", ".join(f"{_named(text)} {chance:.3f}" for text, chance in token.top[:4])
+        said = _named(token.text or token.top[token.own][0])
+        console.print(Text.assemble((f"{said:<12}", "bold"), f" {token.probability:.3f}   likeliest: {others}"))
     for note in look.notes:
         console.print(Text(note, style="dim"))
     if look.unread:
@@ -126,6 +130,10 @@ def _layered(values: Tensor, layer: int | None) -> Tensor:
 def _plain(text: str) -> str:
     """Without control characters: a model must not steer the reader's terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _named(token: str) -> str:
+    return _plain(token.strip()) or repr(token)
 
 
 def heat(values: Tensor, colour: bool) -> Text:
@@ -148,7 +156,7 @@ def heat(values: Tensor, colour: bool) -> Text:
         under = shares[top + 1] if top + 1 < len(shares) else None
         for place, share in enumerate(shares[top]):
             style = f"rgb({_glow(share)})" + (f" on rgb({_glow(under[place])})" if under else "")
-            text.append("\u2580\u2580", style=style)
+            text.append("\u2580", style=style)  # a character is twice as high as wide
         text.append("\n")
     return text
 

@@ -31,11 +31,13 @@ class Token:
     text         what it adds to the answer.
     probability  that the model gave it, here.
     top          (token, probability) of the likeliest, likeliest first; this one comes last where it is none of them.
+    own          its place in top.
     """
 
     text: str
     probability: float
     top: tuple[tuple[str, float], ...]
+    own: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,7 @@ class Look:
     answer    the text.
     tokens    of the answer; `unread` more at its end were left out, so that memory stays bounded.
     said      the answer's words and their attention.
-    asked     the same of the question: of what stands between the last image and the answer, special tokens left out,
-              at most the last ASKED tokens.
+    asked     the same of the question: of the last user's words, at most the last ASKED tokens.
     canvases  the grids on the images that the visual tokens lie in.
     nearest   for every visual token, nearest first; empty where not asked for.
     notes     what a reader has to know of these maps.

@@ -205,7 +205,7 @@ def canvases(vlm: VLM, features: Tensor, sizes: Sequence[tuple[int, int]]) -> tu
             found += _tiles(tiling, image, height, width, lying[picture : picture + tiles], offset)
             picture += tiles
         offset += count
-    if tiling is None and len({seen(one, *size) for one in vlm.spec.towers for size in sizes[:1]}) > 1:
+    if tiling is None and any(len({seen(one, *size) for one in vlm.spec.towers}) > 1 for size in sizes):
         notes.append(f"The towers see different parts of the picture; the maps lie where {view.name} sees it.")
     return found, notes
 
@@ -266,6 +266,8 @@ def _tiles(
         box = inside(WHOLE, known[0].box)
         found.append(Canvas(image, "whole", (high, wide), box, True, *_joined(pieces[True])))
     tokens, cells, shares = _joined(pieces[False])
+    if not len(cells):  # a strip so narrow that borders are all that its tiles hold
+        return found
     grid, shown = (rows * high, columns * wide), WHOLE
     if isinstance(tiling, Tiling):
         # borders that are left out are rows or columns that no token lies in

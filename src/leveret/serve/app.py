@@ -140,7 +140,14 @@ class Service:
             self.named(request.model)
         turns, images = turns_of(request.messages, self.manners, self.limits, self.look_at)
         answer = request.answer
-        return self.live.between(lambda: look(self.model, turns, images, answer, near=0, most=LOOKED).as_json())
+        spoken = 0 if answer is None else len(self.model.vlm.tokenizer.encode(answer, add_special_tokens=False))
+        if spoken > self.limits.answer_tokens:
+            raise Refusal(
+                400, f"the answer has {spoken} tokens; this server looks into at most {self.limits.answer_tokens}",
+                param="answer",
+            )  # fmt: skip
+        found = self.live.between(lambda: look(self.model, turns, images, answer, near=0, most=LOOKED))
+        return found.as_json()  # not on the engine's thread: others are being answered there
 
     def look_at(self, url: str) -> Any:
         """The picture a request names; ImageFault."""

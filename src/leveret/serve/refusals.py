@@ -160,7 +160,9 @@ def where(loc: Sequence[int | str]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
             skip = last in ("messages", "content")
-        elif not step.startswith(("list[", "str", "function-", "tagged-union", "constrained", "nullable")):
+        elif step != "str" and not step.startswith(
+            ("list[", "str[", "str-", "function-", "tagged-union", "constrained", "nullable")
+        ):
             path += f".{step}" if path else step
             last = step
     return path

@@ -8,8 +8,8 @@ A unit's id is a hash of its kind, its settings and the ids of what it is made f
 what they share, studies that grow keep what they have, and nothing is ever made from something else than it says.
 Settings say what differs from the defaults, so that a package that learns something new still finds what it made (where
 a default or a rule changes, VERSION does). Files of a user's that they name are known by what is in them, models and
-questions in folders by what lies there; a folder of data stands for itself, as do names of a hub. How each kind is made:
-study/kinds.py.
+questions in folders by what lies there; a folder of data stands for itself, as do names of a hub. How each kind is
+made: study/kinds.py.
 """
 
 from __future__ import annotations

@@ -81,7 +81,9 @@ export async function ask(message, body, { changed, keep, isOpen }) {
   changed();
   try {
     const request = await body();
-    message.asked = { temperature: request.temperature, top_p: request.top_p, seed: request.seed ?? null };
+    const [first] = request.messages;
+    message.asked = { temperature: request.temperature, top_p: request.top_p, seed: request.seed ?? null,
+      system: first?.role === "system" ? first.content : "" };
     for (let left = TRIES; ; left -= 1) {
       try {
         await read(request);

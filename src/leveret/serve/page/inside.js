@@ -104,16 +104,21 @@ function paint(canvas, picture, seen, values, most) {
   canvas.height = Math.max(1, Math.round(picture.height * scale));
   const brush = canvas.getContext("2d");
   brush.fillStyle = "rgba(0, 0, 0, .68)";
-  // Told in pixels of the picture, or in shares of it.
-  const shares = seen.shown.every((side) => Math.abs(side) <= 1.5);
-  const [x, y] = shares
-    ? [canvas.width, canvas.height] : [canvas.width / picture.width, canvas.height / picture.height];
+  // Told in shares of the picture; what lies beyond 0 and 1 is padding, and not on the canvas.
+  const [x, y] = [canvas.width, canvas.height];
   const [l, t, r, b] = [seen.shown[0] * x, seen.shown[1] * y, seen.shown[2] * x, seen.shown[3] * y];
   brush.fillRect(0, 0, canvas.width, canvas.height);
   brush.clearRect(l, t, r - l, b - t);
   brush.imageSmoothingQuality = "high";
   brush.drawImage(small, l, t, r - l, b - t);
 }
+
+// The middle of a cell, in shares of the picture.
+function middle(seen, at) {
+  const [[height, width], [l, t, r, b]] = [seen.grid, seen.shown];
+  return [l + (r - l) * ((at % width) + 0.5) / width, t + (b - t) * (Math.floor(at / width) + 0.5) / height];
+}
+const beside = ([x, y]) => x < 0 || x > 1 || y < 0 || y > 1;
 
 const PARTS = { whole: "the whole picture", tiles: "its parts, larger" };
 const SHARES = { image: "pictures", first: "first position (where heads rest)", text: "question",
@@ -164,19 +169,21 @@ export function looking(found, pictures) {
     const most = all.reduce((high, values) => values.reduce((a, b) => Math.max(a, b), high), 0);
     views.forEach((view, at) => paint(view.canvas, view.picture, view.seen, all[at], most));
     const image = Math.max(0, all.findIndex((values) => values.includes(most)));
-    const [height, width] = views[image].seen.grid;
-    const at = all[image].indexOf(most);
-    const [l, t, r, b] = views[image].seen.shown;
-    const third = (from, to, place) => Math.min(2, Math.max(0, Math.floor(3 * (from + (to - from) * place))));
-    const [row, column] = [(Math.floor(at / width) + 0.5) / height, ((at % width) + 0.5) / width];
-    const where = WHERE[third(t, b, row)][third(l, r, column)];
+    const strongest = middle(views[image].seen, all[image].indexOf(most));
+    const third = (place) => Math.min(2, Math.max(0, Math.floor(3 * place)));
+    const where = beside(strongest) ? "in the padding around it"
+      : WHERE[third(strongest[1])][third(strongest[0])];
+    const padding = all.reduce((sum, values, one) => sum + values.reduce((part, value, cell) =>
+      part + (beside(middle(views[one].seen, cell)) ? value : 0), 0), 0);
     const names = found.shares?.names ?? ["image"];
     const shares = of.shares
       ? over(of.shares[word])
       : [all.flat().reduce((sum, value) => sum + value, 0)];
-    told.textContent = `For \u201c${of.words[word].text.trim()}\u201d ${share(shares[0])} of its attention lay on ` +
-      `${several ? "the pictures" : "the picture"}` + (most > 0
-        ? `, strongest ${where === "middle" ? "in the middle" : `at the ${where}`}` +
+    const place = where === "middle" ? "in the middle" : where.startsWith("in ") ? where : `at the ${where}`;
+    const around = padding >= 0.0005 ? ` and ${share(padding)} on the padding around ${several ? "them" : "it"}` : "";
+    const named = of.words[word].text.trim();
+    told.textContent = `For \u201c${named}\u201d ${share(Math.max(0, shares[0] - padding))} of its attention lay on ` +
+      `${several ? "the pictures" : "the picture"}${around}` + (most > 0 ? `, strongest ${place}` +
       `${several ? ` of picture ${views[image].number}` : ""}.` : ".");
     rest.textContent = names.slice(1).map((name, one) => [SHARES[name] ?? name, shares[one + 1]])
       .filter(([, value]) => value >= 0.0005)
