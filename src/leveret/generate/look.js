@@ -126,7 +126,9 @@
     };
     const say = (laid) => {
       const word = facts.words[state.kind][state.word], all = fallen();
-      const parts = [`“${word}”, ${layerName()}: ${percent(all)} of its attention fell on ${stages.length ? "the picture" : "pictures"}.`];
+      const padded = stages.some(({ canvas: { shown: [l, t, r, b] } }) => l < -1e-6 || t < -1e-6 || r > 1 + 1e-6 || b > 1 + 1e-6);
+      const on = !stages.length ? "pictures" : padded ? "the picture and the padding around it" : "the picture";
+      const parts = [`“${word}”, ${layerName()}: ${percent(all)} of its attention fell on ${on}.`];
       if (state.cell !== null && stages.length) {
         const stage = stages[state.canvas], value = laid[state.canvas][state.cell];
         const [row, column] = [Math.floor(state.cell / stage.canvas.grid[1]), state.cell % stage.canvas.grid[1]];
