@@ -18,6 +18,7 @@ from leveret.study.costs import describe, unit_seconds
 from leveret.study.files import base_cell, read
 from leveret.study.kinds import KINDS, Kind
 from leveret.study.matrix import Folder, Matrix
+from leveret.study.page import _across
 from leveret.study.runner import _last_words, run
 from leveret.train.run import read as train_recipe
 from study_fakes import TINY, axis, study, worker
@@ -400,3 +401,13 @@ def test_what_was_chosen_is_told_where_levels_choose_by_other_rules(
         "some",
         "none",
     }
+
+
+def test_a_table_of_many_levels_is_cut_into_several_with_the_base_in_each() -> None:
+    assert _across(["b"], "b") == [["b"]] and _across(list("abcde"), "b") == [list("abcde")]
+    assert _across(list("abcdefgh"), "b") == [list("abcde"), list("bfgh")]
+    for count in range(1, 30):
+        levels = [str(n) for n in range(count)]
+        parts = _across(levels, "0")
+        assert all(part[0] == "0" and len(part) <= 6 for part in parts)
+        assert [level for part in parts for level in part[1:]] == levels[1:]

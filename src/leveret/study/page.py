@@ -21,6 +21,8 @@ from leveret.study.files import MEASURES, Level
 from leveret.study.matrix import Folder, Matrix
 
 Row = Mapping[str, Any]
+ACROSS = 5
+"""Levels beside the base in one table of tasks, at most: more are wider than a page."""
 MARKS = {"fits": "right", "wrong": "wrong", "dull": "dull"}
 """How a shown pair's words are."""
 
@@ -104,18 +106,28 @@ def _axis(name: str, axis: Row, matrix: Matrix) -> pages.Section:
         for level, row in known.items()
     ]
     tasks = list(dict.fromkeys(task for row in known.values() for task in row["tasks"]))
-    by_task = [[task, *(_task(row["tasks"].get(task), task != "loss") for row in known.values())] for task in tasks]
     body: list[Markup | str] = [pages.table(rows, header)]
     if bars:
         highest = max(max(bar.value, bar.high or 0.0) for bar in bars)
         told_of = f"Mean {_headline(first)} over seeds, and its 95 % interval."
         body.append(pages.bars(bars, maximum=1.0 if first != "loss" else 1.05 * highest, caption=told_of))
         caption = f"Mean and interval of each, and the difference to {base} with its own."
-        if by_task:
-            body.append(pages.table(by_task, ["", *known], caption=caption))
+        for columns in _across(list(known), base) if tasks else []:
+            cells = [
+                [task, *(_task(known[one]["tasks"].get(task), task != "loss") for one in columns)] for task in tasks
+            ]
+            body.append(pages.table(cells, ["", *columns], caption=caption))
         body += [f"`{one}`: {MEASURES[one]}." for one in matrix.study.measures if one != "suite"]
         body += [_radar(known, asked, matrix)] if (asked := [task for task in tasks if task not in MEASURES]) else []
     return pages.Section(name, body, axis["question"])
+
+
+def _across(levels: list[str], base: str) -> list[list[str]]:
+    """The columns of tables that are no wider than a page, alike in number, the base in each."""
+    others = [level for level in levels if level != base]
+    size = -(-len(others) // max(1, -(-len(others) // ACROSS))) or 1
+    parts = [others[at : at + size] for at in range(0, len(others), size)] or [[]]
+    return [[level for level in levels if level == base or level in part] for part in parts]
 
 
 def _headline(measure: str) -> str:
