@@ -101,7 +101,7 @@ def confusion(task: Examined) -> tuple[list[str], list[list[Any]]] | None:
         return None
     pairs = Counter((rule.gold(i).lower(), said(v)) for i, v in zip(task.items, task.verdicts, strict=True))
     golds = Counter(rule.gold(item).lower() for item in task.items)
-    if all(name.isdigit() for name in golds):
+    if all(name.isdecimal() for name in golds):
         names = sorted(golds, key=int)
     elif all(len(name) == 1 for name in golds):
         names = sorted(golds)

@@ -61,11 +61,6 @@ def _f1_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array:
     return np.stack(parts, axis=2).reshape(len(items), -1)
 
 
-def _f1_figure(sums: Array) -> Array:
-    top, bottom = sums[..., 0::2], sums[..., 1::2]
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0).mean(-1)
-
-
 def _pooled_columns(unread_is_no: bool) -> Callable[[Sequence[Item], Sequence[Verdict]], Array]:
     """2 TP and 2 TP + FP + FN of each answer, yes being positive."""
 
@@ -108,7 +103,7 @@ def _points_columns(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Array
 HEADLINES: dict[str, Headline] = {
     "accuracy": Headline(_mean_columns, _ratio),
     "accuracy, mean of parts": Headline(_macro_columns, _ratio),
-    "F1, mean of parts": Headline(_f1_columns, _f1_figure),
+    "F1, mean of parts": Headline(_f1_columns, _ratio),
     "F1": Headline(_pooled_columns(unread_is_no=True), _ratio),
     "F1 of the readable": Headline(_pooled_columns(unread_is_no=False), _ratio),
     # 100 points for answers and 100 for pictures in each of fourteen subtasks: 2,800 in all.

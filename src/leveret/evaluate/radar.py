@@ -10,6 +10,8 @@ from markupsafe import Markup
 from leveret import pages
 
 WIDTH, HEIGHT, RADIUS = 560, 400, 140
+LETTERS = 20
+"""Of a name at a spoke; the whole of it stands in the table."""
 RINGS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -25,8 +27,8 @@ def radar(names: Sequence[str], series: Mapping[str, Sequence[float | None]], ca
         inner.append(Markup('<line class="grid" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(WIDTH / 2, HEIGHT / 2, x, y))
         x, y = _point(at, len(names), 1.09)
         anchor = "middle" if abs(x - WIDTH / 2) < 12 else "start" if x > WIDTH / 2 else "end"
-        label = Markup('<text x="{}" y="{}" text-anchor="{}" dominant-baseline="middle">{}</text>')
-        inner.append(label.format(x, y, anchor, name))
+        label = Markup('<text x="{}" y="{}" text-anchor="{}" dominant-baseline="middle">{}<title>{}</title></text>')
+        inner.append(label.format(x, y, anchor, name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}\u2026", name))
     for share in RINGS[1:2]:  # the outermost would stand in the way of a name
         x, y = _point(0, len(names), share)
         inner.append(Markup('<text class="ring" x="{}" y="{}">{}</text>').format(x + 4, y - 3, f"{share:g}"))
@@ -54,6 +56,7 @@ def radar(names: Sequence[str], series: Mapping[str, Sequence[float | None]], ca
 
 
 def _point(at: int, count: int, share: float) -> tuple[float, float]:
+    share = min(max(share, 0.0), 1.1)  # a ratio may pass 1, and stays in the drawing
     angle = 2 * math.pi * at / count - math.pi / 2
     return (
         round(WIDTH / 2 + RADIUS * share * math.cos(angle), 1),

@@ -105,7 +105,7 @@ def _bars(tasks: Mapping[str, Mapping[str, Any]]) -> Any:
         for name, facts in tasks.items()
     ]
     marked = " and its baselines" if any(bar.marks for bar in bars) else ""
-    return pages.bars(bars, caption=f"Share of right answers per task, with its 95 % interval{marked}.")
+    return pages.bars(bars, caption=f"Score per task, with its 95 % interval{marked}.")
 
 
 def in_words(tasks: Mapping[str, Mapping[str, Any]]) -> str:

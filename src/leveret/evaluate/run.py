@@ -28,7 +28,7 @@ from leveret.evaluate.options import Answered, Options, options_of
 from leveret.evaluate.prepare import load_suite
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
-from leveret.evaluate.scoring import figures, judge_all, judged, write_items
+from leveret.evaluate.scoring import figures, judge_all, judged, rehearse, write_items
 from leveret.evaluate.stats import headline
 from leveret.evaluate.tasks import TaskRow, base, find_files, rule_of, subset, task_row, wording
 from leveret.evaluate.tasks import asked as asked_of
@@ -140,6 +140,9 @@ def evaluate(
     words = {row.id: wording(row, by.get(row.id), prompts) for row in rows}
     loaded, skipped = load_suite(name, pairs, root, words, skip=skip_missing)
     rows = [row for row in rows if row.id in loaded]
+    for row in rows:
+        rehearse(row, by.get(row.id), loaded[row.id])
+    asked = {row.id: subset(loaded[row.id], n, how) for row in rows}
     fingerprint = _fingerprint(model)
     folder = _open(
         out,
@@ -150,7 +153,6 @@ def evaluate(
             "questions": {row.id: _questions_hash(row, loaded[row.id], options[row.id]) for row in rows},
         },
     )
-    asked = {row.id: subset(loaded[row.id], n, how) for row in rows}
     unscored = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
     # Nobody could judge these when they are asked with other pictures.
     sighted = [row for row in rows if row.id not in asking and row not in unscored]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from leveret.evaluate.forms import FORMS, Form, Item
-from leveret.evaluate.forms.base import read_lines, read_whole
+from leveret.evaluate.forms.base import Repeated, read_lines, read_whole
 from leveret.evaluate.headlines import HEADLINES
 from leveret.evaluate.judges import Judge, plan, settled
 from leveret.evaluate.scorers import MISSING, SCORERS, Scorer, Verdict
@@ -35,6 +36,43 @@ def _check_public(items: Sequence[Item]) -> None:
         raise DataError(
             f"{len(unknown)} of {len(items)} questions (first {unknown[0]!r}) have no right answer in the official "
             "files: it is not public. Write the file that the benchmark's server takes instead."
+        )
+
+
+def rehearse(row: TaskRow, rule: str | None, items: Sequence[Item]) -> None:
+    """Score right answers, before anybody is asked: a file's own faults are told now and not after hours.
+
+    DataError where a right answer does not fit the rule, or where a task of one's own would not give all right answers
+    all the points. Questions without public answers, and rules that need a judge, are left alone."""
+    scorer = rule_of(row, rule)[1]
+    if scorer.judging is not None or any(item.gold is None for item in items):
+        return
+    faults = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError)
+    verdicts = []
+    for item in items:
+        try:
+            gold = scorer.gold(item)
+            verdicts.append(scorer.judge(item, gold))
+        except DataError:
+            raise
+        except faults as fault:
+            raise DataError(
+                f"Task {row.id!r}, question {item.question_id!r}: its right answer {str(item.gold)[:60]!r} is none "
+                f"that the rule {scorer.rule!r} can read ({fault!r})."
+            ) from fault
+    top = scorer.headline or row.headline
+    try:
+        reached = headline(top, items, verdicts)
+        scorer.summary(items, verdicts)
+    except faults as fault:
+        raise DataError(
+            f"Task {row.id!r}: its questions have not what the rule {scorer.rule!r} and the headline {top!r} go by "
+            f"({fault!r}). A rule belongs to the form of its benchmark; `own` and `exact` go with any."
+        ) from fault
+    if row.id not in TASKS and base(row.id) not in TASKS and reached < 0.999:
+        raise DataError(
+            f"Task {row.id!r}: right answers alone would score {reached:.3f}: the headline {top!r} is not one for "
+            "them. Leave `headline` out, or take `accuracy`."
         )
 
 
@@ -94,6 +132,9 @@ def score(
     """
     answers = answers if isinstance(answers, (str, Path)) else list(answers)
     row, name, scorer, items, found = _joined(task, answers, data_root, split, rule, allow_missing)
+    rehearse(row, name, items)
+    if grades_path is not None and scorer.judging is None:
+        raise RecipeError(f"--grades: nobody judges {row.id} by the rule {name}, so there are none")
     told: dict[str, Any] = {}
     if scorer.judging is not None:
         replies, told = judged(row, scorer.judging, items, found, judge, allow_missing=allow_missing)
@@ -330,11 +371,13 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path} is a folder; a file of answers is wanted: JSON lines, or one JSON list.")
     whole_first = path.suffix == ".json"
     try:
-        records: Any = read_whole(path) if whole_first else read_lines(path, torn=True)
+        records: Any = read_whole(path, once=True) if whole_first else read_lines(path, torn=True)
+    except Repeated:
+        raise
     except DataError as fault:
         try:
             # One torn line alone is no file of lines: it is a list that was cut, or no JSON at all.
-            records = read_lines(path) if whole_first else read_whole(path)
+            records = read_lines(path) if whole_first else read_whole(path, once=True)
         except DataError:
             told = str(fault).removesuffix(" Fetch the file again.").rstrip(".")
             raise DataError(f"{told}. Answers are JSON lines or one JSON list.") from None
@@ -355,6 +398,11 @@ def _held(answer: Mapping[str, Any], form: Form) -> Iterator[str]:
         yield "answer"
 
 
+def _is_said(value: Any) -> bool:
+    """Whether it is an answer. NaN is what is left of a missing one that went through a table."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: int, form: Form) -> tuple[str, str]:
     ids, texts = (*ID_KEYS, *form.ids), (*TEXT_KEYS, *form.texts)
     names = [answer[key] for key in ids if key in answer]
@@ -363,7 +411,7 @@ def _name_and_value(answer: Mapping[str, Any], reads: str, where: str, number: i
     elif reads == "answer":
         values = [str(answer["answer"])] if "answer" in answer else []
     else:
-        values = [str(answer[key]) for key in texts if isinstance(answer.get(key), str | int | float)]
+        values = [str(answer[key]) for key in texts if _is_said(answer.get(key))]
     if not names or not values:
         wanted = "the probabilities of its options" if reads == "probabilities" else f"a text ({' or '.join(texts)})"
         empty = [f"{key} is {answer[key]!r}"[:60] for key in texts if key in answer and not values]

@@ -139,6 +139,10 @@ def one_of(text: str, yes: str, no: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+DIGITS = 18
+"""Of a number that is read, at most."""
+
+
 def integer(text: str) -> int | None:
     """The one number that a text names, in digits or as a word up to twenty; None for none or several.
 
@@ -149,8 +153,11 @@ def integer(text: str) -> int | None:
     found = {words.get(token, token) for token in tokens if token in words or not token.isalpha()}
     if len(found) != 1:
         return None
+    number = str(found.pop())
+    if len(number) > DIGITS:  # a model that goes on and on counts nothing
+        return None
     try:
-        return int(found.pop())
+        return int(number)
     except ValueError:  # 2.5 or 1,000: not an integer as it stands
         return None
 

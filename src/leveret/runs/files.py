@@ -66,7 +66,8 @@ def _name_file(error: BaseException, path: Path) -> None:
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write `data`, whole or not at all, as `atomic_file` does. Text is UTF-8 with the line ends it has."""
     with atomic_file(path) as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        # Half a character (a JSON file may hold one) is written as JSON would: it is no UTF-8 by itself.
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def sync_folder(folder: str | Path) -> None:

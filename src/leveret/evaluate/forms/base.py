@@ -92,12 +92,30 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_whole(path: Path) -> Any:
-    """One JSON value of a published file, in any encoding that `read_text` reads; DataError says where it is not."""
+class Repeated(DataError):
+    """A table in which a name stands twice."""
+
+
+def read_whole(path: Path, *, once: bool = False) -> Any:
+    """One JSON value of a published file, in any encoding that `read_text` reads; DataError says where it is not.
+
+    once  refuse a table in which a name stands twice: JSON would keep the last of them in silence."""
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if once and len(found) < len(pairs):
+            again = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise Repeated(f"{path}: {again!r} stands in it twice.")
+        return found
+
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=table)
     except json.JSONDecodeError as fault:
         raise DataError(f"{path}: not JSON: {fault.msg} at line {fault.lineno}, column {fault.colno}") from None
+    except DataError:
+        raise
+    except ValueError as fault:  # a number of thousands of digits
+        raise DataError(f"{path}: {fault}") from None
     except RecursionError:
         raise DataError(f"{path}: not JSON that can be read: its brackets are nested too deep") from None
 
@@ -121,6 +139,8 @@ def read_lines(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
             if torn and number == len(lines):
                 break
             raise DataError(f"{path}, line {number} is not JSON: {fault}. Fetch the file again.") from None
+        except ValueError as fault:  # a number of thousands of digits
+            raise DataError(f"{path}, line {number}: {fault}") from None
     return records
 
 

@@ -135,7 +135,7 @@ def _picture(path: Path, row: Mapping[str, str], by_index: Mapping[str, str]) ->
 def _answer_keys(answer: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """LLaVA's `--all-rounds` keeps the question's index and counts the rounds; elsewhere the index says both."""
     turn = answer.get("round_id")
-    if isinstance(turn, int) and turn > 0 and name.isdigit() and int(name) < ROUND:
+    if isinstance(turn, int) and turn > 0 and name.isdecimal() and int(name) < ROUND:
         return (str(int(name) + turn * ROUND),)
     return (name,)
 

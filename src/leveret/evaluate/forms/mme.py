@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leveret.evaluate.forms.base import Form, Item, Place
+from leveret.evaluate.forms.base import Form, Item, Place, read_text
 from leveret.runs import DataError
 
 PERCEPTION = (
@@ -64,7 +64,7 @@ def _mme(place: Place) -> list[Item]:
 
 def _pair(path: Path) -> list[tuple[str, str]]:
     """The two questions of a file, each with yes or no; DataError for anything else."""
-    lines = [line.strip().split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line.strip().split("\t") for line in read_text(path).split("\n") if line.strip()]
     pairs = [(line[0], line[-1].strip().lower()) for line in lines if len(line) == 2]
     if len(pairs) != len(lines) or sorted(answer for _, answer in pairs) != ["no", "yes"]:
         raise DataError(
@@ -104,7 +104,7 @@ def _read(path: Path) -> list[dict[str, Any]] | None:
         if file.stem not in SUBTASKS:
             continue
         first = len(records)
-        for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
+        for line in read_text(file).removesuffix("\n").split("\n"):
             cells = line.split("\t", 3)
             if len(cells) >= 3 and cells[2].strip().lower() in ("yes", "no"):
                 said = cells[3] if len(cells) == 4 else ""

@@ -260,7 +260,7 @@ def textvqa_question(prompt: str) -> str | None:
 def _textvqa_answer_keys(answer: Mapping[str, Any], name: str) -> tuple[str, ...]:
     # In LLaVA's answer files the question_id is the image's id, and the question stands in the prompt. Where a prompt
     # is there it must agree: an image's id may well be the id of another question.
-    question = textvqa_question(answer.get("prompt") or "")
+    question = textvqa_question(str(answer.get("prompt") or ""))
     return (name,) if question is None else (f"image {name}\n{question}", f"question {name}\n{question}")
 
 

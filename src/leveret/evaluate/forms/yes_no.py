@@ -14,6 +14,13 @@ POPE_CATEGORIES = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000
 """What LLaVA's and Bunny's question files add to the ids, which restart in each of POPE's three files."""
 
 
+def _label(path: Path, given: Any, known: Mapping[Any, Any]) -> Any:
+    """The right answer; DataError where a label is none of the benchmark's, which its own script would read as yes."""
+    if isinstance(given, str | int) and given in known:
+        return known[given]
+    raise DataError(f"{path}: the label {given!r}; allowed are {' and '.join(map(repr, known))}.")
+
+
 def _pope(place: Place) -> list[Item]:
     """POPE: JSON lines `question_id, image, text, label`, one file per category (RUCAIBox/POPE, commit e3e39262)."""
     items = []
@@ -30,8 +37,7 @@ def _pope(place: Place) -> list[Item]:
                     question_id=str(raw + POPE_CATEGORIES[category]),
                     image=place.image(record["image"]),
                     prompt=place.prompt.format(question=record["text"]),
-                    # The official script reads every label that is not "no" as yes.
-                    gold="no" if record["label"] == "no" else "yes",
+                    gold=_label(path, record["label"], {"yes": "yes", "no": "no"}),
                     template=record.get("template", ""),
                     meta={"image_id": record["image"], "group": category, "raw_id": str(raw)},
                 )
@@ -78,7 +84,7 @@ def _vsr(place: Place) -> list[Item]:
             question_id=str(number),
             image=place.image(record["image"]),
             prompt=place.prompt.format(caption=record["caption"]),
-            gold=bool(record["label"]),
+            gold=_label(place.files[0], record["label"], {0: False, 1: True}),
             template=record.get("template", ""),
             meta={"image_id": record["image"], "relation": record.get("relation", "")},
         )

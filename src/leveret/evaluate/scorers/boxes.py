@@ -39,7 +39,7 @@ def _by_group(
     summary: dict[str, Any] = {"counts": {}}
     for name in sorted({item.meta["group"] for item in items}):
         part = [v for i, v in zip(items, verdicts, strict=True) if i.meta["group"] == name]
-        correct, invalid = sum(v.score == 1.0 for v in part), sum(not v.readable for v in part)
+        correct, invalid = sum(v.score == 1.0 for v in part), sum(not v.readable and not v.missing for v in part)
         summary["counts"][name] = {"correct": correct, "incorrect": len(part) - correct - invalid, "invalid": invalid}
         summary[f"accuracy__{name_of(name)}"] = correct / len(part)
     return summary

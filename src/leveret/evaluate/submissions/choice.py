@@ -76,7 +76,7 @@ def cmmmu(items: Sequence[Item], texts: Mapping[str, str], path: Path) -> None:
         path,
         [
             {
-                "id": int(item.question_id) if item.question_id.isdigit() else item.question_id,
+                "id": int(item.question_id) if item.question_id.isdecimal() else item.question_id,
                 "type": item.meta["type"],
                 "response": texts[item.question_id],
             }

@@ -189,7 +189,7 @@ def load_items(task: str | TaskRow, root: str | Path, split: str = "test", promp
         items = FORMS[row.form].load(place)
     except DataError as fault:  # it says what is wrong by itself
         raise DataError(f"Task {row.id!r}: {fault}") from fault
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as fault:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as fault:
         if isinstance(fault, KeyError) and f"{{{fault.args[0]}}}" in row.prompt:
             raise DataError(
                 f"Task {row.id!r}: the prompt asks for {{{fault.args[0]}}}, which {', '.join(map(str, files))} or the "

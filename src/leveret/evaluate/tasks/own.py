@@ -52,6 +52,10 @@ class OwnTask(BaseModel):
         for path in (value,) if isinstance(value, str) else value:
             if Path(path).is_absolute() or ".." in Path(path).parts:
                 raise ValueError("allowed: paths and patterns below the data folder, without '..'")
+            try:
+                str(path).format(split="test")
+            except (KeyError, ValueError, IndexError, AttributeError):
+                raise ValueError(f"{path!r}: the only thing in braces is {{split}}") from None
         return value
 
 
