@@ -336,6 +336,7 @@ def test_a_recut_embeds_no_benchmark_again(recipe: Path, tmp_path: Path, monkeyp
     pool = embed(contaminated_pool(tmp_path / "pool", bench), tmp_path / "e", "pixels")
     (pool / "manifest.json").unlink()  # nothing says any more what made it
     (pool / "done/embed.json").unlink()
+    (pool / "recipe.yaml").unlink()
     out = condense(pool, tmp_path / "out", recipe, ["contaminated.threshold=0.7"], against=[bench], encoder="pixels")
     monkeypatch.setattr(sys.modules[embed.__module__], "_embed_shard", None)
     made = recut(out, tmp_path / "cut", ["contaminated.threshold=0.998"])

@@ -83,6 +83,7 @@ def _linked(every: Sequence[Given], folder: Path) -> Path:
             "some of these embeddings have metadata or captions' vectors beside them and others have none; ids and "
             "scores would mean different things"
         )
+    wanted: set[Path] = set()
     for number, file in enumerate(files):
         if kinds == {"parquet"}:
             links = {f"{number:06d}.parquet": file.shard.path}
@@ -94,15 +95,18 @@ def _linked(every: Sequence[Given], folder: Path) -> Path:
             links |= {f"text_emb/text_emb_{number}.npy": file.text.path} if file.text else {}
         for name, target in links.items():
             _link(target, folder / name)
+            wanted.add(folder / name)
+    for place in [path for path in folder.rglob("*") if path.is_symlink() and path not in wanted]:
+        place.unlink()  # of an earlier call with other files
     return folder
 
 
 def _link(target: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_symlink() and place.resolve() != target.resolve():
+        place.unlink()  # of an earlier call with other files: the run that it belongs to is told apart by its marks
     if not place.is_symlink():
         place.symlink_to(target.resolve())
-    elif place.resolve() != target.resolve():
-        raise DataError(f"{place} links {place.resolve()}, not {target.resolve()}: give another folder for the result")
 
 
 def _take_over(path: Path, folder: Path, recipe: CondenseRecipe, label: str, old: Given) -> None:

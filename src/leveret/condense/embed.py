@@ -28,6 +28,7 @@ from leveret.condense.executors import executor
 from leveret.condense.lloyd import Map
 from leveret.condense.worker import Done, Job, look, pack_job, unpack_done, work
 from leveret.pool import SampleFault, Source, open_source
+from leveret.pool.check import printable
 from leveret.processes import Worker
 from leveret.records import ImageRef
 from leveret.runs import (
@@ -106,9 +107,14 @@ def embed(
     if precision != "fp32":
         facts["precision"] = precision
     run = RunFolder.open(out, "embed", facts)
-    if run.is_done("embed"):
-        return run.path
     n = len(source)
+    if run.is_done("embed"):
+        if (share := sum(run.facts("embed")["refused"].values())) > limit_share * n:
+            raise DataError(
+                f"{share:,} of {n:,} samples were refused, more than the allowed share of {limit_share:.0%}; each is "
+                f"named in {run.path / 'quarantine.jsonl'}"
+            )
+        return run.path
     starts = [start for start in range(0, n, shard) if not run.is_done(f"shard_{start // shard:06d}")]
     left = sum(min(shard, n - start) for start in starts)
     workers = workers or cores()
@@ -253,8 +259,8 @@ def _look_up(source: Source, index: int) -> tuple[tuple[int, ImageRef, str], tup
 
 
 def _refusal(index: int, id: str, image: str, reason: str, detail: str = "") -> dict[str, Any]:
-    line = {"index": index, "id": id, "image": image, "reason": reason}
-    return {**line, "detail": detail} if detail else line
+    line = {"index": index, "id": printable(id), "image": printable(image), "reason": reason}
+    return {**line, "detail": printable(detail)} if detail else line
 
 
 @dataclass

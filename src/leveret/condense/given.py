@@ -84,6 +84,8 @@ class Given:
 
     def columns(self, number: int, start: int, stop: int) -> tuple[Ids, Doubles | None]:
         """Ids and scores of rows [start, stop) of file `number`. DataError at an id that is missing."""
+        import pyarrow as pa
+
         file = self.files[number]
         wanted = [name for name in (self.id, self.score) if name is not None]
         table = _slice(file.metadata, wanted, start, stop) if file.metadata is not None and wanted else None
@@ -94,9 +96,18 @@ class Given:
             if column.null_count:
                 row = start + int(np.flatnonzero(column.is_null().to_numpy())[0])
                 raise DataError(f"{file.metadata}: row {row:,} has no {self.id}; every row needs one of its own")
-            ids = Ids.from_arrow(column)
+            try:
+                ids = Ids.from_arrow(column)
+            except pa.ArrowException:
+                raise DataError(
+                    f"{file.metadata}: the column {self.id} is {column.type}; ids are texts or numbers"
+                ) from None
         if self.score is not None and table is not None:
-            scores: Doubles = table.column(self.score).to_numpy().astype(np.float64)
+            try:
+                scores: Doubles = table.column(self.score).to_numpy().astype(np.float64)
+            except (ValueError, TypeError):
+                told = table.column(self.score).type
+                raise DataError(f"{file.metadata}: the column {self.score} is {told}; scores are numbers") from None
         elif file.text is not None:
             scores = cosines(file.shard.read(start, stop), file.text.read(start, stop))
         else:
@@ -206,6 +217,12 @@ def open_given(path: str | Path, *, column: str | None = None, dtype: str | None
     DataError names the file that is missing, damaged, or does not fit the others.
     """
     path = Path(path)
+    if (
+        (path / "recipe.yaml").is_file()
+        and list((path / "done").glob("shard_*"))
+        and not (path / "done/embed.json").exists()
+    ):
+        raise DataError(f"{path} was not embedded to its end: run the same `leveret embed` again, and it goes on")
     if (path / "img_emb").is_dir():
         return _retrieval(path)
     files = [path] if path.is_file() else sorted([*path.glob("*.npy"), *path.glob("*.parquet")])
@@ -266,6 +283,14 @@ def _checked(path: Path, shards: Sequence[Shard], metas: Sequence[Path | None], 
     id, score, image, caption = (
         next((name for name in known if name in common), None) for known in (IDS, SCORES, IMAGES, CAPTIONS)
     )
+    for what, known, found in (("ids", IDS, id), ("scores", SCORES, score)):
+        some = [at for at, there in enumerate(names) if there & set(known)]
+        if found is None and some:
+            there = ", ".join(sorted(names[some[0]] & set(known)))
+            raise DataError(
+                f"{path}: {len(some)} of {len(names)} files have {what} ({there}) and others have none of that name; "
+                f"give all of them one column: {', '.join(known)}"
+            )
     return Given(path, tuple(files), id, score, (id, image, caption))
 
 

@@ -9,9 +9,10 @@ the first part that was not finished and ends with the same rows in the ledger a
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from leveret.condense.executors import executor
 from leveret.condense.given import Given, is_given, let_go, open_given
 from leveret.condense.ledger import Stage, records, write_contaminated, write_coreset, write_ids, write_ledger
 from leveret.condense.lloyd import Map
+from leveret.condense.ranks import hash_ids
 from leveret.condense.steps import (
     STEPS,
     Cluster,
@@ -74,6 +76,7 @@ def condense(
     run_on: str = "local",
     precision: str = "auto",
     begin: Callable[[Path], None] | None = None,
+    like: Mapping[str, Any] | None = None,
 ) -> Path:
     """Choose a coreset and write it, with the fate of every sample, into the folder `out`; returns `out`.
 
@@ -88,6 +91,7 @@ def condense(
     run_on    `local`, `ray` or `ray:ADDRESS` (`executors`); changes no result.
     precision of the encoder where a pool or a benchmark's images are embedded, as for `embed`.
     begin     called with the folder once it is known to be this run's, before any step: `recut` lays finished steps in.
+    like      the manifest of a coreset whose steps these are: DataError where what they were made from has changed.
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
     """
@@ -132,6 +136,8 @@ def condense(
         mark["files"] = files
     if sides:
         mark["against"] = [side.mark(eyes) for side in sides]
+    if like is not None:
+        _unchanged(like, mark)
     run = RunFolder.open(out, "condense", {**recipes.dump(chosen), **mark, "rules": RULES})
     if begin is not None:
         begin(run.path)
@@ -223,6 +229,20 @@ def open_coreset(path: str | Path) -> Opened:
             run, chosen, given, execute, manifest["memory"], manifest["workers"], Clock(), benchmarks
         )
     return Opened(path, chosen, given, state, stages, benchmarks)
+
+
+def _unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """DataError where the rows, the encoder, a benchmark or a file of the recipe is not what finished steps saw."""
+    names = {"source": "the pool or embeddings", "weights": "the encoder", "against": "a benchmark"}
+    now = json.loads(json.dumps(now))
+    changed = [what for name, what in names.items() if before.get(name) != now.get(name)]
+    old, new = before.get("files", {}), now.get("files", {})
+    changed += [f"the file of steps.{label}" for label in old.keys() & new.keys() if old[label] != new[label]]
+    if changed:
+        raise DataError(
+            f"{' and '.join(changed)} changed since that coreset was made, so its steps cannot be taken over; condense "
+            "anew"
+        )
 
 
 def _files(chosen: CondenseRecipe, width: int) -> dict[str, str]:
@@ -348,6 +368,16 @@ def _index(given: Given) -> Any:
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
+def _free(name: bytes, row: int, hashes: np.ndarray, taken: Container[bytes]) -> bytes:
+    """`name#row`, or with the row once more, until nobody is called so: an id may end in # and a number by itself."""
+    while True:
+        name += b"#%d" % row
+        (own,) = hash_ids([name])
+        at = int(np.searchsorted(hashes, own))
+        if name not in taken and (at == len(hashes) or hashes[at] != own):
+            return name
+
+
 def _different_ids(rows: Rows, *, rename: bool) -> None:
     """Order and coreset go by ids, so an id may stand only once: DataError; or, where a pool's records share ids
     (conversations about one picture often do), all but the first become `id#index`."""
@@ -359,6 +389,7 @@ def _different_ids(rows: Rows, *, rename: bool) -> None:
     if not len(suspects):
         return
     ends = np.cumsum([0, *(len(part) for part in hashes)])
+    hashes_there = whole[order]
     seen: dict[bytes, int] = {}
     for part, start, stop in zip(rows.parts, ends[:-1], ends[1:], strict=True):
         inside = suspects[(suspects >= start) & (suspects < stop)] - start
@@ -370,7 +401,8 @@ def _different_ids(rows: Rows, *, rename: bool) -> None:
             if name not in seen:
                 seen[name] = int(row[place])
             elif rename:
-                again[place] = name + b"#%d" % int(row[place])
+                again[place] = _free(name, int(row[place]), hashes_there, seen)
+                seen[again[place]] = int(row[place])
             else:
                 raise DataError(
                     f"the id {name.decode('utf-8', 'replace')!r} stands twice (rows {seen[name]:,} and "

@@ -46,6 +46,7 @@ def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, w
         memory=manifest["memory"],
         workers=workers,
         begin=begin,
+        like=manifest,
     )
 
 
@@ -65,8 +66,10 @@ def _link(path: Path, out: Path, labels: Sequence[str], generations: int) -> Non
     names = [Path(label) for label in labels]
     names += [Path("rows", str(number)) for number in range(generations + 1)]
     names += [Path("runs", str(number)) for number in range(1, generations + 1)]
+    # Parts are named by bucket, so which clusters are in which bucket comes along, whatever memory there is now.
+    names += [Path("buckets", f"{number}.npz") for number in range(1, generations + 1)]
     for name in [Path("embeddings"), Path("against"), *(Path("work") / name for name in names)]:
         there = (path / name).resolve()
-        if there.is_dir() and not (out / name).exists():
+        if there.exists() and not (out / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).symlink_to(there, target_is_directory=True)
+            (out / name).symlink_to(there, target_is_directory=there.is_dir())

@@ -216,7 +216,7 @@ def look_at(source: Source, index: int, sample: Sample, unpack: bool = True) -> 
 
 
 def _row(index: int, id: str, position: int, image: str | None, **facts: Any) -> _Row:
-    row = {"index": index, "id": _printable(id), "position": position, "image": image and _printable(image)}
+    row = {"index": index, "id": printable(id), "position": position, "image": image and printable(image)}
     return row | {"sha256": None, "modality": "image", "width": None, "height": None, "ok": True} | facts
 
 
@@ -227,10 +227,10 @@ def entry_of(index: int, fault: SampleFault) -> dict[str, Any]:
 
 def _entry(index: int, id: str, image: str, reason: str, detail: str) -> dict[str, Any]:
     texts = {"id": id, "image": image, "reason": reason, "detail": detail}
-    return {"index": index} | {name: _printable(text) for name, text in texts.items()}
+    return {"index": index} | {name: printable(text) for name, text in texts.items()}
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
