@@ -172,6 +172,7 @@ def test_a_server_that_drains_says_so_and_a_second_signal_ends_it(folder: Path) 
             line.close()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_on_the_same_port(folder: Path) -> None:
     port = 0
     for _ in range(2):

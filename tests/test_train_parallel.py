@@ -286,7 +286,9 @@ def composed(what: str) -> ModelRecipe:
     return plain.model_copy(update={"vision": VisionRecipe.model_validate(vision[what])} if what in vision else {})
 
 
-@pytest.mark.parametrize("what", [pytest.param("s2", marks=pytest.mark.slow), "tiles", "towers", "resampler", "ldp"])
+@pytest.mark.parametrize(
+    "what", [*(pytest.param(what, marks=pytest.mark.slow) for what in ("s2", "tiles")), "towers", "resampler", "ldp"]
+)
 def test_every_composition_can_be_shared(groups: Groups, data: Path, tmp_path: Path, what: str) -> None:
     """A tower that sees twice in one pass, a newline of its own, several towers, connectors of several modules."""
     recipe = train_fakes.recipe(data, learn=ALL, steps=4, batch=5, micro_batch=2, max_tokens=256)

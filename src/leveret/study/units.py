@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Unit:
     settings: Mapping[str, Any]
     inputs: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def id(self) -> str:
         plain = {"version": VERSION, "kind": self.kind, "settings": self.settings, "inputs": self.inputs}
         return f"{self.kind}-{sha256_of(plain)[:16]}"

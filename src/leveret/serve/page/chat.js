@@ -305,9 +305,8 @@ async function edit(message) {
 const seen = new Map(); // message id -> what the server told of its inside
 async function insideOf(message) {
   if (!seen.has(message.id)) {
-    const system = message.asked?.system ?? config.settings.system; // what it was answered under, not today's
-    const request = await written(thread.upTo(thread.messages.get(message.parent)), system, uri,
-      model?.vision !== false);
+    const request = await written(thread.upTo(thread.messages.get(message.parent)),
+      message.asked?.system ?? config.settings.system, uri, model?.vision !== false); // as it was answered
     seen.set(message.id, await look({ model: message.model || model?.id, messages: request, answer: message.text }));
   }
   return seen.get(message.id);
