@@ -109,11 +109,7 @@ def embed(
     run = RunFolder.open(out, "embed", facts)
     n = len(source)
     if run.is_done("embed"):
-        if (share := sum(run.facts("embed")["refused"].values())) > limit_share * n:
-            raise DataError(
-                f"{share:,} of {n:,} samples were refused, more than the allowed share of {limit_share:.0%}; each is "
-                f"named in {run.path / 'quarantine.jsonl'}"
-            )
+        _judge(Counter(run.facts("embed")["refused"]), n, n, limit_share, source, run, shard)
         return run.path
     starts = [start for start in range(0, n, shard) if not run.is_done(f"shard_{start // shard:06d}")]
     left = sum(min(shard, n - start) for start in starts)
@@ -132,13 +128,7 @@ def embed(
             refused = _embed_shard(run, source, loaded, fleet, start, end, batch, shard, texts, progress, bad.total())
             bad.update(refused)
             seen += end - start
-            if _too_many(bad, seen, n, limit_share):
-                quarantine = _gather(run, n, shard)
-                raise DataError(
-                    f"{bad.total():,} of {'the first ' * (seen < n)}{seen:,} samples are refused, more than the limit "
-                    f"of {limit_share:.0%}: {in_words(bad)}.{source.advice(bad, seen)} Each is named in "
-                    f"{quarantine}. Mend the data, or raise the limit (--limit-share)."
-                )
+            _judge(bad, seen, n, limit_share, source, run, shard)
     quarantine = _gather(run, n, shard)
     if n and not shard_rows(run, n, shard):
         raise DataError(
@@ -153,6 +143,17 @@ def embed(
 def shard_rows(run: RunFolder, n: int, shard: int) -> int:
     """Rows in all finished shards."""
     return sum(run.facts(f"shard_{start // shard:06d}")["rows"] for start in range(0, n, shard))
+
+
+def _judge(bad: Counter[str], seen: int, n: int, limit: float, source: Source, run: RunFolder, shard: int) -> None:
+    """DataError where too many of the first `seen` samples are refused, with a file that names each."""
+    if _too_many(bad, seen, n, limit):
+        quarantine = _gather(run, n, shard)
+        raise DataError(
+            f"{bad.total():,} of {'the first ' * (seen < n)}{seen:,} samples are refused, more than the limit "
+            f"of {limit:.0%}: {in_words(bad)}.{source.advice(bad, seen)} Each is named in "
+            f"{quarantine}. Mend the data, or raise the limit (--limit-share)."
+        )
 
 
 def _too_many(bad: Counter[str], seen: int, n: int, limit: float) -> bool:

@@ -166,8 +166,8 @@ class _Seen:
         config = vlm.language.config.get_text_config()
         layers, count, every = int(config.num_hidden_layers), sum(marks), int(config.num_attention_heads)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.eyes.features(self.keys)["features"] if self.keys else None
-            lying, notes = ([], []) if features is None else canvases(vlm, features, self.sizes)
+            seen: Any = self.eyes.features(self.keys) if self.keys else {"tile_image": torch.empty(0, dtype=torch.long)}
+            lying, notes = canvases(vlm, seen["features"], self.sizes) if self.keys else ([], [])
         # A learned query lies in every cell of its map, so maps may be larger than what draws them.
         wide = max(count, sum(canvas.grid[0] * canvas.grid[1] for canvas in lying), 1)
         room = max(2, most // (layers * wide * (1 + every * heads)))
@@ -179,7 +179,7 @@ class _Seen:
         read = min(said, room - len(asked))
         answer = decode(vlm.tokenizer, ids[first:]).strip()
         ids, marks = ids[: first + read], marks[: first + read]
-        batch = self._batch(ids, marks)
+        batch = self._batch(ids, marks, seen)
         rows = torch.tensor([*asked, *range(first - 1, first - 1 + read)], dtype=torch.long, device=device)
         kinds = _kinds(marks, first, device)
         eye = batch.image_mask[0]
@@ -246,10 +246,9 @@ class _Seen:
         texts = [writer.push(token) for token in ids]
         return [*texts[:-1], texts[-1] + writer.finish()] if texts else []
 
-    def _batch(self, ids: list[int], marks: list[bool]) -> Batch:
+    def _batch(self, ids: list[int], marks: list[bool], seen: Any) -> Batch:
         device = self.vlm.device
         row = torch.tensor([ids], device=device)
-        seen: Any = self.eyes.features(self.keys) if self.keys else {"tile_image": torch.empty(0, dtype=torch.long)}
         return Batch(
             input_ids=row, labels=torch.full_like(row, IGNORE), attention_mask=torch.ones_like(row, dtype=torch.bool),
             position_ids=torch.arange(len(ids), device=device)[None], segments=torch.zeros_like(row),

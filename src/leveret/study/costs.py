@@ -8,9 +8,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from leveret.runs import cores
+from leveret.study.matrix import Folder, Matrix
 
 if TYPE_CHECKING:
-    from leveret.study.matrix import Folder, Matrix
     from leveret.study.units import Unit, Units
     from leveret.world.write import WorldSize
 
@@ -52,8 +52,6 @@ def describe(matrix: Matrix, out: str | Path, units: str | Path | None = None) -
     """What `run` would do: the cells, the units, what is shared and done, and about how long it takes (`timed`:
     whether that was measured, on the drawn world or in this folder). Refuses what `run` would refuse before it begins,
     with its RecipeError, and writes nothing."""
-    from leveret.study.matrix import Folder
-
     folder = Folder(Path(out), None if units is None else Path(units))
     folder.check(matrix.study)
     matrix.check()
@@ -124,7 +122,7 @@ def _guess(units: Units, unit: Unit) -> float:
         return float(_questions(settings, size) * (2 if settings["blind"] else 1) * ASK)
     if unit.kind == "encoder":
         return float(settings["steps"] * settings["batch"] * ENCODE) / ALONE  # which is measured on one core
-    return {"choose": CHOOSE}.get(unit.kind, 2.0)
+    return CHOOSE if unit.kind == "choose" else 2.0
 
 
 def _questions(settings: Mapping[str, Any], size: WorldSize) -> int:

@@ -88,7 +88,7 @@ def _figures(folder: Folder, matrix: Matrix, cell: Cell) -> dict[str, Any] | Non
         "score": score,
         "tasks": tasks,
         "measures": others,
-        "words": sum(words) / len(words) if words else None,
+        "words": _mean(words),
         "seconds": round(sum(float(one["seconds"]) for one in known), 1) if len(known) == len(taught) else None,
         "trainable": max((int(one["trainable"]) for one in known), default=0),
     }
@@ -196,7 +196,7 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
             "about": how.about,
             **(_plain(t_interval(list(own.values()))) if own else {"mean": None, "low": None, "high": None, "n": 0}),
             "tasks": by_task,
-            "words": sum(words.values()) / len(words) if words else None,
+            "words": _mean(list(words.values())),
             "seconds": _mean([cell["seconds"] for cell in cells]),
             "trainable": max((cell["trainable"] for cell in cells), default=None),
             "difference": None if level == axis.base else paired(own, base),

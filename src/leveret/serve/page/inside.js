@@ -171,15 +171,14 @@ export function looking(found, pictures) {
     const image = Math.max(0, all.findIndex((values) => values.includes(most)));
     const strongest = middle(views[image].seen, all[image].indexOf(most));
     const third = (place) => Math.min(2, Math.max(0, Math.floor(3 * place)));
-    const where = beside(strongest) ? "in the padding around it"
-      : WHERE[third(strongest[1])][third(strongest[0])];
+    const name = WHERE[third(strongest[1])][third(strongest[0])];
+    const place = beside(strongest) ? "in the padding around it" : name === "middle" ? "in the middle" : `at the ${name}`;
     const padding = all.reduce((sum, values, one) => sum + values.reduce((part, value, cell) =>
       part + (beside(middle(views[one].seen, cell)) ? value : 0), 0), 0);
     const names = found.shares?.names ?? ["image"];
     const shares = of.shares
       ? over(of.shares[word])
       : [all.flat().reduce((sum, value) => sum + value, 0)];
-    const place = where === "middle" ? "in the middle" : where.startsWith("in ") ? where : `at the ${where}`;
     const around = padding >= 0.0005 ? ` and ${share(padding)} on the padding around ${several ? "them" : "it"}` : "";
     const named = of.words[word].text.trim();
     told.textContent = `For \u201c${named}\u201d ${share(Math.max(0, shares[0] - padding))} of its attention lay on ` +
