@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from leveret.condense import condense
+from leveret.condense import condense, embed
 from leveret.condense.add import add
 from leveret.runs import DataError, RecipeError
 
@@ -111,3 +112,30 @@ def test_rows_that_lie_elsewhere_are_told(tmp_path: Path) -> None:
     done = subprocess.run([*call, "-o", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "the new rows lie elsewhere" in done.stdout and "1,200 samples" in done.stdout
+
+
+def test_what_was_refused_stays_told(tmp_path: Path) -> None:
+    """Of the old pool and of the new ones: nothing leaves in silence because it was added to."""
+    rng = np.random.default_rng(1)
+    embedded = {}
+    for name, count, broken in (("old", 40, (3, 17)), ("new", 20, (5,)), ("newer", 10, ())):
+        (tmp_path / name).mkdir()
+        for stem in [f"{name}{i:02d}" for i in range(count)]:
+            picture = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+            picture.save(tmp_path / name / f"{stem}.png")
+            (tmp_path / name / f"{stem}.txt").write_text("a word")
+        for i in broken:
+            (tmp_path / name / f"{name}{i:02d}.png").write_bytes(b"<html>")
+        embedded[name] = embed(tmp_path / name, tmp_path / f"e-{name}", "pixels", workers=1)
+    first = condense(embedded["old"], tmp_path / "first", "photos", ["cluster.k=3", "budget=20"], workers=1)
+    out, names = first, ["old03.png", "old17.png"]
+    for new, more in (("new", ["new05.png"]), ("newer", [])):  # what was added to is added to again
+        out = add(out, [embedded[new]], tmp_path / f"with-{new}", workers=1)
+        names += more
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["refused"] == 3 and summary["left_out"]["read"] == {"image not an image": 3}
+        ledger = _results(out)[0]
+        assert isinstance(ledger, list) and len(ledger) == summary["input"] == len({row["index"] for row in ledger})
+        read = [row["id"] for row in ledger if row["verdict"] == "read"]
+        assert [Path(name).name for name in read] == names
+        assert "image not an image" in (out / "report.html").read_text()

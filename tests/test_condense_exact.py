@@ -190,7 +190,7 @@ def test_the_kept_ids_are_those_of_a_float64_brute_force(kind: str, k: int, tmp_
 
 @pytest.mark.parametrize("kind", ["ordinary", "hub", "float16"])
 def test_files_chunks_buckets_and_workers_change_no_id(kind: str, tmp_path: Path) -> None:
-    x, ids, score = pool(kind, n=900)
+    x, ids, score = pool(kind, n=600)
     rules = Rules(k=7, budget=40, score=None, centroid=None)
     expected, centroids = chain((x, ids, score), rules, tmp_path / "a")
     assert len(expected) == 40
@@ -210,7 +210,7 @@ def test_files_chunks_buckets_and_workers_change_no_id(kind: str, tmp_path: Path
 def test_rows_that_sit_in_two_clusters_keep_the_ids_of_a_brute_force(
     kind: str, k: int, keep: str, tmp_path: Path
 ) -> None:
-    given, rules = pool(kind, n=900), Rules(k=k, keep=keep, score=None, centroid=None, per_row=2)
+    given, rules = pool(kind, n=400), Rules(k=k, keep=keep, score=None, centroid=None, per_row=2)
     kept, centroids = chain(given, rules, tmp_path / "a")
     assert kept == brute(given, rules, centroids)
     # Other files, a cluster that no task can hold, parents on disk and members settled in several shares.
@@ -315,14 +315,14 @@ def test_blocks_of_a_cluster_change_nothing(kind: str, monkeypatch: pytest.Monke
 
 def test_components_of_a_cluster_that_does_not_fit_are_the_same() -> None:
     for kind in KINDS:
-        x, _, _ = pool(kind, n=500)
+        x, _, _ = pool(kind, n=300)
         expected = groups.components(x, [0, len(x)], 0.86)
-        for size in (500, 120, 7):
+        for size in (300, 70, 7):
             found = groups.components_apart(lambda places, x=x: x[places], len(x), 0.86, size)
             assert np.array_equal(found, expected)
         joined = groups.Joined(len(x))
         for turn in range(5):
-            part = groups.components_apart(lambda places, x=x: x[places], len(x), 0.86, 120, turn)
+            part = groups.components_apart(lambda places, x=x: x[places], len(x), 0.86, 70, turn)
             joined.add(part, np.arange(len(x)))
         assert np.array_equal(joined.settle(), expected)
 

@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from leveret.condense.given import is_given, open_given
+from leveret.pool import open_source
 from leveret.runs import DataError
 
 X = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float16)
@@ -74,6 +76,20 @@ def test_parquet_and_bare_files_are_taken_too(tmp_path: Path) -> None:
     assert all(map(is_given, (tmp_path / "p", tmp_path / "p/a.parquet", tmp_path / "x.npy")))
     pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "pool.parquet")
     assert not is_given(tmp_path / "pool.parquet") and not is_given(tmp_path / "nothing")
+
+
+def test_photos_with_vectors_beside_them_are_photos(tmp_path: Path) -> None:
+    """Somebody's features of them, or the table of a downloader, do not make them embeddings."""
+    (tmp_path / "photos").mkdir()
+    np.save(tmp_path / "photos" / "features.npy", X)
+    pq.write_table(pa.table({"emb": pa.array(list(X), pa.list_(pa.float16()))}), tmp_path / "photos" / "a.parquet")
+    assert is_given(tmp_path / "photos")
+    Image.new("RGB", (20, 20)).save(tmp_path / "photos" / "drawing of the vectors.png")
+    assert is_given(tmp_path / "photos"), "a picture beside vectors does not make them photos"
+    for name in ("one", "two"):
+        Image.new("RGB", (20, 20)).save(tmp_path / "photos" / f"{name}.JPG")
+        (tmp_path / "photos" / f"{name}.txt").write_text("a photo")
+    assert not is_given(tmp_path / "photos") and len(open_source(tmp_path / "photos")) == 3
 
 
 def test_words_and_vectors_of_some_rows_are_looked_up_in_any_order(tmp_path: Path) -> None:

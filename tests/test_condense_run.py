@@ -300,7 +300,7 @@ def test_a_run_may_go_on_with_other_memory_and_workers(tmp_path, monkeypatch, fi
     assert sorted(map(bool, kept.values())) == ([True, True] if rule == "clusters_per_row" else [False, True])
     written, real = [0], os.replace
     tasks = len(list((whole / "work").rglob("*.npz")))
-    for stop in range(8, tasks, tasks // 4):
+    for stop in range(8, tasks, tasks // 3):
 
         def replace(source, target, stop=stop):
             written[0] += str(target).endswith(".npz")

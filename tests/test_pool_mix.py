@@ -391,3 +391,34 @@ def test_a_shuffle_is_a_permutation_that_knows_no_places(rows: list[tuple[int, i
     assert sorted(order.tolist()) == list(range(len(rows)))
     turned = records[::-1]
     assert records[order].tolist() == turned[shuffled(words[::-1], turned, seed, "order")].tolist()
+
+
+def test_a_dry_run_refuses_the_place_that_the_mixing_refuses(
+    pools: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = str(recipe(tmp_path, {"data": str(pools[0])}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    (tmp_path / "list.json").write_text("[]")
+    assert cli.run(["pool", "mix", name, "-o", str(tmp_path / "made")]) == 0
+    made = sorted(path.name for path in (tmp_path / "made").iterdir())
+    cases = (("full", "holds no mixture"), ("list.json", "was not mixed here"), ("made", "is another mixture"))
+    for place, why in cases:
+        changed = ["seed=9"] if place == "made" else []
+        for more in (["--dry-run"], []):
+            assert cli.run(["pool", "mix", name, "-o", str(tmp_path / place), *changed, *more]) == 2
+            assert why in capsys.readouterr().err
+    tars = ["pool", "mix", name, "--as", "tars", "-o", str(tmp_path / "full")]
+    below = ["pool", "mix", name, "-o", str(tmp_path / "list.json" / "x")]
+    for words, why in ((tars, "is not empty and holds no run"), (below, "list.json is a file")):
+        for more in (["--dry-run"], []):
+            assert cli.run([*words, *more]) == 2
+            assert why in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["letter.txt"]
+    (tmp_path / "empty").mkdir()
+    many = str(recipe(tmp_path, {"data": str(pools[0]), "count": 10**6}))
+    assert cli.run(["pool", "mix", many, "-o", str(tmp_path / "empty"), "--dry-run"]) == 3
+    assert (tmp_path / "empty").is_dir() and capsys.readouterr().err
+    name = str(recipe(tmp_path, {"data": str(pools[0])}))
+    assert cli.run(["pool", "mix", name, "-o", str(tmp_path / "made"), "--dry-run"]) == 0
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == made

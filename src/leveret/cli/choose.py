@@ -49,10 +49,11 @@ def embed(
 ) -> None:
     """Embed a pool of image-text pairs, shard by shard."""
     if dry_run:
-        from leveret.pool import open_source
-
-        n = len(open_source(source, images))
-        return tell_plan(json, {"samples": n, "shards": -(-n // shard), "encoder": encoder, "out": str(out)})
+        with reporting(json):
+            told = _embed_plan(
+                source, out, encoder, images, batch, shard, texts, limit_share, workers, executor, device, precision
+            )
+        return tell_plan(json, *told)
     from leveret.condense import embed as station
 
     with reporting(json):
@@ -76,6 +77,40 @@ def embed(
     lines += [f"the refused ones stand in {folder / 'quarantine.jsonl'}"] if refused else []
     facts = {"out": str(folder), "samples": made["length"], "refused": refused}
     tell(json, facts, "\n".join([*lines, f"the embeddings are in {folder}"]))
+
+
+def _embed_plan(
+    source: str,
+    out: Path,
+    encoder: str,
+    images: Path | None,
+    batch: int,
+    shard: int,
+    texts: bool,
+    limit_share: float,
+    workers: int | None,
+    run_on: str,
+    device: str,
+    precision: str,
+) -> tuple[dict[str, Any], Sequence[str]]:
+    """What would be done, and what it would come to."""
+    from leveret.condense.embed import look_ahead, refuse_many
+    from leveret.condense.estimate import embed_lines, estimate_embed
+    from leveret.condense.executors import executor
+    from leveret.pool import open_source
+    from leveret.runs import cores
+
+    pool, workers = open_source(source, images), workers or cores()
+    executor(run_on, workers)  # refuses a name that is none
+    how: dict[str, Any] = {"device": device, "precision": precision}
+    done, refused = look_ahead(pool, out, encoder, batch=batch, shard=shard, texts=texts, **how)
+    refuse_many(refused, min(done * shard, len(pool)), len(pool), limit_share, pool)
+    shards = -(-len(pool) // shard)
+    facts = {"samples": len(pool), "shards": shards, "done": done, "encoder": encoder, "out": str(out)}
+    if done == shards:
+        return facts, ["all of it is done"]
+    found = estimate_embed(pool, encoder, workers=workers, limit_share=limit_share, **how)[0]
+    return facts | {"estimate": found}, embed_lines(found)
 
 
 @verb("condense", "leveret.condense")
@@ -110,9 +145,22 @@ def condense(
 
         overrides = [*(overrides or []), *sitting_in(clusters_per_row, recipe, overrides or [])]
     if dry_run:
-        how = {"workers": workers or cores(), "memory": allowed, "device": device, "precision": precision}
         with reporting(json):
-            told = _condense_plan(source, out, overrides or [], recipe, images, encoder, against or [], how)
+            told = _condense_plan(
+                source,
+                out,
+                overrides or [],
+                recipe,
+                images,
+                encoder,
+                against or [],
+                workers=workers or cores(),
+                memory=allowed,
+                device=device,
+                precision=precision,
+                limit_share=limit_share,
+                run_on=executor,
+            )
         return tell_plan(json, *told)
     from leveret.condense import condense as station
 
@@ -157,32 +205,38 @@ def _condense_plan(
     images: Path | None,
     encoder: str | None,
     against: Sequence[str],
-    how: dict[str, Any],
+    *,
+    workers: int,
+    memory: int,
+    device: str,
+    precision: str,
+    limit_share: float,
+    run_on: str,
 ) -> tuple[dict[str, Any], Sequence[str]]:
-    """What would be done, and what it would come to. how: `workers` and `memory`, and what an encoder runs on."""
+    """What would be done, and what it would come to."""
     from leveret.condense.estimate import estimate, estimate_pool, lines_of
-    from leveret.condense.given import is_given, open_given
-    from leveret.condense.steps import check_columns, read
+    from leveret.condense.executors import executor
+    from leveret.condense.prepare import prepare
+    from leveret.pool import Source
     from leveret.recipe import dump
+    from leveret.runs import RunFolder
 
-    steps = read(recipe, overrides, against=bool(against))
+    executor(run_on, workers)  # refuses a name that is none
+    how: dict[str, Any] = {"device": device, "precision": precision}
+    ready = prepare(source, recipe, overrides, images=images, encoder=encoder, against=against, **how)
+    done = RunFolder.peek(out, "condense", ready.bound())
     facts: dict[str, Any] = {"recipe": recipe, "out": str(out)}
-    if against:
-        from leveret.condense.against import look_at
-
-        facts["against"] = {side.name: len(side.source) for side in look_at(against)}
-    if is_given(source):
-        given = open_given(source)
-        check_columns(steps, ("score",) if given.has_scores else (), f"the embeddings {given.path}")
-        facts["embeddings"] = source
-        facts["estimate"] = estimate(given, steps, workers=how["workers"], memory=how["memory"])
+    if ready.sides:
+        facts["against"] = {side.name: len(side.source) for side in ready.sides}
+    steps, how = ready.recipe, how | {"workers": workers, "memory": memory}
+    if isinstance(ready.rows, Source):
+        facts |= {"samples": len(ready.rows), "encoder": steps.encoder}
+        facts["estimate"] = estimate_pool(ready.rows, steps, steps.encoder, limit_share=limit_share, **how)
     else:
-        from leveret.pool import open_source
-
-        pool, eyes = open_source(source, images), encoder or steps.encoder
-        facts |= {"samples": len(pool), "encoder": eyes}
-        facts["estimate"] = estimate_pool(pool, steps, eyes, **how)
-    return facts | {"steps": dump(steps)["steps"]}, lines_of(facts["estimate"])
+        facts["embeddings"] = source
+        facts["estimate"] = estimate(ready.rows, steps, workers=workers, memory=memory)
+    told = lines_of(facts["estimate"])
+    return facts | {"steps": dump(steps)["steps"]}, [*told, *["all of it is done"] * ("condense" in done)]
 
 
 @verb("recut", "leveret.condense.recut", group=coreset)
@@ -195,10 +249,12 @@ def coreset_recut(
     json: Json = False,
 ) -> None:
     """Another threshold, window or budget; only what hangs on it is done again."""
-    from leveret.condense.recut import recut, redone
+    from leveret.condense.recut import check, recut, redone
 
     again = redone(path, overrides or [])
     if dry_run:
+        with reporting(json):
+            check(path, out, overrides or [])
         return tell_plan(json, {"out": str(out), "done again": again})
     with reporting(json):
         folder = recut(path, out, overrides or [], workers=workers)

@@ -20,7 +20,7 @@ _EXTRAS = {
     "gguf": "gguf",
 }
 _NETWORK = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp")
-_AGAIN = "interrupted; what was finished is kept, run the same command again to go on"
+_AGAIN = "interrupted; where a folder was being filled, the same command goes on from what is finished there"
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

@@ -6,6 +6,7 @@ where nothing but benchmarks came before the clusters, their nearest centroids.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from leveret.condense.given import Given, is_given, open_given
 from leveret.condense.pipeline import condense, finished
 from leveret.condense.shards import ParquetShard
 from leveret.condense.steps import AGAINST, CondenseRecipe, changed
-from leveret.runs import DataError, RecipeError, write_json
+from leveret.pool.mixed import QUARANTINE
+from leveret.runs import DataError, RecipeError, atomic_file, each_jsonl, write_json
 
 
 def add(
@@ -27,6 +29,7 @@ def add(
     """Makes the coreset `out` of the rows of the finished one at `path` and of the embeddings `new`; returns `out`.
 
     It equals `condense` on all of them (the folder `out/.all`, which links their files) with the centroids of `path`.
+    What was refused when they were embedded stands in its ledger too, after all rows.
     `out/added.json` says how near the old and the new rows lie to their centroids.
 
     Raises RecipeError (the recipe trains no centroids, or more than once) and DataError (`path` holds no finished
@@ -98,7 +101,20 @@ def _linked(every: Sequence[Given], folder: Path) -> Path:
             wanted.add(folder / name)
     for place in [path for path in folder.rglob("*") if path.is_symlink() and path not in wanted]:
         place.unlink()  # of an earlier call with other files
+    _gather_refused(every, folder / QUARANTINE)
     return folder
+
+
+def _gather_refused(every: Sequence[Given], path: Path) -> None:
+    """What was refused when the sets were embedded, as one quarantine; numbered after all rows, for a row's number is
+    its place among the vectors."""
+    number = sum(map(len, every))
+    with atomic_file(path) as out:
+        for given in every:
+            there = given.path / QUARANTINE
+            for line in each_jsonl(there) if there.is_file() else ():
+                out.write((json.dumps({**line, "index": number}, ensure_ascii=False) + "\n").encode())
+                number += 1
 
 
 def _link(target: Path, place: Path) -> None:

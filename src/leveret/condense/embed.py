@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from leveret.condense.lloyd import Map
 from leveret.condense.worker import Done, Job, look, pack_job, unpack_done, work
 from leveret.pool import SampleFault, Source, open_source
 from leveret.pool.check import printable
+from leveret.pool.mixed import QUARANTINE
 from leveret.processes import Worker
 from leveret.records import ImageRef
 from leveret.runs import (
@@ -88,24 +89,8 @@ def embed(
 
     Returns `out`. Raises RecipeError when the folder holds embeddings of another pool, encoder or shard size.
     """
-    from leveret.model.encoders import load_encoder, precision_of
-
     source = source if isinstance(source, Source) else open_source(source, images)
-    precision = precision_of(encoder, device, precision)
-    loaded = load_encoder(encoder, device, precision)
-    facts = {
-        "source": source.fingerprint(),
-        "encoder": encoder,
-        "weights": loaded.fingerprint,
-        "batch": batch,
-        "shard": shard,
-    }
-    if texts:
-        if not loaded.has_texts:
-            raise RecipeError(f"encoder {encoder!r} has no text side, so there are no captions' vectors to keep")
-        facts["texts"] = True
-    if precision != "fp32":
-        facts["precision"] = precision
+    loaded, precision, facts = _bound(source, encoder, batch, shard, texts, device, precision)
     run = RunFolder.open(out, "embed", facts)
     n = len(source)
     if run.is_done("embed"):
@@ -140,6 +125,51 @@ def embed(
     return run.path
 
 
+def look_ahead(
+    source: Source,
+    out: str | Path,
+    encoder: str,
+    *,
+    batch: int = 256,
+    shard: int = 20000,
+    texts: bool = False,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> tuple[int, Counter[str]]:
+    """(shards of `out` that are done already, what they refused), for a dry run; nothing is written. Raises what
+    `embed` would refuse before it looks at a sample."""
+    done = RunFolder.peek(out, "embed", _bound(source, encoder, batch, shard, texts, device, precision)[2])
+    shards = [RunFolder(Path(out), "embed").facts(name) for name in done if name.startswith("shard_")]
+    refused: Counter[str] = Counter()
+    for facts in shards:
+        refused.update(facts["refused"])
+    return len(shards), refused
+
+
+def _bound(
+    source: Source, encoder: str, batch: int, shard: int, texts: bool, device: str, precision: str
+) -> tuple[Encoder, str, dict[str, Any]]:
+    """(the encoder, the precision that `auto` comes to, what the folder holds the run to)."""
+    from leveret.model.encoders import load_encoder, precision_of
+
+    precision = precision_of(encoder, device, precision)
+    loaded = load_encoder(encoder, device, precision)
+    facts = {
+        "source": source.fingerprint(),
+        "encoder": encoder,
+        "weights": loaded.fingerprint,
+        "batch": batch,
+        "shard": shard,
+    }
+    if texts:
+        if not loaded.has_texts:
+            raise RecipeError(f"encoder {encoder!r} has no text side, so there are no captions' vectors to keep")
+        facts["texts"] = True
+    if precision != "fp32":
+        facts["precision"] = precision
+    return loaded, precision, facts
+
+
 def shard_rows(run: RunFolder, n: int, shard: int) -> int:
     """Rows in all finished shards."""
     return sum(run.facts(f"shard_{start // shard:06d}")["rows"] for start in range(0, n, shard))
@@ -147,23 +177,25 @@ def shard_rows(run: RunFolder, n: int, shard: int) -> int:
 
 def _judge(bad: Counter[str], seen: int, n: int, limit: float, source: Source, run: RunFolder, shard: int) -> None:
     """DataError where too many of the first `seen` samples are refused, with a file that names each."""
-    if _too_many(bad, seen, n, limit):
-        quarantine = _gather(run, n, shard)
+    refuse_many(bad, seen, n, limit, source, lambda: f" Each is named in {_gather(run, n, shard)}.")
+
+
+def refuse_many(
+    bad: Counter[str], seen: int, n: int, limit: float, source: Source, where: Callable[[], str] = lambda: ""
+) -> None:
+    """DataError where of the `seen` of `n` samples too many are refused: certainly, or as far as can be told from so
+    many. where: says where each is named."""
+    if bad.total() > limit * n or (seen >= JUDGED_FROM and bad.total() > limit * seen):
         raise DataError(
-            f"{bad.total():,} of {'the first ' * (seen < n)}{seen:,} samples are refused, more than the limit "
-            f"of {limit:.0%}: {in_words(bad)}.{source.advice(bad, seen)} Each is named in "
-            f"{quarantine}. Mend the data, or raise the limit (--limit-share)."
+            f"{bad.total():,} of {f'the {seen:,} samples looked at' if seen < n else f'{seen:,} samples'} are refused, "
+            f"more than the limit of {limit:.0%}: {in_words(bad)}.{source.advice(bad, seen)}{where()} Mend the data, "
+            "or raise the limit (--limit-share)."
         )
-
-
-def _too_many(bad: Counter[str], seen: int, n: int, limit: float) -> bool:
-    """Certainly, or as far as can be told from the samples seen so far."""
-    return bad.total() > limit * n or (seen >= JUDGED_FROM and bad.total() > limit * seen)
 
 
 def _gather(run: RunFolder, n: int, shard: int) -> Path:
     """The shards' quarantine files as one."""
-    path = run.path / "quarantine.jsonl"
+    path = run.path / QUARANTINE
     with atomic_file(path) as out:
         for start in range(0, n, shard):
             file = run.path / "quarantine" / f"quarantine_{start // shard}.jsonl"
@@ -266,10 +298,11 @@ def _refusal(index: int, id: str, image: str, reason: str, detail: str = "") -> 
 
 @dataclass
 class Some:
-    """What some samples of a pool turned out to be. vectors: [n, width] float16. refused: reasons -> how many.
-    looked: samples that were looked at, in so many seconds."""
+    """What some samples of a pool turned out to be. vectors: [n, width] float16. block: [n] number of the place that
+    each is of. refused: reasons -> how many. looked: samples that were looked at, in so many seconds."""
 
     vectors: NDArray[np.float16]
+    block: NDArray[np.int64]
     refused: Counter[str]
     looked: int
     seconds: float
@@ -293,18 +326,20 @@ def embed_some(
             yield Job(place.start, [one[0] for one in found if not isinstance(one, dict)])
 
     parts: list[NDArray[np.float16]] = [np.zeros((0, loaded.width), np.float16)]
+    blocks: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
     looked = 0
     with ThreadPoolExecutor(workers) as threads, Progress(sum(map(len, places)), "looking", "samples") as progress:
         fleet = Here(loaded, threads, single=is_light(encoder))
         began = time.perf_counter()
-        for place, done in zip(places, fleet.run(jobs()), strict=False):
+        for number, (place, done) in enumerate(zip(places, fleet.run(jobs()), strict=False)):
             parts.append(done.vectors)
+            blocks.append(np.full(len(done.vectors), number))
             refused.update([*faults[place.start], *(f"image {reason}" for _, reason, _ in done.faults)])
             looked += len(place)
             progress.advance(len(place))
             if time.perf_counter() - began > limit:
                 break
-    return Some(np.concatenate(parts), refused, looked, time.perf_counter() - began)
+    return Some(np.concatenate(parts), np.concatenate(blocks), refused, looked, time.perf_counter() - began)
 
 
 # --- who does the work ---------------------------------------------------------------------------------------------

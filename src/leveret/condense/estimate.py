@@ -2,9 +2,8 @@
 
 Of a pool without vectors as many samples are embedded, for a minute at most; that also tells what embedding all takes.
 
-Of near copies a sample shows few: a pair is seen when both its rows are drawn. So what dedup leaves is told as a range.
-At least as large a share is dropped of all rows as of the sample, and at most one row for each pair that the pairs in
-the sample stand for (exactly that where copies come in pairs). Ranges pass on to the steps that follow.
+Of near copies a sample shows few, so what dedup leaves is a range (sampled.py), and it passes on to the steps that
+follow.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from leveret.condense import groups, screen
+from leveret.condense import screen
+from leveret.condense.embed import Some, embed_some, refuse_many
 from leveret.condense.given import Given
 from leveret.condense.ranks import rank_of
 from leveret.condense.rows import Array, floats
+from leveret.condense.sampled import Range, Sample, after_dedup, cells_of, draw, places
 from leveret.condense.shards import Shard
 from leveret.condense.steps import (
     COLUMN_BYTES,
@@ -39,10 +39,6 @@ from leveret.condense.steps import (
 from leveret.pool import Source
 from leveret.runs import DataError, in_words
 
-SHARE, LEAST, MOST = 0.01, 2_000, 20_000
-"""Rows that are looked at: this share of all, but no fewer and no more."""
-BLOCK = 64
-"""Rows next to each other that are read together."""
 LIMIT = 60.0
 """Seconds after which no more of a pool is embedded."""
 WRITTEN = 1e9
@@ -51,73 +47,6 @@ THRESHOLDS = (0.80, 0.84, 0.86, 0.90, 0.945)
 """Where near copies are counted besides the recipe's own threshold."""
 OVERHEAD = 4.5
 """Seconds of a whole run over those of its products at the best rate, as measured with 1,000,000 rows (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """How many rows, at least and at most."""
-
-    low: int
-    high: int
-
-    def __str__(self) -> str:
-        return f"{self.low:,}" if self.low == self.high else f"{self.low:,} to {self.high:,}"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows that were drawn: x [m, width] as stored. of: all rows. rate: bytes a second that were read."""
-
-    x: Array
-    of: int
-    rate: float
-
-
-def _blocks(n: int, seed: int) -> Array:
-    """Numbers of the blocks that are looked at, as the seed says, in its order."""
-    wanted = min(n, max(LEAST, min(MOST, round(SHARE * n))))
-    return np.random.default_rng(seed).permutation(np.arange(-(-n // BLOCK)))[: -(-wanted // BLOCK)]
-
-
-def draw(given: Given, seed: int) -> Sample:
-    """Blocks of rows at places that the seed says."""
-    n = len(given)
-    chosen = np.sort(_blocks(n, seed))
-    began, found = time.perf_counter(), []
-    for file in given.files:
-        for block in chosen[(chosen * BLOCK >= file.first) & (chosen * BLOCK < file.first + file.shard.n)].tolist():
-            start = block * BLOCK - file.first
-            found.append(file.shard.read(start, min(start + BLOCK, file.shard.n)))
-    x = np.concatenate(found) if found else np.zeros((0, given.shards[0].width if given.shards else 1), np.float32)
-    good = np.isfinite(floats(x)).all(1) & (floats(x) != 0).any(1)
-    return Sample(x[good], n, x.nbytes / max(time.perf_counter() - began, 1e-6))
-
-
-def near_copies(x: Array, threshold: float) -> tuple[int, int]:
-    """(pairs above the threshold, rows that would be dropped) among all rows of a sample."""
-    joined, pairs = groups.Joined(len(x)), 0
-    block = screen.prepare(x, screen.middle_of(x))
-    for i, j, sure in screen.candidates(block, block, threshold, same=True):
-        edge = sure.copy()
-        edge[~sure] = groups.is_edge(x, i[~sure], x, j[~sure], threshold)
-        pairs += int(edge.sum())
-        joined.add(i[edge], j[edge])
-    return pairs, len(x) - len(np.unique(joined.settle()))
-
-
-def after_dedup(sample: Sample, threshold: float, came: Range) -> Range:
-    """What dedup leaves of `came` rows."""
-    m = len(sample.x)
-    if m < 2:
-        return came
-    pairs, dropped = near_copies(sample.x, threshold)
-
-    def left(n: int, gone: float) -> int:
-        return max(1, n - round(min(gone, n - 1))) if n else 0
-
-    # Two standard deviations of what a count of pairs may be off.
-    most = (pairs + 2 * math.sqrt(pairs + 1)) * came.high * (came.high - 1) / (m * (m - 1))
-    return Range(left(came.low, max(most, came.low * dropped / m)), left(came.high, came.high * dropped / m))
 
 
 def skew(x: Array, seed: int, per_row: int = 1) -> float:
@@ -157,34 +86,57 @@ def estimate_pool(
     memory: int,
     device: str = "cpu",
     precision: str = "auto",
+    limit_share: float = 1.0,
 ) -> dict[str, Any]:
-    """As `estimate`, for a pool that is embedded first; and {"embed": {"samples", "looked", "refused": {reason: how
-    many of those looked at}, "seconds", "disk"}}, which "seconds" and "disk" of the whole include.
+    """As `estimate`, for a pool that is embedded first; and {"embed": as `estimate_embed`}, which "seconds" and "disk"
+    of the whole include. Raises what that raises."""
+    from leveret.model.encoders import load_encoder, precision_of
 
-    DataError where none of the samples that were looked at can be embedded.
+    scored = load_encoder(encoder, device, precision_of(encoder, device, precision)).has_texts
+    check_columns(recipe, ("score",) if scored else (), f"the encoder {encoder!r}")
+    facts, some = estimate_embed(
+        source, encoder, seed=recipe.seed, workers=workers, device=device, precision=precision, limit_share=limit_share
+    )
+    found = _estimate(Sample(some.vectors, facts["rows"], WRITTEN, some.block), recipe, workers, memory)
+    total = {name: found[name] + facts[name] for name in ("seconds", "disk")}
+    return {**found, **total, "embed": facts}
+
+
+def estimate_embed(
+    source: Source,
+    encoder: str,
+    *,
+    seed: int = 0,
+    workers: int,
+    device: str = "cpu",
+    precision: str = "auto",
+    limit_share: float = 1.0,
+) -> tuple[dict[str, Any], Some]:
+    """What embedding a pool would come to: {"samples", "looked", "refused": {reason: how many of those looked at},
+    "rows": how many will have a vector, "seconds", "disk": bytes}; and those that were embedded to tell it.
+
+    DataError where none of the samples that were looked at can be embedded, or more than `limit_share` are refused.
     """
-    from leveret.condense.embed import embed_some
     from leveret.model.encoders import is_light, load_encoder, precision_of
 
     computed = precision_of(encoder, device, precision)
     loaded = load_encoder(encoder, device, computed)
-    check_columns(recipe, ("score",) if loaded.has_texts else (), f"the encoder {encoder!r}")
     n = len(source)
-    places = [range(block * BLOCK, min((block + 1) * BLOCK, n)) for block in _blocks(n, recipe.seed).tolist()]
-    some = embed_some(source, encoder, places, LIMIT, workers=workers, device=device, precision=computed)
+    blocks = [rows for _, rows in places([n], seed)]
+    some = embed_some(source, encoder, blocks, LIMIT, workers=workers, device=device, precision=computed)
     if some.looked and not len(some.vectors):
         raise DataError(
             f"{source.name}: none of the {some.looked:,} samples that were looked at can be embedded: "
             f"{in_words(some.refused)}.{source.advice(some.refused, some.looked)}"
         )
+    refuse_many(some.refused, some.looked, n, limit_share, source)
     of = round(n * len(some.vectors) / max(some.looked, 1))
-    found = _estimate(Sample(some.vectors, of, WRITTEN), recipe, workers, memory)
     # A small encoder was looked at on one core; embedding all runs one on each.
     seconds = n * some.seconds / max(some.looked, 1) / (workers if is_light(encoder) and device == "cpu" else 1)
     disk = of * (2 * loaded.width + COLUMN_BYTES)
     refused = dict(sorted(some.refused.items()))
-    facts = {"samples": n, "looked": some.looked, "refused": refused, "seconds": round(seconds, 1), "disk": disk}
-    return {**found, "seconds": round(found["seconds"] + seconds, 1), "disk": found["disk"] + disk, "embed": facts}
+    facts = {"samples": n, "looked": some.looked, "refused": refused, "rows": of}
+    return facts | {"seconds": round(seconds, 1), "disk": disk}, some
 
 
 def estimate(given: Given, recipe: CondenseRecipe, *, workers: int, memory: int) -> dict[str, Any]:
@@ -203,6 +155,7 @@ def _estimate(sample: Sample, recipe: CondenseRecipe, workers: int, memory: int,
     n, width, size = sample.of, sample.x.shape[1], sample.x.itemsize
     rate = product_rate(workers)
     left, k, flop, disk, per_row = Range(n, n), 1, 0.0, n * COLUMN_BYTES, 1
+    cells: Array | None = None
     steps: dict[str, dict[str, Any]] = {}
     thresholds: dict[str, list[int]] = {}
     for label, config in recipe.steps.items():
@@ -210,6 +163,7 @@ def _estimate(sample: Sample, recipe: CondenseRecipe, workers: int, memory: int,
         if isinstance(config, Cluster):
             k, trained = _clusters(config, left.high, width)
             per_row = config.clusters_per_row
+            cells = cells_of(sample.x, k, per_row, recipe.seed)
             flop += 2.0 * width * (trained * k * (config.iterations if trained else 0) + left.high * k)
             copied = per_row > 1 or not plain or n * width * size > memory
             disk += left.high * (per_row * width * size * copied + COLUMN_BYTES)
@@ -219,11 +173,11 @@ def _estimate(sample: Sample, recipe: CondenseRecipe, workers: int, memory: int,
             flop += uneven * width * left.high**2 / k
             if not thresholds:
                 asked = sorted({*THRESHOLDS, config.threshold})
-                found = {one: after_dedup(sample, one, left) for one in asked}
+                found = {one: after_dedup(sample, one, left, cells, seed=recipe.seed) for one in asked}
                 thresholds = {f"{one:g}": [at.low, at.high] for one, at in found.items()}
                 left = found[config.threshold]
             else:
-                left = after_dedup(sample, config.threshold, left)
+                left = after_dedup(sample, config.threshold, left, cells, seed=recipe.seed, again=True)
         else:
             left = _counted(config, left)
         steps[label] = {**facts, "left": [left.low, left.high]}
@@ -264,13 +218,7 @@ def _counted(config: Any, left: Range) -> Range:
 
 def lines_of(found: dict[str, Any]) -> Sequence[str]:
     """For the terminal."""
-    lines = []
-    if "embed" in found:
-        facts = found["embed"]
-        lines.append(
-            f"embedding {facts['samples']:,} samples: about {_time(facts['seconds'])} and {facts['disk'] / 1e9:.2f} GB"
-        )
-        lines += [f"  of {facts['looked']:,} looked at {n:,} refused: {why}" for why, n in facts["refused"].items()]
+    lines = [*embed_lines(found["embed"])] if "embed" in found else []
     lines.append(f"{found['rows']:,} rows; told from {found['sampled']:,} of them")
     for label, facts in found["steps"].items():
         more = f" ({facts['clusters']:,} clusters)" if "clusters" in facts else ""
@@ -283,6 +231,13 @@ def lines_of(found: dict[str, Any]) -> Sequence[str]:
         f"{found['disk'] / 1e9:.2f} GB of disk"
     )
     return lines
+
+
+def embed_lines(facts: dict[str, Any]) -> Sequence[str]:
+    """For the terminal: what embedding would come to."""
+    told = f"{facts['samples']:,} samples: about {_time(facts['seconds'])} and {facts['disk'] / 1e9:.2f} GB"
+    refused = [f"  of {facts['looked']:,} looked at {n:,} refused: {why}" for why, n in facts["refused"].items()]
+    return [f"embedding {told}", *refused]
 
 
 def _time(seconds: float) -> str:

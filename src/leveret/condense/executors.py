@@ -25,6 +25,7 @@ def executor(name: str, workers: int) -> AbstractContextManager[Map]:
     if kind == "local" and not address:
         return _local(workers)
     if kind == "ray":
+        _import_ray()  # told now, and not when there is work
         return _ray(address, workers)
     near = closest(kind, ("local", "ray"))
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -63,15 +64,20 @@ def _local(workers: int) -> Generator[Map]:
         yield execute
 
 
-@contextmanager
-def _ray(address: str, workers: int) -> Generator[Map]:
-    """Tasks of a Ray cluster, one CPU each. A machine that is lost has its tasks run again elsewhere."""
+def _import_ray() -> Any:
     try:
         import ray
     except ImportError as fault:
         raise EnvironmentFault(
             f"executor ray: Ray is not installed ({fault}); `pip install 'leveret[ray]'` brings it"
         ) from None
+    return ray
+
+
+@contextmanager
+def _ray(address: str, workers: int) -> Generator[Map]:
+    """Tasks of a Ray cluster, one CPU each. A machine that is lost has its tasks run again elsewhere."""
+    ray = _import_ray()
     ours = not ray.is_initialized()
     if ours:
         _connect(ray, address, workers)

@@ -12,6 +12,7 @@ Files are taken in the order of their numbers, else of their names; no rule depe
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ import numpy as np
 from leveret.condense.columns import Ids
 from leveret.condense.rows import Array, Doubles, Ints, cosines
 from leveret.condense.shards import ParquetShard, Shard, open_npy, open_parquet, scattered
+from leveret.pool.folder import ENDINGS, TABLES
 from leveret.runs import DataError, read_json
 
 IDS = ("id", "key", "uid", "sample_id", "image_path", "image", "url")
@@ -34,6 +36,9 @@ SCORES = ("score", "similarity", "clip_score")
 IMAGES = ("image", "image_path", "file_name", "url")
 CAPTIONS = ("caption", "text", "TEXT")
 """The same for the image and the caption that are told of a row that is kept or shown."""
+
+VECTORS = (".npy", ".parquet")
+"""Files of vectors that may lie bare in a folder."""
 
 BLOCK = 65_536
 """Rows of metadata that are read together."""
@@ -184,11 +189,25 @@ class Given:
 
 
 def is_given(path: str | Path) -> bool:
-    """Whether a path is embeddings and no pool: `.npy`, parquet with a column of vectors, or a folder of these."""
+    """Whether a path is embeddings and no pool: `.npy`, parquet with a column of vectors, or a folder of these (not one
+    that holds more photos than such files, or a table of captions: photos may have anything beside them)."""
     path = Path(path)
     if path.is_dir():
-        return (path / "img_emb").is_dir() or any(path.glob("*.npy")) or _is_vectors(next(path.glob("*.parquet"), None))
+        return (path / "img_emb").is_dir() or (
+            not _is_of_photos(path) and (any(path.glob("*.npy")) or _is_vectors(next(path.glob("*.parquet"), None)))
+        )
     return path.suffix == ".npy" or _is_vectors(path if path.suffix == ".parquet" else None)
+
+
+def _is_of_photos(folder: Path) -> bool:
+    photos = vectors = 0
+    with os.scandir(folder) as entries:
+        for name in (entry.name for entry in entries if entry.name[0] != "."):
+            if name in TABLES:
+                return True
+            ending = os.path.splitext(name)[1].lower()
+            photos, vectors = photos + (ending in ENDINGS), vectors + (ending in VECTORS)
+    return photos > vectors
 
 
 def _is_vectors(path: Path | None) -> bool:

@@ -9,7 +9,6 @@ the first part that was not finished and ends with the same rows in the ledger a
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -22,26 +21,23 @@ import numpy as np
 
 from leveret import recipe as recipes
 from leveret.condense import engine
-from leveret.condense.against import LOT, Benchmark, Eyes, eyes_of, look_at, open_benchmark
+from leveret.condense.against import LOT, Benchmark, open_benchmark
 from leveret.condense.embed import embed
 from leveret.condense.executors import executor
-from leveret.condense.given import Given, is_given, let_go, open_given
+from leveret.condense.given import Given, let_go, open_given
 from leveret.condense.ledger import Stage, records, write_contaminated, write_coreset, write_ids, write_ledger
 from leveret.condense.lloyd import Map
+from leveret.condense.prepare import RULES, prepare
 from leveret.condense.ranks import hash_ids
 from leveret.condense.steps import (
     STEPS,
-    Cluster,
     CondenseRecipe,
-    ImageCluster,
     Shop,
     State,
-    check_columns,
-    decontaminated,
-    read,
 )
 from leveret.condense.working import Part, Rows
-from leveret.pool import Source, open_source
+from leveret.pool import Source
+from leveret.pool.mixed import QUARANTINE
 from leveret.runs import (
     DataError,
     Interrupted,
@@ -55,9 +51,6 @@ from leveret.runs import (
     stop_requested,
     write_json,
 )
-
-RULES = 2
-"""Version of the rules in docs/condense.md. A change of any kept id raises it, so that old folders are not gone on."""
 
 
 def condense(
@@ -95,50 +88,19 @@ def condense(
 
     Raises RecipeError (also when `out` holds another run, or a step needs scores and there are none), DataError.
     """
-    against = [against] if isinstance(against, str | Path) else against
-    if isinstance(recipe, CondenseRecipe):
-        chosen = decontaminated(recipe, against=bool(against))
-    else:
-        chosen = read(recipe, overrides, against=bool(against))
     workers = workers or cores()
     where = executor(run_on, workers)
     if run_on != "local":  # other machines know no working directory of ours
         out = Path(out).resolve()
         source = source if isinstance(source, Source) else Path(source).resolve()
     clock = Clock()
-    pool: Source | None = None
-    if isinstance(source, Source):
-        pool = source
-    elif not is_given(source):
-        pool = open_source(source, images)
-    sides = look_at(against)
-    mark: dict[str, Any]
-    if pool is not None:
-        from leveret.model.encoders import load_encoder, precision_of
-
-        chosen = chosen.model_copy(update={"encoder": encoder or chosen.encoder})
-        computed = precision_of(chosen.encoder, device, precision)
-        loaded = load_encoder(chosen.encoder, device, computed)
-        check_columns(chosen, ("score",) if loaded.has_texts else (), f"the encoder {chosen.encoder!r}")
-        mark = {"source": pool.fingerprint(), "weights": loaded.fingerprint}
-        mark |= {} if computed == "fp32" else {"precision": computed}
-        eyes = Eyes(chosen.encoder, loaded.fingerprint, loaded.width, f"the pool {pool.path}")
-    else:
-        given = open_given(str(source))
-        check_columns(chosen, ("score",) if given.has_scores else (), f"the embeddings {given.path}")
-        chosen = chosen.model_copy(update={"encoder": _made_by(given)})
-        mark = {"source": given.fingerprint(), "weights": "as given"}
-        eyes = eyes_of(given, encoder, sides, device)
-    for side in sides:
-        side.check(eyes)
-    width = loaded.width if pool is not None else max((shard.width for shard in given.shards), default=0)
-    if files := _files(chosen, width):
-        mark["files"] = files
-    if sides:
-        mark["against"] = [side.mark(eyes) for side in sides]
-    if like is not None:
-        _unchanged(like, mark)
-    run = RunFolder.open(out, "condense", {**recipes.dump(chosen), **mark, "rules": RULES})
+    ready = prepare(
+        source, recipe, overrides, images=images, encoder=encoder, against=against, device=device, precision=precision,
+        like=like,
+    )  # fmt: skip
+    chosen, sides, eyes = ready.recipe, ready.sides, ready.eyes
+    pool = ready.rows if isinstance(ready.rows, Source) else None
+    run = RunFolder.open(out, "condense", ready.bound())
     if begin is not None:
         begin(run.path)
     how: dict[str, Any] = {"workers": workers, "limit_share": limit_share, "device": device, "run_on": run_on}
@@ -152,10 +114,11 @@ def condense(
             counts = {"images": len(held), "refused": len(Refused.of(held))}
             paths = {"path": str(side.path.resolve()), "embeddings": str(there.resolve())}
             met.append({"name": side.name, **counts, **paths})
-        if pool is not None:
+        if isinstance(ready.rows, Source):
             with clock("embed"):
-                folder = embed(pool, run.path / "embeddings", chosen.encoder, **how)
-                given = open_given(folder)
+                given = open_given(embed(ready.rows, run.path / "embeddings", chosen.encoder, **how))
+        else:
+            given = ready.rows
         benchmarks = _benchmarks(run, met, execute)
         state, stages = _run_steps(run, chosen, given, execute, memory, workers, clock, benchmarks)
         with clock("write"):
@@ -171,7 +134,7 @@ def condense(
     summary = _summary(run, chosen, given, state, stages, refused)
     write_json(run.path / "summary.json", summary)
     counts = {stage.label: stage.after for stage in stages}
-    manifest = {"rules": RULES, "recipe": recipes.dump(chosen), **mark, "input": summary["input"], "left": counts}
+    manifest = {"rules": RULES, "recipe": recipes.dump(chosen), **ready.mark, "input": summary["input"], "left": counts}
     hashes = {name: sha256_of(run.path / name) for name in ("coreset.parquet", "coreset.json")}
     place = {
         "embeddings": str(given.path.resolve()),
@@ -231,41 +194,6 @@ def open_coreset(path: str | Path) -> Opened:
     return Opened(path, chosen, given, state, stages, benchmarks)
 
 
-def _unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """DataError where the rows, the encoder, a benchmark or a file of the recipe is not what finished steps saw."""
-    names = {"source": "the pool or embeddings", "weights": "the encoder", "against": "a benchmark"}
-    now = json.loads(json.dumps(now))
-    changed = [what for name, what in names.items() if before.get(name) != now.get(name)]
-    old, new = before.get("files", {}), now.get("files", {})
-    changed += [f"the file of steps.{label}" for label in old.keys() & new.keys() if old[label] != new[label]]
-    if changed:
-        raise DataError(
-            f"{' and '.join(changed)} changed since that coreset was made, so its steps cannot be taken over; condense "
-            "anew"
-        )
-
-
-def _files(chosen: CondenseRecipe, width: int) -> dict[str, str]:
-    """Digests of what the recipe reads besides the rows: they are part of what a run is. DataError, before a folder is
-    begun, where centroids do not fit rows of `width`."""
-    found = {}
-    for label, config in chosen.steps.items():
-        if isinstance(config, Cluster) and config.centroids is not None:
-            if not Path(config.centroids).is_file():
-                raise DataError(f"steps.{label}.centroids: there is no file {config.centroids}")
-            if width:
-                engine.given_centroids(config.centroids, width)
-            found[label] = sha256_of(Path(config.centroids))
-        elif isinstance(config, ImageCluster) and config.targets is not None:
-            found[label] = open_given(config.targets).fingerprint()
-    return found
-
-
-def _made_by(given: Given) -> str:
-    """Which encoder made the embeddings, where they say so."""
-    return given.made_by().get("encoder", "made elsewhere")
-
-
 def _benchmarks(run: RunFolder, found: Sequence[Mapping[str, Any]], execute: Map) -> tuple[Benchmark, ...]:
     """Benchmarks whose vectors are read when they are asked for first. found: their entries in the manifest."""
 
@@ -287,7 +215,7 @@ class Refused:
 
     @classmethod
     def of(cls, given: Given) -> Refused:
-        path = given.path / "quarantine.jsonl"
+        path = given.path / QUARANTINE
         lines = each_jsonl(path) if path.is_file() else ()
         return cls(path, Counter(str(line["reason"]) for line in lines))
 

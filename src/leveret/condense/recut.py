@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from leveret import recipe as recipes
 from leveret.condense.pipeline import condense, finished
+from leveret.condense.prepare import prepare
 from leveret.condense.steps import CondenseRecipe, changed
-from leveret.runs import RecipeError
+from leveret.runs import RecipeError, RunFolder
 
 
 def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, workers: int | None = None) -> Path:
@@ -22,14 +24,7 @@ def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, w
     and DataError (`path` holds no finished coreset, or its data are gone or were changed).
     """
     path, out = Path(path), Path(out)
-    manifest = finished(path)
-    before = CondenseRecipe.model_validate(manifest["recipe"])
-    after = changed(before, overrides)
-    for name in ("seed", "encoder"):
-        if getattr(before, name) != getattr(after, name):
-            raise RecipeError(f"{name}: every step hangs on it, so there is nothing to take from {path}; condense anew")
-    if recipes.dump(before) == recipes.dump(after):
-        raise RecipeError(f"this is the recipe that {path} was made by; say what is to differ, such as budget=1000")
+    manifest, after, given = _given(path, overrides)
     kept = list(after.steps)[: len(after.steps) - len(redone(path, overrides))]
 
     def begin(folder: Path) -> None:
@@ -39,15 +34,38 @@ def recut(path: str | Path, out: str | Path, overrides: Sequence[str] = (), *, w
         manifest["pool"] or manifest["embeddings"],
         out,
         after,
-        images=manifest["images"],
-        encoder=manifest.get("encoder"),
-        precision=manifest.get("precision", "fp32"),
-        against=[facts["path"] for facts in manifest.get("benchmarks", [])],
         memory=manifest["memory"],
         workers=workers,
         begin=begin,
-        like=manifest,
+        **given,
     )
+
+
+def check(path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Raises what `recut` would before it begins, for a dry run; nothing is written."""
+    manifest, after, given = _given(Path(path), overrides)
+    ready = prepare(manifest["pool"] or manifest["embeddings"], after, **given)
+    RunFolder.peek(out, "condense", ready.bound())
+
+
+def _given(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], CondenseRecipe, dict[str, Any]]:
+    """(manifest of the coreset, the recipe as it is to be, what `prepare` takes besides)."""
+    manifest = finished(path)
+    before = CondenseRecipe.model_validate(manifest["recipe"])
+    after = changed(before, overrides)
+    for name in ("seed", "encoder"):
+        if getattr(before, name) != getattr(after, name):
+            raise RecipeError(f"{name}: every step hangs on it, so there is nothing to take from {path}; condense anew")
+    if recipes.dump(before) == recipes.dump(after):
+        raise RecipeError(f"this is the recipe that {path} was made by; say what is to differ, such as budget=1000")
+    given = {
+        "images": manifest["images"],
+        "encoder": manifest.get("encoder"),
+        "precision": manifest.get("precision", "fp32"),
+        "against": [facts["path"] for facts in manifest.get("benchmarks", [])],
+        "like": manifest,
+    }
+    return manifest, after, given
 
 
 def redone(path: str | Path, overrides: Sequence[str]) -> list[str]:

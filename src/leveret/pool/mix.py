@@ -111,14 +111,15 @@ def mix(
                 f"the sources' image folders ({', '.join(sorted({str(one.source.root.path) for one in opened}))}) have "
                 "no folder in common; lay them (or links to them) below one, or write tars with --as tars"
             )
-        key: dict[str, Any] = {}
-        if not dry_run:
-            key = {
-                "rules": _RULES,
-                "form": form,
-                "recipe": wanted.model_dump(mode="json", include=_MADE_BY),
-                "sources": [[one.name, one.source.fingerprint()] for one in opened],
-            }
+        key = {
+            "rules": _RULES,
+            "form": form,
+            "recipe": wanted.model_dump(mode="json", include=_MADE_BY),
+            "sources": [[one.name, one.source.fingerprint()] for one in opened],
+        }
+        if dry_run:
+            place.check(key)
+        else:
             place.claim(key)
             if (made := place.finished(key)) is not None:
                 return made
@@ -127,7 +128,8 @@ def mix(
         try:
             chosen = _choose(wanted, opened, _walk(wanted, opened, unpack, quarantined))
         except DataError:
-            place.forget()
+            if not dry_run:
+                place.forget()
             raise
         facts = _facts(wanted, opened, chosen, quarantined, place, root)
         if dry_run:

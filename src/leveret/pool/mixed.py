@@ -14,7 +14,7 @@ from leveret.images import Root
 from leveret.pool.base import Source
 from leveret.pool.llava import LlavaSource
 from leveret.records import Sample
-from leveret.runs import DataError, RecipeError, atomic_write, claim, differences, read_json
+from leveret.runs import DataError, RecipeError, RunFolder, atomic_write, check_parents, claim, differences, read_json
 
 RECORDS, FACTS, QUARANTINE = "mixture.jsonl", "mix.json", "quarantine.jsonl"
 
@@ -47,10 +47,21 @@ class Place:
 
     def claim(self, key: Mapping[str, Any]) -> None:
         """RecipeError where something else is there; EnvironmentFault where another process writes."""
+        self.check(key)
+        if self.given == self.folder:
+            claim(self.folder)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def check(self, key: Mapping[str, Any]) -> None:
+        """RecipeError where something else is there; nothing is written."""
+        check_parents(self.folder)
         if self.facts.exists():
             if lines := differences(read_json(self.facts).get("key"), json.loads(json.dumps(key))):
                 shown = "".join(f"\n  {line}" for line in lines[:12])
                 raise RecipeError(f"{self.given} is another mixture:{shown}\nName another with -o, or delete this one.")
+        elif self.tars and not (self.folder / "recipe.yaml").is_file():
+            RunFolder.check_place(self.folder, "pool mix")
         elif self.given == self.folder and not self.tars:
             found = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
             if strangers := [name for name in found if name[0] != "." and name not in (RECORDS, QUARANTINE)]:
@@ -59,10 +70,6 @@ class Place:
                 )
         elif not self.tars and self.records.exists():
             raise RecipeError(f"{self.records} is there already and was not mixed here; name another with -o")
-        if self.given == self.folder:
-            claim(self.folder)
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def forget(self) -> None:
         """Leave no folder behind in which nothing was written."""

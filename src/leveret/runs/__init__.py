@@ -8,6 +8,7 @@ from leveret.runs.errors import (
     DataError,
     EnvironmentFault,
     Interrupted,
+    OtherRecipe,
     RecipeError,
     UserError,
     bytes_of,
@@ -29,7 +30,7 @@ from leveret.runs.files import (
     sync_folder,
     write_json,
 )
-from leveret.runs.folders import RunFolder, claim, differences, is_held, kept_recipe
+from leveret.runs.folders import RunFolder, check_parents, claim, differences, fixed, is_held, kept_recipe
 from leveret.runs.machine import cores, environment
 from leveret.runs.progress import Progress
 from leveret.runs.stopping import graceful_stop, stop_requested
@@ -38,6 +39,7 @@ __all__ = [
     "DataError",
     "EnvironmentFault",
     "Interrupted",
+    "OtherRecipe",
     "Progress",
     "RecipeError",
     "RunFolder",
@@ -46,6 +48,7 @@ __all__ = [
     "atomic_file",
     "atomic_write",
     "bytes_of",
+    "check_parents",
     "claim",
     "closest",
     "cores",
@@ -53,6 +56,7 @@ __all__ = [
     "disk_faults",
     "each_jsonl",
     "environment",
+    "fixed",
     "graceful_stop",
     "in_bytes",
     "in_words",

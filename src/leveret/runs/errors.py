@@ -21,6 +21,10 @@ class RecipeError(UserError):
     exit_code: ClassVar[int] = 2
 
 
+class OtherRecipe(RecipeError):
+    """A folder was begun with another recipe than the one given."""
+
+
 class DataError(UserError):
     """Data on disk is missing, malformed, or too much of it is."""
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from leveret.runs.errors import DataError, EnvironmentFault, RecipeError
+from leveret.runs.errors import DataError, EnvironmentFault, OtherRecipe, RecipeError
 from leveret.runs.files import append_jsonl, as_json, atomic_write, read_json, repair_jsonl, write_json
 from leveret.runs.machine import environment
 
@@ -107,7 +107,7 @@ def is_held(path: Path) -> bool:
         return False
 
 
-def _fixed(free: Collection[str], *recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
+def fixed(free: Collection[str], *recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Recipes without the fields that may differ."""
     return [{key: value for key, value in recipe.items() if key not in free} for recipe in recipes]
 
@@ -131,6 +131,13 @@ def kept_recipe(folder: Path) -> dict[str, Any]:
         f"{file} is damaged: {why}. The run wrote it and needs it to go on: bring it back from a copy, or name another "
         "folder with -o and begin anew"
     )
+
+
+def check_parents(path: Path) -> None:
+    """RecipeError where a folder could not be made, for a file stands where one of its parents would be."""
+    there = next((parent for parent in path.absolute().parents if parent.exists()), None)
+    if there is not None and not there.is_dir():
+        raise RecipeError(f"{there} is a file, so there can be no {path} below it. Name another with -o.")
 
 
 class RunFolder:
@@ -163,22 +170,14 @@ class RunFolder:
         import yaml
 
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise RecipeError(f"{path} is a file; the output of `{kind}` is a folder. Name another with -o.")
+        cls.check_place(path, kind)
         claim(path)
         wanted = json.loads(as_json(recipe))
         recipe_file = path / "recipe.yaml"
         fresh = not any(item.name != ".lock" for item in path.iterdir())
         if recipe_file.exists():
-            cls._check_same(path, kind, *_fixed(free, kept_recipe(path), wanted))
+            cls._check_same(path, kind, *fixed(free, kept_recipe(path), wanted))
         else:
-            # environment.json alone is what a kill between the two writes below leaves: no stranger.
-            known = {"environment.json"}
-            if strangers := sorted(i.name for i in path.iterdir() if i.name not in known and i.name[0] != "."):
-                raise RecipeError(
-                    f"{path} is not empty and holds no run (it holds {', '.join(strangers[:5])}"
-                    f"{', ...' if len(strangers) > 5 else ''}). Name a new or empty folder with -o."
-                )
             write_json(path / "environment.json", {"kind": kind, **environment(), "resumed": []})
             # The recipe comes last: a folder that has it is whole.
             atomic_write(recipe_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True, width=120))
@@ -187,11 +186,13 @@ class RunFolder:
 
     @classmethod
     def peek(cls, path: str | Path, kind: str, recipe: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-        """Which steps are done in a folder, without opening it. RecipeError where `open` would refuse the recipe."""
+        """Which steps are done in a folder, without opening it. RecipeError where `open` would refuse the recipe, or
+        the folder."""
         path = Path(path)
+        cls.check_place(path, kind)
         if not (path / "recipe.yaml").exists():
             return []
-        cls._check_same(path, kind, *_fixed(free, kept_recipe(path), json.loads(as_json(recipe))), look=True)
+        cls._check_same(path, kind, *fixed(free, kept_recipe(path), json.loads(as_json(recipe))), look=True)
         return sorted(mark.stem for mark in (path / "done").glob("*.json"))
 
     @classmethod
@@ -206,9 +207,25 @@ class RunFolder:
         claim(path)
         there, wanted = kept_recipe(path), json.loads(as_json(recipe))
         cls._check_same(path, kind, there, there, look=True)
-        if lines := differences(*_fixed(free, there, wanted)):
+        if lines := differences(*fixed(free, there, wanted)):
             atomic_write(path / "recipe.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True, width=120))
         return lines
+
+    @staticmethod
+    def check_place(path: Path, kind: str) -> None:
+        """RecipeError where it is a file or would lie below one, or has files and no run."""
+        check_parents(path)
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"{path} is a file; the output of `{kind}` is a folder. Name another with -o.")
+        if not path.is_dir() or (path / "recipe.yaml").exists():
+            return
+        # environment.json alone is what a kill between the two writes of `open` leaves: no stranger.
+        known = {"environment.json"}
+        if strangers := sorted(i.name for i in path.iterdir() if i.name not in known and i.name[0] != "."):
+            raise RecipeError(
+                f"{path} is not empty and holds no run (it holds {', '.join(strangers[:5])}"
+                f"{', ...' if len(strangers) > 5 else ''}). Name a new or empty folder with -o."
+            )
 
     @staticmethod
     def _check_same(path: Path, kind: str, there: Any, wanted: Any, *, look: bool = False) -> None:
@@ -222,7 +239,7 @@ class RunFolder:
                 what, old = "other data or another model", "what it was begun with"
             else:
                 what, old = "another recipe", f"the old recipe ({path / 'recipe.yaml'})"
-            raise RecipeError(
+            raise OtherRecipe(
                 f"{path} was made with {what}:{shown}{more}\n"
                 f"Name another folder with -o, delete this one, or give {old} to go on with it."
             )
