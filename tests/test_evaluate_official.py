@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 
 from evaluate_fakes import FakeEngine, FakeModel
 from fakes import tiny_vlm
+from leveret.cli import run as command
 from leveret.evaluate import evaluate, load_items, rule_of, score, task_row
 from leveret.evaluate.tasks.field import FIELD
 from leveret.runs import DataError, read_jsonl
@@ -121,15 +119,14 @@ def test_a_file_that_tells_no_split_is_not_taken_for_the_servers(tmp_path: Path)
         load_items("mmbench", tmp_path, "server")
 
 
-def test_two_processes_share_the_work_of_one_command(root: Path, model: str, tmp_path: Path) -> None:
+def test_two_processes_share_the_work_of_one_command(
+    root: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same bytes as one process, for a suite of a user's own choosing."""
     one = evaluate(model, root, "mme", out=tmp_path / "one")
-    command = [sys.executable, "-m", "leveret.cli", "eval", model, str(root), "-o", str(tmp_path / "two")]
-    done = subprocess.run(
-        [*command, "--task", "mme", "--json", "--workers", "2"], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tasks"] == json.loads(json.dumps(one["tasks"]))
+    capsys.readouterr()
+    two = ["eval", model, str(root), "-o", str(tmp_path / "two"), "--task", "mme", "--json", "--workers", "2"]
+    assert command(two) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == json.loads(json.dumps(one["tasks"]))
     name = "answers/mme.jsonl"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -303,6 +303,9 @@ def test_the_interval_resamples_pictures_not_questions() -> None:
     assert (high - low) / (near_high - near_low) == pytest.approx(10**0.5, rel=0.15)
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 100) ** 0.5, rel=0.15)
     assert interval("accuracy", together, verdicts_of(scores)) == (low, high)
+    order = rng.permutation(1000).tolist()
+    shuffled = [together[k] for k in order], verdicts_of([scores[k] for k in order])
+    assert interval("accuracy", *shuffled) == (low, high), "the order in the file is of no account"
 
 
 def test_a_score_without_a_mistake_claims_no_certainty() -> None:
@@ -339,6 +342,23 @@ def test_the_best_constant_is_chosen_per_template_on_train() -> None:
         [("red", "a"), ("red", "a"), ("blue", "a"), ("blue", "b"), ("blue", "b"), ("green", "b")]
     )]  # fmt: skip
     assert best_constants(train, SCORERS["gqa"]) == {"a": "red", "b": "blue", "": "blue"}
+
+
+def test_texts_that_a_rule_takes_for_one_are_one_constant() -> None:
+    def golds(*some: str) -> list[Item]:
+        return [Item(str(k), None, "", [text] * 10, meta={"image_id": str(k)}) for k, text in enumerate(some)]
+
+    train = golds("red", "red", "red", "2", "2", "two", "two")
+    assert best_constants(train, SCORERS["textvqa"])[""] == "2"  # right for four, red for three
+    rare = golds(*["red"] * 9, *["2"] * 5, *["blue"] * 8, "two", "two", "two", "two", "two")
+    assert (
+        best_constants(rare, SCORERS["textvqa"])[""] == "2"
+        and best_constants(rare[:22], SCORERS["textvqa"])[""] == "red"
+    )
+    # Some people's other answer to one question does not make two answers one.
+    split = golds(*["no"] * 9, *["yes"] * 8)
+    mixed = [Item("m", None, "", ["yes"] * 6 + ["no"] * 4, meta={"image_id": "m"})]
+    assert best_constants([*split, *mixed, *golds("yes", "yes")], SCORERS["textvqa"])[""] == "yes"
 
 
 def test_the_best_box_is_the_one_that_hits_most_not_the_commonest() -> None:

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from PIL import Image
 
 from evaluate_fakes import FakeEngine, FakeModel, sighted, tiny_world
+from leveret.cli import run
 from leveret.evaluate import SUITES, evaluate, load_items, score
+from leveret.evaluate.plan import Plan, _questions_hash
 from leveret.runs import DataError, RecipeError, read_jsonl
 
 WORLD = SUITES["world"]
@@ -139,6 +143,33 @@ def test_another_model_or_other_questions_are_refused_by_name(world: Path, tmp_p
         evaluate(FakeModel(), root, "colour", out=out, engine=FakeEngine())
 
 
+def test_other_pictures_under_the_same_names_are_other_questions(tmp_path: Path) -> None:
+    """Else the answers to the old ones would be scored beside those to the new ones."""
+    root, out = tiny_world(tmp_path / "world"), tmp_path / "out"
+    evaluate(FakeModel(), root, "colour", out=out, engine=FakeEngine(), n=2)
+    moved = root.rename(tmp_path / "elsewhere")
+    evaluate(FakeModel(), moved, "colour", out=out, engine=FakeEngine(), n=2)
+    picture = min((moved / "images").rglob("*.*"))
+    Image.new("RGB", (90, 90), "red").save(picture)
+    with pytest.raises(RecipeError, match=r"questions\.colour"):
+        evaluate(FakeModel(), moved, "colour", out=out, engine=FakeEngine(), n=2)
+
+
+def test_a_folder_that_knew_pictures_by_their_ids_alone_goes_on(world: Path, tmp_path: Path) -> None:
+    """Of an older version: what was asked and answered stands, for a judge or more questions later."""
+    out, engine = tmp_path / "out", FakeEngine()
+    plan = Plan.of(world, "colour")
+    evaluate(FakeModel(), world, "colour", out=out, engine=engine, n=3)
+    asked = len(engine.asked)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    (row,) = plan.rows
+    recipe["questions"]["colour"] = _questions_hash(row, plan.loaded["colour"], None, None)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    evaluate(FakeModel(), world, "colour", out=out, engine=engine, n=3)
+    assert len(engine.asked) == asked
+    assert plan.look_ahead(out, "fake-1", True)["colour"]["answered"] == 6
+
+
 def test_more_questions_later_continue(world: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     few, more = FakeEngine(), FakeEngine()
     assert evaluate(FakeModel(), world, out=tmp_path / "out", engine=few, n=4)["tasks"]["box"]["n"] == 4
@@ -222,3 +253,44 @@ def test_a_real_model_from_its_folder(world: Path, tmp_path: Path) -> None:
     assert all(facts["n"] == 3 for facts in from_folder["tasks"].values())
     answers = [read_jsonl(tmp_path / run / "answers/word.jsonl") for run in "ab"]
     assert [a["text"] for a in answers[0]] == [b["text"] for b in answers[1]]
+
+
+def test_a_dry_run_says_what_is_asked_and_refuses_what_the_run_refuses(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fakes import tiny_vlm
+    from leveret.model.checkpoint import save
+
+    folder, out = save(tiny_vlm(), tmp_path / "model"), tmp_path / "out"
+    asked = ["eval", str(folder), str(world), "-o", str(out), "--suite", "colour"]
+
+    def planned(*more: str) -> dict[str, Any]:
+        there = sorted(tmp_path.rglob("*"))
+        assert run([*asked, *more, "--dry-run", "--json"]) == 0
+        assert sorted(tmp_path.rglob("*")) == there, "a dry run writes nothing"
+        return dict(json.loads(capsys.readouterr().out)["colour"])
+
+    assert planned("-n", "5") == {"questions": 5, "with other pictures": 5}
+    assert planned("-n", "5", "--no-blind") == {"questions": 5, "with other pictures": 0}
+    assert run([*asked, "-n", "3", "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert planned("-n", "5") == {"questions": 5, "with other pictures": 5, "answered": 6}
+    other = save(tiny_vlm(seed=1), tmp_path / "other")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    cases = (
+        ([str(other), str(world), "-o", str(out)], "was made with other data or another model"),
+        ([str(tmp_path / "none"), str(world), "-o", str(out)], "none"),
+        ([str(folder), str(world), "-o", str(tmp_path / "full")], "is not empty and holds no run"),
+        ([str(folder), str(world), "-o", str(out), "--rule", "pope=lmms_eval"], "does not ask"),
+        ([str(folder), str(world), "-o", str(out), "--judge-cache", str(tmp_path / "no.jsonl")], "no.jsonl"),
+        ([str(folder), str(world), "-o", str(out), "--load-in", "4bit"], "--load-in 4bit"),
+        ([str(folder), str(world), "-o", str(out), "--load-in", "4"], "--load-in 4: allowed"),
+        (["openai:http://127.0.0.1:9#x", str(world), "-o", str(out), "--load-in", "4bit"], "is not run by leveret"),
+        ([f"hf:{tmp_path / 'none'}", str(world), "-o", str(out)], "config.json"),
+        ([str(folder), str(world), "-o", str(tmp_path / "full" / "letter.txt" / "x")], "letter.txt is a file"),
+    )
+    for given, why in cases:
+        for more in ([], ["--dry-run"]):
+            assert run(["eval", *given, "--suite", "colour", *more]) in (2, 3, 5)
+            assert why in capsys.readouterr().err

@@ -155,10 +155,12 @@ def test_a_suite_names_all_that_is_missing_or_asks_the_rest(
         asked_of()
     with pytest.raises(DataError, match=r"^Task 'existence', split 'test': no .* --suite own\)\.$"):
         evaluate(FakeModel(), tmp_path, out=tmp_path / "n", engine=engine, skip_missing=True)
-    plan = ["eval", "no-model", str(root), "-o", str(tmp_path / "x"), "--suite", "some", "--dry-run"]
+    plan = ["eval", "some/model", str(root), "-o", str(tmp_path / "x"), "--suite", "some", "--dry-run"]
     assert run(plan) == 3 and "cannot be asked" in capsys.readouterr().err
     assert run([*plan, "--skip-missing"]) == 0
-    assert re.search(r"relation +3\n +vqav2.server +skipped, missing", capsys.readouterr().out)
+    assert re.search(
+        r"relation +questions 3, with other pictures 3\n +vqav2.server +skipped, missing", capsys.readouterr().out
+    )
 
 
 def test_one_of_suite_and_task_is_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +214,7 @@ def test_the_documented_task_is_asked_scored_and_listed(
     assert json.loads(capsys.readouterr().out)["task"] == "signs"
     assert run(["tasks", "list", "--task", str(moved), "--data", str(data)]) == 0
     assert "What does the sign say? [test]" in re.sub(" +", " ", capsys.readouterr().out)
-    assert run(["eval", "no-model", str(data), "-o", str(tmp_path / "x"), "--task", str(moved), "--dry-run"]) == 0
+    assert run(["eval", "some/model", str(data), "-o", str(tmp_path / "x"), "--task", str(moved), "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(

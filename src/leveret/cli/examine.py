@@ -79,12 +79,9 @@ def evaluate(
     from leveret.runs import bytes_of
 
     allowed = None if memory is None else bytes_of(memory)
-    if dry_run:
-        from leveret.evaluate.prepare import questions_of
-
-        counts, skipped = questions_of(suite, data, split, skip=skip_missing)
-        facts: dict[str, Any] = {task: count if n is None else min(n, count) for task, count in counts.items()}
-        return tell_plan(json, facts | {task: f"skipped, {record['state']}" for task, record in skipped.items()})
+    chosen: dict[str, Any] = {
+        "n": n, "split": split, "rules": rules, "prompts": prompts, "how": how, "skip_missing": skip_missing,
+    }  # fmt: skip
     from leveret.evaluate import evaluate as station
     from leveret.evaluate.judges import open_judge
     from leveret.generate.helpers import Helpers
@@ -93,17 +90,21 @@ def evaluate(
     if int(os.environ.get("RANK", "0")):  # started by torchrun: its first process answers, with helpers of its own
         return
     workers = workers or int(os.environ.get("WORLD_SIZE", "0")) or None
-    helpers = Helpers() if workers is None else Helpers(workers - 1, least=1)
     judging = open_judge(
         out / "answers", url=judge, model=judge_model, key_env=judge_key, cache=judge_cache, replay=replay,
         parallel=at_once,
     )  # fmt: skip
+    if dry_run:
+        with reporting(json):
+            facts = _look_ahead(model, model_key, at_once, data, suite, out, blind, load_in, chosen)
+        return tell_plan(json, facts)
+    helpers = Helpers() if workers is None else Helpers(workers - 1, least=1)
     with reporting(json), helpers:
         other = open_other(model, key_env=model_key, parallel=at_once)
         subject = _examined(model, other, load_in)
         results = station(
-            subject, data, suite, out=out, blind=blind, engine=other, n=n, split=split, rules=rules,
-            judge=judging, memory=allowed, prompts=prompts, how=how, helpers=helpers, skip_missing=skip_missing,
+            subject, data, suite, out=out, blind=blind, engine=other, judge=judging, memory=allowed, helpers=helpers,
+            **chosen,
         )  # fmt: skip
     if not json:
         _print_scores(results)
@@ -124,15 +125,57 @@ def evaluate(
     tell(json, results, f"everything is in {out}; the page is {out / 'report.html'}")
 
 
+def _look_ahead(
+    model: str,
+    model_key: str | None,
+    at_once: int,
+    data: Path,
+    suite: str,
+    out: Path,
+    blind: bool,
+    load_in: str | None,
+    chosen: dict[str, Any],
+) -> dict[str, Any]:
+    """What would be asked. What the examination would refuse before it loads the model is refused; no model is loaded
+    or downloaded for a look."""
+    from leveret.evaluate.plan import Plan
+    from leveret.evaluate.run import fingerprint_of
+    from leveret.generate.others import look_ahead, open_other
+    from leveret.model import hub
+    from leveret.model.source import locate
+
+    plan, name = Plan.of(data, suite, **chosen), None
+    foreign = look_ahead(model)
+    other = None if foreign else open_other(model, key_env=model_key, parallel=at_once)
+    if load_in is not None:
+        _check_bits(model, load_in, foreign or other is not None)
+    if other is not None:
+        name = fingerprint_of(other)
+    elif not foreign and (Path(model).expanduser().exists() or hub.as_id(model) is None):
+        folder = locate(model).folder
+        # Weights in few bits are told apart by what they are loaded as.
+        name = None if load_in else fingerprint_of(folder)
+    facts: dict[str, Any] = plan.look_ahead(out, name, blind)
+    return facts | {task: f"skipped, {record['state']}" for task, record in plan.skipped.items()}
+
+
 def _examined(model: str, other: Any, load_in: str | None) -> Any:
     """What is examined: a folder's name, what answers for another's, or a model that is loaded in few bits already."""
     if load_in is None:
         return other or model
-    if other is not None:
-        raise RecipeError(f"--load-in {load_in}: {model} is not run by leveret itself; leave it out")
+    _check_bits(model, load_in, other is not None)
     from leveret.generate import load
 
     return load(model, load_in=load_in)
+
+
+def _check_bits(model: str, load_in: str, others: bool) -> None:
+    """RecipeError or EnvironmentFault where the model cannot be loaded in so few bits here."""
+    if others:
+        raise RecipeError(f"--load-in {load_in}: {model} is not run by leveret itself; leave it out")
+    from leveret.generate.model import check_bits
+
+    check_bits(load_in)
 
 
 def _pair(given: str) -> tuple[str, str]:

@@ -14,14 +14,12 @@ import numpy as np
 from leveret.evaluate.forms import Item
 from leveret.evaluate.headlines import HEADLINES, PLAIN
 from leveret.evaluate.scorers import Scorer, Verdict
-from leveret.evaluate.stats import best_constants
+from leveret.evaluate.stats import TRIED, best_constants
 from leveret.evaluate.tasks import TaskRow, load_items
 from leveret.runs import DataError
 
 WORDS = ({"yes", "no"}, {"true", "false"})
 """Right answers that are one of two words: who guesses says either."""
-CANDIDATES = 8
-"""Constant answers that are tried, where the headline is no plain share."""
 DRAWS = 64
 """Guesses a question, where the headline is no plain share (F1, both questions of a picture right)."""
 
@@ -71,7 +69,7 @@ def _best(row: TaskRow, scorer: Scorer, items: Sequence[Item]) -> dict[str, str]
         columns = headline.columns(items, [scorer.judge(item, answer) for item in items])
         return float(headline.figure(columns.sum(0)))
 
-    common = Counter(scorer.gold(item) for item in items).most_common(CANDIDATES)
+    common = Counter(scorer.gold(item) for item in items).most_common(TRIED)
     best = max(sorted(answer for answer, _ in common), key=figure)
     return dict.fromkeys(found, best)
 

@@ -112,14 +112,6 @@ def _check_askable(task: str, items: Sequence[Item]) -> None:
         )
 
 
-def questions_of(
-    suite: str, root: str | Path, split: str = "test", *, skip: bool = False
-) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
-    """(task -> how many questions would be asked, task -> why it would be skipped), without a model."""
-    loaded, lacking = load_suite(suite, asked(suite, split), root, {}, skip=skip)
-    return {task: len(items) for task, items in loaded.items()}, lacking
-
-
 def _check(row: TaskRow, root: Path, split: str) -> dict[str, Any]:
     source = source_of(row.id)
     record, items = _look(row, root, split)

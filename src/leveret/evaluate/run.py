@@ -21,23 +21,20 @@ from typing import Any
 
 from leveret import __version__
 from leveret.evaluate.baselines import Constants, chance, constants
-from leveret.evaluate.desk import Answers, Desk, ask
+from leveret.evaluate.desk import Answers, ask
 from leveret.evaluate.forms import Item
 from leveret.evaluate.judges import Judge
-from leveret.evaluate.options import Answered, Options, options_of
-from leveret.evaluate.prepare import load_suite
+from leveret.evaluate.options import Answered
+from leveret.evaluate.plan import Plan
 from leveret.evaluate.scorers import Scorer, Verdict
 from leveret.evaluate.scorers.asking import bound
-from leveret.evaluate.scoring import figures, judge_all, judged, rehearse, write_items
+from leveret.evaluate.scoring import figures, judge_all, judged, write_items
 from leveret.evaluate.stats import headline
-from leveret.evaluate.tasks import TaskRow, base, find_files, rule_of, subset, task_row, wording
-from leveret.evaluate.tasks import asked as asked_of
+from leveret.evaluate.tasks import TaskRow, find_files, rule_of
 from leveret.generate.helpers import Helpers
 from leveret.runs import (
-    RecipeError,
     RunFolder,
     atomic_write,
-    kept_recipe,
     read_jsonl,
     sha256_of,
     write_json,
@@ -121,46 +118,20 @@ def evaluate(
         DataError: files or pictures are missing or malformed.
         Interrupted: stopped by Ctrl-C or SIGTERM; the same command continues.
     """
-    pairs = asked_of(suite, split)
-    rows, splits = [row for row, _ in pairs], {row.id: part for row, part in pairs}
-    # An own task is known by its id and its questions, wherever its file lies.
-    name = rows[0].id if not isinstance(suite, str) or suite.endswith((".yaml", ".yml")) else suite
-    by = _rules(rows, rules, name)
-    asking = {row.id for row in rows if rule_of(row, by.get(row.id))[1].judging is not None}
+    plan = Plan.of(root, suite, n=n, split=split, rules=rules, prompts=prompts, how=how, skip_missing=skip_missing)
     if isinstance(model, (str, Path)) and engine is None:
         from leveret.generate.others import open_other
 
         if (other := open_other(str(model))) is not None:
             model = engine = other
-    options = {row.id: options_of(row, by.get(row.id)) for row in rows}
     if isinstance(model, (str, Path)):
         from leveret.model.source import locate
 
         model = locate(model).folder
-    words = {row.id: wording(row, by.get(row.id), prompts) for row in rows}
-    loaded, skipped = load_suite(name, pairs, root, words, skip=skip_missing)
-    rows = [row for row in rows if row.id in loaded]
-    for row in rows:
-        rehearse(row, by.get(row.id), loaded[row.id])
-    asked = {row.id: subset(loaded[row.id], n, how) for row in rows}
-    fingerprint = _fingerprint(model)
-    folder = _open(
-        out,
-        {
-            "suite": name,
-            "split": split,
-            "model": fingerprint,
-            "questions": {row.id: _questions_hash(row, loaded[row.id], options[row.id]) for row in rows},
-        },
-    )
-    unscored = [row for row in rows if any(item.gold is None for item in loaded[row.id])]
-    # Nobody could judge these when they are asked with other pictures.
-    sighted = [row for row in rows if row.id not in asking and row not in unscored]
-    desks = [
-        Desk(row, loaded[row.id], asked[row.id], fingerprint, folder.path, swapped, options[row.id])
-        for swapped, some in ((False, rows), (True, sighted if blind else []))
-        for row in some
-    ]
+    fingerprint = fingerprint_of(model)
+    folder = plan.open(out, fingerprint)
+    rows, asked, unscored = plan.rows, plan.asked, plan.unscored()
+    desks = plan.desks(folder.path, fingerprint, blind)
     held: list[Any] = []
     with Helpers() if helpers is None else nullcontext(helpers) as crew:
 
@@ -175,13 +146,13 @@ def evaluate(
 
     start = time.perf_counter()
     answered = {(desk.row.id, desk.blind): desk.answered() for desk in desks}
-    unjudged = [row for row in rows if row.id in asking and judge is None]
+    unjudged = [row for row in rows if row.id in plan.judged and judge is None]
     examined = [
         _examine(
             row,
-            by.get(row.id),
+            plan.rules.get(row.id),
             root,
-            splits[row.id],
+            plan.splits[row.id],
             asked[row.id],
             answered[row.id, False],
             answered.get((row.id, True)),
@@ -194,21 +165,21 @@ def evaluate(
     results: dict[str, Any] = {
         "tasks": {task.row.id: task.facts for task in examined},
         "seconds": seconds,
-        "suite": name,
+        "suite": plan.name,
         "model": fingerprint,
         "root": str(Path(root).absolute()),
         "leveret": __version__,
     }
-    if skipped:
-        results["skipped"] = skipped
+    if plan.skipped:
+        results["skipped"] = plan.skipped
     for kind, some in (("unjudged", unjudged), ("unscored", unscored)):
         if some:
             results[kind] = {
                 row.id: {"n": len(asked[row.id]), "answers": str(folder.path / "answers" / f"{row.id}.jsonl")}
                 for row in some
             }
-    if plan := getattr(held[0], "plan", None) if held else None:
-        results["memory"] = {**plan.facts(), "processes": getattr(held[0], "processes", 1), "allowed": memory}
+    if memory_plan := getattr(held[0], "plan", None) if held else None:
+        results["memory"] = {**memory_plan.facts(), "processes": getattr(held[0], "processes", 1), "allowed": memory}
     for task in examined:
         write_items(
             folder.path / "items" / f"{task.row.id}.jsonl",
@@ -231,42 +202,7 @@ def evaluate(
     return results
 
 
-def _open(out: str | Path, recipe: dict[str, Any]) -> RunFolder:
-    """The folder of this examination. Tasks of the suite that were skipped before, or are now, change nothing in the
-    others, so the folder goes on with them: it remembers the questions of all that were ever asked."""
-    if (Path(out) / "recipe.yaml").is_file():
-        there = kept_recipe(Path(out))
-        before, now = there.get("questions", {}), recipe["questions"]
-        same = all(there.get(key) == recipe[key] for key in ("suite", "split", "model"))
-        if same and before.keys() != now.keys() and all(before.get(task, now[task]) == now[task] for task in now):
-            recipe = recipe | {"questions": {**before, **now}}
-            RunFolder.adopt(out, "evaluate", recipe)
-    return RunFolder.open(out, "evaluate", recipe)
-
-
-def _rules(rows: Sequence[TaskRow], rules: Mapping[str, str], suite: str) -> dict[str, str]:
-    """Row id -> the name of its rule, where one was given; a rule of `mmbench` is one of `mmbench.dev` too."""
-    by: dict[str, str] = {}
-    strange = []
-    for task, rule in rules.items():
-        meant = [row for row in rows if task in (row.id, base(row.id))] or [
-            row for row in rows if not task.endswith((".yaml", ".yml")) and task_row(task).id == base(row.id)
-        ]
-        strange += [] if meant else [task]
-        by |= {row.id: rule_of(row, rule)[0] for row in meant}
-    if strange:
-        raise RecipeError(f"A rule is given for {', '.join(sorted(strange))}, which {suite!r} does not ask.")
-    return by
-
-
-def _questions_hash(row: TaskRow, items: Sequence[Item], options: Options | None) -> str:
-    asked = [[i.question_id, i.prompt, i.image and i.meta["image_id"], i.gold, i.template] for i in items]
-    # Answers that were generated and answers that were chosen are not the same answers.
-    chosen = [] if options is None else [[options(item) for item in items]]
-    return sha256_of([row.id, row.max_new_tokens, asked, *chosen])[:16]
-
-
-def _fingerprint(model: Any) -> str:
+def fingerprint_of(model: Any) -> str:
     """What tells two models apart: the bytes of a model folder, or of a loaded model's weights."""
     if isinstance(model, (str, Path)):
         return sha256_of(Path(model))[:16]

@@ -75,6 +75,15 @@ class Model:
         return self.engine.stream(request, temperature, top_p, seed)
 
 
+def check_bits(load_in: str | None, device: str = "auto") -> int | None:
+    """The bits that `load_in` says; RecipeError where it says none that can be, EnvironmentFault where they cannot be
+    had on the device."""
+    bits = fewbits.bits_of(load_in)
+    if bits is not None:
+        fewbits.refuse(f"--load-in {load_in}", pick_device(device), "leave it out")
+    return bits
+
+
 def load(
     path: str | Path,
     device: str = "auto",
@@ -100,9 +109,8 @@ def load(
     another `load_in` or `precision`, before anything is loaded.
     """
     allow(own, "own")
-    device, bits = pick_device(device), fewbits.bits_of(load_in)
-    if bits is not None:
-        fewbits.refuse(f"--load-in {load_in}", device, "leave it out")
+    device = pick_device(device)
+    bits = check_bits(load_in, device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as fault:

@@ -33,20 +33,38 @@ def open_other(given: str, *, key_env: str | None = None, parallel: int = 8) -> 
         if not url or not mark or not name:
             raise RecipeError(f"{given}: name the endpoint and the model there, as in {FORM}")
         return Remote(Endpoint(url, name, key_env=key_env), parallel=parallel)
-    from leveret.generate import foreign
+    if not is_foreign(given):
+        return None
+    from leveret.generate.foreign import Foreign
 
-    if colon and kind == "hf":
-        return foreign.Foreign(_folder(rest), batch=parallel)
+    return Foreign(_folder(rest) if colon and kind == "hf" else Path(given).expanduser(), batch=parallel)
+
+
+def is_foreign(given: str) -> bool:
+    """Whether transformers' own classes answer for a model, by what is on this machine; nothing is loaded."""
+    if given.startswith("hf:"):
+        return True
     path = Path(given).expanduser()
     if not path.is_dir():
-        return None
+        return False
+    from leveret.generate import foreign
     from leveret.model.source import look
 
     try:
         look(path)
     except DataError:
-        return foreign.Foreign(path, batch=parallel) if foreign.is_known(path) else None
-    return None
+        return foreign.is_known(path)
+    return False
+
+
+def look_ahead(given: str) -> bool:
+    """The same; DataError where it is a folder of this machine and `open_other` would find no model there."""
+    from leveret.model import hub
+
+    rest = given.removeprefix("hf:")
+    if rest != given and (Path(rest).expanduser().exists() or hub.as_id(rest) is None):
+        _folder(rest)
+    return is_foreign(given)
 
 
 def _folder(given: str) -> Path:
