@@ -175,7 +175,7 @@ def test_parts_table_counts_adapters() -> None:
     from peft import LoraConfig, get_peft_model
 
     vlm = tiny_vlm()
-    lora = SimpleNamespace(rank=4, targets=None, dora=False, bits=None)
+    lora = SimpleNamespace(rank=4, targets=None, dora=False, embeddings=False, bits=None)
     how = {"language": learn(lora=lora)}
     before = parts_table(vlm, how)[2]
     vlm.language = get_peft_model(vlm.language, LoraConfig(r=4, target_modules="all-linear"))
@@ -184,7 +184,7 @@ def test_parts_table_counts_adapters() -> None:
     assert before.parameters == after.parameters
     batch = tiny_batch(vlm)
     assert vlm(batch).loss_sum.isfinite()
-    few = SimpleNamespace(rank=1, targets=("q_proj",), dora=False, bits=None)
+    few = SimpleNamespace(rank=1, targets=("q_proj",), dora=False, embeddings=False, bits=None)
     assert adapter_size(tiny_vlm(), "language", learn(lora=few)) == 2 * (32 + 32)
     few.dora = True
     assert adapter_size(tiny_vlm(), "language", learn(lora=few)) == 2 * (32 + 32 + 32)

@@ -430,6 +430,7 @@ def test_every_part_of_it_can_learn(tmp_path: Path) -> None:
         assert table[vlm.tokenizer.convert_tokens_to_ids(text)].any()
 
 
+@pytest.mark.slow
 def test_an_id_of_the_hub_is_talked_to_and_of_its_tokenizer_no_weights_are_fetched(tmp_path: Path) -> None:
     """The cache serves it again without a connection; what a sketch says of it needs no weights."""
     nano = Nano(tmp_path, "global")

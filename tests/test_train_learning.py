@@ -18,9 +18,11 @@ import train_fakes
 from leveret.model import checkpoint
 from leveret.model.build import build
 from leveret.model.merge import add_adapters
+from leveret.model.parts import parts_table
 from leveret.model.recipe import TowerRecipe, VisionRecipe
+from leveret.model.sketch import told_adapters
 from leveret.model.vlm import VLM
-from leveret.runs import EnvironmentFault, RecipeError
+from leveret.runs import EnvironmentFault, RecipeError, read_json
 from leveret.train import learning, lora, quantised, train
 from leveret.train.decay import RULES
 from leveret.train.loop import begin
@@ -114,6 +116,52 @@ def test_adapters_keep_to_the_blocks_that_run_and_learn() -> None:
     }
     found = names(vlm, learn)
     assert found and all(".layers.1." in name for name in found)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["a head of its own", "tied"])
+def test_embeddings_learn_beside_adapters_and_peft_reads_them(tied: bool, tmp_path: Path) -> None:
+    """Words that a language model never met lie at one place, and no adapter before its output layer can tell them
+    apart."""
+    from peft import PeftModel
+
+    vlm = fakes.tiny_vlm()
+    if tied:
+        vlm.language.config.tie_word_embeddings = True
+        vlm.language.tie_weights()
+    base = copy.deepcopy(vlm)
+    how = stage({"language": {"lr": 1e-3, "lora": {"rank": 2, "embeddings": True}}})
+    due = parts_table(vlm, how.learn)[2]
+    found = learning.ready(vlm, how, seed=0)
+    whole = [one.name for one in found if ".lora_" not in one.name]
+    assert whole == ["language.model.embed_tokens.weight", *["language.lm_head.weight"] * (not tied)]
+    assert due.trainable == sum(one.value.numel() for one in found) == parts_table(vlm, how.learn)[2].trainable
+    assert "adapters of rank 2 and the embeddings" in due.note
+    loud_adapters(vlm)
+    with torch.no_grad():
+        for one in found:
+            if one.name in whole:
+                one.value.add_(torch.randn_like(one.value))
+    vlm.eval()
+    with torch.no_grad():
+        taught = vlm.language(input_ids=PROBE).logits.clone()
+        lora.finish(vlm, how, found, tmp_path, "base")
+        torch.testing.assert_close(vlm.language(input_ids=PROBE).logits, taught, rtol=1e-4, atol=1e-4)
+        read = PeftModel.from_pretrained(copy.deepcopy(base.language), tmp_path / "adapter").eval()
+        torch.testing.assert_close(read(input_ids=PROBE).logits, taught, rtol=1e-4, atol=1e-4)
+    checkpoint.save(base, tmp_path / "base")
+    add_adapters(tmp_path / "adapter", tmp_path / "sum", str(tmp_path / "base"))
+    summed = checkpoint.load(tmp_path / "sum")
+    with torch.no_grad():
+        torch.testing.assert_close(summed.language(input_ids=PROBE).logits, taught, rtol=1e-4, atol=1e-4)
+    assert not (tmp_path / "adapter" / "rest.safetensors").exists()
+    told = told_adapters(read_json(tmp_path / "adapter/adapter_config.json"), load_file(
+        tmp_path / "adapter/adapter_model.safetensors"), "base")  # fmt: skip
+    assert told["parameters"] == sum(one.value.numel() for one in found if ".lora_" in one.name)
+    assert told["whole"] == ["embed_tokens", "lm_head"]
+    with pytest.raises(ValueError, match=r"embeddings: with from_layer 1 they stay"):
+        stage({"language": {"lr": 1e-3, "from_layer": 1, "lora": {"embeddings": True}}})
+    with pytest.raises(ValueError, match=r"learn.vision.lora.embeddings: only the language model has embeddings"):
+        stage({"vision": {"lr": 1e-3, "lora": {"embeddings": True}}})
 
 
 @pytest.mark.parametrize("how", KINDS[:2], ids=["lora", "dora"])

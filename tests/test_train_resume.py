@@ -21,6 +21,7 @@ import train_fakes
 from leveret.model.vlm import VLM
 from leveret.runs import DataError, EnvironmentFault, Interrupted, RecipeError, read_jsonl
 from leveret.train import TrainRecipe, state, train
+from leveret.train.stages import StageRecipe
 from train_faults import killed
 
 pytestmark = pytest.mark.resume
@@ -119,6 +120,45 @@ def changed(recipe: TrainRecipe, **stage: Any) -> TrainRecipe:
 def test_what_moves_no_bit_may_change(recipe: TrainRecipe, whole: Path, stopped: Path) -> None:
     train(changed(recipe, save_every=1, bad_share=0.5), stopped, validators=[look])
     assert (stopped / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_a_field_that_came_since_stops_no_run(
+    recipe: TrainRecipe,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A version that knows one more option goes on with what was begun without, where the option changes nothing."""
+    from leveret.train import run as runs
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(one) for key, one in value.items() if key not in ("embeddings", "rslora", "clip")}
+        return [without(one) for one in value] if isinstance(value, list) else value
+
+    def stop(vlm: VLM, step: int) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    def older(plain: dict[str, Any]) -> Any:
+        return without(now(plain))
+
+    now = runs.binding
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(runs, "binding", older)
+        train(recipe, tmp_path / "run", validators=[stop])
+    assert "embeddings" not in (tmp_path / "run" / "recipe.yaml").read_text()
+    lora = recipe.stages["tune"].learn["language"].lora
+    assert lora is not None
+    other = LEARN | {"language": {"lr": 5e-3, "lora": {**lora.model_dump(), "embeddings": True}}}
+    with pytest.raises(RecipeError, match=r"learn\.language\.lora\.embeddings"):
+        train(recipe.model_copy(update={"stages": {"tune": StageRecipe.model_validate(
+            {**recipe.stages["tune"].model_dump(), "learn": other})}}), tmp_path / "run")  # fmt: skip
+    train(recipe, tmp_path / "run", validators=[look])
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert "embeddings: false" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert not (tmp_path / "run" / "changes.jsonl").exists()
 
 
 def test_another_recipe_is_refused_by_the_name_of_the_field(recipe: TrainRecipe, stopped: Path) -> None:

@@ -32,6 +32,8 @@ class Adapters(Protocol):
     @property
     def dora(self) -> bool: ...
     @property
+    def embeddings(self) -> bool: ...
+    @property
     def bits(self) -> int | None: ...
 
 
@@ -55,7 +57,8 @@ class PartRow:
     """One part of a model.
 
     parameters    all of them, a tied one once.
-    trainable     how many of them learn (with adapters: the adapters' own, which come on top of `parameters`).
+    trainable     how many of them learn (with adapters: the adapters' own, which come on top of `parameters`, and the
+                  embeddings where these learn too).
     lr            peak learning rate, None when frozen.
     weight_decay  the part's own, None where the stage's holds.
     """
@@ -171,6 +174,7 @@ def _row(vlm: VLM, part: str, module: nn.Module, how: Learning | None) -> PartRo
         trainable = 0
     elif how.lora is not None:
         trainable = sum(p.numel() for p in adapters.values()) or adapter_size(vlm, part, how)
+        trainable += embeddings_size(vlm, how)
     else:
         trainable = sum(p.numel() for _, p in learnable(vlm, part, how.from_layer, how.towers))
     return PartRow(
@@ -202,6 +206,18 @@ def adapter_size(vlm: VLM, part: str, how: Learning) -> int:
     )
 
 
+def embeddings(vlm: VLM) -> dict[str, nn.Parameter]:
+    """The embeddings' weights by their name in the model, and those of an output layer that is not tied to them."""
+    modules = vlm.language.get_input_embeddings(), vlm.language.get_output_embeddings()
+    wanted = {id(module.weight) for module in modules if module is not None}
+    return {name: p for name, p in vlm.named_parameters() if id(p) in wanted}
+
+
+def embeddings_size(vlm: VLM, how: Learning) -> int:
+    """Parameters of the embeddings that learn beside adapters; 0 where they do not."""
+    return sum(p.numel() for p in embeddings(vlm).values()) if how.lora is not None and how.lora.embeddings else 0
+
+
 def _note(vlm: VLM, part: str, how: Learning | None) -> str:
     start = f", from layer {how.from_layer}" if how and how.from_layer else ""
     start += f", only {' and '.join(how.towers)}" if how and how.towers else ""
@@ -218,7 +234,8 @@ def _note(vlm: VLM, part: str, how: Learning | None) -> str:
 
 def _adapters(lora: Adapters) -> str:
     kept = f" on weights of {lora.bits} bits" if lora.bits else ""
-    return f", {'DoRA ' if lora.dora else ''}adapters of rank {lora.rank}{kept}"
+    more = " and the embeddings" if lora.embeddings else ""
+    return f", {'DoRA ' if lora.dora else ''}adapters of rank {lora.rank}{kept}{more}"
 
 
 def tokens_of(vlm: VLM) -> str:

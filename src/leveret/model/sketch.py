@@ -104,16 +104,18 @@ def _on_base(given: str, path: Path) -> Sketch:
 
 def _with_adapters(found: Sketch, folder: Folder, base: str) -> Sketch:
     told = told_adapters(folder.settings("adapter_config.json"), read_adapters(folder), base)
+    whole = f", and all of {', '.join(told['whole'])}" if told["whole"] else ""
     said = (
         f"{told['kind']} adapters on {base}: rank {told['rank']}, alpha {told['alpha']}, {told['parameters']:,} "
-        f"parameters in {told['layers']} layers ({', '.join(told['targets'])}); the parts are those of the whole"
+        f"parameters in {told['layers']} layers ({', '.join(told['targets'])}){whole}; the parts are those of the whole"
     )
     return replace(found, notes=[*found.notes, said], adapters=told)
 
 
 def told_adapters(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: str) -> dict[str, Any]:
     """{"base", "kind" (LoRA or DoRA), "rank", "alpha", "targets" (ends of the names of layers), "layers" (how many),
-    "parameters", "dtype", "stored" (bytes)} of adapters in PEFT's format."""
+    "parameters" (the adapters' own), "whole" (modules that learned without), "dtype", "stored" (bytes)} of adapters in
+    PEFT's format."""
     layers = sorted({name.split(".lora_")[0] for name in tensors if ".lora_" in name})
     return {
         "base": base,
@@ -122,7 +124,8 @@ def told_adapters(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         "alpha": settings["lora_alpha"],
         "targets": sorted({layer.rpartition(".")[2] for layer in layers}),
         "layers": len(layers),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": sum(tensor.numel() for name, tensor in tensors.items() if ".lora_" in name),
+        "whole": sorted({name.rpartition(".")[0].rpartition(".")[2] for name in tensors if ".lora_" not in name}),
         "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         "stored": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     }

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from leveret.runs import RecipeError, RunFolder, append_jsonl, repair_jsonl
+from leveret.runs import OtherRecipe, RunFolder, append_jsonl, differences, fixed, kept_recipe, repair_jsonl
 from leveret.train import state
-from leveret.train.stages import FREE
+from leveret.train.stages import FREE, filled, filled_stage
 
 
 class Changes:
@@ -23,23 +23,27 @@ class Changes:
         self.run, self.allowed = run, allowed
 
     def recipe(self, bound: Mapping[str, Any]) -> None:
-        """Hold the run's recipe against that of its folder; where allowed, it becomes the folder's own."""
+        """Hold the run's recipe against that of its folder; where allowed, it becomes the folder's own. Fields that the
+        folder's has not, since there were none when it was begun, are at their defaults there."""
+        if (self.run / "recipe.yaml").exists():
+            kept = filled(kept_recipe(self.run))
+            if not differences(*fixed(FREE, kept, bound)):
+                RunFolder.adopt(self.run, "train", kept, FREE)
         if self.allowed:
             if lines := RunFolder.adopt(self.run, "train", bound, FREE):
                 self._note("the recipe changed", lines, None, None)
             return
         try:
             RunFolder.peek(self.run, "train", bound, FREE)
-        except RecipeError as error:
-            if "was made with" not in str(error):
-                raise
-            raise RecipeError(f"{error} --allow-change goes on all the same, and notes every change.") from None
+        except OtherRecipe as error:
+            raise OtherRecipe(f"{error} --allow-change goes on all the same, and notes every change.") from None
 
     def stage(self, folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], step: int | None) -> None:
         """Hold the facts of a stage against those it was begun with. step: where it goes on; None when it is done.
 
         RecipeError or DataError naming what changed, unless changes are allowed.
         """
+        old = {**old, "recipe": filled_stage(old.get("recipe"))}
         if not self.allowed:
             state.refuse_change(folder, old, new)
             return

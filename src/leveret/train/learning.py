@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from leveret.model.parts import PREFIXES, learnable
+from leveret.model.parts import PREFIXES, embeddings, learnable
 from leveret.runs import RecipeError
 from leveret.train import lora
 from leveret.train.decay import RULES
@@ -38,7 +38,8 @@ def faults(vlm: VLM, stage: StageRecipe) -> list[str]:
 def _chosen(vlm: VLM, part: str, how: Learn) -> list[tuple[str, nn.Parameter]]:
     if how.lora is not None:
         own = [(name, value) for name, value in vlm.named_parameters() if name.startswith(PREFIXES[part])]
-        return [(name, value) for name, value in own if ".lora_" in name]
+        words = embeddings(vlm) if how.lora.embeddings else {}
+        return [(name, value) for name, value in own if ".lora_" in name or name in words]
     return list(learnable(vlm, part, how.from_layer, how.towers))
 
 

@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from leveret.model.merge import REST
-from leveret.model.parts import PREFIXES, adaptable, adapted
+from leveret.model.parts import PREFIXES, adaptable, adapted, embeddings
 from leveret.model.towers import Tower
 from leveret.runs import RecipeError, closest
 from leveret.train import quantised
@@ -131,7 +132,8 @@ def finish(
     lora = {part: how.lora for part, how in stage.learn.items() if how.lora is not None}
     if not lora:
         return
-    rest = {one.name for one in trainables if ".lora_" not in one.name}
+    words = embeddings(vlm) if "language" in lora and lora["language"].embeddings else {}
+    rest = {one.name for one in trainables if ".lora_" not in one.name and one.name not in words}
     rest |= {f"{name}.weight" for name, _ in _layers(vlm) if not name.startswith("language.")}
     rest |= {name for name, _ in vlm.named_parameters() if any(name.startswith(PREFIXES[part]) for part in laid)}
     for name, tower in vlm.towers.items() if "vision" in lora else ():
@@ -142,7 +144,8 @@ def finish(
     if "connector" in lora:
         save(vlm.connector, lora["connector"], folder / "adapter-connector", base)
     if "language" in lora:
-        save(vlm.language, lora["language"], folder / "adapter", base, "CAUSAL_LM")
+        whole = {name.removeprefix("language."): value for name, value in words.items()}
+        save(vlm.language, lora["language"], folder / "adapter", base, "CAUSAL_LM", whole)
     merge_all(vlm)
     if "language" in lora and (rest or stage.resize):
         _save_rest({name: x for name, x in vlm.named_parameters() if name in rest}, folder / "adapter", stage.resize)
@@ -160,10 +163,18 @@ def _save_rest(tensors: Mapping[str, Tensor], folder: Path, resize: str | None) 
     atomic_write(folder / REST, to_bytes(kept, metadata=told))
 
 
-def save(module: nn.Module, lora: Lora, folder: Path, base: str, task: str | None = None) -> None:
+def save(
+    module: nn.Module,
+    lora: Lora,
+    folder: Path,
+    base: str,
+    task: str | None = None,
+    whole: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Write the adapters in `module` as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
-    base  name or path of the model they belong to. task: as PEFT calls it.
+    base  name or path of the model they belong to. task: as PEFT calls it. whole: names in the module -> weights that
+    learned without adapters (PEFT's modules_to_save).
     """
     import torch
     from safetensors.torch import save as to_bytes
@@ -177,6 +188,15 @@ def save(module: nn.Module, lora: Lora, folder: Path, base: str, task: str | Non
             pieces["lora_magnitude_vector"] = layer.lora_magnitude_vector["default"].weight
         for piece, weight in pieces.items():
             tensors[f"base_model.model.{name}.{piece}"] = weight.detach().to("cpu", torch.float32).contiguous()
+    # PEFT looks for a tied weight under each of its names.
+    twice = {
+        other: weight
+        for name, weight in whole.items()
+        for other, same in module.named_parameters(remove_duplicate=False)
+        if same is weight and other != name
+    }
+    for name, weight in {**whole, **twice}.items():
+        tensors[f"base_model.model.{name}"] = weight.detach().to("cpu", torch.float32, copy=True).contiguous()
     described = {
         "base_model_name_or_path": base,
         "peft_type": "LORA",
@@ -190,6 +210,10 @@ def save(module: nn.Module, lora: Lora, folder: Path, base: str, task: str | Non
         "bias": "none",
         "inference_mode": True,
     }
+    if whole:
+        described["modules_to_save"] = sorted(name.removesuffix(".weight") for name in whole)
+    if twice:
+        described["ensure_weight_tying"] = True
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
     atomic_write(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leveret.model.parts import PartRow, adapted, parts_table, render, tokens_of
+from leveret.model.parts import PartRow, adapted, embeddings_size, parts_table, render, tokens_of
 from leveret.records import NaFlex
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
 from leveret.train.optim import rate
@@ -300,6 +300,7 @@ def estimate(
     trainable = sum(row.trainable for row in parts)
     added = {part for part, how in stage.learn.items() if how.lora is not None}
     still = sum(row.parameters for row in parts) - sum(row.trainable for row in parts if row.part not in added)
+    still -= sum(embeddings_size(vlm, how) for how in stage.learn.values())
     config: Any = vlm.language.config
     each = -(-stage.batch // world)
     rows = min(stage.micro_batch or each, each)

@@ -7,6 +7,7 @@ This file is data and its rules; nothing heavy is imported, so faults are found 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
@@ -55,6 +56,11 @@ class Lora(_Strict):
     )
     rslora: bool = Field(
         False, description="rsLoRA (arXiv 2312.03732): scaled by alpha / sqrt(rank), for ranks of 64 and more."
+    )
+    embeddings: bool = Field(
+        False,
+        description="The embeddings, and an output layer of its own, learn whole beside the adapters (language "
+        "only): words that the language model never met cannot be told apart without.",
     )
     bits: Literal[4, 8] | None = Field(
         None,
@@ -207,6 +213,12 @@ class StageRecipe(_Strict):
                 faults.append(f"learn.{part}.towers: only vision has towers")
             if how.lora is not None and how.lora.bits is not None and part != "language":
                 faults.append(f"learn.{part}.lora.bits: only the language model's weights can stand in few bits")
+            if how.lora is not None and how.lora.embeddings and how.from_layer:
+                faults.append(
+                    f"learn.{part}.lora.embeddings: with from_layer {how.from_layer} they stay; take one of the two out"
+                )
+            if how.lora is not None and how.lora.embeddings and part != "language":
+                faults.append(f"learn.{part}.lora.embeddings: only the language model has embeddings")
             if how.lora is not None and how.lora.bits != 4 and how.lora.quant != "nf4":
                 faults.append(f"learn.{part}.lora.quant: it says what 4 bits stand for; give bits: 4, or leave it out")
         if faults:
@@ -306,11 +318,29 @@ dropout draws other numbers: states are whole, so they fit any number of ranks."
 
 def binding(recipe: dict[str, Any]) -> dict[str, Any]:
     """The fields of a dumped recipe that a resumed run must share with the run it continues."""
-    stages = {
-        name: {key: value for key, value in stage.items() if key not in HARMLESS}
-        for name, stage in recipe["stages"].items()
-    }
+    stages = {name: _binding_stage(stage) for name, stage in recipe["stages"].items()}
     return {key: value for key, value in recipe.items() if key not in ("average", "track")} | {"stages": stages}
+
+
+def _binding_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stage.items() if key not in HARMLESS}
+
+
+def filled(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What `binding` gave an earlier version, with the fields that came since at their defaults; as it is where today's
+    recipes cannot be so."""
+    try:
+        return binding(TrainRecipe.model_validate(kept).model_dump(mode="json"))
+    except ValueError:
+        return dict(kept)
+
+
+def filled_stage(kept: Any) -> Any:
+    """The same of one stage."""
+    try:
+        return _binding_stage(StageRecipe.model_validate(kept).model_dump(mode="json"))
+    except ValueError:
+        return kept
 
 
 def given(recipe: TrainRecipe) -> TrainRecipe:

@@ -175,16 +175,24 @@ def adapter_changes(
         if magnitude is None:
             magnitude = left.pop(f"{layer}.lora_magnitude_vector.weight", None)
         changes.append((f"{own}.weight", _adding(down, up, scale, magnitude, turned)))
+    whole = []
     for name in [name for name in left if ".lora_" not in name]:
         own = name.removeprefix(prefix)
         if shapes.get(own) == tuple(left[name].shape):
-            changes.append((own, _putting(left.pop(name))))
+            whole.append(left.pop(name))
+            changes.append((own, _putting(whole[-1])))
+    for name in [name for name in left if any(_same(left[name], one) for one in whole)]:
+        del left[name]  # a tied weight under its other name, as PEFT writes it
     if left:
         raise DataError(
             f"{len(left)} tensors of the adapters have no place in the model: "
             f"{shown({f'{name} {tuple(x.shape)}': x for name, x in left.items()})}"
         )
     return changes
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def _adding(down: Tensor, up: Tensor, scale: float, magnitude: Tensor | None, turned: bool) -> Change:
