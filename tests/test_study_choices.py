@@ -18,10 +18,11 @@ from leveret.runs import RecipeError
 from leveret.study import loss, read, run
 from leveret.study.choices import by_truth, contents
 from leveret.study.encoder import fresh, recall, rows_of
-from leveret.study.figures import UNDECIDED, mean_in_words, paired, verdict
+from leveret.study.figures import AGREES, UNDECIDED, mean_in_words, paired, step_of, verdict
 from leveret.study.files import StudyRecipe, base_cell
 from leveret.study.matrix import Matrix
 from leveret.study.paired import t_interval
+from study_fakes import study
 
 BUDGET, WEB = 20, 300
 LEVELS = ("random", "coreset", "no-dedup", "score-only", "dedup-only", "windows", "everything", "oracle")
@@ -279,6 +280,38 @@ def test_seeds_that_are_alike_do_not_say_how_far_they_spread() -> None:
     assert found["low"] is found["high"] is found["p"] is None and verdict("higher", 0.01, found) == UNDECIDED
     nothing = paired({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5})
     assert nothing is not None and (nothing["low"], nothing["high"], nothing["p"]) == (0, 0, 1)
+    # Of shares of questions the smallest step is known: a difference is told that no such step explains.
+    seeds = dict.fromkeys((0, 1, 2), 0.01)
+    small = paired(seeds, dict.fromkeys(seeds, 0.0), 1 / 200)
+    assert small is not None and small["low"] < 0 < small["high"] and small["p"] > 0.05
+    refused = paired(dict.fromkeys(seeds, 0.0), dict.fromkeys(seeds, 1.0), 1 / 200)
+    assert refused is not None and verdict("lower", 0.01, refused) == AGREES and 0 < refused["p"] < 0.001
+    assert refused["low"] == refused["mean"] == -1, "no share falls by more than all"
+    assert refused["high"] - refused["mean"] == pytest.approx(4.302653 / 200 / 3**0.5, rel=1e-5)
+    same = paired(seeds, seeds, 1 / 200)
+    assert same is not None and same["p"] == 1.0
+    assert same["high"] == -same["low"] == pytest.approx(refused["high"] + 1)
+    assert verdict("same", 0.02, same) == AGREES and verdict("same", 0.01, same) == UNDECIDED
+
+
+def test_the_step_of_a_figure_is_one_question_s() -> None:
+    world = {"web": 200, "tune": 60, "test": 12, "captions": 4}
+    one, other = (study(measures=names, world=world) for names in (["suite", "loss"], ["loss", "suite"]))
+    found = {"tasks": {"colour": 0.5, "word": 0.5}, "n": {"colour": 100, "word": 50}, "measures": {"loss": 1.0}}
+    figures = {base_cell(one, 0): found}
+    steps = {("colour",): 0.01, ("score",): 0.01, ("colour", "word"): 0.01, ("loss",): 0, ("words",): 0}
+    assert {by: step_of(one, figures, by) for by in steps} == pytest.approx(steps)
+    assert step_of(other, figures, ("score",)) == 0, "there it is the loss"
+
+
+def test_false_findings_among_shares_of_questions_are_rare() -> None:
+    """Two models that are alike, near the end of the scale, where seeds often agree to the last digit."""
+    rng = np.random.default_rng(5)
+    for right in (0.999, 0.99, 0.9):
+        ours, theirs = rng.binomial(200, right, (2, 4000, 3)) / 200
+        found = [paired(dict(enumerate(a)), dict(enumerate(b)), 1 / 200) for a, b in zip(ours, theirs, strict=True)]
+        wrong = np.mean([one is not None and not one["low"] <= 0 <= one["high"] for one in found])
+        assert wrong < 0.05 + 4 * np.sqrt(0.05 * 0.95 / 4000), right
 
 
 def test_the_page_holds_every_choice_and_measure_and_loads_nothing(out: Path) -> None:

@@ -12,7 +12,16 @@ import yaml
 
 from leveret import recipe as recipes
 from leveret.cli import run as command
-from leveret.runs import DataError, EnvironmentFault, RecipeError, read_json, read_jsonl, write_json
+from leveret.runs import (
+    DataError,
+    EnvironmentFault,
+    Interrupted,
+    RecipeError,
+    RunFolder,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 from leveret.study import runner
 from leveret.study.costs import describe, unit_seconds
 from leveret.study.files import base_cell, read
@@ -55,6 +64,27 @@ def test_a_unit_knows_where_its_inputs_lie_however_the_folder_is_called(
     monkeypatch.chdir(tmp_path)
     run(study(seeds=[0]), "out", jobs=1, units="units")
     assert seen and all(path.parent == (tmp_path / "units").resolve() for path in seen)
+
+
+def test_a_unit_that_another_version_began_begins_anew(
+    tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It has the same id, so nothing of the study changed: what it was begun with is of no use to anybody."""
+    teach = KINDS["teach"].make
+
+    def binding(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
+        RunFolder.open(place / "run", "train", {"default": version})
+        if version == 1:
+            raise Interrupted("stopped")
+        return teach(place, settings, inputs)
+
+    monkeypatch.setitem(KINDS, "teach", Kind(binding, "run"))
+    version = 1
+    with pytest.raises(Interrupted):
+        run(study(seeds=[0]), tmp_path / "out", jobs=1)
+    version = 2
+    run(study(seeds=[0]), tmp_path / "out", jobs=1)
+    assert capfd.readouterr().err.count("begun by another version of leveret; begun anew") == 1
 
 
 def test_what_is_being_thrown_away_is_never_taken_for_whole(

@@ -135,6 +135,39 @@ def test_eight_cells_that_share_an_align_stage_train_it_once(tmp_path: Path, wor
     }
 
 
+def test_worlds_of_one_web_share_what_is_made_of_the_web(tmp_path: Path, worker: list[str]) -> None:
+    """Other conversations or questions change no pair, so none is embedded, chosen or learned from again; another web
+    does."""
+    levels = axis(
+        usual={},
+        talk={"world": {"text_share": 0.5, "refusals": 0.2}},
+        boxes={"world": {"asked": {"box": 0.1}}},
+        severe={"world": {"strength": "severe"}},
+        both={"world": {"strength": "severe", "tune": 61}},
+    )
+    run(study(axes={"data": levels}, claims=[], seeds=[0]), tmp_path / "out", jobs=1)
+    made = {kind: worker.count(kind) for kind in ("draw", "embed", "choose", "teach", "examine")}
+    assert made == {"draw": 5, "embed": 2, "choose": 2, "teach": 2 + 5, "examine": 5}
+    units = read_json(tmp_path / "out" / "units.json")["units"]
+    for unit in units.values():
+        if unit["kind"] == "teach" and unit["what"] == "tune":
+            assert units[unit["inputs"]["world"]]["kind"] == "draw"
+    tuned = {unit["inputs"]["world"] for unit in units.values() if unit["kind"] == "teach" and unit["what"] == "tune"}
+    assert len(tuned) == 5, "each from conversations of its own world"
+    # What keeps a study of one world as it was: its units are those of the world that the cell itself draws.
+    alone = Matrix.of(study(seeds=[0]))
+    assert {unit.inputs.get("world") for unit in alone.units.values() if unit.inputs.get("world")} == {
+        id for id, unit in alone.units.items() if unit.kind == "draw"
+    }
+
+
+def test_a_level_whose_world_cannot_be_is_told_by_its_name() -> None:
+    levels = axis(a={}, b={"world": {"strength": "severe"}}, c={"world": {"web": 0}})
+    with pytest.raises(RecipeError) as told:
+        Matrix.of(study(axes={"data": levels}, claims=[], seeds=[0]))
+    assert "data=c: web=0" in str(told.value) and "data=b" not in str(told.value)
+
+
 def test_what_differs_is_not_shared() -> None:
     def ids(**changes: Any) -> set[str]:
         matrix = Matrix.of(study(seeds=[0], **changes))
@@ -229,12 +262,12 @@ def test_waiting_is_no_work(tmp_path: Path, worker: list[str], monkeypatch: pyte
     teach = KINDS["teach"].make
 
     def waiting(place: Path, settings: Any, inputs: Any) -> dict[str, Any]:
-        time.sleep(1)
+        time.sleep(0.5)
         return teach(place, settings, inputs)
 
     monkeypatch.setitem(KINDS, "teach", Kind(waiting))
     results = run(study(seeds=[0], axes={"a": axis(b={}, c={"world": {"tune": 61}})}, claims=[]), tmp_path, jobs=1)
-    assert all(cell["seconds"] < 2 for cell in results["cells"]), "each waits for two seconds in two stages"
+    assert all(cell["seconds"] < 1 for cell in results["cells"]), "each waits for a second in two stages"
 
 
 def test_figures_of_a_study_whose_answer_is_known(tmp_path: Path, worker: list[str]) -> None:

@@ -3,6 +3,7 @@ square, and the studies that ask about both."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -201,6 +202,26 @@ def test_a_share_of_the_pictures_is_clearly_not_square(share: float) -> None:
         assert 1.5 <= max(width, height) / min(width, height) <= 2
     for scene in (tune_scene(0, 3, frames_with(1.0)), exam_scene(0, "test", 3, frames_with(1.0))[0]):
         assert (scene.width, scene.height) in OBLONG
+
+
+def test_worlds_that_agree_in_their_web_part_have_one_web(tmp_path: Path) -> None:
+    """To the byte: what a study makes of the web alone is shared by them."""
+    usual = WorldSize(web=40, tune=10, test=6, harder=0, captions=0)
+    other = WorldSize(
+        web=40, tune=12, turns=4, text_share=0.5, test=12, harder=6, captions=8, refusals=0.3, asked={"box": 0.1}
+    )
+    fields = {field.name for field in dataclasses.fields(WorldSize)}
+    assert fields - {"web", "strength", "oblong", "plain"} == {
+        field for field in fields if getattr(usual, field) != getattr(other, field)
+    }
+    assert usual.web_part() == other.web_part()
+    roots = [draw(tmp_path / name, seed=3, size=size, workers=1) for name, size in (("a", usual), ("b", other))]
+    for name in ("web.json", "web_truth.jsonl"):
+        assert (roots[0] / name).read_bytes() == (roots[1] / name).read_bytes()
+    pictures = [{path.name: path.read_bytes() for path in (root / "web").rglob("*.jpg")} for root in roots]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 40
+    for change in ({"strength": "severe"}, {"oblong": 1.0}, {"plain": 1.0}, {"web": 41}):
+        assert dataclasses.replace(usual, **change).web_part() != usual.web_part()
 
 
 def test_an_oblong_world_tells_its_boxes_in_the_pictures_own_sides(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def _figures(folder: Folder, matrix: Matrix, cell: Cell) -> dict[str, Any] | Non
     return {
         "score": score,
         "tasks": tasks,
+        "n": {name: row["n"] for name, row in asked.items() if row.get("n") and name in tasks},
         "measures": others,
         "words": _mean(words),
         "seconds": round(sum(float(one["seconds"]) for one in known), 1) if len(known) == len(taught) else None,
@@ -115,10 +116,15 @@ def _choices(folder: Folder, matrix: Matrix, axis: str) -> dict[str, Any]:
 def _crossed(study: StudyRecipe, figures: Mapping[Cell, Any]) -> list[dict[str, Any]]:
     base = {cell.seed: found["score"] for cell, found in figures.items() if cell == base_cell(study, cell.seed)}
     by_levels: dict[tuple[tuple[str, str], ...], dict[int, float]] = {}
+    step = step_of(study, figures, (SCORE,))
     for cell, found in figures.items():
         by_levels.setdefault(cell.levels, {})[cell.seed] = found["score"]
     return [
-        {"levels": dict(levels), **_plain(t_interval(list(own.values()))), "difference": paired(own, base)}
+        {
+            "levels": dict(levels),
+            **_plain(t_interval(list(own.values()), step)),
+            "difference": paired(own, base, step),
+        }
         for levels, own in by_levels.items()
     ]
 
@@ -154,6 +160,16 @@ def value_of(found: Mapping[str, Any], by: Sequence[str]) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
+def step_of(study: StudyRecipe, figures: Mapping[Cell, Any], by: Sequence[str]) -> float:
+    """How much one question more or less moves what `value_of` gives; 0 where it is no share of questions."""
+    steps = []
+    for found in figures.values():
+        names = [*found["tasks"]] if [*by] == [SCORE] and study.measures[0] == "suite" else [*by]
+        if names and all(found["n"].get(name) for name in names):
+            steps.append(max(1 / found["n"][name] for name in names) / len(names))
+    return max(steps, default=0.0)
+
+
 def _at(study: StudyRecipe, axis: str, level: str, figures: Mapping[Cell, Any], by: Sequence[str]) -> dict[int, float]:
     """Seed -> value of a level, all other axes at their base."""
     found = {}
@@ -164,14 +180,17 @@ def _at(study: StudyRecipe, axis: str, level: str, figures: Mapping[Cell, Any], 
     return found
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float], least: float = 0.0) -> dict[str, Any] | None:
     """The difference at the seeds that both have, its interval and its p: what a seed does to both cancels. None
-    without such a seed."""
+    without such a seed. least: the smallest that it can be."""
     by_seed = differences(ours, theirs)
     if not by_seed:
         return None
     values = list(by_seed.values())
-    return {**_plain(t_interval(values)), "p": p_value(values), "by_seed": by_seed}
+    found = _plain(t_interval(values, least))
+    if least and found["low"] is not None:  # shares of questions differ by no more than all of them
+        found |= {"low": max(-1.0, found["low"]), "high": min(1.0, found["high"])}
+    return {**found, "p": p_value(values, least), "by_seed": by_seed}
 
 
 def _plain(found: Estimate) -> dict[str, Any]:
@@ -181,7 +200,7 @@ def _plain(found: Estimate) -> dict[str, Any]:
 def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]) -> dict[str, Any]:
     names = (name for found in figures.values() for name in (*found["tasks"], *found["measures"]))
     tasks = [name for name in dict.fromkeys(names) if name != study.measures[0]]
-    base = _at(study, name, axis.base, figures, (SCORE,))
+    base, step = _at(study, name, axis.base, figures, (SCORE,)), step_of(study, figures, (SCORE,))
     levels = {}
     for level, how in axis.levels.items():
         own, words = (_at(study, name, level, figures, (by,)) for by in (SCORE, WORDS))
@@ -190,16 +209,21 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
         for task in tasks:
             values, others = (_at(study, name, one, figures, (task,)) for one in (level, axis.base))
             if values:
-                compared = None if level == axis.base else paired(values, others)
-                by_task[task] = {**_plain(t_interval(list(values.values()))), "difference": compared}
+                one = step_of(study, figures, (task,))
+                compared = None if level == axis.base else paired(values, others, one)
+                by_task[task] = {**_plain(t_interval(list(values.values()), one)), "difference": compared}
         levels[level] = {
             "about": how.about,
-            **(_plain(t_interval(list(own.values()))) if own else {"mean": None, "low": None, "high": None, "n": 0}),
+            **(
+                _plain(t_interval(list(own.values()), step))
+                if own
+                else {"mean": None, "low": None, "high": None, "n": 0}
+            ),
             "tasks": by_task,
             "words": _mean(list(words.values())),
             "seconds": _mean([cell["seconds"] for cell in cells]),
             "trainable": max((cell["trainable"] for cell in cells), default=None),
-            "difference": None if level == axis.base else paired(own, base),
+            "difference": None if level == axis.base else paired(own, base, step),
         }
     return {"question": axis.question, "base": axis.base, "levels": levels}
 
@@ -207,7 +231,7 @@ def _axis(study: StudyRecipe, name: str, axis: Axis, figures: Mapping[Cell, Any]
 def _claim(study: StudyRecipe, claim: Claim, figures: Mapping[Cell, Any]) -> dict[str, Any]:
     than = claim.than or study.axes[claim.axis].base
     ours, theirs = (_at(study, claim.axis, level, figures, claim.by) for level in (claim.level, than))
-    found = paired(ours, theirs)
+    found = paired(ours, theirs, step_of(study, figures, claim.by))
     return {
         **claim.model_dump(mode="json"),
         "base": than,
@@ -228,7 +252,7 @@ def verdict(expect: str, margin: float, found: Mapping[str, Any] | None) -> str:
         return MISSING
     low, high = found["low"], found["high"]
     if low is None or high is None:
-        return UNDECIDED  # one seed has no interval, nor have seeds that are alike to the last digit
+        return UNDECIDED  # one seed has no interval, nor have losses that are alike to the last digit
     if expect in ("lower", "not higher"):
         low, high = -high, -low
     if expect in ("higher", "lower"):

@@ -21,29 +21,35 @@ class Estimate:
     n: int
 
 
-def t_interval(values: Sequence[float]) -> Estimate:
+def t_interval(values: Sequence[float], least: float = 0.0) -> Estimate:
     """Mean and two-sided 95 % interval, mean +- t(0.975, n - 1) * s / sqrt(n), s with n - 1 in its denominator.
 
-    Student, "The probable error of a mean", Biometrika 6 (1908). No bounds of one value, nor of several that are alike
-    to the last digit and not zero: shares of a few hundred questions may be so by chance, and how far they would spread
-    is then not known. ValueError where there are no values.
+    Student, "The probable error of a mean", Biometrika 6 (1908). No bounds of one value. Values that are alike to the
+    last digit (shares of a few hundred questions may be so by chance, or lie at an end of the scale) are taken to
+    spread as if `least`, the smallest step that they can show, were their s; where that is 0 and they are not zero, how
+    far they would spread is not known, and there are no bounds. ValueError where there are no values.
     """
     n = len(values)
     if not n:
         raise ValueError("an interval needs at least one value")
     mean = math.fsum(values) / n
-    if n == 1 or _alike(values):
+    deviation = _deviation(values, least)
+    if deviation is None:
         return Estimate(mean, None, None, n)
     from scipy.special import stdtrit
 
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * deviation / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def _alike(values: Sequence[float]) -> bool:
-    """Whether they say nothing of their spread: all the same, and that is not zero."""
-    return min(values) == max(values) != 0
+def _deviation(values: Sequence[float], least: float) -> float | None:
+    """s, or what stands for it; None where the values say nothing of it."""
+    if len(values) < 2:
+        return None
+    if min(values) == max(values):
+        return least if least or not values[0] else None
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
@@ -51,19 +57,17 @@ def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[
     return {seed: round(ours[seed] - theirs[seed], DIGITS) + 0.0 for seed in sorted(ours.keys() & theirs.keys())}
 
 
-def p_value(values: Sequence[float]) -> float | None:
+def p_value(values: Sequence[float], least: float = 0.0) -> float | None:
     """Two-sided p of a mean that differs from zero, by Student's t with n - 1 degrees of freedom; 1 where all are zero,
     None where `t_interval` has no bounds. Source: as there."""
-    n = len(values)
-    if n < 2 or _alike(values):
+    deviation, n = _deviation(values, least), len(values)
+    if deviation is None:
         return None
-    from scipy.special import stdtr
-
-    mean = math.fsum(values) / n
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     if not deviation:
         return 1.0
-    return float(2 * stdtr(n - 1, -abs(mean) / deviation * math.sqrt(n)))
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(n - 1, -abs(math.fsum(values) / n) / deviation * math.sqrt(n)))
 
 
 def holm(values: Mapping[str, float | None]) -> dict[str, float | None]:

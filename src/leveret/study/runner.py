@@ -29,6 +29,7 @@ from leveret.runs import (
     DataError,
     EnvironmentFault,
     Interrupted,
+    OtherRecipe,
     Progress,
     UserError,
     append_jsonl,
@@ -83,7 +84,13 @@ def make(path: Path, id: str) -> dict[str, Any]:
     try:
         # However the folder is called today: a stage that goes on is bound to where its data lie.
         inputs = {role: folder.unit(one).resolve() for role, one in unit.inputs.items()}
-        facts = KINDS[unit.kind].make(place, unit.settings, inputs)
+        try:
+            facts = KINDS[unit.kind].make(place, unit.settings, inputs)
+        except OtherRecipe:
+            print(f"{place}: begun by another version of leveret; begun anew", file=sys.stderr, flush=True)
+            for begun in [item for item in place.iterdir() if item.is_dir()]:
+                _throw_away(begun)
+            facts = KINDS[unit.kind].make(place, unit.settings, inputs)
     finally:
         write_json(spent, before + worked())
     found = {"unit": unit.plain(), "seconds": round(before + worked(), 1), **facts}

@@ -18,11 +18,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leveret.runs import RecipeError, sha256_of
 from leveret.study.choices import SCORER
-from leveret.study.files import Cell, Choose, StudyRecipe
+from leveret.study.files import Cell, Choose, StudyRecipe, cells
+
+if TYPE_CHECKING:
+    from leveret.world.write import WorldSize
 
 VERSION = 1
 """Of the way units are made; another one finds none of the old."""
@@ -103,10 +106,7 @@ def _world(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
     from leveret.world.write import VERSION as drawn
     from leveret.world.write import WorldSize
 
-    fields = {"harder": 0, **study.world}
-    for axis, level in cell.levels:
-        fields |= study.axes[axis].levels[level].world
-    usual, size = asdict(WorldSize()), asdict(WorldSize(**fields))
+    usual, size = asdict(WorldSize()), asdict(_size(study, cell))
     settings = {
         "seed": cell.seed,
         "size": {name: value for name, value in size.items() if value != usual[name]},
@@ -115,8 +115,33 @@ def _world(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
     return _put(units, Unit("draw", f"world {cell.seed}", settings))
 
 
+def _size(study: StudyRecipe, cell: Cell) -> WorldSize:
+    from leveret.world.write import WorldSize
+
+    fields = {"harder": 0, **(study.world or {})}
+    for axis, level in cell.levels:
+        fields |= study.axes[axis].levels[level].world
+    return WorldSize(**fields)
+
+
+def _web_of(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
+    """The world whose web a cell's pairs are chosen from: of cells whose worlds have the same web, and otherwise other
+    conversations or questions, that of the first, so that what is made of the web alone is made once."""
+    if study.world is None:
+        return None
+    web = _size(study, cell).web_part()
+
+    def alike(other: Cell) -> bool:
+        try:
+            return other.seed == cell.seed and _size(study, other).web_part() == web
+        except RecipeError:
+            return False  # told where that cell is taken apart
+
+    return _world(study, next(filter(alike, cells(study))), units)
+
+
 def _choice(study: StudyRecipe, cell: Cell, world: str, units: Units) -> str:
-    from leveret.condense.pipeline import RULES
+    from leveret.condense.prepare import RULES
     from leveret.condense.steps import check_columns, read
     from leveret.model.hub import package_file
 
@@ -159,10 +184,12 @@ def _model(study: StudyRecipe, cell: Cell, units: Units) -> str:
         if before is not None and stage.get("start") is not None:
             raise RecipeError(f"stages.{name}.start: a stage of a study starts from the one before it; leave it out")
         told = [stage["data"], (stage.get("held_out") or {}).get("data", "")]
-        if world is not None and any(data.startswith(DRAWN) for data in told):
-            inputs["world"] = world
-        if world is not None and CORESET in told:
-            inputs["pairs"] = _choice(study, cell, world, units)
+        drawn = {data for data in told if data.startswith(DRAWN)}
+        web = _web_of(study, cell, units) if CORESET in drawn else None
+        if world is not None and drawn:
+            inputs["world"] = web if web is not None and drawn == {CORESET} else world
+        if web is not None:
+            inputs["pairs"] = _choice(study, cell, web, units)
         # What came before says what the model is; a later stage that asks for another one would be told by `start`.
         own = {
             key: value for key, value in recipe.items() if key not in ("stages", "name", "average", "track", "ranks")
@@ -239,10 +266,11 @@ def _loss_of(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
 
 
 def _encoder_of(study: StudyRecipe, cell: Cell, units: Units) -> str | None:
-    if (world := _world(study, cell, units)) is None or is_average(study, cell):
+    world, web = _world(study, cell, units), _web_of(study, cell, units)
+    if world is None or web is None or is_average(study, cell):
         return None
     settings = {"steps": ENCODER_STEPS, "batch": ENCODER_BATCH, "seed": cell.seed}
-    pairs = _choice(study, cell, world, units)
+    pairs = _choice(study, cell, web, units)
     return _put(units, Unit("encoder", "encoder", settings, {"world": world, "pairs": pairs}))
 
 

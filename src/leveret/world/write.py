@@ -91,6 +91,10 @@ class WorldSize:
                 raise RecipeError(f"{name}={share!r}: a share of the {what}, 0 to 1")
         self._check_asked()
 
+    def web_part(self) -> tuple[Any, ...]:
+        """What, with the seed, the web hangs on: worlds that agree in it have the same web to the byte."""
+        return self.web, self.strength, self.oblong, self.plain
+
     def _check_asked(self) -> None:
         given = self.asked
         if not isinstance(given, Mapping) or not all(isinstance(kind, str) for kind in given):
