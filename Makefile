@@ -41,7 +41,7 @@ style: venv
 	$(BIN)/ruff format --check .
 
 types: venv
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(JOBS)
 
 test: style types
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"

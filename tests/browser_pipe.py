@@ -78,10 +78,13 @@ class Browser:
         return json.loads(line)
 
     def open(self, address: str, width: int = 1100, height: int = 900) -> None:
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.resize(width, height)
         self.ask("Page.navigate", url=address)
         while self.run("document.readyState") != "complete":
             pass
+
+    def resize(self, width: int, height: int) -> None:
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def reload(self) -> None:
         """The same page once more, from the start."""

@@ -74,7 +74,8 @@ def _is_here(host: Any) -> bool:
     if host in (None, "", b"", "localhost"):
         return True
     try:
-        return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
+        address = ipaddress.ip_address(str(host).partition("%")[0])
+        return address.is_loopback or address.is_unspecified  # 0.0.0.0: all addresses of this machine
     except ValueError:
         return False
 

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,12 +22,15 @@ import pytest
 
 from fakes import tiny_vlm
 from leveret import cli
-from leveret.generate.model import load
+from leveret.generate.model import Model, load
 from leveret.model.checkpoint import save
 from leveret.runs import DataError, EnvironmentFault, RecipeError
-from leveret.serve.run import TOKEN, name_of, token_from
+from leveret.serve.app import Service
+from leveret.serve.limits import Limits
+from leveret.serve.pictures import Rules
+from leveret.serve.run import TOKEN, Where, _greeting, name_of, token_from
 from leveret.serve.wire import bind
-from serve_fakes import about, client_for, events, picture, question, soon
+from serve_fakes import about, client_for, events, picture, question, serving, soon
 
 pytestmark = [pytest.mark.serve, pytest.mark.skipif(sys.platform == "win32", reason="signals are not the same there")]
 
@@ -83,12 +85,13 @@ def started(folder: Path, *args: Any, **environment: str) -> Iterator[Process]:
         popen.stderr.close()
 
 
-def test_a_server_answers_as_the_terminal_chat_and_ends_when_it_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_server_answers_as_the_terminal_chat_and_ends_when_it_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photo = tmp_path / "red.png"
     photo.write_bytes(picture())
-    shown = subprocess.run(
-        command("chat", folder, photo, "-p", "what colour is it"), capture_output=True, text=True, check=True
-    ).stdout
+    assert cli.run(["chat", str(folder), str(photo), "-p", "what colour is it"]) == 0
+    shown = capsys.readouterr().out
     with started(folder, "--name", "tiny") as process:
         assert process.facts["pid"] == process.popen.pid and process.facts["model"] == "tiny"
         assert 0 < process.facts["imports"] <= process.facts["seconds"]
@@ -217,19 +220,24 @@ def test_starting_says_clearly_what_is_wrong(
     assert refused(folder, "--port", 0, "--rate", -1)[0] == 2
 
 
-def test_who_lets_everybody_in_is_warned(folder: Path) -> None:
-    with started(folder, "--host", "0.0.0.0") as process:
-        end = time.monotonic() + 20  # two pipes: what came first need not be read first
-        while "WARNING" not in (told := "".join(process.said)) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert "WARNING" in told and TOKEN in told
-        assert process.url.startswith("http://127.0.0.1:")
-    with started(folder, "--host", "0.0.0.0", **{TOKEN: "open-sesame"}) as process:
-        assert "WARNING" not in "".join(process.said) and "open-sesame" not in "".join(process.said)
-        assert httpx.get(f"{process.url}/v1/models").status_code == 401
-
-
 # --- without a process ---------------------------------------------------------------------------------------------
+
+
+def test_who_lets_everybody_in_is_warned() -> None:
+    service = Service(Model(tiny_vlm()), "tiny", Limits(), Rules())
+    facts = {"url": "http://127.0.0.1:1", "device": "cpu", "seconds": 1, "imports": 1}
+
+    def told(**where: Any) -> str:
+        return "\n".join(_greeting(service, Where(**where), facts))
+
+    open_to_all = told(host="0.0.0.0")
+    assert "WARNING: --host 0.0.0.0" in open_to_all and TOKEN in open_to_all
+    assert "WARNING" not in told() and "none asked for" in told()
+    shut = told(host="0.0.0.0", token="open-sesame")
+    assert "WARNING" not in shut and "open-sesame" not in shut
+    with serving(where=Where(host="0.0.0.0", port=0, token="open-sesame")) as up:
+        assert up.running.url.startswith("http://127.0.0.1:")
+        assert up.http.get("/v1/models").status_code == 401
 
 
 def test_an_address_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
