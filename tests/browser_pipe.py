@@ -114,10 +114,21 @@ class Browser:
         self.ask("Input.insertText", text=text)
 
     def click(self, script: str) -> None:
-        """A click of the mouse on the middle of the element that an expression gives."""
+        """A click of the mouse on the middle of the element that an expression gives, once it stands still.
+
+        What comes or grows beside an element moves it at the next frame, and a click would hit what is there then.
+        """
         x, y = self.run(
-            f"(() => {{ const e = {script}; e.scrollIntoView({{block: 'nearest'}});"
-            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
+            f"(async () => {{ const e = {script};"
+            " const later = () => new Promise(r => setTimeout(r, 60));"
+            " const frame = () => Promise.race([new Promise(requestAnimationFrame), later()]);"
+            " const middle = () => { const r = e.getBoundingClientRect();"
+            "   return [r.x + r.width / 2, r.y + r.height / 2] };"
+            " e.scrollIntoView({block: 'nearest'});"
+            " for (let still = 0, was = middle(), tries = 0; still < 2 && tries < 100; tries += 1) {"
+            "   await frame(); e.scrollIntoView({block: 'nearest'});"
+            "   const is = middle(); still = `${is}` === `${was}` ? still + 1 : 0; was = is; }"
+            " return middle() })()"
         )
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         for kind in ("mousePressed", "mouseReleased"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
@@ -176,9 +178,16 @@ def chain(
 # --- the chain ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["int8", "float32"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As on a machine that multiplies 8-bit numbers well, and as on one that does not."""
+    monkeypatch.setattr(screen, "has_int8", lambda: request.param == "int8")
+    return request.param
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 9, 60])
-def test_the_kept_ids_are_those_of_a_float64_brute_force(kind: str, k: int, tmp_path: Path) -> None:
+def test_the_kept_ids_are_those_of_a_float64_brute_force(kind: str, k: int, tmp_path: Path, products: str) -> None:
     given, rules = pool(kind), Rules(k=k)
     kept, centroids = chain(given, rules, tmp_path / "w")
     assert kept == brute(given, rules, centroids)
@@ -288,8 +297,27 @@ def test_a_screen_loses_no_pair_and_is_never_wrongly_sure(kind: str, pool_kind: 
             assert not ((cosines > 0.86) & ~may).any()
 
 
+def test_8_bit_products_that_are_slow_or_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.float() @ b.float()).to(torch.int32)
+
+    def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return wide(a, b)
+
+    def cut(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return wide(a, b).clamp(-32768, 32767)
+
+    def none(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("_int_mm is not for this machine")
+
+    for multiply in (slow, cut, none):
+        monkeypatch.setattr(torch, "_int_mm", multiply)
+        assert not screen.has_int8.__wrapped__()
+
+
 @pytest.mark.parametrize("spread", [0.05, 1.0, 30.0])
-def test_the_nearest_centroid_is_the_nearest_also_among_equal_ones(spread: float) -> None:
+def test_the_nearest_centroid_is_the_nearest_also_among_equal_ones(spread: float, products: str) -> None:
     rng = np.random.default_rng(0)
     x, _, _ = pool("ordinary", n=600)
     centroids = np.concatenate([x[:40] * 0.7, x[:40] * 0.7, spread * rng.standard_normal((30, 48)), np.zeros((1, 48))])
@@ -488,7 +516,7 @@ def plain_round(x: Array, centroids: Array) -> Array:
 @pytest.mark.parametrize("memory", [0, 1 << 30])
 @pytest.mark.parametrize("kind", ["ordinary", "hub", "chains", "outlier"])
 def test_rounds_that_look_only_at_what_moved_are_rounds_that_look_at_everything(
-    kind: str, memory: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, memory: int, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lloyd, "CHUNK", 300)
     x = unit(pool(kind, 900, 24, 7)[0]).astype(np.float32)
