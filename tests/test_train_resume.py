@@ -340,7 +340,7 @@ def test_a_lost_worker_fails_the_leader_and_a_lost_leader_ends_its_workers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_kill_9_at_random_moments_of_two_ranks_and_two_stages(data: Path, tmp_path: Path, seed: int) -> None:
     import random
 
@@ -352,16 +352,27 @@ def test_kill_9_at_random_moments_of_two_ranks_and_two_stages(data: Path, tmp_pa
     (tmp_path / "recipe.json").write_text(two.model_dump_json())
     run, chance = tmp_path / "killed", random.Random(seed)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    while True:
+
+    def steps() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in run.glob("*/metrics.jsonl"))
+
+    for life in range(7):  # the last one is left alone: where a start takes long, most may be spent on starting
         command = [sys.executable, "-c", RUN, str(tmp_path / "recipe.json"), str(run)]
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         assert child.stderr is not None
         for line in child.stderr:  # from the moment it teaches
             if re.match(r"stage \w+", line):
                 break
-        time.sleep(chance.uniform(0, 4))
-        child.kill()
+        if life < 6:
+            until = steps() + chance.choice((0, 1, 3, 7, 12))
+            while steps() < until and child.poll() is None:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.5))
+            child.kill()
+        else:
+            child.stderr.read()
         child.stderr.close()
         if child.wait() == 0:
             break
+    assert child.returncode == 0
     assert same(run, tmp_path / "whole")
