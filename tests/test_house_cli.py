@@ -223,6 +223,10 @@ def test_doctor_tells_what_is_here() -> None:
     facts = json.loads(done.stdout)
     assert facts["devices"][0]["id"] == "cpu" and facts["packages"]["torch"] and facts["cores"] >= 1
     assert set(facts["fits"]["cpu"]) == {way.name for way in doctor.WAYS}
+    assert facts["devices"][0]["bf16"] in ("fast", "emulated: slow") and facts["devices"][0]["int8"] in (
+        "fast",
+        "not used",
+    )
     told = leveret("doctor")
     assert told.returncode == 0 and "This machine" in told.stdout and "Devices" in told.stdout
 

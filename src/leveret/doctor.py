@@ -231,8 +231,18 @@ def _devices(memory: int | None) -> list[dict[str, Any]]:
         return []
     import torch
 
+    from leveret.condense.screen import has_int8
+    from leveret.model.precision import native_bf16
+
     devices: list[dict[str, Any]] = [
-        {"id": "cpu", "name": _cpu_name(), "memory": memory, "bf16": _cpu_bf16(), "threads": torch.get_num_threads()}
+        {
+            "id": "cpu",
+            "name": _cpu_name(),
+            "memory": memory,
+            "bf16": "fast" if native_bf16("cpu") else "emulated: slow",
+            "int8": "fast" if has_int8() else "not used",
+            "threads": torch.get_num_threads(),
+        }
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -257,21 +267,6 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cpu_bf16() -> str:
-    """How bf16 runs on this CPU: its own instructions, torch's emulation, or nothing known."""
-    flags: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                flags = set(line.partition(":")[2].split())
-                break
-    if "amx_bf16" in flags:
-        return "fast (AMX)"
-    if "avx512_bf16" in flags or "bf16" in flags:
-        return "fast"
-    return "emulated: slow" if flags else "not known"
 
 
 def _largest(memory: int | None, way: Way) -> str | None:
@@ -374,6 +369,9 @@ def show(facts: dict[str, Any]) -> None:
     machine.add_row("system", facts["platform"])
     machine.add_row("python", facts["python"])
     machine.add_row("cores", str(facts["cores"]))
+    for device in facts["devices"][:1]:  # the CPU
+        fast = device["int8"] == "fast"
+        machine.add_row("condense in", "8-bit products" if fast else "float32 (8-bit products are not faster here)")
     machine.add_row("memory", _gib(facts["memory"]))
     machine.add_row("free disk", f"{_gib(facts['disk_free'])} here")
     machine.add_row("model cache", facts["cache"])
