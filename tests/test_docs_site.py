@@ -147,6 +147,7 @@ def test_it_builds_and_fetches_nothing_foreign(site: Path) -> None:
 def test_marks_are_filled_in_and_the_code_writes_its_own_reference(site: Path) -> None:
     for page in site.rglob("*.html"):
         assert not re.search(r"<!-- (?:readme|log|layout|doc|findings|studies|names):", page.read_text("utf-8")), page
+        assert "*Filled in" not in page.read_text("utf-8") and "<em>Filled in" not in page.read_text("utf-8"), page
 
     def words(name: str) -> str:
         return " ".join("".join(Reader((site / f"{name}.html").read_text("utf-8")).words).split())

@@ -1,6 +1,7 @@
 """What MkDocs asks of us while it builds the site: pages that the code writes, marks in pages, links that leave docs/.
 
-A mark is a line of its own, `<!-- KIND: ARGUMENT -->`:
+A mark is a line of its own, `<!-- KIND: ARGUMENT -->`; a line below it that begins with `*Filled in` is for those who
+read the file itself, and goes:
 
     readme: HEADING       the README's section of that heading, without the heading and its subsections
     log: WORDS            the newest section of the log whose heading ends so
@@ -43,7 +44,7 @@ TAKEN = {
 PLACES = {**{source: page for page, source in TAKEN.items()}, "README.md": "index.md"}
 """Where on the site a file of the repository is read."""
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
-MARK = re.compile(r"^<!-- (\w+):[ ]?(.*?) -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (\w+):[ ]?(.*?) -->(?:\n\*Filled in[^\n]*\*)?$", re.MULTILINE)
 
 
 def on_files(files: Any, config: Any) -> Any:
