@@ -43,12 +43,13 @@ style: venv
 types: venv
 	$(BIN)/mypy --num-workers $(JOBS)
 
+# Compiled files are kept, whatever the shell says: the tests start some sixty processes.
 test: style types
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 # One process: each of these already uses every core.
 test-slow: venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 # The variable silences a word about MkDocs 2, which the range in pyproject.toml keeps out.
 docs: venv

@@ -19,11 +19,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+from leveret.runs import machine
 
 if TYPE_CHECKING:
     from browser_pipe import Browser
@@ -62,6 +65,12 @@ def parity() -> Path:
 def photos() -> Path:
     """A folder of real photographs; LEVERET_PHOTOS names another place."""
     return _shared("LEVERET_PHOTOS", "photos")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_look_at_git() -> None:
+    """The checkout's state is asked of git for every run folder; of one test run it is the same."""
+    machine._git_state = cache(machine._git_state)
 
 
 @pytest.fixture(scope="session", autouse=True)

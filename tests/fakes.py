@@ -35,6 +35,14 @@ def _folder() -> Path:
     return Path(_folder.keep.name)  # type: ignore[attr-defined]
 
 
+@cache
+def world_tokenizer() -> Any:
+    """The drawn world's, as it is shipped (test_world_tokens.py: it is the one that `world.tokens` builds)."""
+    from leveret.model.language import load_tokenizer
+
+    return load_tokenizer("world/language", as_saved=True)
+
+
 def tiny_tokenizer() -> Any:
     """A byte-level BPE with the specials of the `tiny` chat format; every string comes back unchanged."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -80,6 +80,8 @@ class Done:
 _DRIVER = """
 import contextlib, io, json, os, sys
 from leveret.cli import run
+from leveret.serve.chat import chat
+chat.__kwdefaults__["max_new_tokens"] = 12  # toys never end
 for line in sys.stdin:
     args, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from leveret.cli import run
 from leveret.condense import condense, embed
 from leveret.condense.add import add
 from leveret.runs import DataError, RecipeError
@@ -103,15 +102,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         add(first, [tmp_path / "more"], tmp_path / "g")
 
 
-def test_rows_that_lie_elsewhere_are_told(tmp_path: Path) -> None:
+def test_rows_that_lie_elsewhere_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = _rows(3)
     x[:900] = x[:900] * 0.2 + np.repeat(_rows(4)[:9], 100, axis=0)
     first = condense(_layout(tmp_path / "old", x, 0, 900), tmp_path / "first", "bunny", STEPS, workers=1)
     new = _layout(tmp_path / "new", x, 900, N)
-    call = [sys.executable, "-c", "from leveret.cli import main; main()", "coreset", "add", str(first), str(new)]
-    done = subprocess.run([*call, "-o", str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "the new rows lie elsewhere" in done.stdout and "1,200 samples" in done.stdout
+    assert run(["coreset", "add", str(first), str(new), "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "the new rows lie elsewhere" in said and "1,200 samples" in said
 
 
 def test_what_was_refused_stays_told(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,18 +151,20 @@ def test_few_rows_of_several_files_are_told(tmp_path: Path) -> None:
             assert 1 <= told.low <= told.high <= 895
 
 
-def test_every_preset_is_estimated_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+def test_every_preset_is_estimated_and_nothing_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = open_given(folder)
     for name in ("bunny", "semdedup-far", "clip-score-top", "density", "leveret", "random", "world", "photos"):
         found = estimate(given, read(name), workers=1, memory=1 << 30)
         ends = [facts["left"] for facts in found["steps"].values()]
         assert all(0 <= low <= high <= N for low, high in ends), name
-    call = [sys.executable, "-c", "from leveret.cli import main; main()", "condense", str(folder), "--dry-run"]
-    done = subprocess.run([*call, "-o", str(tmp_path / "no"), "score=null"], capture_output=True, text=True)
-    assert done.returncode == 0 and "after dedup" in done.stdout and "GB of disk" in done.stdout, done.stderr
-    assert not (tmp_path / "no").exists()
-    told = subprocess.run([*call, "-o", str(tmp_path / "no"), "score=null", "--json"], capture_output=True, text=True)
-    assert json.loads(told.stdout)["estimate"]["rows"] == N
+    call = ["condense", str(folder), "--dry-run", "-o", str(tmp_path / "no"), "score=null"]
+    assert command(call) == 0
+    said = capsys.readouterr().out
+    assert "after dedup" in said and "GB of disk" in said and not (tmp_path / "no").exists()
+    assert command([*call, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["estimate"]["rows"] == N
 
 
 def test_few_rows_and_rows_without_a_direction(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_few_rows_and_rows_without_a_direction(tmp_path: Path) -> None:
         assert found["rows"] == n
 
 
-def test_a_pool_is_told_from_the_few_that_are_embedded(tmp_path: Path) -> None:
+def test_a_pool_is_told_from_the_few_that_are_embedded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every fifth picture is broken and every third another's copy; a tenth of the pool is looked at."""
     rng = np.random.default_rng(3)
     records = []
@@ -188,17 +189,18 @@ def test_a_pool_is_told_from_the_few_that_are_embedded(tmp_path: Path) -> None:
         turns = [{"from": "human", "value": "<image>\nSay."}, {"from": "gpt", "value": "a word"}]
         records.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
     (tmp_path / "pool.json").write_text(json.dumps(records))
-    call = [sys.executable, "-c", "from leveret.cli import main; main()", "condense", str(tmp_path / "pool.json")]
-    call += ["--dry-run", "-r", "photos", "-o", str(tmp_path / "no")]
-    done = subprocess.run([*call, "--json"], capture_output=True, text=True)
-    found = json.loads(done.stdout)["estimate"]
+    call = ["condense", str(tmp_path / "pool.json"), "--dry-run", "-r", "photos", "-o", str(tmp_path / "no")]
+    assert command([*call, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["estimate"]
     assert found["embed"]["samples"] == found["embed"]["looked"] == 600
     assert found["embed"]["refused"] == {"image not an image": 120} and found["rows"] == found["sampled"] == 480
     out = condense(tmp_path / "pool.json", tmp_path / "out", "photos", limit_share=0.5, workers=1)
     for stage in json.loads((out / "summary.json").read_text())["funnel"][2:]:
         low, high = found["steps"][stage["label"]]["left"]
         assert low <= stage["left"] <= high, stage["label"]
-    said = subprocess.run(call, capture_output=True, text=True).stdout
+    capsys.readouterr()
+    assert command(call) == 0
+    said = capsys.readouterr().out
     assert "embedding 600 samples: about" in said and "120 refused: image not an image" in said
     assert not (tmp_path / "no").exists()
     # Some of a larger pool: the share that can be read is told of all.

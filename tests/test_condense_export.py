@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from leveret.cli import run
 from leveret.condense import condense
 from leveret.condense.export import Kept, export
 from leveret.pool import open_source
@@ -105,8 +104,7 @@ def test_what_cannot_be_exported_is_said(pool: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "t.txt").exists()
 
 
-def test_by_the_command_line(pool: Path) -> None:
-    call = [sys.executable, "-c", "from leveret.cli import main; main()", "coreset", "export", str(pool / "coreset")]
-    done = subprocess.run([*call, "--as", "filter", "-o", str(pool / "cli.npy")], capture_output=True, text=True)
-    assert done.returncode == 0 and "25 ids" in done.stdout, done.stderr
+def test_by_the_command_line(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["coreset", "export", str(pool / "coreset"), "--as", "filter", "-o", str(pool / "cli.npy")]) == 0
+    assert "25 ids" in capsys.readouterr().out
     assert len(Kept(pool / "cli.npy")) == 25

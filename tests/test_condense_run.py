@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from fakes import save_dual_encoder
-from leveret.cli import explain
+from leveret.cli import explain, run
 from leveret.condense import condense, embed
 from leveret.condense import embed as embed_function
 from leveret.condense.given import Given
@@ -609,9 +609,8 @@ def test_steps_in_an_order_that_cannot_work(tmp_path, recipe, change, word):
         condense(_foreign(tmp_path / "emb"), tmp_path / "out", recipe, [change])
 
 
-def test_clusters_per_row_on_the_command_line(tmp_path):
+def test_clusters_per_row_on_the_command_line(tmp_path, capsys):
     folder = _foreign(tmp_path / "emb")
-    call = [sys.executable, "-c", "from leveret.cli import main; main()", "condense", str(folder), "--clusters-per-row"]
     for more, code, said in (
         (["2", "-r", "bunny", "cluster.k=4"], 0, "kept"),
         (["2", "-r", "random"], 2, "no step that makes clusters"),
@@ -619,8 +618,8 @@ def test_clusters_per_row_on_the_command_line(tmp_path):
         (["2", "-r", "semdedup-far"], 2, "clusters_per_row is 2"),
     ):
         out = tmp_path / "-".join(more)
-        done = subprocess.run([*call, *more, "-o", str(out)], capture_output=True, text=True)
-        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+        assert run(["condense", str(folder), "--clusters-per-row", *more, "-o", str(out)]) == code
+        assert said in "".join(capsys.readouterr())
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path, recipe):

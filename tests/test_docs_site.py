@@ -156,10 +156,9 @@ def test_marks_are_filled_in_and_the_code_writes_its_own_reference(site: Path) -
     from leveret.train.stages import StageRecipe
 
     assert "leveret coreset recut" in words("reference/commands") and "--allow-change" in words("reference/commands")
+    recipes = words("reference/recipes")
     for field in StageRecipe.model_fields.values():
-        assert field.description is None or " ".join(field.description.split())[:30].replace("`", "") in words(
-            "reference/recipes"
-        )
+        assert field.description is None or " ".join(field.description.split())[:30].replace("`", "") in recipes
     assert "leveret.evaluate(" in words("reference/python") and "leveret.Sample" in words("reference/python")
     assert all(name in words("studies/index") for name in names("studies"))
     assert "STAGE/state/step-" in words("formats") and "quarantine.jsonl" in words("formats")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evaluate_fakes import FakeEngine, FakeModel
 from fakes import tiny_vlm
@@ -34,7 +35,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from leveret.model import checkpoint
 
     folder = tmp_path_factory.mktemp("toy") / "model"
-    checkpoint.save(tiny_vlm(chat="tiny"), folder)
+    vlm = tiny_vlm(chat="tiny")
+    with torch.no_grad():  # or every answer is as long as it may be
+        vlm.language.get_output_embeddings().weight[vlm.tokenizer.eos_token_id] *= 3
+    checkpoint.save(vlm, folder)
     return str(folder)
 
 

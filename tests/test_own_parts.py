@@ -28,6 +28,7 @@ from leveret.model.build import build, build_meta, check
 from leveret.model.checkpoint import load, save
 from leveret.model.recipe import ModelRecipe
 from leveret.runs import DataError, RecipeError
+from leveret.serve.chat import chat
 from leveret.train import train
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -44,6 +45,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to be in, in a process where nobody named a file yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(own.VARIABLE, raising=False)
+    monkeypatch.setitem(chat.__kwdefaults__, "max_new_tokens", 12)  # toys never end
     forget()
     return tmp_path
 

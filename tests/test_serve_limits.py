@@ -89,7 +89,8 @@ def test_a_body_that_says_a_wrong_length_of_itself(up: Up) -> None:
 
 
 @pytest.mark.parametrize("drip", [False, True])
-def test_a_body_that_takes_its_time_is_not_waited_for(up: Up, drip: bool) -> None:
+def test_a_body_that_takes_its_time_is_not_waited_for(up: Up, drip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leveret.serve.guard.LINGER", 0.3)
     with socket.create_connection(up.address, timeout=20) as line:
         line.sendall(head(Content_Length="5000") + b'{"model":')
         if drip:

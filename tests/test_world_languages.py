@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from fakes import world_tokenizer
 from leveret.evaluate.tasks import SUITES, asked, load_items
 from leveret.model.language import describe, load_language, load_tokenizer
 from leveret.model.recipe import LanguageRecipe
 from leveret.runs import RecipeError, read_json, sha256_of
-from leveret.world import language, tokens
+from leveret.world import language
 from leveret.world.backbones import wanted
 from leveret.world.examination import MORE, ask
 from leveret.world.languages import LANGUAGES, files_of
@@ -55,7 +56,7 @@ def test_running_text_states_the_very_facts_that_conversations_ask_for() -> None
 
 def test_running_text_holds_nothing_of_a_conversation_and_nothing_withheld() -> None:
     """No mark of a turn, no question, no refusal; none of the examination's own words for what is held out."""
-    writer = Writer(tokens.build(), plain=True)
+    writer = Writer(world_tokenizer(), plain=True)
     for step in (0, 3000, 7000, 11000):
         for index in range(40):
             row = writer.training_row(stream(0, f"plain-{step}", index), step)
@@ -71,7 +72,7 @@ def test_running_text_holds_nothing_of_a_conversation_and_nothing_withheld() -> 
 
 
 def test_hints_of_running_text_stand_at_the_words_that_name_the_things() -> None:
-    writer = Writer(tokens.build(), plain=True)
+    writer = Writer(world_tokenizer(), plain=True)
     seen = 0
     for index in range(150):
         row = writer.training_row(stream(0, "hints", index), 8000)
@@ -104,10 +105,11 @@ def test_a_reading_that_is_stopped_and_one_that_goes_on_end_in_the_same_bits(
 ) -> None:
     """Running text, then conversations from its last state; stopped in both, or in none."""
     monkeypatch.setattr(language, "examine", lambda *_, **__: {"shape": 0.0})
-    tokenizer = tokens.build()
+    monkeypatch.setattr(language, "pretrain", partial(language.pretrain, save_every=1))
+    tokenizer = world_tokenizer()
 
     def read(out: Path, stops: tuple[int | None, ...]) -> dict[str, bytes]:
-        teach = partial(language.train_language, out, tokenizer=tokenizer, steps=3, **TINY)
+        teach = partial(language.train_language, out, tokenizer=tokenizer, steps=2, **TINY)
         for stop in stops:
             teach(folder=out / "a", place="languages/base", plain=True, stop_after=stop)
         for stop in stops:
@@ -115,7 +117,7 @@ def test_a_reading_that_is_stopped_and_one_that_goes_on_end_in_the_same_bits(
         names = ("languages/base", "languages/after")
         return {name: (out / name / "model.safetensors").read_bytes() for name in names}
 
-    whole, stopped = read(tmp_path / "whole", (None,)), read(tmp_path / "stopped", (2, None))
+    whole, stopped = read(tmp_path / "whole", (None,)), read(tmp_path / "stopped", (1, None))
     assert whole == stopped and whole["languages/base"] != whole["languages/after"]
 
 
@@ -124,7 +126,7 @@ def test_a_model_that_goes_on_begins_where_the_other_ended(tmp_path: Path, monke
     from leveret.world.pretrain import begin_from
 
     monkeypatch.setattr(language, "examine", lambda *_, **__: {"shape": 0.0})
-    tokenizer = tokens.build()
+    tokenizer = world_tokenizer()
     language.train_language(tmp_path, tmp_path / "a", tokenizer, steps=2, **TINY)
     net = language.build_language(832, 1, 0, width=32, layers=1)
     scenes = language.ToldScene(32, 0.05)

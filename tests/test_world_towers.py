@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fakes import world_tokenizer
 from leveret.cli import run as command
 from leveret.evaluate.forms.boxes import box_of
 from leveret.inputs.resize import fit
@@ -29,7 +29,7 @@ from leveret.model.tower_table import describe
 from leveret.model.towers import load_tower
 from leveret.records import TowerView
 from leveret.runs import RecipeError, read_json, sha256_of
-from leveret.world import distil, probe, teachers, tokens
+from leveret.world import distil, probe, teachers
 from leveret.world.backbones import wanted
 from leveret.world.examination import ask, exam_scene
 from leveret.world.languages import LANGUAGES
@@ -39,9 +39,6 @@ from leveret.world.write import WorldSize, draw, same_world
 
 WEIGHTS = Path(str(files("leveret") / "world" / "weights"))
 STUDIES = ("prismatic/encoder", "prismatic/resolution", "prismatic/resize", "tinyllava/encoder")
-
-
-tokenizer = cache(tokens.build)
 
 
 def quiet(*_: Any, **__: Any) -> None:
@@ -61,15 +58,24 @@ def test_a_tower_is_taught_to_the_same_bits_however_often_it_is_stopped(
     def taught(out: Path, seed: int, stops: list[int | None]) -> bytes:
         for stop in stops:
             figures = teachers.train_tower(
-                name, out, out / "state", tokenizer(), seed=seed, steps=4, log=quiet, save_every=1, stop_after=stop
+                name,
+                out,
+                out / "state",
+                world_tokenizer(),
+                seed=seed,
+                steps=3,
+                log=quiet,
+                save_every=1,
+                stop_after=stop,
             )
             assert figures == ({"seed": seed} if stop is None else {})
             assert file_of(out, name).exists() == (stop is None)
         return file_of(out, name).read_bytes()
 
     whole = taught(tmp_path / "whole", 0, [None])
-    assert taught(tmp_path / "stopped", 0, [1, 3, None]) == whole
-    assert taught(tmp_path / "other", 1, [None]) != whole
+    assert taught(tmp_path / "stopped", 0, [1, 2, None]) == whole
+    if name == "supervised":
+        assert taught(tmp_path / "other", 1, [None]) != whole
 
 
 def test_all_towers_see_the_same_scenes_and_none_sees_what_is_held_out() -> None:

@@ -16,7 +16,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import cache
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -38,10 +40,16 @@ for _name, _group in _GROUPS.items():
         app.add_typer(_group, name=_name, rich_help_panel=NOUNS)
 
 
+@cache
+def _command() -> Any:
+    """All commands, once a process: a tenth of a second, which who calls `run` often would pay each time."""
+    return typer.main.get_command(app)
+
+
 def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit code. Every exception ends here."""
     try:
-        command = typer.main.get_command(app)
+        command = _command()
         # Not `command.main`: it has its own ideas about Ctrl-C and broken pipes.
         with command.make_context("leveret", list(args)) as context:
             command.invoke(context)

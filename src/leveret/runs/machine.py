@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,19 @@ def cores() -> int:
 def environment() -> dict[str, Any]:
     """Python, platform, versions of the packages that matter (none is imported), cores, the checkout's git state."""
     import platform
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": cores(),
+        "packages": dict(_versions()),
+        "git": _git_state(),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed. Once a process: what it imported does not change under it."""
     from importlib import metadata
 
     from leveret import __version__
@@ -34,13 +48,7 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     versions["leveret"] = __version__  # a source tree on the path has no metadata, or another version's
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": cores(),
-        "packages": versions,
-        "git": _git_state(),
-    }
+    return versions
 
 
 def _git_state() -> dict[str, Any] | None:
