@@ -1,9 +1,9 @@
 """Compositions: every kind of tower with every connector, and each of both with every family of language models.
 
 The whole product would be thousands of models. Here every pair meets at least once (`test_every_pair_meets`), which is
-where parts that do not fit each other show, and in few more models than that takes: each kind of tower goes once through the
-families, and meanwhile through the connectors, one step ahead of the tower before. Rows of towers that are one network
-at toy size are one kind; the other rows of a kind are composed where a connector and a family have not met.
+where parts that do not fit each other show, and in few more models than that takes: each kind of tower goes once
+through the families, and meanwhile through the connectors, one step ahead of the tower before. Rows of towers that are
+one network at toy size are one kind; its other rows are composed where a connector and a family have not met.
 """
 
 from __future__ import annotations
