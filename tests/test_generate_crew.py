@@ -82,13 +82,13 @@ def test_a_caller_that_stops_leaves_helpers_that_answer_the_next_call(folder: Pa
     assert Crew(engine(folder), folder, helpers).answer(requests) == engine(folder).answer(requests)
 
 
-def test_a_lost_helper_costs_no_answer(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_helper_costs_no_answer(folder: Path, helpers: Helpers, capfd: pytest.CaptureFixture[str]) -> None:
+    """The last that asks `helpers`: from here on there is one."""
     requests = some_requests(200, seed=5)
-    with Helpers(2) as mine:
-        one, other = mine.ready(helpers_module.START_FROM)
-        os.kill(one.process.pid, signal.SIGKILL)
-        assert Crew(engine(folder), folder, mine).answer(requests) == engine(folder).answer(requests)
-        assert mine.ready(1) == [other]
+    one, other = helpers.ready(helpers_module.START_FROM)
+    os.kill(one.process.pid, signal.SIGKILL)
+    assert Crew(engine(folder), folder, helpers).answer(requests) == engine(folder).answer(requests)
+    assert helpers.ready(1) == [other]
     assert "has ended; going on without it" in capfd.readouterr().err
 
 
