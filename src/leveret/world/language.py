@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leveret.world.pretrain import Log, begin_from, pretrain
+from leveret.world.pretrain import Log, begin_from, halves, pretrain
 from leveret.world.questions import EXAM, KINDS, READER, Register
 from leveret.world.reading import HINTED, LISTED, REST, SLOTS, WEIGHTS, Writer, in_words, named_places, phase_at
 from leveret.world.scenes import GRID, sample_scene, stream
@@ -123,7 +123,7 @@ def examine(
         for slots in SLOTS:
             same = [row for row in rows if len(row["words"]) == slots]
             batch = by.batch(same)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), halves():
                 guess = _logits(model, scenes, batch)[:, :-1].argmax(-1)
             scored = batch["weights"][:, 1:] >= REST
             ok += ((guess == batch["ids"][:, 1:]) | ~scored).all(1).tolist()
@@ -167,7 +167,7 @@ def train_language(
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         at, end = read + step, read + steps
         item = writer.training_batch(stream(seed, "language", at), at, end)
-        with torch.autocast("cpu", torch.bfloat16):
+        with halves():
             logits = _logits(model, scenes, item, phase_at(at, end).noise, 1_000_003 * seed + at)
         weights = item["weights"][:, 1:].flatten()
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), item["ids"][:, 1:].flatten(), reduction="none")

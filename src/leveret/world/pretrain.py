@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leveret.model.precision import native_bf16
 from leveret.runs import Interrupted, stop_requested
 from leveret.train import state
 
 Log = Callable[..., None]
 """Called as log(step, steps, **figures) after every step."""
+
+
+def halves() -> torch.autocast:
+    """bfloat16 where the CPU multiplies it natively, else float32: emulated it takes many times as long. So backbones
+    are remade to the bit on a machine that is alike in this."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=native_bf16("cpu"))
 
 
 def rate_at(step: int, steps: int, warmup: int, decay: float = 0.3) -> float:

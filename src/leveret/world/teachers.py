@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from leveret.model.tiny import TinyVisionTower, save_module
 from leveret.world.distil import Distil
-from leveret.world.pretrain import Log, pretrain
+from leveret.world.pretrain import Log, halves, pretrain
 from leveret.world.probe import probe
 from leveret.world.scenes import LETTERS, PAIRS, Scene, between, stream
 from leveret.world.towers import BATCH, TOWERS, file_of
@@ -127,7 +127,7 @@ def train_tower(
 
     def loss_of(step: int) -> Loss:
         seen = drawn(seed, step, kind.size, BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with halves():
             loss, figures = teacher(tower, seen, step)
         return loss, figures
 

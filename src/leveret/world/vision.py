@@ -31,7 +31,7 @@ from leveret.model.tiny import TinyDualEncoder, TinyTextTower, TinyVisionTower, 
 from leveret.world.captions import web_pair
 from leveret.world.draw import PALETTE, jpeg, render, rgb, thing_mask
 from leveret.world.perceive import CELLS, percepts
-from leveret.world.pretrain import Log, pretrain
+from leveret.world.pretrain import Log, halves, pretrain
 from leveret.world.questions import a
 from leveret.world.scenes import (
     COLOURS,
@@ -277,7 +277,7 @@ def train_vision(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         pixels, targets, loose, captions = draw("vision", step, 64, strange=STRANGE)
-        with torch.autocast("cpu", torch.bfloat16):
+        with halves():
             tokens = tower(pixels)
             read = head(tokens)
             image = pool(tokens.amax(1))
@@ -335,7 +335,7 @@ def train_scorer(out: Path, folder: Path, tokenizer: Any, *, seed: int, steps: i
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         pixels, captions, _ = draw("scorer-web", step, 128)
-        with torch.autocast("cpu", torch.bfloat16):
+        with halves():
             image = model.embed_images(pixels)
             words = model.embed_texts(captions)
         return contrast(image, words), {}
