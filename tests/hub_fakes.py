@@ -77,15 +77,18 @@ class Done:
     err: str
 
 
-_DRIVER = """
+WORDS = 12
+"""Tokens of an answer: toys never end of themselves."""
+
+_DRIVER = f"""
 import contextlib, io, json, os, sys
 from leveret.cli import run
 from leveret.serve.chat import chat
-chat.__kwdefaults__["max_new_tokens"] = 12  # toys never end
+chat.__kwdefaults__["max_new_tokens"] = {WORDS}
 for line in sys.stdin:
     args, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)
-    os.environ |= {"HF_TOKEN": token} if token else {}
+    os.environ |= dict(HF_TOKEN=token) if token else dict()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(args)

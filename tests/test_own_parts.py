@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fakes
+import hub_fakes
 import train_fakes
 from leveret import own
 from leveret.cli import run as leveret
@@ -45,7 +45,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to be in, in a process where nobody named a file yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(own.VARIABLE, raising=False)
-    monkeypatch.setitem(chat.__kwdefaults__, "max_new_tokens", 12)  # toys never end
+    monkeypatch.setitem(chat.__kwdefaults__, "max_new_tokens", hub_fakes.WORDS)
     forget()
     return tmp_path
 
@@ -162,11 +162,10 @@ def test_the_whole_recipe_of_the_page_runs_from_the_command_line(at: Path, capsy
     assert leveret([*ask, "--own", "my.py"]) == 0
     answer = capsys.readouterr().out
     forget()
-    told_so = {**os.environ, own.VARIABLE: "run/model/my.py", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-m", "leveret.cli", *ask], env=told_so, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, answer), done.stderr
+    named = {own.VARIABLE: "run/model/my.py", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with hub_fakes.Seat(named) as elsewhere:
+        done = elsewhere(*ask)
+    assert (done.code, done.out) == (0, answer), done.err
     # the run's own recipe.yaml names the version it was made with
     shutil.copy("run/recipe.yaml", "again.yaml")
     assert leveret(["train", "again.yaml", "-o", "run"]) == 0
