@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,40 @@ def test_rows_that_lie_elsewhere_are_told(tmp_path: Path, capsys: pytest.Capture
     assert run(["coreset", "add", str(first), str(new), "-o", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "the new rows lie elsewhere" in said and "1,200 samples" in said
+
+
+def test_a_dry_run_tells_what_adding_comes_to_and_refuses_what_it_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = _rows(5)
+    first = condense(_layout(tmp_path / "old", x, 0, 900), tmp_path / "first", "bunny", STEPS, workers=1)
+    new, out = _layout(tmp_path / "new", x, 900, N), tmp_path / "out"
+    before = sorted(tmp_path.rglob("*"))
+    asked = ["coreset", "add", str(first), str(new), "-o", str(out)]
+    assert run([*asked, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"rows before +900\n", said) and re.search(r"new rows +300\n", said)
+    assert "1,200 rows; told from" in said and "done" not in said
+    assert run([*asked, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(asked) == 0
+    kept = json.loads((out / "summary.json").read_text())["kept"]
+    low, high = told["estimate"]["steps"]["budget"]["left"]
+    assert low <= kept <= high
+    capsys.readouterr()
+    assert run([*asked, "--dry-run"]) == 0
+    assert "all of it is done" in capsys.readouterr().out
+    narrow, other = _layout(tmp_path / "narrow", x[:, :12], 600, 700), _layout(tmp_path / "other", x, 1000, N)
+    for more, to, code, why in (
+        (narrow, "n", 3, "width 12"),
+        (tmp_path, "n", 3, "no folder of"),
+        (other, "out", 2, ""),
+    ):
+        asked = ["coreset", "add", str(first), str(more), "-o", str(tmp_path / to)]
+        codes = [run([*asked, *dry]) for dry in (["--dry-run"], [])]
+        said = capsys.readouterr().err
+        assert codes == [code, code] and said.count(why) >= 2, (codes, said)
 
 
 def test_what_was_refused_stays_told(tmp_path: Path) -> None:

@@ -271,17 +271,39 @@ def coreset_add(
     out: Out,
     workers: Workers = None,
     executor: Executor = "local",
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Add new embeddings: what condensing all together with the old centroids would give."""
     from leveret.condense.add import add, in_words
 
+    if dry_run:
+        with reporting(json):
+            told = _add_plan(path, new, out, workers, executor)
+        return tell_plan(json, *told)
     with reporting(json):
         folder = add(path, new, out, workers=workers, run_on=executor)
     facts = jsonlib.loads((folder / "summary.json").read_text("utf-8"))
     added = jsonlib.loads((folder / "added.json").read_text("utf-8"))
     lines = [f"{facts['input']:,} samples: {facts['kept']:,} kept", in_words(added), f"the coreset is in {folder}"]
     tell(json, {"out": str(folder), "added": added, **facts}, "\n".join(filter(None, lines)))
+
+
+def _add_plan(
+    path: Path, new: list[Path], out: Path, workers: int | None, run_on: str
+) -> tuple[dict[str, Any], Sequence[str]]:
+    """What would be done, and what it would come to."""
+    from leveret.condense.add import look_ahead
+    from leveret.condense.estimate import lines_of
+    from leveret.condense.executors import executor
+    from leveret.runs import cores
+
+    workers = workers or cores()
+    executor(run_on, workers)  # refuses a name that is none
+    before, fresh, done, found = look_ahead(path, new, out, workers=workers)
+    facts = {"coreset": str(path), "rows before": before, "new rows": fresh, "out": str(out), "estimate": found}
+    lines = [*lines_of(found), "all of it is done" if done else "(less: what was found of the old rows is taken over)"]
+    return facts, lines
 
 
 @verb("export", "leveret.condense.export", group=coreset)

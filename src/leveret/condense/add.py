@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from leveret.condense.columns import load
+from leveret.condense.estimate import estimate
 from leveret.condense.given import Given, is_given, open_given
 from leveret.condense.pipeline import condense, finished
+from leveret.condense.prepare import prepare
 from leveret.condense.shards import ParquetShard
 from leveret.condense.steps import AGAINST, CondenseRecipe, changed
 from leveret.pool.mixed import QUARANTINE
-from leveret.runs import DataError, RecipeError, atomic_file, each_jsonl, write_json
+from leveret.runs import DataError, RecipeError, RunFolder, atomic_file, each_jsonl, write_json
 
 
 def add(
@@ -36,6 +40,60 @@ def add(
     coreset, its embeddings are gone or were changed, `new` are none or do not fit them, an id that stands twice).
     """
     path, out = Path(path).resolve(), Path(out).resolve()
+    begun = _begun(path, new)
+    together = _linked([begun.old, *begun.new], out / ".all")
+
+    def begin(folder: Path) -> None:
+        _take_over(path, folder, begun)
+
+    condense(
+        together,
+        out,
+        begun.after,
+        memory=begun.manifest["memory"],
+        workers=workers,
+        run_on=run_on,
+        begin=begin,
+        **begun.given,
+    )
+    write_json(out / "added.json", _nearness(out, len(begun.old)))
+    return out
+
+
+def look_ahead(
+    path: str | Path, new: Sequence[str | Path], out: str | Path, *, workers: int
+) -> tuple[int, int, bool, dict[str, Any]]:
+    """(old rows, new rows, whether all is done, what `estimate` tells of all rows together), for a dry run.
+
+    Raises what `add` would before it begins; nothing is written but links in a temporary folder. The estimate is that
+    of condensing all rows: what is taken over of the old ones makes it less.
+    """
+    path = Path(path).resolve()
+    begun = _begun(path, new)
+    with TemporaryDirectory() as place:
+        together = _linked([begun.old, *begun.new], Path(place))
+        ready = prepare(together, begun.after, **begun.given)
+        done = RunFolder.peek(out, "condense", ready.bound())
+        assert isinstance(ready.rows, Given)
+        found = estimate(ready.rows, begun.after, workers=workers, memory=begun.manifest["memory"])
+    return len(begun.old), sum(map(len, begun.new)), "condense" in done, found
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A finished coreset, and the embeddings to add. recipe: the coreset's; after: with its centroids given to the step
+    `label`. given: what `prepare` and `condense` take besides."""
+
+    manifest: dict[str, Any]
+    old: Given
+    new: Sequence[Given]
+    recipe: CondenseRecipe
+    label: str
+    after: CondenseRecipe
+    given: dict[str, Any]
+
+
+def _begun(path: Path, new: Sequence[str | Path]) -> _Begun:
     manifest = finished(path)
     recipe = CondenseRecipe.model_validate(manifest["recipe"])
     grouping = [label for label, config in recipe.steps.items() if config.step == "cluster"]
@@ -49,29 +107,15 @@ def add(
         raise DataError(f"{old.path} is not what {path} was made from: files there were changed since")
     if wrong := [place for place in new if not is_given(place)]:
         raise DataError(f"{wrong[0]} is no folder of embeddings; `leveret embed` makes one of a pool")
-    together = _linked([old, *(open_given(place) for place in new)], out / ".all")
     label = grouping[0]
+    given = {
+        "images": manifest["images"],
+        "encoder": manifest.get("encoder") or (recipe.encoder if manifest["weights"] != "as given" else None),
+        "precision": manifest.get("precision", "fp32"),
+        "against": [facts["path"] for facts in manifest.get("benchmarks", [])],
+    }
     after = changed(recipe, [f"steps.{label}.centroids={path / 'centroids.npy'}"])
-
-    def begin(folder: Path) -> None:
-        _take_over(path, folder, recipe, label, old)
-
-    encoder = manifest.get("encoder") or (recipe.encoder if manifest["weights"] != "as given" else None)
-    condense(
-        together,
-        out,
-        after,
-        images=manifest["images"],
-        encoder=encoder,
-        precision=manifest.get("precision", "fp32"),
-        against=[facts["path"] for facts in manifest.get("benchmarks", [])],
-        memory=manifest["memory"],
-        workers=workers,
-        run_on=run_on,
-        begin=begin,
-    )
-    write_json(out / "added.json", _nearness(out, len(old)))
-    return out
+    return _Begun(manifest, old, [open_given(place) for place in new], recipe, label, after, given)
 
 
 def _linked(every: Sequence[Given], folder: Path) -> Path:
@@ -125,7 +169,7 @@ def _link(target: Path, place: Path) -> None:
         place.symlink_to(target.resolve())
 
 
-def _take_over(path: Path, folder: Path, recipe: CondenseRecipe, label: str, old: Given) -> None:
+def _take_over(path: Path, folder: Path, begun: _Begun) -> None:
     """Links what was found of the old rows, which stand first in both."""
     first = path / "work" / "rows" / "0"
     parts = sorted(first.glob("*.npz"))
@@ -135,10 +179,10 @@ def _take_over(path: Path, folder: Path, recipe: CondenseRecipe, label: str, old
         if not np.array_equal(row, np.arange(counted, counted + len(row))):
             return
         counted += len(row)
-    if counted != len(old):
+    if counted != len(begun.old):
         return
     places = [Path("rows", "0")]
-    before = list(recipe.steps)[: list(recipe.steps).index(label)]
+    before = list(begun.recipe.steps)[: list(begun.recipe.steps).index(begun.label)]
     if AGAINST in before:
         places.append(Path(AGAINST))
     if set(before) <= {AGAINST}:
