@@ -188,7 +188,7 @@ def loop(vlm: Any, requests: list[Any], size: int) -> list[list[int]]:
 
 def differing(vlm: Any, requests: list[Any], ours: list[str], theirs: list[list[int]]) -> int:
     """How many answers differ by a token on a knife's edge; ends the program where one differs otherwise."""
-    from leveret.generate.text import decode
+    from leveret.inputs.text import decode
 
     count = 0
     for request, mine, tokens in zip(requests, ours, theirs, strict=True):

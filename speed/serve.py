@@ -107,7 +107,7 @@ def laid(vlm: Any, request: Any) -> Any:
 
 def one_by_one(vlm: Any, requests: list[Any], ends: frozenset[int]) -> list[Said]:
     """Through transformers' `generate`; `ends` are the tokens that end an answer."""
-    from leveret.generate.text import decode
+    from leveret.inputs.text import decode
 
     found = []
     for request in requests:
@@ -232,7 +232,7 @@ def together(ask: Callable[[Any], Said], clients: list[list[Any]]) -> tuple[floa
 
 def differing(vlm: Any, requests: list[Any], ours: dict[str, Said], ends: frozenset[int]) -> tuple[int, int, int]:
     """Answers that are not those of `generate`: (where it was sure, on a knife's edge, of how many)."""
-    from leveret.generate.text import decode
+    from leveret.inputs.text import decode
 
     sure = edge = 0
     for request in requests:
@@ -294,7 +294,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     from leveret.generate import Engine
     from leveret.generate.live import Live
-    from leveret.generate.text import Stops
+    from leveret.inputs.text import Stops
 
     vlm = model(options.model)
     stops = Engine(vlm).stops

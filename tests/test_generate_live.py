@@ -20,9 +20,9 @@ from fakes import tiny_vlm
 from leveret.generate import Engine, Request, Sampling
 from leveret.generate.guests import Guest
 from leveret.generate.live import Ask, Closed, Event, Full, Live, Ticket
-from leveret.generate.text import decode
 from leveret.images import ImageFault
 from leveret.inputs import collate
+from leveret.inputs.text import decode
 from leveret.model.vlm import VLM
 from leveret.records import ImageRef, Turn
 from leveret.runs import DataError

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import fakes
 from leveret.inputs.chat import CHATS, ChatFormat, Encoded, encode, find_chat, literal
+from leveret.inputs.reader import Chunk, reader_of
 from leveret.records import IGNORE, ImageSpec, TowerView, Turn
 from leveret.runs import DataError, RecipeError
 
@@ -305,3 +307,23 @@ def test_a_tokenizer_may_grow_and_be_reconfigured() -> None:
 def test_every_format_has_a_name_a_stop_and_a_block() -> None:
     for name, form in CHATS.items():
         assert form.name == name and form.stop and "{%- generation -%}" in form.template
+
+
+def test_a_special_token_that_takes_blanks_in_is_learned_where_it_stands_itself() -> None:
+    """Phi-3's takes in what stands right of it (`rstrip`): that is said, the token is not."""
+
+    tokenizer = fakes.tiny_tokenizer()
+    for name, sides in (("<|left|>", {"lstrip": True}), ("<|right|>", {"rstrip": True})):
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AddedToken(name, special=True, **sides)]}, replace_extra_special_tokens=False
+        )
+    ids = tokenizer.get_added_vocab()
+    reader = reader_of(tokenizer)
+    for text, learned, wanted in (
+        ("ask <|right|> \n yes", (13, 19), {"<|right|>": False}),
+        ("ask \n <|left|> yes", (0, 6), {"<|left|>": False}),
+        ("ask \n <|left|> yes", (6, 18), {"<|left|>": True}),
+        ("ask <|right|> yes", (4, 13), {"<|right|>": True}),
+    ):
+        found, labels = reader.read(Chunk([(text, False)], text, [learned]), True)
+        assert {name: labels[found.index(ids[name])] != IGNORE for name in wanted} == wanted, text

@@ -13,9 +13,9 @@ from PIL import Image
 
 import inputs_parity as given
 from leveret.generate.engine import Engine, Request
-from leveret.generate.text import decode
 from leveret.inputs import Item, collate, encode
 from leveret.inputs.resize import prepare
+from leveret.inputs.text import decode
 from leveret.model import peers
 from leveret.model.vlm import VLM
 from leveret.records import IGNORE, IMAGE_MARK, ImageRef, Turn

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import fakes
 import train_fakes
 from leveret.model import checkpoint
 from leveret.model.vlm import VLM
@@ -268,6 +270,97 @@ def test_an_image_that_fails_while_training_costs_its_sample_only(data: Path, tm
     rows = read_jsonl(tmp_path / "run" / "tune" / "quarantine.jsonl")
     assert {row["id"] for row in rows} == {"toy-3", "toy-4", "toy-5"}
     assert all(loss is not None for loss in losses(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_what_fails_in_a_step_leaves_the_weight_of_the_others_as_it_is(tmp_path: Path, micro_batch: int | None) -> None:
+    """The step is that of the samples that could be read: loss, gradient and the tokens that were taught."""
+    bad = train_fakes.toy_set(tmp_path / "bad")
+    for number in range(12):
+        (bad.parent / f"{number}.png").write_bytes(b"no image")
+    how: dict[str, Any] = {"batch": 24, "steps": 1, "bad_share": 0.9, "micro_batch": micro_batch}
+    found = []
+    for cached in (False, True):  # what is seen beforehand is left out beforehand
+        train(train_fakes.recipe(bad, **how, cache_features=cached), tmp_path / f"run-{cached}")
+        found += read_jsonl(tmp_path / f"run-{cached}" / "tune" / "metrics.jsonl")
+    late, early = found
+    assert late["samples"] == 24 and early["samples"] == 12
+    assert late["supervised"] == early["supervised"] and late["loss"] == pytest.approx(early["loss"], rel=1e-5)
+    assert late["grad_norm"] == pytest.approx(early["grad_norm"], rel=1e-4)
+
+
+def test_steps_that_begin_with_a_bad_image_go_on(data: Path, tmp_path: Path) -> None:
+    """No part is blamed for a picture that nobody could read, and a step of such pictures alone moves nothing."""
+    every, one = (train_fakes.toy_set(tmp_path / name) for name in ("every", "one"))
+    for number in range(24):
+        (every.parent / f"{number}.png").write_bytes(b"no image")
+    how: dict[str, Any] = {"batch": 1, "steps": 3, "order": "random", "cache_features": False}
+    train(train_fakes.recipe(every, **how, bad_share=0.9), tmp_path / "nothing")
+    before, after = weights(tmp_path / "nothing" / "model"), fakes.tiny_vlm().state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "nothing was taught"
+    names = [row["id"] for row in read_jsonl(tmp_path / "nothing" / "tune" / "quarantine.jsonl")]
+    (one.parent / f"{names[0].removeprefix('toy-')}.png").write_bytes(b"no image")
+    train(train_fakes.recipe(one, **how), tmp_path / "run")
+    rows = read_jsonl(tmp_path / "run" / "tune" / "metrics.jsonl")
+    assert rows[0]["loss"] is None and rows[0]["supervised"] == 0 and "grad_norm" not in rows[0]
+    assert all(row["loss"] is not None for row in rows[1:])
+
+
+def test_a_wrong_folder_of_images_is_told_before_the_first_step_and_the_mended_command_goes_on(
+    data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    how: dict[str, Any] = {"learn": {"vision": {"lr": 1e-3}}, "steps": 1}
+    with pytest.raises(DataError, match=r"24 image missing.*Image paths start from"):
+        train(train_fakes.recipe(data, **how, images=str(tmp_path / "empty")), tmp_path / "run")
+    train(train_fakes.recipe(data, **how), tmp_path / "run")
+
+
+def test_what_max_tokens_cuts_is_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(train_fakes.recipe(data, steps=1, max_tokens=19), tmp_path / "run")
+    assert "24 of these are longer than max_tokens 19 and lose their end" in capsys.readouterr().err
+    assert "cut" in json.loads((tmp_path / "run" / "tune" / "stage.json").read_text())["notes"]
+    train(train_fakes.recipe(data, steps=1), tmp_path / "whole")
+    assert "max_tokens" not in capsys.readouterr().err
+
+
+def test_a_later_stage_s_faults_are_told_before_the_first_is_taught(data: Path, tmp_path: Path) -> None:
+    for chat, why in (("tinny", "is not a chat format"), ("vicuna_v1", "which this tokenizer does not have")):
+        both: dict[str, Any] = {"first": {"steps": 1}, "then": {"steps": 1, "chat": chat}}
+        with pytest.raises(RecipeError, match=rf"stages\.then\.chat.*{why}"):
+            train(train_fakes.recipe(data, both), tmp_path / "run")
+        assert not (tmp_path / "run").exists(), "nothing was taught"
+    with pytest.raises(RecipeError, match="is not a chat format"):
+        train(train_fakes.recipe(data, {"one": {"chat": "tinny"}}), tmp_path / "run", dry_run=True)
+
+
+def test_fewer_steps_than_are_done_are_refused(data: Path, tmp_path: Path) -> None:
+    def stop(vlm: Any, step: int) -> dict[str, Any]:
+        if step == 4:
+            raise KeyboardInterrupt
+        return {}
+
+    how: dict[str, Any] = {"save_every": 1, "validate_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(train_fakes.recipe(data, **how, steps=6), tmp_path / "run", validators=[stop])
+    with pytest.raises(RecipeError, match=r"2 steps are asked for, and step 3 is done"):
+        train(train_fakes.recipe(data, **how, steps=2), tmp_path / "run", allow_change=True)
+    train(train_fakes.recipe(data, **how, steps=3), tmp_path / "run", allow_change=True)
+
+
+@pytest.mark.parametrize("name", ["ids", "labels", "visual", "offsets", "supervised"])
+def test_a_cache_that_is_not_whole_is_made_anew(data: Path, tmp_path: Path, name: str) -> None:
+    from leveret.pool import open_source
+    from leveret.train.data import prepare
+
+    vlm = fakes.tiny_vlm()
+    how: dict[str, Any] = {"chat": vlm.chat, "max_tokens": 64, "bad_share": 0, "see": None, "facts": {"a": 1}}
+    kept = np.array(prepare(open_source(data), vlm, tmp_path / "cache", **how).labels)
+    file = tmp_path / "cache" / f"{name}.npy"
+    for size in (0, 20, file.stat().st_size - 3):
+        file.write_bytes(file.read_bytes()[:size])
+        again = prepare(open_source(data), vlm, tmp_path / "cache", **how)
+        assert np.array_equal(again.labels, kept)
 
 
 def test_text_alone_teaches_the_language_but_no_connector(data: Path, tmp_path: Path) -> None:

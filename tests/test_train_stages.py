@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -143,3 +144,18 @@ def test_steps_and_epochs_take_each_others_place() -> None:
     for both in (["stages.tune.steps=20", "stages.tune.epochs=3"], ["stages.tune.epochs=3", "stages.tune.steps=20"]):
         with pytest.raises(RecipeError, match="exactly one of steps and epochs"):
             read("world", both)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": {"tune": {"epochs": float("inf"), "steps": None}}},
+        {"seed": 2**63},
+        {"stages": {"tune": {"clip": float("inf")}}},
+    ],
+)
+def test_numbers_that_are_none_are_refused(change: dict[str, Any]) -> None:
+    whole = train_fakes.recipe(Path("toy.json")).model_dump(mode="json")
+    whole["stages"]["tune"] |= change.pop("stages", {}).get("tune", {})
+    with pytest.raises(ValueError, match=r"finite number|less than"):
+        TrainRecipe.model_validate(whole | change)

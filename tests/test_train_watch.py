@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import train_fakes
 from leveret import cli
@@ -85,6 +86,49 @@ def test_an_answer_is_what_the_model_says_when_it_is_asked(data: Path, held: Pat
     train(train_fakes.recipe(data, learn=learn, steps=150, batch=8, held_out=how), tmp_path)
     said = rows(tmp_path, "samples.jsonl")
     assert sum(row["answer"].split()[-1:] == row["expected"].split()[-1:] for row in said) >= 3, said
+
+
+def test_an_answer_ends_where_the_stage_s_own_format_ends(data: Path, held: Path, tmp_path: Path) -> None:
+    """`plain` ends a caption with a newline, which is a text like others."""
+    how = {"data": str(held), "count": 4, "answers": 4, "max_answer": 12}
+    learn = {"connector": {"lr": 1e-2}, "language": {"lr": 1e-2}}
+    train(train_fakes.recipe(data, learn=learn, steps=60, chat="plain", held_out=how), tmp_path)
+    said = [row["answer"] for row in rows(tmp_path, "samples.jsonl")]
+    assert len(said) == 4 and not any("\n" in answer for answer in said), said
+    assert any(answer.split()[-1:][0] in train_fakes.COLOURS for answer in said if answer), said
+
+
+def test_samples_of_one_name_are_told_apart_and_new_held_out_data_bring_their_pictures(
+    data: Path, tmp_path: Path
+) -> None:
+    held = train_fakes.toy_set(tmp_path / "held", 4)
+    records = [record | {"id": "same"} for record in json.loads(held.read_text())]
+    records[0]["conversations"][1]["value"] = ""  # is refused
+    held.write_text(json.dumps(records))
+    how = {"data": str(held), "count": 4, "answers": 3}
+    common: dict[str, Any] = {"save_every": 1, "validate_every": 1, "bad_share": 0.5}
+
+    def stop(vlm: VLM, step: int) -> dict[str, Any]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(data, **common, held_out=how, steps=2), tmp_path / "run", validators=[stop])
+    said = rows(tmp_path / "run", "samples.jsonl")
+    assert [row["expected"] for row in said] == ["green", "blue", "the colour is yellow"]
+    other = train_fakes.toy_set(tmp_path / "other", 3)
+    train(recipe(data, **common, held_out=how | {"data": str(other)}, steps=2), tmp_path / "run")
+    for row in rows(tmp_path / "run", "samples.jsonl")[-3:]:
+        with Image.open(tmp_path / "run" / "tune" / row["picture"]) as picture:
+            assert picture.convert("RGB").getpixel((5, 5)) == Image.open(
+                tmp_path / "other" / f"{row['id'].removeprefix('toy-')}.png"
+            ).getpixel((5, 5))
+
+
+def test_validations_of_nothing_are_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(train_fakes.recipe(data, steps=1, validate_every=1), tmp_path)
+    assert "no `held_out` data: nothing validates" in capsys.readouterr().err
 
 
 def test_held_out_samples_are_spread_and_those_that_cannot_be_used_are_named(tmp_path: Path, data: Path) -> None:

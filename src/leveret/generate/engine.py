@@ -27,10 +27,10 @@ from leveret.generate.cache import Shelf
 from leveret.generate.memory import Costs, Plan
 from leveret.generate.sampling import Sampling
 from leveret.generate.slots import Reply, Seen, Slots
-from leveret.generate.text import Pieces, Stops, decode
 from leveret.images import ImageFault, declared_size, read_bytes, upright_size
 from leveret.images import decode as decode_image
 from leveret.inputs.chat import encode, find_chat
+from leveret.inputs.text import Pieces, Stops, decode
 from leveret.inputs.tiles import prepare_all
 from leveret.model.language import reach
 from leveret.model.precision import Precision, resolve_precision
@@ -171,6 +171,11 @@ class Engine:
     def _pieces(self, reply: Reply) -> Generator[str, None, None]:
         pieces, shown = Pieces(self.vlm.tokenizer, self.stops), 0
         try:
+            if not self.slots.free:
+                raise DataError(
+                    f"{len(self.slots.active)} answers are being made, which is as many as this model has slots; take "
+                    "one of them to its end or close it, or load the model with more `slots`"
+                )
             self.slots.join([reply])
             while True:
                 pieces.add(reply.tokens[shown:])

@@ -26,7 +26,7 @@ from leveret.generate.engine import Engine
 from leveret.generate.guests import Guest, smooth, spans_of, trace_of
 from leveret.generate.lanes import Lanes
 from leveret.generate.sampling import Sampling
-from leveret.generate.text import Pieces, Stops, spelling
+from leveret.inputs.text import Pieces, Stops, spelling
 from leveret.runs import DataError
 
 __all__ = ["Ask", "Chance", "Closed", "Event", "Full", "Live", "NoRoom", "Prepared", "Sampling", "Ticket", "Told"]

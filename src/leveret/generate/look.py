@@ -22,9 +22,9 @@ from leveret.generate.gaze import watched
 from leveret.generate.looked import SHARES, Look, Near, Read, Token, split_words
 from leveret.generate.model import Model, reference
 from leveret.generate.slots import Reply, Slots
-from leveret.generate.text import BROKEN, Detokenizer, decode
 from leveret.images import read_bytes, upright_size
 from leveret.inputs.chat import encode
+from leveret.inputs.text import BROKEN, Detokenizer, decode
 from leveret.model.language import reach
 from leveret.model.places import canvases
 from leveret.model.precision import resolve_precision

@@ -23,7 +23,7 @@ from torch import Tensor
 from leveret.generate.cache import Shelf, SlotCache
 from leveret.generate.memory import Plan, pass_tokens
 from leveret.generate.sampling import Picker
-from leveret.generate.text import Stops, decode
+from leveret.inputs.text import Stops, decode
 from leveret.model.rows import MULTIPLE, only_rows
 from leveret.model.threads import torch_threads
 from leveret.model.vlm import VLM

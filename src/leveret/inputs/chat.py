@@ -34,7 +34,7 @@ from leveret.runs import DataError, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHATS", "ChatFormat", "Encoded", "encode", "find_chat", "literal", "published"]
+__all__ = ["CHATS", "ChatFormat", "Encoded", "encode", "find_chat", "fitting", "literal", "published"]
 
 
 def literal(text: str) -> str:
@@ -70,8 +70,7 @@ def encode(
         DataError: there are not as many marks as images, nothing to answer, or `max_tokens` would cut an image.
         RecipeError: unknown format, a template that fails, or a tokenizer that lacks the format's end token.
     """
-    form, reader = find_chat(chat), reader_of(tokenizer)
-    _check(form, reader)
+    form, reader = fitting(chat, tokenizer), reader_of(tokenizer)
     _check_turns(turns, generate)
     if faithful or form.faithful:
         if isinstance(spec.tiling, Split) and (spec.tiling.tile or spec.tiling.whole):
@@ -122,14 +121,23 @@ def _cut(encoded: Encoded, max_tokens: int, end_of_images: int) -> None:
         del part[max_tokens:]
 
 
+def fitting(chat: str | ChatFormat, tokenizer: PreTrainedTokenizerBase | None) -> ChatFormat:
+    """The format that `chat` means. RecipeError where there is none, or it ends answers with no token of `tokenizer`
+    (which is not asked where it is None)."""
+    form = find_chat(chat)
+    if tokenizer is not None:
+        _check(form, reader_of(tokenizer))
+    return form
+
+
 def _check(form: ChatFormat, reader: Reader) -> None:
     """RecipeError when the end of an answer is not one token: the model could not learn to stop."""
     if form.stop in reader.checked:
         return
     for stop in form.stop:
         if stop.strip() and not reader.has((stop,)):
-            fitting = [row.name for row in CHATS.values() if reader.has(row.stop) and not row.faithful]
-            hint = f"Formats whose end token it has: {', '.join(fitting)}" if fitting else "Add the token to it"
+            others = [row.name for row in CHATS.values() if reader.has(row.stop) and not row.faithful]
+            hint = f"Formats whose end token it has: {', '.join(others)}" if others else "Add the token to it"
             raise RecipeError(
                 f"chat format {form.name!r} ends answers with {stop!r}, which this tokenizer does not have. {hint}"
             )

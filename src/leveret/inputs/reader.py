@@ -81,6 +81,7 @@ class Reader:
         # Runs of blanks are added tokens in some vocabularies (Phi-2): those are how text is written, not structure.
         added = {token["content"]: token["id"] for token in self._state["added_tokens"] if token["content"].strip()}
         self.special: dict[str, int] = added
+        self._words = {token: content for content, token in added.items()}
         longest_first = sorted(map(re.escape, added), key=len, reverse=True)
         self._special = re.compile("|".join(longest_first) if added else r"(?!)")
         habit = tokenizer("").input_ids
@@ -117,10 +118,13 @@ class Reader:
         learned = bytearray(len(chunk.text) + 1)
         for begin, end in chunk.supervised:
             learned[begin:end] = b"\x01" * (end - begin)
-        labels = [
-            token if learned[begin] or (end > begin and learned[end - 1]) else IGNORE
-            for token, (begin, end) in zip(ids, offsets, strict=True)
-        ]
+        labels = []
+        for token, (begin, end) in zip(ids, offsets, strict=True):
+            if (word := self._words.get(token)) is not None and end - begin > len(word):
+                # Some take the blanks around them in (Phi-3's): where the token itself stands is what counts.
+                begin = max(begin, chunk.text.find(word, begin, end))
+                end = begin + len(word)
+            labels.append(token if learned[begin] or (end > begin and learned[end - 1]) else IGNORE)
         return ids, labels
 
     def _spelled(self, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:

@@ -5,6 +5,7 @@
       ids.npy labels.npy visual.npy     [all positions] int32, int32, bool; sample i is offsets[i]:offsets[i+1]
       offsets.npy                       [samples + 1] int64
       words.npy                         [samples] int64: words of its turns, image marks left out
+      supervised.npy                    [samples] int64: tokens that it teaches
       images.npy image_offsets.npy      which distinct images sample i shows, in order
       sizes.npy                         [distinct images, 2] int64: (height, width), where they are seen in tiles or in
                                         their own shape
@@ -16,14 +17,15 @@ Every rank maps the same files. A batch is then a few copies: nothing is tokenis
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,8 +62,17 @@ MULTIPLE = 16
 meets them, keeps a thousand, and forgets: few shapes cost less than the padding does."""
 
 Pixels = dict[str, np.ndarray]
-Failed = list[tuple[str, str]]
-"""Ids of samples that failed while a batch was made, with the reasons."""
+
+
+class Fault(NamedTuple):
+    """A sample that failed while a batch was made, and how many tokens it would have taught."""
+
+    id: str
+    reason: str
+    supervised: int
+
+
+Failed = list[Fault]
 
 
 def pixels_of(ref: ImageRef, spec: ImageSpec, size: Sequence[int]) -> Pixels:
@@ -98,6 +109,7 @@ class _Text:
     visual: np.ndarray
     words: int
     source: str = ""
+    cut: bool = False
 
 
 def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: ImageSpec, max_tokens: int) -> _Text:
@@ -125,7 +137,7 @@ def encode_sample(source: Source, index: int, chat: str, tokenizer: Any, spec: I
     # A record of a mixture may say where it is from.
     told = sample.meta.get("source")
     name = told if isinstance(told, str) and 0 < len(told) <= 80 else sample.source
-    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words, name)
+    return _Text(index, sample.id, sample.images, sizes, ids, labels, visual, words, name, encoded.cut > 0)
 
 
 def _size_of(ref: ImageRef, source: Source, index: int, id: str) -> tuple[int, int]:
@@ -259,7 +271,7 @@ def prepare(
     `bad_share`, or nothing is left.
     """
     facts = json.loads(json.dumps(dict(facts)))
-    if (folder / "meta.json").exists() and (folder / "words.npy").exists():
+    with contextlib.suppress(OSError, ValueError, EOFError, KeyError):  # not there, or not whole
         found = Prepared(folder)
         if found.meta["facts"] == facts:
             return found
@@ -268,17 +280,18 @@ def prepare(
     writing.mkdir(parents=True)
     texts, refused = _encode_all(source, chat, vlm, max_tokens)
     refs = {ref: size for text in texts for ref, size in zip(text.refs, text.sizes, strict=True)}
-    rows = {ref: row for row, ref in enumerate(refs)}
-    bad: dict[ImageRef, ImageFault] = {}
     if see is not None:
         rows, bad = _features(vlm, refs, writing, see)
-        for text in texts:
-            for ref in text.refs:
-                if ref in bad:
-                    name = str(ref) if ref.kind == "data" else source.root.name(ref)
-                    refused.append(_refusal(text.index, text.id, name, bad[ref]))
-                    break
-        texts = [text for text in texts if not any(ref in bad for ref in text.refs)]
+    else:  # what cannot be read is found out when it is decoded; what is not there need not wait for that
+        bad = {ref: ImageFault("missing") for ref in absent(refs)}
+        rows = {ref: row for row, ref in enumerate(ref for ref in refs if ref not in bad)}
+    for text in texts if bad else ():
+        for ref in text.refs:
+            if ref in bad:
+                name = str(ref) if ref.kind == "data" else source.root.name(ref)
+                refused.append(_refusal(text.index, text.id, name, bad[ref]))
+                break
+    texts = [text for text in texts if not any(ref in bad for ref in text.refs)]
     quarantine = folder.with_name("quarantine.jsonl")
     quarantine.unlink(missing_ok=True)
     for row in sorted(refused, key=lambda row: row["index"]):
@@ -286,6 +299,7 @@ def prepare(
     reasons = Counter(str(row["reason"]) for row in refused)
     _judge(source, reasons, bad_share, quarantine)
     more = {"facts": facts, "refused": len(refused), "reasons": dict(reasons.most_common()), "samples": len(source)}
+    more["cut"] = sum(text.cut for text in texts)
     _write(writing, texts, rows, refs, more)
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
@@ -303,10 +317,13 @@ def _judge(source: Source, reasons: Counter[str], share: float, quarantine: Path
         )
 
 
-def lacking(refs: Sequence[ImageRef]) -> None:
-    """ImageFault when a file is not there; nothing is opened."""
-    if any(ref.kind != "data" and not Path(ref.path).is_file() for ref in refs):
-        raise ImageFault("missing")
+def absent(refs: Iterable[ImageRef]) -> set[ImageRef]:
+    """Those whose file is not there; each is asked after once, and none is opened."""
+    asked: dict[str, bool] = {}
+    for ref in refs:
+        if ref.kind != "data" and ref.path not in asked:
+            asked[ref.path] = Path(ref.path).is_file()
+    return {ref for ref in refs if ref.kind != "data" and not asked[ref.path]}
 
 
 def _write(
@@ -319,12 +336,17 @@ def _write(
     def ends(counts: Sequence[int]) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
+    labels, offsets = np.concatenate([text.labels for text in texts]), ends([len(text.ids) for text in texts])
+    # The first position of a sample is nobody's next one.
+    counted = labels != IGNORE
+    counted[offsets[:-1]] = False
     arrays = {
         "ids": np.concatenate([text.ids for text in texts]),
-        "labels": np.concatenate([text.labels for text in texts]),
+        "labels": labels,
         "visual": np.concatenate([text.visual for text in texts]),
-        "offsets": ends([len(text.ids) for text in texts]),
+        "offsets": offsets,
         "words": np.asarray([text.words for text in texts], np.int64),
+        "supervised": np.add.reduceat(counted, offsets[:-1], dtype=np.int64),
         "images": np.asarray([rows[ref] for text in texts for ref in text.refs], dtype=np.int64),
         "image_offsets": ends([len(text.refs) for text in texts]),
         "sizes": np.asarray([sizes[ref] for ref in sorted(rows, key=rows.__getitem__)], np.int64).reshape(-1, 2),
@@ -336,6 +358,7 @@ def _write(
     names = sorted({text.source for text in texts})
     of = {name: number for number, name in enumerate(names)}
     told = {"sources": names, "source": [of[text.source] for text in texts] if len(names) > 1 else []}
+    told |= {"places": [text.index for text in texts]} if more["refused"] else {}
     write_json(folder / "meta.json", {**more, **told, "ids": [text.id for text in texts], "refs": refs})
 
 
@@ -350,21 +373,26 @@ class Prepared:
         self._pool: ThreadPoolExecutor | None = None
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.names: list[str] = self.meta["ids"]
-        self.ids, self.labels, self.visual, self.offsets, self.words, self.images, self.image_offsets, self.sizes = (
+        # An entry for every position: mapped, as there may be billions, and of several ranks each reads its own.
+        self.ids, self.labels, self.visual = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "labels", "visual")
+        )
+        self.offsets, self.words, self.supervised, self.images, self.image_offsets, self.sizes = (
             np.load(folder / f"{name}.npy")
-            for name in ("ids", "labels", "visual", "offsets", "words", "images", "image_offsets", "sizes")
+            for name in ("offsets", "words", "supervised", "images", "image_offsets", "sizes")
         )
         kept = folder / "features.npy"
         self.features: np.ndarray | None = np.load(kept, mmap_mode="r") if kept.exists() else None
         self._first: np.ndarray | None = None
         self.lengths = np.diff(self.offsets)
-        # The first position of a sample is nobody's next one.
-        counted = self.labels != IGNORE
-        counted[self.offsets[:-1]] = False
-        self.supervised = np.add.reduceat(counted, self.offsets[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def place(self, row: int) -> int:
+        """Which sample of the source lies in a row: those that were refused lie in none."""
+        places = self.meta.get("places")
+        return row if places is None else int(places[row])
 
     def shares(self, rows: Sequence[int]) -> dict[str, int]:
         """How many of the samples come from which source; nothing where all data have one."""
@@ -417,7 +445,10 @@ class Prepared:
             image_sizes=torch.from_numpy(self.sizes[shown]) if shown else None,
             bounds=tuple(begins.tolist()) if packed else (),
         )
-        return batch, [(self.names[rows[place]], reason) for place, reason in bad.items()]
+        failed = [
+            Fault(self.names[row], bad[at], int(self.supervised[row])) for at, row in enumerate(rows) if at in bad
+        ]
+        return batch, failed
 
     def _tiles(self, shown: Sequence[int], tiling: Cutting | None) -> np.ndarray:
         """Rows of `features` of images, in their order."""

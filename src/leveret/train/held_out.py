@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.pool.base import Source
 from leveret.records import IGNORE, IMAGE_MARK, Sample
-from leveret.runs import DataError, RecipeError
+from leveret.runs import DataError, RecipeError, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +86,7 @@ class HeldOut:
         """computing: gives the context (autocast) that a forward pass runs in."""
         assert stage.held_out is not None
         self.data, self.computing, self.longest = data, computing, stage.held_out.max_answer
+        self.chat = stage.chat
         self.size = min(stage.micro_batch or stage.batch, stage.batch)
         self.asked = _asked(source, data, stage.held_out.answers, folder / "pictures")
 
@@ -106,14 +107,15 @@ class HeldOut:
     def _answer(self, vlm: VLM, one: _Asked) -> str:
         """The model's greedy answer."""
         from leveret.inputs.formats import find_chat
-        from leveret.inputs.reader import end_ids
+        from leveret.inputs.text import Stops, decode
 
         batch, _ = self.data.batch([one.row], vlm.spec)
         cut = {
             name: getattr(batch, name)[:, : one.length]
             for name in ("input_ids", "labels", "attention_mask", "position_ids", "segments", "image_mask")
         }
-        ends = end_ids(find_chat(vlm.chat).stop, vlm.tokenizer)
+        stops = Stops.of(find_chat(self.chat or vlm.chat).stop, vlm.tokenizer)
+        ends = stops.ids
         pad = vlm.tokenizer.pad_token_id
         with self.computing():
             said = vlm.generate(
@@ -122,46 +124,40 @@ class HeldOut:
                 pad_token_id=min(ends) if pad is None else pad,
             )[0].tolist()  # fmt: skip
         kept = next((said[:place] for place, token in enumerate(said) if token in ends), said)
-        return vlm.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        text = decode(vlm.tokenizer, kept)
+        short = stops.cut(text)
+        return (text if short is None else short).strip()
 
 
 def _asked(source: Some, data: Prepared, count: int, pictures: Path) -> list[_Asked]:
     """The first `count` usable samples whose images all stand before the first answer, with their words."""
     found: list[_Asked] = []
-    place = 0
     for row in range(len(data)):
         if len(found) == count:
             break
         start, end = data.offsets[row], data.offsets[row + 1]
         length = int((data.labels[start:end] != IGNORE).argmax())
-        while (sample := _sample(source, place)) is None or sample.id != data.names[row]:
-            place += 1
-        place += 1
         if length == 0 or data.visual[start + length : end].any():
             continue
+        sample = source.sample(data.place(row))
         first = next(at for at, turn in enumerate(sample.turns) if turn.role == "assistant")
         question = sample.turns[first - 1].text.replace(IMAGE_MARK, "").strip() if first else ""
         said = {"id": sample.id, "question": question, "expected": sample.turns[first].text.strip()}
-        if picture := _picture(sample, pictures, len(found)):
+        if picture := _picture(sample, pictures):
             said["picture"] = picture
         found.append(_Asked(row, length, said))
     return found
 
 
-def _sample(source: Some, place: int) -> Sample | None:
-    with contextlib.suppress(DataError):
-        return source.sample(place)
-    return None
-
-
-def _picture(sample: Sample, folder: Path, number: int) -> str:
+def _picture(sample: Sample, folder: Path) -> str:
     """A small picture of the sample's first image, written once; its name beside the stage, "" where there is none."""
     from leveret import images
     from leveret.runs import atomic_file
 
     if not sample.images:
         return ""
-    path = folder / f"{number}.png"
+    # Not by its place: going on, a run may be given other data.
+    path = folder / f"{sha256_of(asdict(sample.images[0]))[:16]}.png"
     with contextlib.suppress(images.ImageFault):
         if not path.exists():
             small = images.load(sample.images[0])

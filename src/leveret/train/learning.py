@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from leveret.inputs.chat import fitting
 from leveret.model.parts import PREFIXES, embeddings, learnable
 from leveret.runs import RecipeError
 from leveret.train import lora
@@ -22,9 +23,19 @@ if TYPE_CHECKING:
     from leveret.train.stages import Learn, StageRecipe
 
 
+_SHAPED = "this model sees images in tiles or in their own shape; take it out"
+
+
 def faults(vlm: VLM, stage: StageRecipe) -> list[str]:
-    """Why a stage cannot teach this model: parts that would get no gradient, layers and targets that do not exist."""
+    """Why a stage cannot teach this model: parts that would get no gradient, layers and targets that do not exist, a
+    chat format that is none or not for this tokenizer (where the model has one by now)."""
     found = []
+    try:
+        fitting(stage.chat or vlm.chat, vlm.tokenizer)
+    except RecipeError as error:
+        found.append(str(error))
+    if stage.resize is not None and vlm.spec.tiling is not None:
+        found.append(f"resize: {stage.resize} given, but {_SHAPED}")
     for part, how in stage.learn.items():
         try:
             list(learnable(vlm, part, how.from_layer, how.towers))
@@ -102,9 +113,7 @@ def set_resize(vlm: VLM, resize: str | None) -> None:
     if resize is None:
         return
     if vlm.spec.tiling is not None:
-        raise RecipeError(
-            f"resize: {resize} given, but this model sees images in tiles or in their own shape; take it out"
-        )
+        raise RecipeError(f"resize: {resize} given, but {_SHAPED}")
     views = tuple(replace(view, resize=resize) for view in vlm.spec.towers)  # type: ignore[arg-type]
     vlm.spec = replace(vlm.spec, towers=views)
     vision = vlm.recipe.vision.resized(resize)  # type: ignore[arg-type]

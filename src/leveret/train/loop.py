@@ -1,11 +1,12 @@
 """One stage, step by step: the loop that every rank runs.
 
     rows of the step -> micro-batches -> loss_sum / supervised tokens of the whole global batch -> backward
-        -> one all-reduce of [gradients, loss, stop, failed] -> clip -> AdamW -> metrics -> state
+        -> one all-reduce of [gradients, loss, stop, failed ...] -> clip -> AdamW -> metrics -> state
 
 The weight of a token is one over the tokens of the global batch, known beforehand on every rank; so micro-batches and
-ranks change the result only by rounding. Every random draw is seeded by (seed, stage, step, rank): a stage that goes
-on from a saved step does what it would have done.
+ranks change the result only by rounding (and by what dropout draws). Where samples fail on the way, the sums are
+scaled up afterwards to the tokens that were taught. Every random draw is seeded by (seed, stage, step, rank): a stage
+that goes on from a saved step does what it would have done.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 Validator = Callable[["VLM", int], dict[str, Any]]
 
-LOSS, STOP, FAILED, POSITIONS, EXTRA = 0, 1, 2, 3, 4
+LOSS, STOP, FAILED, LOST, POSITIONS, EXTRA = 0, 1, 2, 3, 4, 5
 """Places behind the gradients in the flat buffer, and how many there are."""
 
 
@@ -166,6 +167,8 @@ class Teacher:
         self.resumed: dict[str, Any] = {}
         self.order = order_of(data, stage, job.stage, job.seed)
         self.step = self.skipped = self.failed = self.seen = 0
+        self.unproved = set(stage.learn) if job.resume is None else set()
+        """Parts that should learn and have had no gradient yet."""
         self.waited = 0.0
         if job.resume is not None:
             self._restore(Path(job.resume))
@@ -246,20 +249,29 @@ class Teacher:
         supervised = int(self.data.supervised[rows].sum())
         self._gradients(batches, 1.0 / supervised)
         failed = [one for _, some in batches for one in some]
-        for name, reason in failed:
+        for name, reason, _ in failed:
             append_jsonl(self.folder / "quarantine.jsonl", {"step": self.step + 1, "id": name, "reason": reason})
         optimiser.extra[FAILED] += len(failed)
+        optimiser.extra[LOST] += sum(one.supervised for one in failed)
         if self.leads and stop_requested():
             optimiser.extra[STOP] += 1
-        norm = float(optimiser.clip(self.strategy.exchange(optimiser)))
-        loss, stop, bad, positions = optimiser.extra.tolist()
+        size = self.strategy.exchange(optimiser)
+        loss, stop, bad, lost, positions = optimiser.extra.tolist()
+        if lost:  # what failed taught nothing; the others weigh as if it had not been there
+            scale = supervised / max(1.0, supervised - lost)
+            optimiser.gradient.mul_(scale)
+            loss, size = loss * scale, None if size is None else size * scale
+            supervised -= int(lost)
+        norm = float(optimiser.clip(size))
         row: dict[str, Any] = {"step": self.step + 1, "loss": loss, "lr": optimiser.rates(self.step, self.job.total)}
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped += 1
             row |= {"loss": None, "skipped": [self.data.names[index] for index in rows]}
+        elif not supervised:
+            row |= {"loss": None, "skipped": [self.data.names[index] for index in rows]}
         else:
-            if self.step == 0:
-                self._check_parts(rows)
+            if self.unproved:
+                self._check_parts(rows, bool(lost))
             optimiser.step(self.step, self.job.total)
             row["grad_norm"] = norm
         self.step += 1
@@ -270,14 +282,16 @@ class Teacher:
         sources = self.data.shares(rows)
         return row | {"supervised": supervised, **({"sources": sources} if sources else {})}
 
-    def _check_parts(self, rows: Sequence[int]) -> None:
-        """A part that learns must get a gradient; with images in the batch, all of them do."""
+    def _check_parts(self, rows: Sequence[int], failed: bool) -> None:
+        """A part that learns must get a gradient; with images in the batch, all of them do. failed: whether some of the
+        batch could not be read, and may have been the images."""
+        self.unproved -= {part for part, size in self.strategy.part_norms(self.optimiser).items() if size > 0}
         shown = any(self.data.image_offsets[row + 1] > self.data.image_offsets[row] for row in rows)
-        still = [part for part, size in self.strategy.part_norms(self.optimiser).items() if size == 0]
-        if still and (shown or "language" in still):
+        still = [part for part in self.stage.learn if part in self.unproved and (shown or part == "language")]
+        if still and not failed:
             raise RecipeError(
-                f"stage {self.job.stage!r}: {' and '.join(still)} should learn but got no gradient in the first step; "
-                f"take it out of `learn`, or look for what cuts it off"
+                f"stage {self.job.stage!r}: {' and '.join(still)} should learn but got no gradient in step "
+                f"{self.step + 1}; take it out of `learn`, or look for what cuts it off"
             )
 
     # --- the stage --------------------------------------------------------------------------------------------------

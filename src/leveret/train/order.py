@@ -32,9 +32,10 @@ class Order:
 
     def _of(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch; every epoch has as many, and as many rows in all."""
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, plan(self._sizes, self._batch, self._seed, epoch, by=self._rule))
-        return self._epoch[1]
+        known = self._epoch  # once: another thread, which is a step ahead, may be in the next epoch
+        if known[0] != epoch:
+            known = self._epoch = (epoch, plan(self._sizes, self._batch, self._seed, epoch, by=self._rule))
+        return known[1]
 
     def rows(self, step: int) -> list[int]:
         """The samples of `step` (from 0), long ones first, so that ranks and micro-batches get rows alike in length."""

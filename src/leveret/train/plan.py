@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leveret.images import ImageFault
 from leveret.model.parts import PartRow, adapted, embeddings_size, parts_table, render, tokens_of
 from leveret.records import NaFlex
 from leveret.runs import DataError, EnvironmentFault, RecipeError, cores, in_bytes, in_words
@@ -152,6 +153,8 @@ def describe(
         if refused := data.meta.get("reasons"):
             where = data.folder.with_name("quarantine.jsonl")
             lines.append(("refused", f"{sum(refused.values()):,} more: {in_words(refused)}; each is named in {where}"))
+        if cut := data.meta.get("cut"):
+            lines.append(("cut", f"{cut:,} of these are longer than max_tokens {stage.max_tokens} and lose their end"))
         lines.append(
             ("tokens", f"{tokens} per sample on average, {int(data.lengths.max())} at most; "
              f"{data.supervised.mean():.0f} of them learned from")
@@ -169,9 +172,11 @@ def describe(
     if world > 1 or sharing.sharded:
         lines.append(("ranks", sharing.words(world)))
     lines.append(("order", f"by {stage.order}; {_computed(stage)}"))
-    lines.append(("schedule", _schedule(stage, total)))
+    lines.append(("schedule", _schedule(stage, total, sure=data is not None)))
     if stage.held_out is not None or stage.keep_best is not None:
         lines.append(("validation", _validation(stage)))
+    elif stage.validate_every and not (job is not None and job.validates):
+        lines.append(("validation", "validate_every is set, but there are no `held_out` data: nothing validates"))
     square = "made square by " + ", ".join(dict.fromkeys(view.resize for view in vlm.spec.towers))
     shaped = isinstance(vlm.spec.tiling, NaFlex)
     seen = square if vlm.spec.tiling is None else "seen at their own shape" if shaped else "cut into tiles"
@@ -201,7 +206,7 @@ def describe(
 def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]:
     """Samples in the data and their mean length in tokens, as far as they can be known here, and that in words."""
     from leveret.pool import open_source
-    from leveret.train.data import encode_sample, lacking, reason_of
+    from leveret.train.data import absent, encode_sample, reason_of
 
     if not Path(stage.data).exists():
         return None, None, "not here (a dry run does not need it)"
@@ -214,7 +219,8 @@ def _sampled(vlm: VLM, stage: StageRecipe) -> tuple[int | None, int | None, str]
     for index in range(min(SAMPLED, count)):
         try:
             text = encode_sample(source, index, stage.chat or vlm.chat, vlm.tokenizer, vlm.spec, stage.max_tokens)
-            lacking(text.refs)
+            if absent(text.refs):
+                raise ImageFault("missing")
             lengths.append(len(text.ids))
         except DataError as error:
             refused[reason_of(error)] += 1
@@ -268,8 +274,16 @@ def _validation(stage: StageRecipe) -> str:
     return "; ".join(words + ([f"the model with the {best.mode} {best.metric} is kept"] if best else []))
 
 
-def _schedule(stage: StageRecipe, total: int | None) -> str:
-    length = f"{total:,} steps" if total else f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epoch(s)"
+def _schedule(stage: StageRecipe, total: int | None, sure: bool) -> str:
+    """sure: whether the data were counted, and not only what an epoch of `batch` makes of them."""
+    about = "" if total == stage.steps or sure else "about "
+    length = (
+        f"{about}{total:,} steps"
+        if total
+        else f"{stage.steps:,} steps"
+        if stage.steps
+        else f"{stage.epochs:g} epoch(s)"
+    )
     tail = f", falling over the last {stage.decay:.0%}" if stage.schedule == "wsd" else ""
     count = total or stage.steps
     ends = f", from {rate(stage.schedule, 0, count, stage.warmup, stage.decay):.3g} of the peak" if count else ""

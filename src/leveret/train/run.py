@@ -167,7 +167,7 @@ def _unless_refused(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except (RecipeError, DataError) as fault:
-        if run.fresh and not any(run.path.glob("*/metrics.jsonl")):
+        if run.fresh and not any(metrics.stat().st_size for metrics in run.path.glob("*/metrics.jsonl")):
             if isinstance(fault, RecipeError):
                 shutil.rmtree(run.path, ignore_errors=True)
             else:
@@ -329,6 +329,11 @@ def _stage(
     assert begun.get("total", total) == total or changes.allowed, (
         "the data and the recipe are the same, so are the steps"
     )
+    if begun.get("step", 0) > total:
+        raise RecipeError(
+            f"stages.{name}: {total:,} steps are asked for, and step {begun['step']:,} is done already; ask for as "
+            "many at least, or begin another run folder"
+        )
     if other is not None:
         validators = [*validators, _held_out(vlm, stage, folder, other, device, precision, facts)]
     job = Job(

@@ -23,7 +23,7 @@ Rate = Annotated[float, Field(gt=0, lt=10)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Start(_Strict):
@@ -186,7 +186,7 @@ class StageRecipe(_Strict):
         10, ge=0, description="Steps with a non-finite loss that may be skipped before the run stops."
     )
     bad_share: Share = Field(0.2, description="Share of samples that may fail before the run stops.")
-    seed: int | None = Field(None, ge=0, description="Instead of the run's.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Instead of the run's.")
 
     @field_validator("learn", mode="before")
     @classmethod
@@ -254,7 +254,7 @@ class TrainRecipe(_Strict):
     """A model and the stages that teach it, in order."""
 
     name: str = Field(min_length=1, description="Name of the recipe, for people.")
-    seed: int = Field(0, ge=0, description="Everything random follows from it.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Everything random follows from it.")
     model: ModelRecipe = Field(description="The backbones the first stage starts from.")
     start: Start | None = Field(None, description="Weights the first stage starts from, instead of the backbones'.")
     stages: dict[str, StageRecipe] = Field(

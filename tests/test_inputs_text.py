@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fakes import tiny_tokenizer
 from leveret.generate.cache import Shelf
 from leveret.generate.sampling import Sampling
-from leveret.generate.text import BROKEN, Detokenizer, Stops, decode
+from leveret.inputs.text import BROKEN, Detokenizer, Stops, decode
 
 
 @pytest.fixture(scope="module")
