@@ -291,3 +291,10 @@ def test_names_that_mean_our_own_models(tmp_path: Path) -> None:
     assert open_other(str(tmp_path)) is None  # what is wrong with it is said where our models are read
     with pytest.raises(DataError, match=r"no config\.json"):
         open_other(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_depth_without_end_is_an_answer_that_is_none(status: int) -> None:
+    deep = b"[" * 200_000
+    with serving(lambda *_: {"status": status, "body": deep}) as server, pytest.raises(EnvironmentFault):
+        Endpoint(server.url, "m", tries=1).complete({"messages": []})

@@ -9,6 +9,7 @@ import pytest
 from evaluate_fakes import tiny_world
 from fakes import tiny_vlm
 from leveret.generate import Engine
+from leveret.generate.memory import free_of
 from leveret.model.checkpoint import save
 from leveret.model.vlm import VLM
 from leveret.runs import RecipeError
@@ -79,3 +80,19 @@ def test_the_command_tells_what_it_held(vlm: VLM, tmp_path: Path) -> None:
     assert "answers at once of" in done.output
     refused = CliRunner().invoke(app, [*asked[:-1], str(tmp_path / "b"), "--memory", "1KB"])
     assert isinstance(refused.exception, RecipeError) and "allow at least" in str(refused.exception)
+
+
+def test_what_is_free_counts_kept_files_and_keeps_to_a_container(tmp_path: Path) -> None:
+    info, group = tmp_path / "meminfo", tmp_path / "group"
+    assert free_of(info, group, 77) == 77  # a system that tells neither
+    info.write_text("MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  60 kB\n")
+    assert free_of(info, group, 1024) == 60 * 1024
+    group.mkdir()
+    (group / "memory.max").write_text("max\n")
+    assert free_of(info, group, 1024) == 60 * 1024
+    (group / "memory.max").write_text("50000\n")
+    (group / "memory.current").write_text("30000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 5000\n")
+    assert free_of(info, group, 1024) == 25_000
+    (group / "memory.current").write_text("90000\n")
+    assert free_of(info, group, 1024) == 0

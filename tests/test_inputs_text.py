@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from fakes import tiny_tokenizer
 from leveret.generate.cache import Shelf
@@ -81,3 +84,54 @@ def test_a_shelf_forgets_the_least_recently_used() -> None:
     held = len(shelf)
     shelf.put("e", torch.zeros(1000))
     assert shelf.get("e") is None and len(shelf) == held, "what no shelf can hold throws nothing else away"
+
+
+@cache
+def of_bytes() -> Any:
+    """A tokenizer of Llama's kind: what it has no word for is spelled in tokens of one byte."""
+    vocab = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>"])}
+    vocab |= {f"<0x{value:02X}>": 3 + value for value in range(256)}
+    for word in ("\u2581", "a", "\u2581a", "b", "\u2581the"):
+        vocab.setdefault(word, len(vocab))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def spelled(data: bytes) -> list[int]:
+    return [3 + value for value in data]
+
+
+@given(
+    st.lists(
+        st.sampled_from([259, 260, 261, 262, 263]).map(lambda token: [token])
+        | st.sampled_from("\u4f60\u00e9\U0001f600\n").map(lambda letter: spelled(letter.encode()))
+        | st.binary(min_size=1, max_size=2).map(spelled),
+        max_size=8,
+    )
+)
+@example([spelled("\u4f60".encode()), spelled(b"\xe5")])
+@example([[260], spelled("\u4f60\u597d\u5417".encode()), spelled("\U0001f600".encode()[:2])])
+def test_bytes_that_are_no_character_cost_no_other(parts: list[list[int]]) -> None:
+    ids = [token for part in parts for token in part]
+    text = decode(of_bytes(), ids)
+    assert "".join(pieces(of_bytes(), ids)) == text and BROKEN not in text
+    raw = b"".join(
+        bytes([token - 3]) if token < 259 else {259: b" ", 260: b"a", 261: b" a", 262: b"b", 263: b" the"}[token]
+        for token in ids
+    )
+    assert text == raw.decode("utf-8", "ignore").removeprefix(" ")
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.999999, 1.0])
+def test_a_few_are_looked_at_first_and_the_draw_is_the_same(monkeypatch: pytest.MonkeyPatch, top_p: float) -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3
+    drawn = []
+    for few in (16, 300, 10**6):
+        monkeypatch.setattr("leveret.generate.sampling.FEW", few)
+        draw = Sampling(1.0, top_p, seed=5).picker()
+        assert draw is not None
+        drawn.append([draw(logits) for _ in range(200)])
+    assert drawn[0] == drawn[1] == drawn[2] and (top_p < 0.1 or len(set(drawn[0])) > 20)

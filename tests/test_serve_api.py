@@ -339,7 +339,6 @@ def test_messages_become_turns() -> None:
         ([("system", "a")], "messages"),
         ([("user", "a"), ("system", "b"), ("user", "c")], "messages[1].role"),
         ([("user", " \n")], "messages[0].content"),
-        ([("user", "a"), ("assistant", ""), ("user", "b")], "messages[1].content"),
         ([("user", "x" * 300_000)], "messages"),
         ([("user", "a")] * 300, "messages"),
     ],
@@ -580,3 +579,42 @@ def test_httpx_streams_without_waiting_for_the_end(up: Up) -> None:
         assert answer.headers["content-type"].startswith("text/event-stream")
         first = next(answer.iter_lines())
         assert json.loads(first.removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
+
+
+def test_an_empty_answer_may_come_back_and_an_empty_system_field_says_nothing(up: Up) -> None:
+    def turns(*said: tuple[str, str]) -> Any:
+        return turns_of(
+            ChatRequest.model_validate(
+                {"model": NAME, "messages": [{"role": role, "content": text} for role, text in said]}
+            ).messages,
+            Manners(True, ()), Limits(), lambda url: None,
+        )[0]  # fmt: skip
+
+    assert turns(("system", ""), ("user", "a"), ("assistant", ""), ("user", "b")) == turns(("user", "a"), ("user", "b"))
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
+    assert up.post({"messages": said}).status_code == 200
+    assert up.post({"messages": [*said[:2], {"role": "user", "content": " "}]}).json()["error"]["code"] == "empty"
+
+
+def test_what_a_choice_cannot_follow_is_refused_by_its_field(up: Up) -> None:
+    def form(*choices: str) -> dict[str, Any]:
+        return {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": list(choices)}}}
+
+    for more, field in (({"temperature": 0.5}, "temperature"), ({"stop": ["A"]}, "stop")):
+        got = up.post({"response_format": form("A", "B"), **more})
+        assert got.status_code == 400 and got.json()["error"]["param"] == field
+    assert up.post({"response_format": form("A", "B"), "temperature": 0, "stop": []}).status_code == 200
+    got = up.post({"response_format": form("A", "AB", "ABC")})
+    assert got.status_code == 400 and got.json()["error"]["param"] == "response_format.json_schema.schema"
+
+
+def test_what_answers_share_within_a_request_was_not_known_before() -> None:
+    with serving() as fresh:
+        for known in (False, True):
+            usage = fresh.post({"messages": about(picture("blue")), "n": 3}).json()["usage"]
+            assert (usage["prompt_tokens_details"]["cached_tokens"] > 0) == known
+
+
+def test_every_field_of_a_request_is_explained(up: Up) -> None:
+    fields = up.http.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]["properties"]
+    assert not [name for name, facts in fields.items() if not facts.get("description")]

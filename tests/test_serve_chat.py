@@ -259,3 +259,31 @@ def test_save_in_a_pipe_writes_the_last_question(
     said = json.loads((tmp_path / "talk.json").read_text())
     assert "how many" in json.dumps(said) and "is there a square" not in json.dumps(said)
     assert "no picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x.png", "a\0b.png"])
+def test_what_can_be_no_path_is_told_in_one_line(path: str, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    with pytest.raises(DataError, match="is no path"):
+        as_path(path)
+    assert command(["chat", str(folder), path, "-p", "hi"]) in (2, 3)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_answer_that_the_terminal_cannot_write_is_spelled(folder: Path, photo: Path) -> None:
+    """Windows' cp1252 in place of ASCII: what it lacks is written as Python escapes it."""
+    told = {}
+    for encoding in ("utf-8", "ascii"):
+        line = [sys.executable, "-m", "leveret.cli", "chat", str(folder), str(photo), "-p", "is there a square"]
+        env = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(line, env=env, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told[encoding] = done.stdout
+    text = told["utf-8"].decode()
+    assert not text.isascii() and told["ascii"] == text.encode("ascii", "backslashreplace")
+
+
+def test_an_empty_question_is_no_reason_to_read_from_a_pipe(
+    folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["chat", str(folder), str(photo), ""]) == 2
+    assert "the question is empty" in capsys.readouterr().err

@@ -479,3 +479,59 @@ def test_refusals_are_one_short_line(text: str) -> None:
     assert "\n" not in refusal.message and len(refusal.message) <= LONGEST
     assert refusal.headers["Retry-After"] == "1"
     json.dumps(refusal.body())
+
+
+def test_a_page_can_read_why_it_was_refused_and_what_browsers_ask_first_costs_no_rate() -> None:
+    there = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+    where = Where(port=0, origins=("https://app.example",), token="t")
+    with serving(where=where, limits=Limits(rate=8)) as up:
+        for _ in range(6):
+            asked = up.http.options("/v1/chat/completions", headers=there)
+            assert asked.status_code == 200
+        statuses = []
+        for _ in range(3):
+            got = up.post({}, headers=there)
+            statuses.append(got.status_code)
+            assert got.headers["access-control-allow-origin"] == "https://app.example"
+        assert statuses == [401, 401, 429] and "retry-after" in got.headers["access-control-expose-headers"]
+
+
+def test_an_address_of_ipv6_is_its_own_name() -> None:
+    assert Where("fd00::5", hosts=["box.lan"]).names() == ["[fd00::5]", "box.lan"]
+    door = Door(Limits(), Where("fd00::5", hosts=["box.lan"]).names(), None)
+    door.check({"path": "/health", "method": "GET"}, {"host": "[fd00::5]:8000"})
+    with pytest.raises(Refusal):
+        door.check({"path": "/health", "method": "GET"}, {"host": "[fd00::6]:8000"})
+
+
+def test_pictures_are_held_until_the_reply_is_sent() -> None:
+    """Those that wait too: as they came, and unpacked."""
+    heavy = picture(size=(300, 300), form="PNG") + b" " * 40_000
+    with serving(limits=Limits(held_bytes=250_000, waiting=50), slots=1) as up:
+        gate = threading.Event()
+        up.service.live.soon(gate.wait)
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(up.post, {"messages": about(heavy, text=f"what {number}")}) for number in range(8)]
+            soon(lambda: sum(one.done() for one in asked) >= 1 and up.service.held.now > 100_000)
+            gate.set()
+            statuses = sorted(one.result().status_code for one in asked)
+        assert statuses[0] == 200 and statuses[-1] == 429
+        assert up.service.held.now == 0
+
+
+def test_looks_leave_the_threads_to_others_and_only_so_many_wait() -> None:
+    look = {"model": NAME, "messages": about(picture()), "answer": "red"}
+    with serving() as up:
+        gate = threading.Event()
+        up.service.live.soon(gate.wait)
+        with ThreadPoolExecutor(8) as pool:
+            looks = [pool.submit(up.http.post, "/v1/look", json=look) for _ in range(6)]
+            soon(lambda: sum(one.done() for one in looks) == 2)
+            assert [one.result().status_code for one in looks if one.done()] == [429, 429]
+            # It is prepared while they wait: only the model is held up.
+            chat = pool.submit(up.post, {})
+            soon(lambda: up.service.live.figures()["waiting"] == 1)
+            gate.set()
+            assert chat.result().status_code == 200
+            assert sorted(one.result().status_code for one in looks) == [200] * 4 + [429] * 2
+        assert up.service.looking == 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -95,6 +96,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     # Idle OpenMP threads sleep instead of spinning: no slower alone, and many times faster when cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A file or a terminal of another encoding (Windows' cp1252) must not end an answer.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # a second Ctrl-C while the first was being told

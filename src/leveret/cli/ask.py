@@ -27,7 +27,7 @@ def chat(
 
     if question is not None and prompt is not None:
         raise RecipeError("the question is given twice, behind the picture and with -p; give it once")
-    station(model, image=image, prompt=question or prompt, device=device, load_in=load_in)
+    station(model, image=image, prompt=prompt if question is None else question, device=device, load_in=load_in)
 
 
 @verb("serve", "leveret.serve.run", LOOK)

@@ -115,6 +115,12 @@ class Prepared:
         """Of the prompt."""
         return len(self.ids)
 
+    @property
+    def bytes(self) -> int:
+        """Of its pictures, as they came and unpacked: they are kept until its answer has ended."""
+        unpacked = [array.nbytes for picture in self.pictures for array in (picture.pixels or {}).values()]
+        return sum(len(picture.ref.path) for picture in self.pictures) + sum(unpacked)
+
     def again(self, sampling: Sampling) -> Prepared:
         """The same prompt with other draws, without the work of preparing it. Answers that are asked for together
         share what is computed of it."""

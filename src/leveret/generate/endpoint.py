@@ -185,7 +185,7 @@ class Endpoint:
                 raise TypeError("content")
             usage = {name: n for name, n in (told.get("usage") or {}).items() if isinstance(n, int)}
             return Completion(text or "", str(told.get("model") or ""), str(choice.get("finish_reason") or ""), usage)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise _Busy(f"its answer is no chat completion: {data[:60].decode('utf-8', 'replace')!r}") from None
 
     def _refused(self, fault: urllib.error.HTTPError, body: Mapping[str, Any]) -> Completion:
@@ -248,7 +248,7 @@ def _said(data: bytes) -> tuple[str, str]:
         error = told.get("error", told)
         code, message = (error.get("code"), error.get("message")) if isinstance(error, dict) else ("", error)
         text = str(message or text)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         code = ""
     return str(code or ""), " ".join(text.split())[:300]
 

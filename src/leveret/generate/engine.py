@@ -68,6 +68,10 @@ class Request:
     max_new_tokens: int | None = None
 
 
+class ChoiceFault(DataError):
+    """Choices that cannot be told apart."""
+
+
 class Engine:
     """Answers requests with one model.
 
@@ -212,7 +216,8 @@ class Engine:
         except DataError as fault:
             if not request.question_id:  # a lone question needs no name
                 raise
-            raise DataError(f"question {request.question_id!r}: {fault}") from fault
+            kind = ChoiceFault if isinstance(fault, ChoiceFault) else DataError
+            raise kind(f"question {request.question_id!r}: {fault}") from fault
         return Reply(ids, marks, tuple(picture.key for picture in pictures), limit, pictures, choices=choices)
 
     def _limit(self, prompt: int, asked: int | None) -> int:
@@ -245,7 +250,7 @@ class Engine:
         shared = common(spelled) if len(spelled) > 1 else 0
         firsts = tuple(ids[shared] for ids in spelled if len(ids) > shared)
         if not choices or not all(choice.strip() for choice in choices) or len(set(firsts)) < len(choices):
-            raise DataError(
+            raise ChoiceFault(
                 f"choices: {list(choices)} must be answers that differ in the first token not shared by all"
             )
         return spelled[0][:shared], firsts

@@ -16,7 +16,7 @@ import threading
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeVar
@@ -63,6 +63,7 @@ class Ticket:
         self._untold: deque[tuple[int, Told]] = deque()  # where each begins in the text
         self._last = 0.0  # when the last event was
         self._ended = self._cancelled = False
+        self._counted = 0  # tokens that the queue has more by this one: of answers to one prompt the first tells them
 
     def cancel(self) -> None:
         """Stop the answer; it leaves its slot at the next step, with a last event "left". Nothing if it has ended."""
@@ -152,34 +153,51 @@ class Live:
     def submit(self, prepared: Prepared, on_event: Callable[[Event], None]) -> Ticket:
         """Put a request into the queue. `on_event` gets its pieces, in the engine's thread: it must not take long, and
         if it raises, the answer is left. Raises Full and Closed."""
+        return self.submit_all([(prepared, on_event)])[0]
+
+    def submit_all(self, group: Sequence[tuple[Prepared, Callable[[Event], None]]]) -> list[Ticket]:
+        """Put requests with one prompt into the queue, all or none; where nobody waits they are always taken."""
+        tickets = [self._ticket(prepared, on_event) for prepared, on_event in group]
+        tokens = max((prepared.tokens for prepared, _ in group), default=0)
+        with self._door:
+            if self._state != "open":
+                raise Closed("no new requests are taken any more")
+            if self._line and (
+                len(self._line) + len(tickets) > self.waiting or self._line_tokens + tokens > self.waiting_tokens
+            ):
+                self._counts["refused"] += 1
+                raise Full(min(300.0, max(1.0, self._ahead() / 2)))
+            for ticket in tickets:
+                ticket._guest.number = self._number
+                self._number += 1
+                insort(self._line, (ticket._rank, ticket), key=lambda entry: entry[0])
+            for ticket in tickets[:1]:
+                ticket._counted = tokens
+            self._line_tokens += tokens
+            self._door.notify_all()
+        return tickets
+
+    def _ticket(self, prepared: Prepared, on_event: Callable[[Event], None]) -> Ticket:
         ask = prepared.ask
         guest = Guest(
             prepared.ids, prepared.marks, prepared.images, prepared.limit, prepared.pictures, ask.sampling.picker(),
             prepared.choices, trace=prepared.trace, spans=prepared.spans, logprobs=ask.logprobs, priority=ask.priority,
             came=time.perf_counter(),
         )  # fmt: skip
-        ticket = Ticket(self, prepared, guest, on_event)
-        with self._door:
-            if self._state != "open":
-                raise Closed("no new requests are taken any more")
-            if len(self._line) >= self.waiting or (
-                self._line and self._line_tokens + prepared.tokens > self.waiting_tokens
-            ):
-                self._counts["refused"] += 1
-                raise Full(min(300.0, max(1.0, self._ahead() / 2)))
-            guest.number = self._number
-            self._number += 1
-            insort(self._line, (ticket._rank, ticket), key=lambda entry: entry[0])
-            self._line_tokens += prepared.tokens
-            self._door.notify_all()
-        return ticket
+        return Ticket(self, prepared, guest, on_event)
 
     def between(self, work: Callable[[], T]) -> T:
         """Run something in the engine's thread, between two passes, and give what it gives: for whoever needs the
         model for a moment. Raises what it raises, and Closed."""
+        return self.soon(work).result()
+
+    def soon(self, work: Callable[[], T]) -> Future[T]:
+        """What `between` gives, when it is there; what is cancelled before it began is not done. Raises Closed."""
         found: Future[T] = Future()
 
         def run() -> None:
+            if not found.set_running_or_notify_cancel():
+                return
             try:
                 found.set_result(work())
             except BaseException as fault:
@@ -190,7 +208,7 @@ class Live:
                 raise Closed("the engine has ended")
             self._works.append(run)
             self._door.notify_all()
-        return found.result()
+        return found
 
     def figures(self) -> dict[str, float]:
         """How it stands: requests that wait, come in and are being made; what was counted since it began; what is kept;
@@ -293,7 +311,7 @@ class Live:
             entry = (ticket._rank, ticket)
             if entry in self._line:
                 self._line.remove(entry)
-                self._line_tokens -= len(ticket._guest.ids)
+                self._line_tokens -= ticket._counted
         if not ticket._ended:
             self.lanes.leave(ticket._guest, "left")
             ticket._guest.finish = ticket._guest.finish or "left"
@@ -315,7 +333,7 @@ class Live:
             self._inside[id(guest)] = ticket
             with self._door:
                 self._line.remove((ticket._rank, ticket))
-                self._line_tokens -= len(ticket._guest.ids)
+                self._line_tokens -= ticket._counted
             if guest.finish:
                 self._tell(ticket)
 

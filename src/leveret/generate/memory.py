@@ -10,7 +10,9 @@ The first three are exact. A pass is an estimate from the model's widths, on the
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leveret.runs import RecipeError
@@ -147,9 +149,25 @@ def spare(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # a system that does not tell
-        return 4 * 2**30
+        free = 4 * 2**30
+    return free_of(Path("/proc/meminfo"), Path("/sys/fs/cgroup"), free)
+
+
+def free_of(meminfo: Path, group: Path, free: int) -> int:
+    """What Linux says could be had: MemAvailable, with the pages of files that it keeps as long as nobody wants the
+    room (`free`, which is what is told elsewhere, leaves these out); in a container no more than its limit leaves.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = dict(line.split(":", 1) for line in meminfo.read_text("ascii").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else free
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        limit = int((group / "memory.max").read_text("ascii"))
+        used = int((group / "memory.current").read_text("ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
+        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
+    return max(0, free)
 
 
 def _pairs(vlm: VLM) -> list[tuple[Any, Any]]:

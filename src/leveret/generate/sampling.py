@@ -10,6 +10,9 @@ from torch import Tensor
 
 from leveret.runs import DataError
 
+FEW = 1024
+"""Tokens that are looked at first where the likeliest are drawn from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -52,8 +55,23 @@ class Picker:
         scores = logits.detach().cpu().double()
         # From the highest down: however small the temperature, the likeliest stays at 0 and nothing becomes inf - inf.
         probabilities = torch.softmax((scores - scores.max()) / self.sampling.temperature, dim=-1)
-        ordered, ids = probabilities.sort(descending=True, stable=True)
-        if self.sampling.top_p < 1:
-            before = ordered.cumsum(0) - ordered  # the likeliest has nothing before it, so it always stays
-            ordered = ordered.masked_fill(before >= self.sampling.top_p, 0)
-        return int(ids[torch.multinomial(ordered, 1, generator=self.generator)])
+        if self.sampling.top_p == 1:
+            return int(self._drawn(probabilities))
+        ordered, ids = self._likeliest(probabilities)
+        before = ordered.cumsum(0) - ordered  # the likeliest has nothing before it, so it always stays
+        return int(ids[self._drawn(ordered.masked_fill(before >= self.sampling.top_p, 0))])
+
+    def _likeliest(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens, from the highest down, that reach top_p; and their ids. A whole vocabulary is sorted
+        (56 ms of 151,936) only where few are not enough."""
+        if len(probabilities) > FEW:
+            ordered, ids = probabilities.topk(FEW)
+            if float(ordered.sum()) >= self.sampling.top_p:
+                return ordered, ids
+        return probabilities.sort(descending=True, stable=True)
+
+    def _drawn(self, chances: Tensor) -> Tensor:
+        """A place, by its chance: where one number falls among their sums."""
+        sums = chances.cumsum(0)
+        at = torch.rand(1, dtype=sums.dtype, generator=self.generator) * sums[-1]
+        return torch.searchsorted(sums, at, right=True).clamp_(max=int(chances.nonzero()[-1]))

@@ -78,6 +78,10 @@ class Reader:
         self._literal: Tokenizer | None = None
         # GPT-2's way of writing bytes, as opposed to SentencePiece's words that bring their blank along.
         self.byte_level = '"ByteLevel"' in json.dumps([self._state["pre_tokenizer"], self._state["decoder"]])
+        # Llama's way: what the vocabulary has no word for, in tokens of one byte.
+        spelled = self._state["model"].get("byte_fallback") and '"ByteFallback"' in json.dumps(self._state["decoder"])
+        found = {self.backend.token_to_id(f"<0x{value:02X}>"): value for value in range(256)} if spelled else {}
+        self.bytes: dict[int, int] = {token: value for token, value in found.items() if token is not None}
         # Runs of blanks are added tokens in some vocabularies (Phi-2): those are how text is written, not structure.
         added = {token["content"]: token["id"] for token in self._state["added_tokens"] if token["content"].strip()}
         self.special: dict[str, int] = added

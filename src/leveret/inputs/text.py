@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +41,53 @@ class Stops:
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
-    """The words of `ids`, without special tokens and exactly as the tokens spell them."""
+    """The words of `ids`, without special tokens and exactly as the tokens spell them.
+
+    Where a vocabulary spells what it has no word for in tokens of one byte (Llama's, `<0xE4>`), bytes that are no
+    character are left out: transformers makes a whole run of such tokens unreadable where one of them is.
+    """
+    if values := reader_of(tokenizer).bytes:
+        ids = list(_Bytes(values).whole(ids))
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _Bytes:
+    """Lets tokens through, those of one byte when the character is whole that they spell."""
+
+    def __init__(self, values: Mapping[int, int]) -> None:
+        self.values = values
+        self._begun: list[int] = []  # tokens of an unfinished character
+
+    def whole(self, ids: Iterable[int]) -> Iterator[int]:
+        for token in ids:
+            if (value := self.values.get(token)) is None:
+                self._begun.clear()
+                yield token
+                continue
+            self._begun.append(token)
+            spelled = bytes(self.values[one] for one in self._begun)
+            if len(spelled) > 1 and _broken(spelled):  # it ends what was begun, and may begin another
+                self._begun, spelled = [token], bytes([value])
+            if _broken(spelled):
+                self._begun.clear()
+            elif _complete(spelled):
+                yield from self._begun
+                self._begun.clear()
+
+
+def _complete(spelled: bytes) -> bool:
+    with suppress(UnicodeDecodeError):
+        return bool(spelled.decode("utf-8"))
+    return False
+
+
+def _broken(spelled: bytes) -> bool:
+    """Whether no further byte can make it a character."""
+    try:
+        getincrementaldecoder("utf-8")().decode(spelled)
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 class Detokenizer:
@@ -53,6 +100,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
+        values = reader_of(tokenizer).bytes
+        self._bytes = _Bytes(values) if values else None
         self._context = self._done = 0
 
     def push(self, token: int) -> str:
@@ -61,7 +110,7 @@ class Detokenizer:
 
     def extend(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, as pushing one after the other."""
-        self.ids += tokens
+        self.ids += tokens if self._bytes is None else self._bytes.whole(tokens)
         text = self._new()
         return "" if text.endswith(BROKEN) else self._take(text)
 

@@ -72,12 +72,7 @@ class Answers:
 
             return on_event
 
-        try:
-            for number, one in enumerate(self.prepared):
-                self.tickets.append(self.live.submit(one, hear(number)))
-        except BaseException:
-            self.leave()
-            raise
+        self.tickets = self.live.submit_all([(one, hear(number)) for number, one in enumerate(self.prepared)])
         self.prepared = ()  # the pictures in them are the engine's now
 
     def leave(self) -> None:
@@ -196,7 +191,8 @@ class Answers:
         ends = self.ended.values()
         prompt = max((end.prompt_tokens for end in ends), default=0)
         made = sum(end.tokens for end in ends)
-        reused = max((end.reused_tokens for end in ends), default=0)
+        # The first answer computes what the others share with it: nothing of that was known before.
+        reused = min((end.reused_tokens for end in ends), default=0)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": made,

@@ -31,10 +31,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive
 
 from leveret import __version__
-from leveret.generate.live import Live, Prepared
+from leveret.generate.live import Closed, Live, Prepared
 from leveret.generate.look import look
 from leveret.generate.model import Model
 from leveret.model.vlm import VLM
+from leveret.records import ImageRef, Turn
 from leveret.serve import metrics as measured
 from leveret.serve.answers import Answers, Gone, Stream, until_gone, whole
 from leveret.serve.guard import PAGE_POLICY, Door, Guard, Visit
@@ -51,7 +52,7 @@ from leveret.serve.protocol import (
     ModelCard,
     ModelList,
 )
-from leveret.serve.refusals import INVALID, Refusal, failed, of_fault, of_validation, shutting_down
+from leveret.serve.refusals import INVALID, Refusal, busy, failed, of_fault, of_validation, shutting_down
 
 log = logging.getLogger("leveret.serve")
 Result = TypeVar("Result")
@@ -59,6 +60,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 PREPARING = 2
 """Requests whose pictures are unpacked at once; eight where they are fetched, which is mostly waiting."""
+
+LOOKS = 4
+"""Looks that wait for the model or are done, at once; more get 429. Each holds up all answers for a pass."""
 
 LOOKED = 2**20
 """Weights that one look tells, at most: 8 MB of JSON."""
@@ -84,6 +88,7 @@ class Service:
     created: int = field(init=False)
     parameters: int = field(init=False)
     draining: bool = False
+    looking: int = 0
 
     def __post_init__(self) -> None:
         self.live = Live(self.model.engine, waiting=self.limits.waiting, idle=give_back)
@@ -133,8 +138,25 @@ class Service:
         first = self.live.prepare(asks[0])
         return request, [first, *(first.again(ask.sampling) for ask in asks[1:])], form
 
-    def looked(self, body: bytes) -> dict[str, Any]:
-        """Where the model looked. In a thread of `pool`; the model's own part is done in the engine's."""
+    async def looked(self, receive: Receive, visit: Visit) -> dict[str, Any]:
+        """Where the model looked: read and written in threads of `pool`, which is free for others while the engine's
+        thread does the model's own part. Raises Gone and Refusal."""
+        turns, images, answer = await self.aside(partial(self.look_asked, visit.take()), receive, visit)
+        visit.keep(sum(len(ref.path) for ref in images))
+        if self.looking >= LOOKS:
+            raise busy(2)
+        self.looking += 1
+        try:
+            work = self.live.soon(lambda: look(self.model, turns, images, answer, near=0, most=LOOKED))
+            found = await self.awaited(asyncio.wrap_future(work), receive, visit)
+            return await self.aside(found.as_json, receive, visit)
+        except Closed:
+            raise shutting_down() from None
+        finally:
+            self.looking -= 1
+
+    def look_asked(self, body: bytes) -> tuple[tuple[Turn, ...], tuple[ImageRef, ...], str | None]:
+        """A body -> what `look` takes. In a thread of `pool`. Raises Refusal."""
         request = checked(LookRequest, body)
         if request.model is not None:
             self.named(request.model)
@@ -146,8 +168,7 @@ class Service:
                 400, f"the answer has {spoken} tokens; this server looks into at most {self.limits.answer_tokens}",
                 param="answer",
             )  # fmt: skip
-        found = self.live.between(lambda: look(self.model, turns, images, answer, near=0, most=LOOKED))
-        return found.as_json()  # not on the engine's thread: others are being answered there
+        return turns, images, answer
 
     def look_at(self, url: str) -> Any:
         """The picture a request names; ImageFault."""
@@ -155,7 +176,10 @@ class Service:
 
     async def aside(self, work: Callable[[], Result], receive: Receive, visit: Visit) -> Result:
         """Do `work` in a thread of the pool. Raises Gone when the client leaves meanwhile, else Refusal."""
-        done = asyncio.get_running_loop().run_in_executor(self.pool, work)
+        return await self.awaited(asyncio.get_running_loop().run_in_executor(self.pool, work), receive, visit)
+
+    async def awaited(self, done: asyncio.Future[Result], receive: Receive, visit: Visit) -> Result:
+        """What `done` gives. Raises Gone when the client leaves meanwhile, else Refusal."""
         watch = asyncio.create_task(until_gone(receive))
         try:
             both: set[asyncio.Future[Any]] = {done, watch}
@@ -276,7 +300,7 @@ def build(service: Service, *, token: bool = False) -> FastAPI:
         try:
             with service.metrics.prepared.time():
                 read = await service.aside(partial(service.read, visit.take()), request.receive, visit)
-            visit.release()
+            visit.keep(read[1][0].bytes)
             answers = Answers(
                 service.live, read[1], read[0], read[2], service.name, visit.id,
                 service.metrics.first.observe, service.metrics.ended,
@@ -310,7 +334,7 @@ def build(service: Service, *, token: bool = False) -> FastAPI:
         if service.draining:
             raise shutting_down()
         try:
-            return JSONResponse(await service.aside(partial(service.looked, visit.take()), request.receive, visit))
+            return JSONResponse(await service.looked(request.receive, visit))
         except Gone:
             visit.code = "client_left"
             return Response(status_code=400)

@@ -258,15 +258,20 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def as_path(text: str) -> str:
-    """A path as people type or drop it: `~`, quotes, and blanks behind backslashes."""
-    whole = Path(text).expanduser()
-    if not whole.exists():
-        try:
-            parts = shlex.split(text)
-        except ValueError:
-            parts = []
-        if len(parts) == 1:
-            return str(Path(parts[0]).expanduser())
+    """A path as people type or drop it: `~`, quotes, and blanks behind backslashes. DataError where it can be none."""
+    try:
+        if "\0" in text:
+            raise ValueError("a zero byte stands in it")
+        whole = Path(text).expanduser()
+        if not whole.exists():
+            try:
+                parts = shlex.split(text)
+            except ValueError:
+                parts = []
+            if len(parts) == 1:
+                return str(Path(parts[0]).expanduser())
+    except (RuntimeError, ValueError) as fault:  # the home of nobody; a zero byte
+        raise DataError(f"{shown(text)!r} is no path: {fault}") from None
     return str(whole)
 
 

@@ -64,7 +64,7 @@ _ASKING = ("/v1/chat/completions", "/v1/look")
 class Visit:
     """One request, from the guard to the route and back.
 
-    body    as it was sent; the route takes it with `take`, and says with `release` that nothing of it is left.
+    body    as it was sent; the route takes it with `take`, and says with `keep` what of it is left.
     route   for the metrics: a name of ours, never a path of theirs.
     """
 
@@ -79,6 +79,13 @@ class Visit:
     def take(self) -> bytes:
         body, self.body = self.body, b""
         return body
+
+    def keep(self, size: int) -> None:
+        """So many bytes are held from now on, until the reply is sent. Refusal where there is no room for them."""
+        self.release()
+        if not self.held.take(size):
+            raise busy(2)
+        self.size = size
 
     def release(self) -> None:
         self.held.give_back(self.size)
@@ -107,7 +114,7 @@ class Door:
             )  # fmt: skip
         path = scope["path"]
         private = path.startswith("/v1/") or path == "/metrics"
-        if path in _ASKING and (wait := self.rate.wait(client_of(scope))):
+        if path in _ASKING and scope["method"] == "POST" and (wait := self.rate.wait(client_of(scope))):
             raise Refusal(
                 429, f"more than {self.limits.rate:g} requests a minute", kind=LIMITED, code="rate_limit_exceeded",
                 wait=wait,

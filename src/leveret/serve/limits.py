@@ -19,7 +19,8 @@ class Limits:
     """All bounds in one place; the defaults suit a machine with a few GiB.
 
     body_bytes      of one request. A photograph as a data URI takes 4/3 of its file.
-    held_bytes      of all requests that are being read and prepared; more than that must come again later.
+    held_bytes      of all requests: their bodies while they are read, then their pictures, as they came and unpacked,
+                    until the reply is sent. More than that must come again later.
     images          of one conversation.
     pixels          of one image, by its header, before it is unpacked.
     messages        of one conversation.
@@ -38,7 +39,7 @@ class Limits:
     """
 
     body_bytes: int = 16 * 2**20
-    held_bytes: int = 512 * 2**20
+    held_bytes: int = 2**30
     images: int = 8
     pixels: int = 25_000_000
     messages: int = 256

@@ -83,6 +83,9 @@ def asks_of(request: ChatRequest, manners: Manners, limits: Limits, look: Look) 
     turns, images = turns_of(request.messages, manners, limits, look)
     wished = request.response_format
     form = form_of(wished.json_schema.schema_) if isinstance(wished, Choices) else None
+    for name, value in (("temperature", request.temperature), ("stop", request.stop)) if form else ():
+        if value:
+            raise bad(f"{name}: a choice is the likeliest of its answers; leave {name} out", name, "unsupported_value")
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     if request.top_logprobs is not None and not request.logprobs:
         raise bad("top_logprobs: needs logprobs to be true", "top_logprobs", "invalid_value")
@@ -138,6 +141,8 @@ def turns_of(
                 f"{at}: holds {special!r}, which this model's chat format cannot take as text", at, "special_token"
             )
         if not text.strip() and pictures == before:
+            if role != "user":  # an answer of ours that a stop string emptied; a client's field for a system's words
+                continue
             raise bad(f"{at}: the {role}'s message is empty", f"{at}.content", "empty")
         if role == "system" and said and said[-1][0] != "system":
             raise bad(f"{at}: a {message.role} message must stand at the beginning", f"{at}.role", "roles")

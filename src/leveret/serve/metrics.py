@@ -39,7 +39,9 @@ class Metrics:
         self.images = Counter("leveret_images", "Pictures in requests.", **more)
         self.refused = Counter("leveret_refused", "Requests refused.", ("code",), **more)
         self.connections = Gauge("leveret_connections", "Connections open.", **more)
-        self.held = Gauge("leveret_held_bytes", "Bytes of bodies that are being read and prepared.", **more)
+        self.held = Gauge(
+            "leveret_held_bytes", "Bytes of bodies that are read, and of pictures until the reply is sent.", **more
+        )
         self.registry.register(_Engine(figures))
 
     def ended(self, event: Event) -> None:

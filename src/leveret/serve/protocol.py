@@ -123,48 +123,60 @@ class Choices(Read):
 ResponseFormat = Annotated[PlainText | Choices, Field(discriminator="type")]
 
 
+_IDLE: Any = Field(None, description="Taken, and makes no difference here.")
+_ONLY: Any = Field(None, description="Not supported: taken where it changes nothing.")
+
+
 class ChatRequest(Read):
     """A conversation to go on with, and how."""
 
     model: str = Field(max_length=256, description="The name that /v1/models tells.")
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(
+        min_length=1,
+        description="The conversation: the system's first, then user and assistant in turn; empty ones of "
+        "the system's and the assistant's are left out.",
+    )
     temperature: float | None = Field(None, ge=0, le=2, description="0, the likeliest answer, unless given.")
-    top_p: float | None = Field(None, ge=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="Share of the likeliest that are drawn from; all, 1.")
     max_tokens: int | None = Field(None, ge=1, le=NEVER, description="More than the server allows means its limit.")
     max_completion_tokens: int | None = Field(None, ge=1, le=NEVER, description="OpenAI's newer name of the same.")
     stop: (
         Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]], Field(max_length=STOPS)]
         | None
-    ) = None
+    ) = Field(None, description="Strings that end the answer; they are no part of it.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Answer i of n draws with seed + i.")
-    n: int | None = Field(None, ge=1, le=ANSWERS)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=ALTERNATIVES)
-    response_format: ResponseFormat | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=ANSWERS, description="Answers to the one prompt.")
+    logprobs: bool | None = Field(None, description="Tell how likely each token was.")
+    top_logprobs: int | None = Field(None, ge=0, le=ALTERNATIVES, description="And the likeliest others beside it.")
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="Text, or a choice between strings as a JSON schema: the likeliest of them is the answer, "
+        "without temperature and stop.",
+    )
+    stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="With stream only.")
     # What changes nothing here.
-    user: str | None = None
-    metadata: Free | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    parallel_tool_calls: bool | None = None
+    user: str | None = _IDLE
+    metadata: Free | None = _IDLE
+    store: bool | None = _IDLE
+    service_tier: str | None = _IDLE
+    safety_identifier: str | None = _IDLE
+    prompt_cache_key: str | None = _IDLE
+    prompt_cache_retention: str | None = _IDLE
+    parallel_tool_calls: bool | None = _IDLE
     # What would change the answer, at the value where it does not.
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
-    function_call: Literal["none", "auto"] | None = None
-    audio: None = None
-    prediction: None = None
-    web_search_options: None = None
+    presence_penalty: Zero | None = _ONLY
+    frequency_penalty: Zero | None = _ONLY
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = _ONLY
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = _ONLY
+    tools: Nothing | None = _ONLY
+    tool_choice: Literal["none", "auto"] | None = _ONLY
+    functions: Nothing | None = _ONLY
+    function_call: Literal["none", "auto"] | None = _ONLY
+    audio: None = _ONLY
+    prediction: None = _ONLY
+    web_search_options: None = _ONLY
 
 
 class LookRequest(Read):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from leveret.generate.engine import ChoiceFault
 from leveret.generate.gaze import Unreadable
 from leveret.generate.live import Closed, Full
 from leveret.images import ImageFault
@@ -91,6 +92,8 @@ def of_fault(fault: BaseException, request_id: str) -> Refusal:
     if isinstance(fault, ImageFault):
         detail = f" ({fault.detail})" if fault.detail else ""
         return bad(f"image refused: {fault.reason}{detail}. {fault.mending}.", "messages", "invalid_image")
+    if isinstance(fault, ChoiceFault):
+        return bad(str(fault), "response_format.json_schema.schema")
     if isinstance(fault, DataError):
         return bad(str(fault), "messages")
     if isinstance(fault, Full):

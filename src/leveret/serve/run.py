@@ -75,7 +75,8 @@ class Where:
         point its own name at 127.0.0.1 and speak for its visitor. None: any, where others shall come in anyway."""
         from leveret.serve.guard import is_loopback
 
-        return [self.host, *self.hosts] if self.hosts or is_loopback(self.host) else None
+        own = f"[{self.host}]" if ":" in self.host else self.host  # as URLs write an address of IPv6
+        return [own, *self.hosts] if self.hosts or is_loopback(self.host) else None
 
 
 def serve(
@@ -234,14 +235,15 @@ class Running:
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
         self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{address[1]}"
         app: Any = build(self.service, token=self.where.token is not None)
-        if self.where.origins:
+        door = Door(self.service.limits, self.where.names(), self.where.token)
+        app = guarded(self.service, app, door)
+        if self.where.origins:  # around the guard: a page must be able to read why it was refused
             from starlette.middleware.cors import CORSMiddleware
 
             app = CORSMiddleware(
                 app, allow_origins=list(self.where.origins), allow_methods=["GET", "POST"],
                 allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
             )  # fmt: skip
-        door = Door(self.service.limits, self.where.names(), self.where.token)
         outer = self
 
         class Server(uvicorn.Server):  # type: ignore[misc]
@@ -257,7 +259,7 @@ class Running:
 
         self.server = Server(
             uvicorn.Config(
-                guarded(self.service, app, door),
+                app,
                 http=patient(self.service.limits),
                 ws="none",
                 lifespan="off",
