@@ -13,7 +13,7 @@ from leveret.model import towers
 from leveret.model.connectors import build_connector, connector_tokens, settle
 from leveret.model.fusion import fused
 from leveret.model.language import LanguageFacts
-from leveret.model.recipe import ModelRecipe, named
+from leveret.model.recipe import ConnectorRecipe, ModelRecipe, VisionRecipe, named
 from leveret.model.tiles import check_shapes, tiling_of
 from leveret.model.towers import TowerFacts
 from leveret.model.vlm import VLM
@@ -93,6 +93,26 @@ def check(recipe: ModelRecipe) -> tuple[tuple[TowerFacts, ...], LanguageFacts]:
     return found[0], found[1]
 
 
+def _parted(connector: ConnectorRecipe, vision: VisionRecipe, eyes: Sequence[towers.Tower]) -> ConnectorRecipe:
+    """The connector, of `mof_mlp` with the width of the tower that its first half reads. RecipeError where it would cut
+    elsewhere than between two towers."""
+    if connector.kind != "mof_mlp":
+        return connector
+    widths = [eye.width for eye in eyes]
+    if len(eyes) != 2 or vision.fusion != "channel":
+        raise RecipeError(
+            f"model.connector.kind: mof_mlp reads two towers side by side (fusion: channel), and this model has "
+            f"{len(eyes)} (fusion: {vision.fusion})"
+        )
+    first = connector.options.get("first")
+    if first not in (None, widths[0]):
+        raise RecipeError(
+            f"model.connector.options.first: {first} given, but the first tower is {widths[0]} wide; leave it out"
+        )
+    more = {} if widths[0] == widths[1] else {"first": widths[0]}
+    return connector.model_copy(update={"options": {**connector.options, **more}})
+
+
 def join(recipe: ModelRecipe, eyes: Sequence[towers.Tower], language: Any, *, tokenizer: Any) -> VLM:
     """Towers (in fusion order) and language model with a fresh connector between them, on the current default device.
 
@@ -105,7 +125,7 @@ def join(recipe: ModelRecipe, eyes: Sequence[towers.Tower], language: Any, *, to
             f"set model.language.vocab={len(tokenizer)}"
         )
     # every setting of the connector is written out, so that a saved model does not depend on today's defaults
-    recipe = recipe.model_copy(update={"connector": settle(recipe.connector)})
+    recipe = recipe.model_copy(update={"connector": _parted(settle(recipe.connector), recipe.vision, eyes)})
     kind, options = recipe.connector.kind, recipe.connector.options
     if any(eye.facts.patches for eye in eyes):
         check_shapes(recipe.vision, eyes, kind, options)

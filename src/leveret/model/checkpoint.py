@@ -106,19 +106,36 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VLM:
         weights = load_file(folder / "model.safetensors", device=str(device))
     except Exception as fault:  # safetensors' own error class is not public
         raise DataError(f"{folder / 'model.safetensors'}: cannot be read ({fault})") from fault
-    with torch.device(device), no_init_weights():
+    with _readable(folder), torch.device(device), no_init_weights():
         vlm = _built(config, recipe, tokenizer(folder, int(config["language"]["vocab"])))
     fill(vlm, _as_installed(vlm, our_names(weights) if "auto_map" in config else weights), folder)
-    if vlm.spec != ImageSpec.from_dict(config["spec"]):
+    with _readable(folder):
+        spec = ImageSpec.from_dict(config["spec"])
+    if vlm.spec != spec:
         raise DataError(f"{folder / 'config.json'}: its `spec` does not fit its `vision`; the file was changed by hand")
+    # The language model's own ends among them, which its class does not know from its configuration alone.
+    if (ends := config.get("eos_token_id")) and getattr(vlm.language, "generation_config", None) is not None:
+        vlm.language.generation_config.eos_token_id = ends
     return vlm.to(device).eval()
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """DataError where config.json lacks what it must have, or has it otherwise."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise DataError(
+            f"{folder / 'config.json'}: cannot be read ({type(fault).__name__}: {fault}); it was changed by hand, or "
+            "is not whole"
+        ) from fault
 
 
 def outline(folder: Path) -> VLM:
     """The model in a folder on torch's meta device, from its config.json alone; it has no tokenizer."""
     config, recipe = read(folder)
     _look_at_own(config, folder)
-    with torch.device("meta"):
+    with _readable(folder), torch.device("meta"):
         return _built(config, recipe, None).eval()
 
 
@@ -299,6 +316,8 @@ def read(folder: Path) -> tuple[dict[str, Any], ModelRecipe]:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as fault:
         raise DataError(f"{folder / 'config.json'}: not JSON ({fault})") from fault
+    if not isinstance(config, dict):
+        raise DataError(f"{folder / 'config.json'}: a {type(config).__name__}, where an object with the model belongs")
     if config.get("format") not in READABLE:
         raise DataError(
             f"{folder}: format {config.get('format')!r}, written by leveret {config.get('leveret', '(unknown)')}; this "

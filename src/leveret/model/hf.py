@@ -166,7 +166,8 @@ class LeveretModel(LeveretPreTrainedModel):
 
     def connect(self, features: Tensor) -> Tensor:
         """Features [N, n, W] in the language model's width: [N, m, D]."""
-        dropped = F.dropout(features.to(self.language_model.dtype), self.dropout, self.training)
+        kind = next((x.dtype for x in self.multi_modal_projector.parameters()), self.language_model.dtype)
+        dropped = F.dropout(features.to(kind), self.dropout, self.training)
         return self.multi_modal_projector(dropped)
 
     def see(self, pixel_values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from leveret.model.hub import from_pretrained, missing, package_file, read_confi
 from leveret.model.recipe import LanguageRecipe
 from leveret.model.tables import unknown
 from leveret.model.towers import backbones
-from leveret.runs import RecipeError
+from leveret.runs import EnvironmentFault, RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,11 @@ def describe(recipe: LanguageRecipe, where: str = "model.language") -> LanguageF
     else:
         config = _hub_config(recipe.name, where)
     full = _full(config, f"{where}.name", recipe.name)
+    pad = full.get("pad_token_id")
+    if recipe.vocab is not None and isinstance(pad, int) and pad >= recipe.vocab:
+        raise RecipeError(
+            f"{where}.vocab: {recipe.vocab} rows given, and {recipe.name} pads with token {pad}; give {pad + 1} or more"
+        )
     return LanguageFacts(
         config=full,
         vocab=recipe.vocab or int(full["vocab_size"]),
@@ -253,10 +258,18 @@ def build_language(facts: LanguageFacts) -> Any:
 
     config = AutoConfig.for_model(**{**facts.config, "vocab_size": facts.vocab})
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=facts.attention, trust_remote_code=False
+        config, dtype=torch.float32, attn_implementation=_here(facts.attention), trust_remote_code=False
     )
     model.tie_weights()  # transformers leaves it out where it draws no weights
     return _finish(model, facts)
+
+
+def _here(attention: str | None) -> str | None:
+    """The attention code, or transformers' default in place of one that this machine has no package for: a model is
+    looked at, or asked, elsewhere than it was taught, and says the same with either."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return None if attention == "flash_attention_2" and not is_flash_attn_2_available() else attention
 
 
 def load_language(facts: LanguageFacts) -> Any:
@@ -269,6 +282,11 @@ def load_language(facts: LanguageFacts) -> Any:
     # A config of its own would ask for code of its own.
     told = {"config": AutoConfig.for_model(**facts.config)} if _foreign(facts.source) else {}
     source = _place(facts.source)
+    if _here(facts.attention) != facts.attention:
+        raise EnvironmentFault(
+            f"model.language.attention: {facts.attention} needs the package flash-attn and a GPU; install it, or leave "
+            "the setting out"
+        )
     model = from_pretrained(
         "AutoModelForCausalLM", source, "model.language.name", attn_implementation=facts.attention, **told
     )

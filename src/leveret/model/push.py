@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leveret import own
 from leveret.model import checkpoint
 from leveret.model.hub import as_id, hub_fault, outline_tensors, parted, to_fetch
 from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
+    from leveret.model.recipe import ModelRecipe
     from leveret.model.vlm import VLM
 
 CARD = "README.md"
@@ -52,18 +54,19 @@ def to_upload(model: str | Path, name: str) -> dict[str, Path | bytes]:
     if "auto_map" in config:
         raise RecipeError(f"{model} was published with its code, and none is uploaded; give the model it was made of")
     vlm = checkpoint.outline(folder)
-    own = {key: tuple(tensor.shape) for key, tensor in checkpoint.stored(vlm)}
+    ours = {key: tuple(tensor.shape) for key, tensor in checkpoint.stored(vlm)}
     there = {key: tuple(tensor.shape) for key, tensor in outline_tensors(folder / "model.safetensors").items()}
-    if wrong := sorted(key for key in own.keys() | there.keys() if own.get(key) != there.get(key)):
+    if wrong := sorted(key for key in ours.keys() | there.keys() if ours.get(key) != there.get(key)):
         raise DataError(
             f"{folder}: the weights are not those of the model in config.json: {wrong[0]} is "
-            f"{there.get(wrong[0], 'missing')}, the model's is {own.get(wrong[0], 'not there')}; nothing was uploaded"
+            f"{there.get(wrong[0], 'missing')}, the model's is {ours.get(wrong[0], 'not there')}; nothing was uploaded"
         )
     if not (folder / "tokenizer_config.json").is_file():
         raise DataError(f"{folder} holds no tokenizer, so nobody could ask the model anything; nothing was uploaded")
     files: dict[str, Path | bytes] = {}
     for file in to_fetch([path.name for path in folder.iterdir() if path.is_file()]):
         files[file] = folder / file
+    files |= {file: folder / file for file in checkpoint.own_files(config) if (folder / file).is_file()}
     files["config.json"] = (json.dumps(_shortened(config), indent=2, sort_keys=True) + "\n").encode()
     files[CARD] = folder / CARD if (folder / CARD).is_file() else card(vlm, _record(folder), name).encode()
     return files
@@ -75,7 +78,15 @@ def _shortened(value: Any, key: str = "") -> Any:
         return {name: _shortened(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_shortened(item) for item in value]
+    if isinstance(value, str) and own.is_own(value):
+        return _own_end(value)
     return _end(value) if key in _PATHS and isinstance(value, str) else value
+
+
+def _own_end(reference: str) -> str:
+    """A row in a file of a user's own, without the folders before the file: name and fingerprint tell which it is."""
+    said = own.parse(reference, "model")
+    return f"{Path(said.file).name}:{said.name}" + (f"@{said.fingerprint}" if said.fingerprint else "")
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -96,16 +107,18 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
         f"| {row.part} | {_shown(row.note)} | {row.parameters:,} |" for row in parts_table(vlm, {})
     ]  # fmt: skip
     recipe = vlm.recipe
-    towers = [_end(tower.tower) for tower in recipe.vision.each()]
+    kind = _called(recipe.connector.kind)
+    brought = {Path(own.parse(one, "model").file).name for one in _own_rows(recipe)}
+    towers = [_called(_end(tower.tower)) for tower in recipe.vision.each()]
     bases = [
         base
         for base in (*(tower.tower for tower in recipe.vision.each()), recipe.language.name)
-        if "/" in _end(base) and not base.startswith("world/")  # those come with leveret
+        if "/" in _end(base) and not own.is_own(base) and not base.startswith("world/")  # those come with leveret
     ]
     head = {
         "library_name": "leveret",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["leveret", "vision-language", recipe.connector.kind],
+        "tags": ["leveret", "vision-language", *([] if own.is_own(recipe.connector.kind) else [kind])],
     }
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items())]
     lines += ["base_model:", *(f"  - {base}" for base in bases)] if bases and not merged else []
@@ -119,7 +132,7 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
         "",
         "# A small vision-language model",
         "",
-        f"{' and '.join(towers)}, a `{recipe.connector.kind}` connector and {_end(recipe.language.name)}, joined by "
+        f"{' and '.join(towers)}, a `{kind}` connector and {_called(_end(recipe.language.name))}, joined by "
         "[leveret](https://pypi.org/project/leveret/).",
         "",
         "| part | what | parameters |",
@@ -127,8 +140,15 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
         *rows,
         "",
         f"- An image is {views} and fills {tokens_of(vlm)}.",
-        f"- Chat format: `{vlm.chat}`, in `chat_template.jinja`.",
+        f"- Chat format: `{_called(vlm.chat)}`, in `chat_template.jinja`.",
     ]
+    more = f", own={sorted(brought)}" if brought else ""
+    option = "".join(f" --own {file}" for file in sorted(brought))
+    told = [
+        f"A part of it is built by code of its maker's: {', '.join(f'`{file}`' for file in sorted(brought))}, beside "
+        "the weights. Download it, read it, and name it as above if you trust it.",
+        "",
+    ] if brought else []  # fmt: skip
     if merged and "weights" in merged:
         parts = ", ".join(f"{share:g} of {one}" for share, one in zip(merged["weights"], merged["models"], strict=True))
         lines.append(f"- Weights averaged: {parts}.")
@@ -139,14 +159,26 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
         "```python",
         "import leveret",
         "",
-        f'model = leveret.load("{name}")',
+        f'model = leveret.load("{name}"{more})',
         'print(model.ask("photo.jpg", "What is this?"))',
         "```",
         "",
-        f"or `leveret chat {name} photo.jpg`. No code of this repository is run, and there is no pickle in it.",
+        f"or `leveret chat {name} photo.jpg{option}`. No code of this repository is run, and there is no pickle in it.",
         "",
+        *told,
     ]
     return "\n".join(lines)
+
+
+def _own_rows(recipe: ModelRecipe) -> list[str]:
+    """References to rows in files of a user's own that the model cannot be built without."""
+    said = [*(tower.tower for tower in recipe.vision.each()), recipe.connector.kind, recipe.language.name]
+    return [one for one in said if own.is_own(one)]
+
+
+def _called(name: str) -> str:
+    """A row's name; of one in a file of a user's own that alone."""
+    return own.parse(name, "model").name if own.is_own(name) else name
 
 
 def _end(name: str) -> str:

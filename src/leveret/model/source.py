@@ -115,6 +115,8 @@ def open_given(
     from leveret.model.peers.assemble import assemble
 
     if given.ours:
+        if base is not None:
+            raise RecipeError(f"--base {base}: {given.name} is a whole model, which stands on nothing; leave it out")
         vlm = checkpoint.load(given.folder, device)
         return (vlm.cast(dtype) if dtype is not None else vlm), OURS, []
     foreign = peers.read(given.folder, hub=hub, base=base)
@@ -142,6 +144,8 @@ def refuse_place(out: Path, *read: Path) -> None:
     for source in read:
         if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
             raise RecipeError(f"{out} lies in the folder that is read ({source}); give another place for the result")
+        if out.resolve() in source.resolve().parents:
+            raise RecipeError(f"{out} holds the folder that is read ({source}); give another place for the result")
     if out.is_file():
         raise RecipeError(f"{out} is a file; give a folder for the result")
     if not out.is_dir() or not any(out.iterdir()):

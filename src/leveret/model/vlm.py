@@ -137,7 +137,9 @@ class VLM(nn.Module):
             features = self.see(batch.pixels, batch.image_sizes)
         if features is None or not len(features):
             return None, 0
-        dropped = F.dropout(features.to(self.dtype), self.recipe.connector.dropout, self.connector.training)
+        # What was frozen while the model was taught on a GPU stands in bf16 beside what learned, in float32.
+        kind = next((x.dtype for x in self.connector.parameters() if x.is_floating_point()), self.dtype)
+        dropped = F.dropout(features.to(kind), self.recipe.connector.dropout, self.connector.training)
         visual = self.connector(dropped)  # [N, m, D]
         if self.tiles is not None:
             visual = self.tiles(visual, batch.tile_image, batch.image_sizes)  # [M, D]

@@ -96,10 +96,12 @@ def ready(vlm: VLM, stage: StageRecipe, *, seed: int, half_frozen: bool = False)
 
 
 def teach_mode(vlm: VLM, stage: StageRecipe) -> None:
-    """Dropout on, but not in a frozen tower; statistics of batch norms stay. Also called after a validation."""
+    """Dropout on, but not in a frozen tower or connector; statistics of batch norms stay. Also called after a
+    validation."""
     vlm.train()
-    if "vision" not in stage.learn:
-        vlm.towers.eval()
+    for part, module in (("vision", vlm.towers), ("connector", vlm.connector)):
+        if part not in stage.learn:
+            module.eval()
     for module in vlm.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()

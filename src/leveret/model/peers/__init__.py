@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from leveret.model.peers import hfllava, merged, nanovlm, prismatic, tinyllava
 from leveret.model.peers.files import Folder
 from leveret.model.peers.foreign import Foreign, Hub
-from leveret.runs import DataError, RecipeError
+from leveret.runs import DataError, RecipeError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,10 @@ PEERS: dict[str, Peer] = {
 }
 
 
+WHOLE = ("tinyllava", "hf-llava", "nanovlm")
+"""Of these every folder has all its weights, and nothing is asked of a base."""
+
+
 def recognise(folder: Folder) -> str | None:
     """The row of PEERS that a folder is of; None where it is of none."""
     return next((name for name, peer in PEERS.items() if peer.recognise(folder)), None)
@@ -63,10 +67,18 @@ def read(
     name = recognise(folder)
     if name is None:
         raise unknown(folder)
+    if base is not None and (name in WHOLE or (name == "merged" and folder.weights())):
+        raise DataError(f"{path} is a whole model, which stands on nothing; leave --base {base} out")
     try:
         return PEERS[name].read(folder, Hub(Path(hub) if hub is not None else None), base, size)
     except RecipeError as fault:  # the recipe is made from what the folder says, not by the user
         raise DataError(f"{folder.path}: its config.json asks for what is not known here: {fault}") from None
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise DataError(
+            f"{folder.path}: its config.json holds what is not understood ({type(fault).__name__}: {fault})"
+        ) from fault
 
 
 def unknown(folder: Folder) -> DataError:

@@ -7,6 +7,7 @@ as they were saved; what they mean is the business of each peer's own file.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,6 +138,9 @@ def merge_adapters(base: State, adapters: Mapping[str, Any], settings: Mapping[s
     return out
 
 
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Ways in which adapters begin (PEFT's init_lora_weights) by taking something off the weights that they stand on."""
+
 Change = Callable[["Tensor"], "Tensor"]
 
 
@@ -152,8 +156,14 @@ def adapter_changes(
         raise DataError(f"adapters of the kind {kind!r}; LORA is what can be merged")
     if "r" not in settings or "lora_alpha" not in settings:
         raise DataError("adapter_config.json says no r or no lora_alpha; these scale what is added")
-    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-    patterns = {"r": settings.get("rank_pattern") or {}, "alpha": settings.get("alpha_pattern") or {}}
+    begun = str(settings.get("init_lora_weights", ""))
+    if begun.startswith(_MOVES_THE_BASE):
+        raise DataError(
+            f"adapters that began as {begun!r}: PEFT changes the base's weights when it loads such, and what is saved "
+            "does not say to what. Save them converted (path_initial_model_for_weight_conversion of save_pretrained), "
+            "or merge them with PEFT"
+        )
+    alpha, patterns = float(settings["lora_alpha"]), settings.get("alpha_pattern") or {}
     left, changes = dict(adapters), list[tuple[str, Change]]()
     for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
@@ -169,8 +179,8 @@ def adapter_changes(
                 f"the adapters of {own} are {tuple(up.shape)} and {tuple(down.shape)}, which do not add to a weight of "
                 f"{shapes[f'{own}.weight']}; they were made for another model"
             )
-        r = _pattern(patterns["r"], own, rank)
-        scale = _pattern(patterns["alpha"], own, alpha) / (r**0.5 if settings.get("use_rslora") else r)
+        r = down.shape[0]  # whatever rank_pattern says of the layer
+        scale = _pattern(patterns, own, alpha) / (r**0.5 if settings.get("use_rslora") else r)
         magnitude = left.pop(f"{layer}.lora_magnitude_vector", None)
         if magnitude is None:
             magnitude = left.pop(f"{layer}.lora_magnitude_vector.weight", None)
@@ -213,8 +223,12 @@ def _putting(whole: Tensor) -> Change:
 
 
 def _pattern(table: Mapping[str, Any], layer: str, default: float) -> float:
-    """PEFT's own override for a layer: by the end of its name."""
-    return next((float(value) for end, value in table.items() if layer == end or layer.endswith("." + end)), default)
+    """PEFT's own override for a layer: keys are regular expressions of the end of its name (peft/utils/other.py,
+    get_pattern_key). DataError where one is none."""
+    try:
+        return next((float(value) for key, value in table.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+    except re.error as fault:
+        raise DataError(f"adapter_config.json: alpha_pattern {list(table)}: {fault}") from None
 
 
 def read_adapters(folder: Folder) -> State:

@@ -118,9 +118,13 @@ def no_tokenizer(folder: Folder) -> bool:
     return not any(folder.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
+TEMPLATE = "chat_template.jinja"
+"""Written by us, and by transformers since Bunny and the Factory wrote theirs."""
+
+
 def template_of(folder: Folder) -> str:
     """The chat template, where any of the places that transformers has had for it holds one; else ""."""
-    file = folder.path / "chat_template.jinja"
+    file = folder.path / TEMPLATE
     if file.is_file():
         return file.read_text("utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
@@ -129,9 +133,11 @@ def template_of(folder: Folder) -> str:
     return ""
 
 
-def written_as(folder: Folder) -> str | None:
-    """The row of CHATS whose template the folder carries to the letter, as those that we wrote do; None for others."""
+def written_as(folder: Folder, usual: str = "") -> str | None:
+    """The row of CHATS whose template the folder carries to the letter, as those that we wrote do; None for others.
+    usual: the one that its tool would take, where several are written alike."""
     template = template_of(folder).strip()
     same = [row for row in CHATS.values() if template and row.template.strip() == template]
     # some formats are written alike and come from several tools
-    return min(same, key=lambda row: not row.original.startswith("llava")).name if same else None
+    rank = min(same, key=lambda row: (row.name != usual, not row.original.startswith("llava")), default=None)
+    return None if rank is None else rank.name

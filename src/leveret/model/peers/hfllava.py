@@ -99,6 +99,7 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     recipe = ModelRecipe(
         vision=VisionRecipe(
             tower=eye.source, layer=config["vision_feature_layer"], tokens=eye.tokens, resize=eye.resize,
+            crop=eye.size / eye.short if eye.short else None,
             normalise=_moments(eye), tiles=tiles,
         ),
         connector=ConnectorRecipe(kind="mlp2x_gelu"),
@@ -174,7 +175,7 @@ def _eye(folder: Folder, config: Mapping[str, Any]) -> TowerFacts:
         vision.pop(key, None)
     return TowerFacts(
         family=family, config=vision, depth=depth, size=view.size, mean=view.mean, std=view.std, resize=view.resize,
-        source=_name(vision, folder), tokens=choice, resample=view.resample,  # type: ignore[arg-type]
+        source=_name(vision, folder), tokens=choice, resample=view.resample, short=view.short,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -188,10 +189,9 @@ def _view(folder: Folder, family: str, size: int) -> TowerView:
         view = view_of_processor(said)
     except RecipeError as fault:
         raise DataError(f"{folder.path}: {fault}") from None
-    if view.size != size or view.short:
+    if view.size != size:
         raise DataError(
-            f"{folder.path}: its processor scales to {view.short or view.size} and gives {view.size} pixels, its tower "
-            f"takes {size}; they must be the same"
+            f"{folder.path}: its processor gives {view.size} pixels, its tower takes {size}; they must be the same"
         )
     # in LLaVA 1.6 and later `do_pad` evens out a batch
     return replace(view, resize="pad") if said.get("do_pad") and folder.config["model_type"] == "llava" else view

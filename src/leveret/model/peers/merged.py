@@ -17,7 +17,7 @@ from typing import Any
 
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, read_adapters, renamed
-from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of, written_as
+from leveret.model.peers.foreign import TEMPLATE, Foreign, Hub, called, no_tokenizer, rows_of, written_as
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import limit_of, tiles_of, tower_of
 from leveret.model.published import of_llava, read_state
@@ -94,6 +94,8 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
             f"{folder.path}: image_aspect_ratio {aspect!r} of {dialect.name}: what is known of tiles is LLaVA 1.6's "
             "'anyres' and LLaVA-OneVision's 'anyres_max_9', with any number"
         )
+    if limit is None and aspect not in ("None", "", "pad", "square"):
+        raise DataError(f"{folder.path}: image_aspect_ratio {aspect!r}: known are pad, square, anyres and anyres_max_N")
     notes: list[str] = []
     if folder.weights():
         home, whole = folder, folder.state()
@@ -151,11 +153,19 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
 def _chat(dialect: Dialect, folder: Folder) -> str:
     """The format that the folder carries, if we wrote it; else by its model type. LLaVA 1.6 on a model that ends turns
     as ChatML does speaks that."""
-    if dialect.name == "LLaVA" and (same := written_as(folder)) is not None:
+    usual = "" if dialect.name == "LLaVA" else speaks(folder.config)
+    if (dialect.name == "LLaVA" or folder.has(TEMPLATE)) and (same := written_as(folder, usual)) is not None:
         return same
     if dialect.name == "LLaVA" and folder.eos == "<|im_end|>":
         return "chatml_direct"
-    return dialect.chats.get(str(folder.config["model_type"]), dialect.chat)
+    return speaks(folder.config)
+
+
+def speaks(config: Mapping[str, Any]) -> str:
+    """The format in which the tool's own code asks a model with this config.json."""
+    kind = str(config["model_type"])
+    dialect = next(one for one in DIALECTS if kind.startswith(one.begins))
+    return dialect.chats.get(kind, dialect.chat)
 
 
 def _scales(config: Mapping[str, Any]) -> list[int]:

@@ -58,6 +58,8 @@ BACKBONES: dict[str, Backbone] = {
     "dinoclip-vit-l-336px": Backbone((("dinov2", _DINO), ("clip", _CLIP)), 336),
 }
 """prismatic/models/backbones/vision/*.py"""
+ACTIVATIONS = {"clip": "gelu"}
+"""Fused, CLIP runs with the plain GELU of timm's default: prismatic/models/backbones/vision/dinoclip_vit.py."""
 
 LANGUAGES: dict[str, tuple[str, str]] = {
     "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "PurePromptBuilder"),
@@ -106,10 +108,12 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
     trained = renamed(whole, (TOWERS, ""))
     choices: dict[str, Any] = {"layer": -2, "resize": resize, "size": size or backbone.size}
     if len(backbone.towers) > 1:
-        # Fused, CLIP runs with the plain GELU of timm's default: prismatic/models/backbones/vision/dinoclip_vit.py.
-        own = {"clip": {"activation": "gelu"}}
         both = [
-            (f"timm/{name}", renamed(trained, (PREFIXES[view], "")), {"name": view, **own.get(view, {})})
+            (
+                f"timm/{name}",
+                renamed(trained, (PREFIXES[view], "")),
+                {"name": view, "activation": ACTIVATIONS.get(view)},
+            )
             for view, name in backbone.towers
         ]
         vision, seen = fused(both, hub, **choices)

@@ -176,7 +176,7 @@ def _modeling(vlm: VLM) -> str:
                 f"remote-code writes towers of {PACKAGE} itself, and {tower.facts.family} builds this one"
             )
     build = find_connector(kind).build
-    if not build.__module__.startswith(PACKAGE):
+    if not build.__module__.startswith(f"{PACKAGE}."):
         raise RecipeError(f"remote-code writes connectors of {PACKAGE} itself, and {kind} is from {build.__module__}")
     module, arguments, body = called(build)
     lines = [

@@ -16,7 +16,7 @@ from typing import Any
 from leveret.inputs.formats import published
 from leveret.model.language import LanguageFacts
 from leveret.model.peers.files import Folder, State, merge_adapters, renamed
-from leveret.model.peers.foreign import Foreign, Hub, called, no_tokenizer, rows_of
+from leveret.model.peers.foreign import TEMPLATE, Foreign, Hub, called, no_tokenizer, rows_of, written_as
 from leveret.model.peers.languages import language_config
 from leveret.model.peers.towers import fused, source_of, tower_of
 from leveret.model.published import of_factory, read_state, times
@@ -75,11 +75,12 @@ def read(folder: Folder, hub: Hub, base: str | None = None, size: int | None = N
         notes.append(
             "Gemma's scale of the images, which transformers applied when the Factory ran, is in the connector"
         )
+    usual = _chat(source, str(told["model_type"]))
     recipe = ModelRecipe(
         vision=vision,
         connector=joined,
         language=LanguageRecipe(name=source, vocab=rows, head_bias=facts.head_bias),
-        chat=_chat(source, str(told["model_type"])),
+        chat=(written_as(folder, usual) if folder.has(TEMPLATE) else None) or usual,
     )
     spoken = folder.path
     if no_tokenizer(folder):
@@ -113,6 +114,11 @@ def _parts(folder: Folder, notes: list[str]) -> tuple[State, State, State]:
             language = merge_adapters(language, folder.tensors(folder.path / name), settings, ADAPTED)
             notes.append("the adapters are merged into the language model")
     return language, seen, read_state(connector)
+
+
+def speaks(config: Mapping[str, Any]) -> str:
+    """The format in which the Factory's own code asks a model with this config.json."""
+    return _chat(str(config["llm_model_name_or_path"]), str(config["text_config"]["model_type"]))
 
 
 def _chat(source: str, model_type: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from leveret.model import tower_keys
 from leveret.model.peers import tinyllava
 from leveret.model.peers import write_parts as parts
 from leveret.model.peers.write_parts import State, Written
-from leveret.model.published import times, write_state
+from leveret.model.published import of_factory, times, write_state
 from leveret.model.tower_facts import TowerFacts, grid, patch
 from leveret.model.tower_table import TOWERS, backbones
 from leveret.model.towers import Tower
@@ -35,6 +36,10 @@ def written(vlm: VLM) -> Written:
         if tower.facts.s2:
             raise RecipeError(f"{NAME} has no multi-scale towers, and {tower.facts.source} runs at {tower.facts.s2}")
     first, facts = towers[0], towers[0].facts
+    sees: dict[str, Any] = {"resize": "pad" if vlm.spec.towers[0].resize == "pad" else None}
+    if pair:
+        sees |= {"normalise": "clip", "crop": 1.0, "size": int(facts.config.get("image_size") or facts.size)}
+    parts.seen_alike(vlm, NAME, [sees] * len(towers))
     # Its `patch` drops the first token whatever it is: of CLIP the class token, of SigLIP a patch.
     said = {"drop_first": "patch", "cls_patch": "cls_patch"}
     said["patch"] = "cls_patch" if facts.family == "siglip_vision_model" else "patch"  # SigLIP: all that there are
@@ -65,6 +70,8 @@ def written(vlm: VLM) -> Written:
         "text_config": text,
         "vision_config": dict(facts.config) | {"image_size": _published(facts), "model_name_or_path": names[0]},
     }
+    if kind != "qformer":  # whose sizes are those of a BERT that stands elsewhere
+        parts.joined_alike(vlm, NAME, of_factory(config))
     if pair:
         config["vision_config"]["model_name_or_path2"] = names[1]
     state = parts.language(vlm, tinyllava.LANGUAGE)

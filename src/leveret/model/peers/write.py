@@ -18,10 +18,19 @@ from typing import Any
 from leveret.inputs.formats import find_chat, published
 from leveret.inputs.views import STRATEGIES
 from leveret.model.checkpoint import fresh_folder
-from leveret.model.peers import gguf_write, hfllava_write, merged, nanovlm_write, prismatic, remote, tinyllava_write
+from leveret.model.peers import (
+    gguf_write,
+    hfllava_write,
+    merged,
+    nanovlm_write,
+    prismatic,
+    remote,
+    tinyllava,
+    tinyllava_write,
+)
 from leveret.model.peers import write_parts as parts
 from leveret.model.peers.write_parts import Written
-from leveret.model.published import write_state
+from leveret.model.published import of_llava, of_prismatic, write_state
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.records import Tiling
@@ -34,12 +43,14 @@ class Layout:
 
     write  (model) -> what is written, its tensors in the file `weights`.
     files  (model, folder) -> notes for the user, where it writes its own files.
+    speaks (config.json) -> the chat format in which the tool asks such a model, where no template of the folder says.
     """
 
     about: str
     write: Callable[[VLM], Written] | None = None
     files: Callable[[VLM, Path], list[str]] | None = None
     weights: str = "model.safetensors"
+    speaks: Callable[[Mapping[str, Any]], str] | None = None
 
 
 def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
@@ -66,7 +77,12 @@ def write(vlm: VLM, out: str | Path, layout: str) -> list[str]:
         for name, content in {"config.json": config, **more}.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (fresh / name).write_text(text, "utf-8")
-    return []
+    taught = vlm.chat.removesuffix("/faithful")
+    if row.speaks is None or (told := row.speaks(config).removesuffix("/faithful")) == taught:
+        return []
+    return [
+        f"its own code asks in the chat format {told}; it was taught in {taught}, which only chat_template.jinja says"
+    ]
 
 
 # --- LLaVA's own layout, and Bunny's ----------------------------------------------------------------------------------
@@ -92,10 +108,13 @@ def _merged(name: str, types: Mapping[str, str], trained: str) -> Callable[[VLM]
             raise RecipeError(
                 f"{name} drops no patch of {tower.facts.source}, and this model was taught without the first"
             )
+        resize = "pad" if vlm.spec.towers[0].resize == "pad" else "squash" if vlm.spec.tiling is not None else None
+        parts.seen_alike(vlm, name, [{"resize": resize}])
         bias = "lm_head.bias" in parts.language(vlm)
         if bias and name == "Bunny":
             raise RecipeError("Bunny's language models have no bias in the output layer, and this one has")
         kind = parts.kind(vlm, name, lambda kind: parts.is_mlp(kind) or (name == "Bunny" and kind in _BUNNYS))
+        parts.joined_alike(vlm, name, of_llava({"mm_projector_type": kind}))
         config |= _minicpm(config) if config["model_type"] == "granite" else {}
         config |= {
             "model_type": types[config["model_type"]],
@@ -158,6 +177,13 @@ def _prismatic(vlm: VLM) -> Written:
     resize = next((theirs for theirs, ours in STRATEGIES.items() if ours == own), None)
     if resize is None:
         raise RecipeError(f"{name} prepares images by {', '.join(STRATEGIES.values())}, and this model by {own}")
+    named = [view for view, _ in prismatic.BACKBONES[vision].towers]
+    acts = prismatic.ACTIVATIONS if len(towers) > 1 else {}
+    sees = {"layer": -2, "resize": own, "size": prismatic.BACKBONES[vision].size}
+    parts.seen_alike(vlm, name, [{**sees, "activation": acts.get(view)} for view in named])
+    if len(towers) > 1 and vlm.recipe.vision.fusion != "channel":
+        raise RecipeError(f"{name} joins towers by channel, and this model by {vlm.recipe.vision.fusion}")
+    parts.joined_alike(vlm, name, of_prismatic(kinds[kind]))
     state = parts.language(vlm, prismatic.LANGUAGE)
     if f"{prismatic.LANGUAGE}lm_head.bias" in state and not language.startswith("phi"):
         raise RecipeError(f"{name}'s {language} has no bias in the output layer, and this model has one")
@@ -239,6 +265,7 @@ LAYOUTS: dict[str, Layout] = {
             },
             "unfreeze_vision_tower",
         ),
+        speaks=merged.speaks,
     ),
     "llava": Layout(
         "LLaVA 1.5, merged",
@@ -248,7 +275,7 @@ LAYOUTS: dict[str, Layout] = {
             "unfreeze_mm_vision_tower",
         ),
     ),
-    "tinyllava": Layout("TinyLLaVA Factory, tuned", tinyllava_write.written),
+    "tinyllava": Layout("TinyLLaVA Factory, tuned", tinyllava_write.written, speaks=tinyllava.speaks),
     "prismatic": Layout("Prismatic, its tensors as safetensors", _prismatic, weights=f"{prismatic.WEIGHTS}safetensors"),
     "nanovlm": Layout("nanoVLM", nanovlm_write.written),
     "gguf": Layout("two GGUF files, which llama.cpp runs", files=_gguf),

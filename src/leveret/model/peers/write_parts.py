@@ -9,10 +9,13 @@ from torch import Tensor
 
 from leveret.model import tower_keys
 from leveret.model.checkpoint import stored
+from leveret.model.connectors import settle
+from leveret.model.recipe import ConnectorRecipe, TowerRecipe
+from leveret.model.tower_table import TowerFacts, describe
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.records import NaFlex, Tiling
-from leveret.runs import RecipeError
+from leveret.runs import EnvironmentFault, RecipeError
 
 State = dict[str, Tensor]
 Written = tuple[dict[str, Any], State, dict[str, Any]]
@@ -98,3 +101,52 @@ def kind(vlm: VLM, layout: str, known: Callable[[str], bool]) -> str:
 def is_mlp(kind: str) -> bool:
     """Whether a kind of connector is a chain of linear layers as LLaVA names them."""
     return kind in ("linear", "identity") or (kind.startswith("mlp") and kind.endswith("x_gelu"))
+
+
+def seen_alike(vlm: VLM, layout: str, theirs: Sequence[Mapping[str, Any]]) -> None:
+    """RecipeError where the layout's code would see an image otherwise than this model was taught to: it knows a tower
+    by its name, and the rest of what our recipes choose by little more. theirs: what it chooses, by tower, as fields of
+    TowerRecipe."""
+    for one, choices, view in zip(vlm.recipe.vision.each(), theirs, vlm.spec.towers, strict=True):
+        given = {"resize": view.resize, **{key: value for key, value in one.model_dump().items() if key != "resize"}}
+        same = {"tower": one.tower, "layer": one.layer, "tokens": one.tokens, "s2": one.s2, "norm": one.norm}
+        try:
+            ours, other = describe(TowerRecipe(**given)), describe(TowerRecipe(**{**same, **choices}))
+        except (RecipeError, EnvironmentFault):  # a tower that is known by the model's own folder alone
+            ours, other = None, None
+        if ours is None or other is None:
+            differ = {key: (given[key], None) for key in _CHOICES if given[key] is not None}
+        else:
+            told = [_looks(facts) for facts in (ours, other)]
+            differ = {key: (told[0][key], told[1][key]) for key in told[0] if told[0][key] != told[1][key]}
+        if differ:
+            what = "; ".join(
+                f"{key} {mine}" + ("" if its is None else f", not {its}") for key, (mine, its) in differ.items()
+            )
+            raise RecipeError(
+                f"{layout} prepares images for {one.tower} in one way, and this model was taught in another: {what}. "
+                "--to hf-llava or remote-code may hold it"
+            )
+
+
+_CHOICES = ("size", "activation", "normalise", "crop")
+
+
+def _looks(facts: TowerFacts) -> dict[str, Any]:
+    """What a tower makes of an image, beside its weights, layer and tokens."""
+    cut = facts.resize in ("crop", "centre", "letterbox")
+    return {
+        "size": facts.size,
+        "resize": facts.resize,
+        "short side": (facts.short or facts.size) if cut else facts.size,
+        "mean": facts.mean,
+        "std": facts.std,
+        "activation": facts.config.get("hidden_act"),
+    }
+
+
+def joined_alike(vlm: VLM, layout: str, theirs: ConnectorRecipe) -> None:
+    """RecipeError where the layout builds the connector with other settings than this model has."""
+    ours, other = vlm.recipe.connector.options, settle(theirs).options
+    if differ := [f"{key} {ours[key]}, not {other.get(key)}" for key in ours if ours[key] != other.get(key)]:
+        raise RecipeError(f"{layout} builds {theirs.kind} in one way, and this model's is another: {'; '.join(differ)}")
