@@ -404,7 +404,7 @@ def test_an_image_that_changed_its_shape_since_is_named(tmp_path: Path) -> None:
     blank = blank_image(prepared, vlm)  # what a rank shows that has no image
     assert blank is not None and vlm(idle(), blank=blank).loss_sum == 0
     batch, failed = prepared.batch([0, 1], vlm.spec)
-    assert [name for name, _ in failed] == ["toy-0"] and "damaged" in failed[0][1]
+    assert [one.id for one in failed] == ["toy-0"] and "damaged" in failed[0].reason
     assert vlm(batch).loss_sum.isfinite()
 
 

@@ -212,12 +212,10 @@ def test_a_base_for_what_is_whole_is_refused(eyes: dict[str, str], tmp_path: Pat
         convert(tmp_path / "ours", tmp_path / "out", to="llava", base="/nowhere")
 
 
-def test_mof_parts_two_towers_between_them(eyes: dict[str, str]) -> None:
-    pair = [TowerRecipe(tower=eyes["siglip"]), TowerRecipe(tower=eyes["clip"])]
+def test_mof_parts_two_towers_between_them(eyes: dict[str, str], tmp_path: Path) -> None:
+    wide = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**{**fakes.SIGLIP, "hidden_size": 32}))
+    fakes.loud(wide).save_pretrained(tmp_path / "wide")
+    pair = [TowerRecipe(tower=eyes["siglip"]), TowerRecipe(tower=str(tmp_path / "wide"))]
     vlm = made({"towers": pair}, "mof_mlp")
-    assert vlm.connector.first == vlm.towers["siglip"].width if hasattr(vlm.connector, "first") else True
-    for vision in ({"tower": eyes["siglip"]}, {"towers": [*pair, TowerRecipe(tower=eyes["clip"])]}):
-        with pytest.raises(RecipeError, match="two towers side by side"):
-            made(vision, "mof_mlp")
-    with pytest.raises(RecipeError, match="leave it out"):
-        made({"towers": pair}, "mof_mlp", first=3)
+    assert vlm.recipe.connector.options["first"] == fakes.SIGLIP["hidden_size"] != 32
+    assert checkpoint.load(checkpoint.save(vlm, tmp_path / "m")).recipe == vlm.recipe

@@ -94,23 +94,12 @@ def check(recipe: ModelRecipe) -> tuple[tuple[TowerFacts, ...], LanguageFacts]:
 
 
 def _parted(connector: ConnectorRecipe, vision: VisionRecipe, eyes: Sequence[towers.Tower]) -> ConnectorRecipe:
-    """The connector, of `mof_mlp` with the width of the tower that its first half reads. RecipeError where it would cut
-    elsewhere than between two towers."""
-    if connector.kind != "mof_mlp":
-        return connector
+    """The connector; of two towers side by side `mof_mlp` is cut between them, where no option says otherwise."""
     widths = [eye.width for eye in eyes]
-    if len(eyes) != 2 or vision.fusion != "channel":
-        raise RecipeError(
-            f"model.connector.kind: mof_mlp reads two towers side by side (fusion: channel), and this model has "
-            f"{len(eyes)} (fusion: {vision.fusion})"
-        )
-    first = connector.options.get("first")
-    if first not in (None, widths[0]):
-        raise RecipeError(
-            f"model.connector.options.first: {first} given, but the first tower is {widths[0]} wide; leave it out"
-        )
-    more = {} if widths[0] == widths[1] else {"first": widths[0]}
-    return connector.model_copy(update={"options": {**connector.options, **more}})
+    halves = len(set(widths)) == 1 or len(widths) != 2 or vision.fusion != "channel"
+    if connector.kind != "mof_mlp" or connector.options.get("first") is not None or halves:
+        return connector
+    return connector.model_copy(update={"options": {**connector.options, "first": widths[0]}})
 
 
 def join(recipe: ModelRecipe, eyes: Sequence[towers.Tower], language: Any, *, tokenizer: Any) -> VLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from leveret.model import tower_keys
 from leveret.model.checkpoint import stored
 from leveret.model.connectors import settle
 from leveret.model.recipe import ConnectorRecipe, TowerRecipe
-from leveret.model.tower_table import TowerFacts, describe
+from leveret.model.tower_table import TowerFacts, describe, family_of
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.records import NaFlex, Tiling
@@ -107,18 +108,18 @@ def seen_alike(vlm: VLM, layout: str, theirs: Sequence[Mapping[str, Any]]) -> No
     """RecipeError where the layout's code would see an image otherwise than this model was taught to: it knows a tower
     by its name, and the rest of what our recipes choose by little more. theirs: what it chooses, by tower, as fields of
     TowerRecipe."""
-    for one, choices, view in zip(vlm.recipe.vision.each(), theirs, vlm.spec.towers, strict=True):
+    for one, choices, view, tower in zip(
+        vlm.recipe.vision.each(), theirs, vlm.spec.towers, vlm.towers.values(), strict=True
+    ):
+        assert isinstance(tower, Tower)
         given = {"resize": view.resize, **{key: value for key, value in one.model_dump().items() if key != "resize"}}
         same = {"tower": one.tower, "layer": one.layer, "tokens": one.tokens, "s2": one.s2, "norm": one.norm}
         try:
             ours, other = describe(TowerRecipe(**given)), describe(TowerRecipe(**{**same, **choices}))
         except (RecipeError, EnvironmentFault):  # a tower that is known by the model's own folder alone
-            ours, other = None, None
-        if ours is None or other is None:
-            differ = {key: (given[key], None) for key in _CHOICES if given[key] is not None}
-        else:
-            told = [_looks(facts) for facts in (ours, other)]
-            differ = {key: (told[0][key], told[1][key]) for key in told[0] if told[0][key] != told[1][key]}
+            ours, other = tower.facts, _usual(tower.facts, one, choices.get("resize"))
+        told = [_looks(facts) for facts in (ours, other)]
+        differ = {key: (told[0][key], told[1][key]) for key in told[0] if told[0][key] != told[1][key]}
         if differ:
             what = "; ".join(
                 f"{key} {mine}" + ("" if its is None else f", not {its}") for key, (mine, its) in differ.items()
@@ -129,7 +130,13 @@ def seen_alike(vlm: VLM, layout: str, theirs: Sequence[Mapping[str, Any]]) -> No
             )
 
 
-_CHOICES = ("size", "activation", "normalise", "crop")
+def _usual(facts: TowerFacts, one: TowerRecipe, resize: Any) -> TowerFacts:
+    """What a tower that only its own folder knows is by its architecture. What its pixels are scaled by cannot be told:
+    it stands in a processor's file that lies with the tower."""
+    size = facts.size if facts.s2 else int(facts.config.get("image_size") or facts.size)
+    act = None if one.activation is not None else facts.config.get("hidden_act")
+    config = {**facts.config, "hidden_act": act}
+    return replace(facts, size=size, resize=resize or family_of(facts).resize, short=0, config=config)
 
 
 def _looks(facts: TowerFacts) -> dict[str, Any]:
