@@ -19,6 +19,7 @@ from torch import Tensor
 
 from leveret.inputs.formats import find_chat
 from leveret.model.peers import gguf_language, gguf_tokenizer
+from leveret.model.peers.write_parts import positions
 from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.runs import EnvironmentFault, RecipeError
@@ -184,13 +185,7 @@ _NAMES = {
 def _tower(tower: Tower) -> State:
     """Tensors of the blocks that run, and of what comes before them, by libmtmd's names."""
     own = tower.model.embeddings
-    positions = own.position_embedding.weight
-    if tower.facts.side != int(tower.facts.config["image_size"]):  # as the tower interpolates when it runs
-        side = tower.facts.side
-        places = (side // int(tower.facts.config["patch_size"])) ** 2 + (tower.facts.family == "clip_vision_model")
-        empty = positions.new_zeros(1, places, positions.shape[1])
-        positions = own.interpolate_pos_encoding(empty, side, side)[0]
-    state: State = {"v.patch_embd.weight": own.patch_embedding.weight, "v.position_embd.weight": positions}
+    state: State = {"v.patch_embd.weight": own.patch_embedding.weight, "v.position_embd.weight": positions(tower)}
     if own.patch_embedding.bias is not None:
         state["v.patch_embd.bias"] = own.patch_embedding.bias
     if tower.facts.family == "clip_vision_model":

@@ -9,7 +9,6 @@ import torch
 from leveret.model.peers import write_parts as parts
 from leveret.model.peers.hfllava import SCALED
 from leveret.model.peers.write_parts import State, Written
-from leveret.model.towers import Tower
 from leveret.model.vlm import VLM
 from leveret.records import Tiling
 from leveret.runs import RecipeError
@@ -53,7 +52,8 @@ def written(vlm: VLM) -> Written:
     vision |= {"num_hidden_layers": built, "image_size": facts.size}
     if facts.family == "siglip_vision_model":
         vision["vision_use_head"] = "head" in facts.keep
-    rest = {key: x for key, x in tower.model.state_dict().items()} | _positions(tower)
+    rest = {key: x for key, x in tower.model.state_dict().items()}
+    rest["embeddings.position_embedding.weight"] = parts.positions(tower)
     if not any(key.startswith("post_layernorm.") for key in rest):  # never run, but the class has it
         width = int(vision["hidden_size"])
         rest |= {"post_layernorm.weight": torch.ones(width), "post_layernorm.bias": torch.zeros(width)}
@@ -105,18 +105,6 @@ def written(vlm: VLM) -> Written:
         images |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": grids, "do_pad": True}
         images |= {"size": {"shortest_edge": view.size}, "do_center_crop": True}
     return config, state, {"preprocessor_config.json": images, "processor_config.json": processor}
-
-
-def _positions(tower: Tower) -> State:
-    """The positions, brought to the grid that the tower runs at; nothing where it runs at the published one."""
-    own, side = tower.model.embeddings, tower.facts.size
-    if side == int(tower.facts.config["image_size"]):
-        return {}
-    table, patch = own.position_embedding.weight, int(tower.facts.config["patch_size"])
-    leading = int(tower.facts.family == "clip_vision_model")  # the class token's
-    empty = table.new_zeros(1, leading + (side // patch) ** 2, table.shape[1])
-    with torch.no_grad():
-        return {"embeddings.position_embedding.weight": own.interpolate_pos_encoding(empty, side, side)[0]}
 
 
 def _image_token(vlm: VLM, text: dict[str, Any], language: State) -> int:

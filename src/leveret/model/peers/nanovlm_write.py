@@ -146,11 +146,7 @@ def _eye_state(tower: Tower) -> dict[str, Tensor]:
     """The tower's weights that run, positions brought to the grid that it runs at."""
     idle = {name.removeprefix("model.") for name, _ in tower.unused()}
     kept = {name: x for name, x in tower.model.state_dict().items() if name.startswith(_STORED) and name not in idle}
-    own, side = tower.model.embeddings, tower.facts.size
-    if side != int(tower.facts.config["image_size"]):
-        places = (side // int(tower.facts.config["patch_size"])) ** 2
-        empty = own.position_embedding.weight.new_zeros(1, places, own.position_embedding.weight.shape[1])
-        kept["embeddings.position_embedding.weight"] = own.interpolate_pos_encoding(empty, side, side)[0]
+    kept["embeddings.position_embedding.weight"] = parts.positions(tower)
     return kept
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from leveret.model import tower_keys
@@ -68,6 +69,19 @@ def seen(tower: Tower, layout: str, prefix: str) -> State:
 def seen_so(state: Mapping[str, Tensor], family: str, layout: str, prefix: str) -> State:
     """The same of these tensors of a tower."""
     return tower_keys.to_theirs(state, family, layout, prefix)
+
+
+def positions(tower: Tower) -> Tensor:
+    """The positions [grid^2, width] of SigLIP, and with the class token's before them of CLIP, brought to the grid that
+    the tower runs at as the tower does it when it runs."""
+    own, side = tower.model.embeddings, tower.facts.side
+    table, config = own.position_embedding.weight, tower.facts.config
+    if side == int(config["image_size"]):
+        return table
+    leading = int(tower.facts.family == "clip_vision_model")
+    empty = table.new_zeros(1, leading + (side // int(config["patch_size"])) ** 2, table.shape[1])
+    with torch.no_grad():
+        return own.interpolate_pos_encoding(empty, side, side)[0]
 
 
 def language(vlm: VLM, prefix: str = "") -> State:
