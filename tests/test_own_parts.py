@@ -26,6 +26,7 @@ from leveret.cli import run as leveret
 from leveret.inputs.formats import _BROUGHT, _OWN, find_chat
 from leveret.model.build import build, build_meta, check
 from leveret.model.checkpoint import load, save
+from leveret.model.push import to_upload
 from leveret.model.recipe import ModelRecipe
 from leveret.runs import DataError, RecipeError
 from leveret.serve.chat import chat
@@ -114,6 +115,12 @@ def test_what_a_page_shows_learns_is_saved_loaded_and_answers(
     said = json.dumps(config)
     assert re.search(rf"{re.escape(name)}@[0-9a-f]{{16}}", said) and str(at) not in json.dumps(config["recipe"]["chat"])
     code = part in ("tower", "connector")
+    files = to_upload(model, "me/x")
+    assert ("my.py" in files) == code
+    for name in ("config.json", "README.md"):
+        text = files[name]
+        assert isinstance(text, bytes) and str(at).encode() not in text
+    assert (b"own=['my.py']" in files["README.md"]) == code  # type: ignore[operator]
     assert ("own" in config) == code and (model / "my.py").exists() == code
     from leveret.generate import load as talk
 

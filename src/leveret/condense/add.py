@@ -19,7 +19,7 @@ import numpy as np
 from leveret.condense.columns import load
 from leveret.condense.estimate import estimate
 from leveret.condense.given import Given, is_given, open_given
-from leveret.condense.pipeline import condense, finished
+from leveret.condense.pipeline import as_before, condense, finished
 from leveret.condense.prepare import prepare
 from leveret.condense.shards import ParquetShard
 from leveret.condense.steps import AGAINST, CondenseRecipe, changed
@@ -108,12 +108,9 @@ def _begun(path: Path, new: Sequence[str | Path]) -> _Begun:
     if wrong := [place for place in new if not is_given(place)]:
         raise DataError(f"{wrong[0]} is no folder of embeddings; `leveret embed` makes one of a pool")
     label = grouping[0]
-    given = {
-        "images": manifest["images"],
-        "encoder": manifest.get("encoder") or (recipe.encoder if manifest["weights"] != "as given" else None),
-        "precision": manifest.get("precision", "fp32"),
-        "against": [facts["path"] for facts in manifest.get("benchmarks", [])],
-    }
+    given = as_before(manifest)
+    if manifest["weights"] != "as given":  # its rows were a pool, and are embeddings now
+        given["encoder"] = given["encoder"] or recipe.encoder
     after = changed(recipe, [f"steps.{label}.centroids={path / 'centroids.npy'}"])
     return _Begun(manifest, old, [open_given(place) for place in new], recipe, label, after, given)
 

@@ -168,6 +168,16 @@ class Opened:
     benchmarks: tuple[Benchmark, ...] = ()
 
 
+def as_before(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What `prepare` and `condense` were given beside rows and recipe when the coreset of this manifest was made."""
+    return {
+        "images": manifest["images"],
+        "encoder": manifest.get("encoder"),
+        "precision": manifest.get("precision", "fp32"),
+        "against": [facts["path"] for facts in manifest.get("benchmarks", [])],
+    }
+
+
 def finished(path: Path) -> dict[str, Any]:
     """The manifest of a coreset that `condense` finished. DataError where there is none."""
     if not (path / "manifest.json").is_file() or not (path / "done" / "condense.json").is_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leveret import recipe as recipes
-from leveret.condense.pipeline import condense, finished
+from leveret.condense.pipeline import as_before, condense, finished
 from leveret.condense.prepare import prepare
 from leveret.condense.steps import CondenseRecipe, changed
 from leveret.runs import RecipeError, RunFolder
@@ -58,14 +58,7 @@ def _given(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Conden
             raise RecipeError(f"{name}: every step hangs on it, so there is nothing to take from {path}; condense anew")
     if recipes.dump(before) == recipes.dump(after):
         raise RecipeError(f"this is the recipe that {path} was made by; say what is to differ, such as budget=1000")
-    given = {
-        "images": manifest["images"],
-        "encoder": manifest.get("encoder"),
-        "precision": manifest.get("precision", "fp32"),
-        "against": [facts["path"] for facts in manifest.get("benchmarks", [])],
-        "like": manifest,
-    }
-    return manifest, after, given
+    return manifest, after, {**as_before(manifest), "like": manifest}
 
 
 def redone(path: str | Path, overrides: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,28 +65,20 @@ class _Bytes:
                 continue
             self._begun.append(token)
             spelled = bytes(self.values[one] for one in self._begun)
-            if len(spelled) > 1 and _broken(spelled):  # it ends what was begun, and may begin another
+            if _letter(spelled) is None and len(spelled) > 1:  # it ends what was begun, and may begin another
                 self._begun, spelled = [token], bytes([value])
-            if _broken(spelled):
-                self._begun.clear()
-            elif _complete(spelled):
+            if letter := _letter(spelled):
                 yield from self._begun
+            if letter != "":
                 self._begun.clear()
 
 
-def _complete(spelled: bytes) -> bool:
-    with suppress(UnicodeDecodeError):
-        return bool(spelled.decode("utf-8"))
-    return False
-
-
-def _broken(spelled: bytes) -> bool:
-    """Whether no further byte can make it a character."""
+def _letter(spelled: bytes) -> str | None:
+    """The character that bytes spell; "" while it is unfinished, None where no further byte can make it one."""
     try:
-        getincrementaldecoder("utf-8")().decode(spelled)
+        return getincrementaldecoder("utf-8")().decode(spelled)
     except UnicodeDecodeError:
-        return True
-    return False
+        return None
 
 
 class Detokenizer:

@@ -13,7 +13,6 @@ from leveret.model.hub import as_id, hub_fault, outline_tensors, parted, to_fetc
 from leveret.runs import DataError, EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
-    from leveret.model.recipe import ModelRecipe
     from leveret.model.vlm import VLM
 
 CARD = "README.md"
@@ -108,7 +107,7 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
     ]  # fmt: skip
     recipe = vlm.recipe
     kind = _called(recipe.connector.kind)
-    brought = {Path(own.parse(one, "model").file).name for one in _own_rows(recipe)}
+    brought = sorted(checkpoint.own_files(checkpoint.config_of(vlm)))
     towers = [_called(_end(tower.tower)) for tower in recipe.vision.each()]
     bases = [
         base
@@ -142,10 +141,10 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
         f"- An image is {views} and fills {tokens_of(vlm)}.",
         f"- Chat format: `{_called(vlm.chat)}`, in `chat_template.jinja`.",
     ]
-    more = f", own={sorted(brought)}" if brought else ""
-    option = "".join(f" --own {file}" for file in sorted(brought))
+    more = f", own={brought}" if brought else ""
+    option = "".join(f" --own {file}" for file in brought)
     told = [
-        f"A part of it is built by code of its maker's: {', '.join(f'`{file}`' for file in sorted(brought))}, beside "
+        f"A part of it is built by code of its maker's: {', '.join(f'`{file}`' for file in brought)}, beside "
         "the weights. Download it, read it, and name it as above if you trust it.",
         "",
     ] if brought else []  # fmt: skip
@@ -168,12 +167,6 @@ def card(vlm: VLM, merged: Mapping[str, Any], name: str) -> str:
         *told,
     ]
     return "\n".join(lines)
-
-
-def _own_rows(recipe: ModelRecipe) -> list[str]:
-    """References to rows in files of a user's own that the model cannot be built without."""
-    said = [*(tower.tower for tower in recipe.vision.each()), recipe.connector.kind, recipe.language.name]
-    return [one for one in said if own.is_own(one)]
 
 
 def _called(name: str) -> str:

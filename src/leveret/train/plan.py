@@ -276,16 +276,10 @@ def _validation(stage: StageRecipe) -> str:
 
 def _schedule(stage: StageRecipe, total: int | None, sure: bool) -> str:
     """sure: whether the data were counted, and not only what an epoch of `batch` makes of them."""
-    about = "" if total == stage.steps or sure else "about "
-    length = (
-        f"{about}{total:,} steps"
-        if total
-        else f"{stage.steps:,} steps"
-        if stage.steps
-        else f"{stage.epochs:g} epoch(s)"
-    )
-    tail = f", falling over the last {stage.decay:.0%}" if stage.schedule == "wsd" else ""
     count = total or stage.steps
+    about = "" if sure or count == stage.steps else "about "
+    length = f"{about}{count:,} steps" if count else f"{stage.epochs:g} epoch(s)"
+    tail = f", falling over the last {stage.decay:.0%}" if stage.schedule == "wsd" else ""
     ends = f", from {rate(stage.schedule, 0, count, stage.warmup, stage.decay):.3g} of the peak" if count else ""
     clip = f"gradients clipped at {stage.clip:g}" if stage.clip else "no clipping"
     return f"{length}, {stage.schedule}, warm-up {stage.warmup:.0%}{ends}{tail}; {clip}"
